@@ -1,0 +1,139 @@
+"""Landmark detection: the fine-tuning task. A codec says what the maps mean; this file moves coordinates around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ddpm_lmk.config import LandmarksConfig
+from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.landmarks import Decoded, build_codec
+from ddpm_lmk.tasks.task import Task
+
+VIEW_SHIFT = 0.02  # of the image side
+VIEW_SCALE = 0.04
+VIEW_ROTATION = 0.05  # radians, about 3 degrees
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Landmarks of a batch in network pixels."""
+
+    points: Tensor  # [B, N, 2]
+    spread_px: Tensor  # [B, N] uncertainty
+    failed: Tensor  # [B, N] bool
+
+
+class LandmarkTask(Task):
+    """Predict one map per landmark and read the points from it."""
+
+    def __init__(self, cfg: LandmarksConfig, spec: DatasetSpec) -> None:
+        self.cfg = cfg
+        self.spec = spec
+        self.codec = build_codec(cfg.codec)
+        self.out_channels = spec.num_landmarks
+        self.full_size = self.codec.full_size
+
+    def _maps(self, model: nn.Module, images: Tensor) -> Tensor:
+        if self.cfg.timestep is None:
+            return model(images, None)
+        return model(images, torch.full((len(images),), self.cfg.timestep, device=images.device))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The codec's loss, per image `[B]`."""
+        return self._codec_loss(self._maps(model, batch.images), batch)
+
+    def _codec_loss(self, maps: Tensor, batch: Batch) -> Tensor:
+        assert batch.points is not None, "landmark batches carry points"
+        size = batch.images.shape[-1]
+        return self.codec.loss(maps, batch.points + self.codec.grid_shift(batch.native_size, size), size)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Predictions:
+        """Points in network pixels, over `views` slightly moved copies of each image when there are several.
+
+        Views are combined with weights 1 / spread^2; the spread of the answer includes how far the views disagree.
+        """
+        size = batch.images.shape[-1]
+        shift = self.codec.grid_shift(batch.native_size, size)
+        if self.cfg.views == 1:
+            decoded = self.codec.decode(self._maps(model, batch.images), size)
+            return Predictions(decoded.points - shift, decoded.spread_px, decoded.failed)
+        return _combine(
+            [self._predict_view(model, batch.images, shift, matrix) for matrix in view_matrices(self.cfg.views)]
+        )
+
+    def _predict_view(self, model: nn.Module, images: Tensor, shift: Tensor, matrix: Tensor) -> Decoded:
+        """Points seen in the view whose pixel p shows the image at `matrix` applied to p (normalised coordinates)."""
+        size = images.shape[-1]
+        matrix = matrix.to(images)
+        grid = functional.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+        moved = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        decoded = self.codec.decode(self._maps(model, moved), size)
+        unit = (decoded.points - shift + 0.5) * (2 / size) - 1  # [B, N, 2] in [-1, 1]
+        back = unit @ matrix[:, :2].T + matrix[:, 2]
+        points = torch.where(decoded.failed.unsqueeze(-1), decoded.points - shift, (back + 1) * (size / 2) - 0.5)
+        return Decoded(points, decoded.spread_px, decoded.failed)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Loss per image, and radial error in network pixels per labelled landmark."""
+        assert batch.points is not None, "landmark batches carry points"
+        maps = self._maps(model, batch.images)
+        size = batch.images.shape[-1]
+        shift = self.codec.grid_shift(batch.native_size, size)
+        distance = (self.codec.decode(maps, size).points - shift - batch.points).norm(dim=-1)  # [B, N]
+        labelled = (~distance.isnan()) * batch.weight.unsqueeze(1)
+        return {
+            "loss": (self._codec_loss(maps, batch) * batch.weight).sum(),
+            "count": batch.weight.sum(),
+            "distance_px": (distance.nan_to_num() * labelled).sum(),
+            "landmarks": labelled.sum(),
+        }
+
+    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+        """Mean loss (the score, as in the paper) and mean radial error in network pixels."""
+        loss = sums["loss"] / max(sums["count"], 1.0)
+        return {"loss": loss, "mre_network_px": sums["distance_px"] / max(sums["landmarks"], 1.0), "score": loss}
+
+    def export(self) -> dict[str, Any]:
+        """Dataset facts and the codec, which a reader of the maps needs."""
+        return {"landmarks": self.cfg.model_dump(mode="json"), "spec": self.spec.model_dump(mode="json")}
+
+
+def view_matrices(count: int) -> list[Tensor]:
+    """`count` matrices `[2, 3]` in normalised coordinates: the identity, then small moves spread by a fixed sequence.
+
+    The moves are the first points of the additive recurrence on the generalised golden ratio (four dimensions), so any
+    count is spread evenly and no random state is involved.
+    """
+    ratio = 1.1673039782614187  # the real root of x^5 = x + 1
+    matrices = [torch.eye(2, 3)]
+    for index in range(1, count):
+        draws = [2 * ((0.5 + index * ratio**-dim) % 1.0) - 1 for dim in range(1, 5)]  # in [-1, 1)
+        shift_x, shift_y, log_scale, angle = (
+            2 * VIEW_SHIFT * draws[0],
+            2 * VIEW_SHIFT * draws[1],
+            VIEW_SCALE * draws[2],
+            VIEW_ROTATION * draws[3],
+        )
+        scale, rotation = torch.tensor(log_scale).exp(), torch.tensor(angle)
+        cos, sin = scale * rotation.cos(), scale * rotation.sin()
+        matrices.append(torch.stack([cos, -sin, torch.tensor(shift_x), sin, cos, torch.tensor(shift_y)]).view(2, 3))
+    return matrices
+
+
+def _combine(views: list[Decoded]) -> Predictions:
+    points = torch.stack([view.points for view in views])  # [V, B, N, 2]
+    spread = torch.stack([view.spread_px for view in views])
+    failed = torch.stack([view.failed for view in views])
+    weight = torch.where(failed, 0.0, 1.0 / spread.square().clamp(min=1e-6))
+    all_failed = failed.all(0)
+    weight = torch.where(all_failed, 1.0, weight)
+    share = weight / weight.sum(0)
+    mean = (share.unsqueeze(-1) * points).sum(0)
+    disagreement = (share * (points - mean).square().sum(-1)).sum(0)
+    return Predictions(mean, ((share * spread.square()).sum(0) + disagreement).sqrt(), all_failed)

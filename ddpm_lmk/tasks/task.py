@@ -1,0 +1,44 @@
+"""What a task is to the engine: a loss per image, sums to report, and a few hooks with empty defaults.
+
+The engine never asks which task it runs. Randomness inside a task is a function of the run's seed and the batch's
+positions, so that any number of processes and any micro-batch see the same draws.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from ddpm_lmk.data.batch import Batch
+
+
+class Task(ABC):
+    """What is learnt from a batch, and how it is scored."""
+
+    out_channels: int
+    full_size: bool = True
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One loss per image `[B]`; the engine weighs, sums and divides."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Sums and counts of one batch as scalars, padding left out; the engine adds them over batches and ranks."""
+
+    @abstractmethod
+    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+        """Figures from added-up sums; `score` is what selection looks at, lower is better."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module that is trained, around the network; by default the network itself."""
+        return model
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called after every optimizer step."""
+
+    def export(self) -> dict[str, Any]:
+        """Facts another program needs to use the weights; written to a snapshot's meta.json."""
+        return {}

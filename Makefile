@@ -1,0 +1,41 @@
+# The two commands of the README, and the developer's: each makes its own virtual environment when there is none.
+#   make demo    the whole road on synthetic x-rays, ending with a report      make lint    ruff and mypy
+#   make test    the test suite                                                make bench   benchmarks of this machine
+#   make clean   remove the environment and what the commands above wrote
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo-output
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@sed -n '2,4s/^# *//p' Makefile
+
+# `--no-compile` saves a third of the time; the constraints keep CUDA packages out where pip is told of a CPU torch.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, found {v[0]}.{v[1]}; try make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/ddpm-lmk demo --out $(OUT)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/ddpm-lmk bench all --out benchmarks/results
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

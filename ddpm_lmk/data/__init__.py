@@ -1,0 +1,69 @@
+"""From packed shards to batches: `open_loader` is the one door. Importing it does not import torch, calling it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+if TYPE_CHECKING:
+    from ddpm_lmk.config import RunConfig
+    from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
+
+
+@overload
+def open_loader(
+    cfg: RunConfig,
+    *,
+    stage: Literal["train"],
+    rank: int = ...,
+    world: int = ...,
+    device: Any = ...,
+    split: None = ...,
+    cache: dict[Any, Any] | None = ...,
+) -> TrainLoader: ...
+
+
+@overload
+def open_loader(
+    cfg: RunConfig,
+    *,
+    stage: Literal["evaluate"],
+    rank: int = ...,
+    world: int = ...,
+    device: Any = ...,
+    split: str | None = ...,
+    cache: dict[Any, Any] | None = ...,
+) -> EvalLoader: ...
+
+
+def open_loader(
+    cfg: RunConfig,
+    *,
+    stage: Literal["train", "evaluate"],
+    rank: int = 0,
+    world: int = 1,
+    device: Any = "cpu",
+    split: str | None = None,
+    cache: dict[Any, Any] | None = None,
+) -> TrainLoader | EvalLoader:
+    """Open the data of a run for one process.
+
+    Args:
+        cfg: the run; `data`, `train`, `evaluate`, `task.kind` and `seed` are read.
+        stage: "train" for the endless augmented stream, "evaluate" for one pass over a split.
+        rank: this process, of `world`.
+        world: number of processes.
+        device: where batches are wanted (a torch device or its name).
+        split: the split to evaluate; None: `evaluate.split`.
+        cache: keeps decoded pixels for the next loader of the same data; the caller owns it.
+
+    Raises:
+        ConfigError: the run cannot be honoured (world size, shots, overlapping splits, several labelled folders).
+        DataError: the data is missing, empty, without labels, or broken beyond `data.max_bad_fraction`.
+        ResourceError: the pixels do not fit where `data.residency` wants them.
+        StoppedError: the file system does not answer.
+    """
+    from ddpm_lmk.data.torch_loader import open_evaluation, open_training
+
+    if stage == "train":
+        return open_training(cfg, rank=rank, world=world, device=device, cache=cache)
+    return open_evaluation(cfg, split=split, rank=rank, world=world, device=device, cache=cache)

@@ -1,0 +1,65 @@
+"""What a loader hands to a task: one micro-batch of images, points and the way back to native pixels.
+
+Nothing here knows where the pixels came from or what is learnt from them. Coordinates are (x, y), pixel centres lie at
+integers, the centre of the top-left pixel is (0, 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that a device computes at once, `B` of them, each `S` pixels wide and high, with `N` landmarks.
+
+    Attributes:
+        images: `[B, 1, S, S]` float32 in [0, 1], channels-last memory.
+        points: `[B, N, 2]` float32 network pixels, NaN where a sample has no label; None when the data has none.
+        to_native: `[B, 2, 3]` float32, network pixels to native pixels (undoes augmentation and resizing).
+        native_size: `[B, 2]` float32, (width, height) of the original file.
+        mm_per_px: `[B]` float32, spacing of native pixels after the spec's rule, NaN where unknown.
+        positions: `[B]` int64, place in the training stream, or in the evaluated split.
+        weight: `[B]` float32, 1 for a sample that counts, 0 for one repeated to fill the shape.
+        ids: sample names, `B` of them.
+    """
+
+    images: Tensor
+    points: Tensor | None
+    to_native: Tensor
+    native_size: Tensor
+    mm_per_px: Tensor
+    positions: Tensor
+    weight: Tensor
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        """The same batch on `device`; memory layout is kept."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One rank's part of an optimizer step.
+
+    Attributes:
+        size: images of the step over all ranks; what the summed loss is divided by.
+        micro_batches: this rank's micro-batches, the same number and shape on every rank.
+        wait_s: seconds the caller waited for the data.
+    """
+
+    size: int
+    micro_batches: list[Batch]
+    wait_s: float

@@ -1,0 +1,217 @@
+"""The packed sets a run reads: which of their rows, with which labels, and what to do when one cannot be read.
+
+Knows configuration and manifests, neither pixels in memory nor torch. Labels are read when a loader opens; without
+labels only the index is touched, so a pool of a million images opens in no time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+
+from ddpm_lmk.config import DataConfig, RunConfig
+from ddpm_lmk.data.augment import Floats, compose, resize_matrix
+from ddpm_lmk.data.order import few_shot_rows
+from ddpm_lmk.data.shards import CorruptSampleError, Manifest, SampleRecord, to_stored_matrix
+from ddpm_lmk.errors import ConfigError, DataError, StoppedError
+
+log = logging.getLogger(__name__)
+
+RETRY_DELAYS_S = (0.2, 1.0, 3.0, 6.0)  # a network mount that is back within ten seconds costs nothing
+_BUDGET_FLOOR = 10  # bad samples that are always tolerated (failures.md, B26)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a batch says about a sample besides its pixels; `to_network` takes native px to network px."""
+
+    id: str
+    points: Floats | None  # [N, 2] native px
+    native_size: tuple[int, int]
+    mm_per_px: float  # NaN: unknown
+    to_network: Floats  # [2, 3]
+
+
+class Corpus:
+    """Some rows of one packed set, at the network's image size. With `labelled`, only rows that have points."""
+
+    def __init__(self, manifest: Manifest, rows: np.ndarray, image_size: int, *, labelled: bool) -> None:
+        self.manifest, self.image_size = manifest, image_size
+        self._resize = resize_matrix(manifest.stored_size, image_size)
+        self.records: dict[int, SampleRecord] = {}
+        if labelled:
+            read = ((int(row), with_retries(manifest.read_record, int(row))) for row in rows)
+            self.records = {row: record for row, record in read if record.points is not None}
+            rows = np.array(list(self.records), dtype=np.int64)
+        self.rows = np.asarray(rows, dtype=np.int64)
+
+    @property
+    def shards(self) -> np.ndarray:
+        """The shard of each row."""
+        return np.asarray(self.manifest.index["shard"][self.rows])
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Use only these rows from here on."""
+        self.rows = rows
+        self.records = {row: self.records[row] for row in rows.tolist() if row in self.records}
+
+    def facts(self, row: int) -> Facts:
+        """Label, spacing and geometry of a row; without labels the name is dataset:row."""
+        record = self.records.get(row)
+        if record is None:
+            entry = self.manifest.index[row]
+            size = (int(entry["width"]), int(entry["height"]))
+            to_stored = to_stored_matrix(size, self.manifest.stored_size, self.manifest.aspect)
+            return Facts(f"{self.manifest.dataset}:{row}", None, size, np.nan, compose(self._resize, to_stored))
+        spacing = self.manifest.spec.resolve_spacing(record.points, record.mm_per_px)
+        to_network = compose(self._resize, record.to_stored)
+        return Facts(record.id, record.points, record.native_size, np.nan if spacing is None else spacing, to_network)
+
+    def decode(self, row: int) -> np.ndarray:
+        """Pixels at network size, uint8 or uint16 `[S, S]`: shrunk by area, enlarged linearly, half-pixel centres.
+
+        Raises:
+            CorruptSampleError: the bytes are not those packed, or are no image.
+            StoppedError: the file system does not answer.
+        """
+        data = with_retries(self.manifest.read_bytes, row)
+        try:
+            pixels = self.manifest.decode_bytes(data)
+            if pixels.shape != (self.image_size, self.image_size):
+                shrinks = self.image_size < pixels.shape[0]
+                side = (self.image_size, self.image_size)
+                pixels = cv2.resize(pixels, side, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        except DataError:
+            raise
+        except Exception as error:  # a decoder may leak anything, StopIteration included (failures.md, B27)
+            raise CorruptSampleError(f"row {row} of {self.manifest.root}: {type(error).__name__}: {error}") from error
+        return pixels
+
+
+class Quarantine:
+    """Samples that could not be read, each once; stops the run when they are too many."""
+
+    def __init__(self, corpora: Sequence[Corpus], max_bad_fraction: float) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._corpora, self._fraction = corpora, max_bad_fraction
+        self._num_images = sum(len(corpus.rows) for corpus in corpora)
+        self._seen: set[tuple[int, int]] = set()
+        self._lock = Lock()
+
+    def add(self, corpus: int, row: int, reason: str) -> None:
+        """Record a bad sample.
+
+        Raises:
+            DataError: more than max(10, max_bad_fraction) are bad, or a whole shard of more than 10 samples is.
+        """
+        with self._lock:
+            if (corpus, row) in self._seen:
+                return
+            self._seen.add((corpus, row))
+            manifest = self._corpora[corpus].manifest
+            self.entries.append({"dataset": manifest.dataset, "row": row, "reason": reason})
+            log.warning("sample left out: %s", reason)
+            if len(self.entries) > max(_BUDGET_FLOOR, self._fraction * self._num_images):
+                raise DataError(
+                    f"{len(self.entries)} of {self._num_images} samples cannot be read (data.max_bad_fraction="
+                    f"{self._fraction:g}), last: {reason}; run `ddpm-lmk shards verify` and pack again"
+                )
+            self._check_shard(corpus, row)
+
+    def _check_shard(self, corpus: int, row: int) -> None:
+        used, shards = self._corpora[corpus], self._corpora[corpus].manifest.index["shard"]
+        bad = sum(1 for c, r in self._seen if c == corpus and shards[r] == shards[row])
+        if bad > _BUDGET_FLOOR and bad == int((used.shards == shards[row]).sum()):
+            raise DataError(f"shard {int(shards[row])} of {used.manifest.root} is wholly bad; restore it or pack again")
+
+
+def with_retries(read: Callable[[int], Result], row: int) -> Result:
+    """Call `read(row)`, again after a pause when the file system fails; that never counts as a corrupt sample.
+
+    Raises:
+        StoppedError: it failed five times.
+    """
+    for delay in (*RETRY_DELAYS_S, None):
+        try:
+            return read(row)
+        except (OSError, DataError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
+            if delay is None:
+                raise StoppedError(
+                    f"the data cannot be read ({cause.strerror or cause}) after {len(RETRY_DELAYS_S) + 1} tries; "
+                    "give the same command when the file system is back"
+                ) from error
+            log.warning("reading failed (%s), again in %g s", cause.strerror or cause, delay)
+            time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+def training_corpora(cfg: RunConfig) -> list[Corpus]:
+    """The rows trained on: all of `data.splits` for a pool, the labelled shots of one set for landmarks.
+
+    Raises:
+        ConfigError: a split is trained on and scored, several folders for landmarks, more shots than images.
+        DataError: a folder is not a pack, a split does not exist or is empty, there are no labels.
+    """
+    data, labelled = cfg.data, cfg.task.kind == "landmarks"
+    for key, split in (("data.validation_split", data.validation_split), ("evaluate.split", cfg.evaluate.split)):
+        if split in data.splits:
+            raise ConfigError(f"{key}={split} is also in data.splits, so it would be trained on; use another split")
+    corpora = _open_splits(data, data.splits, labelled=labelled)
+    if labelled:
+        corpus = corpora[0]
+        corpus.keep(few_shot_rows(corpus.rows, corpus.manifest.dataset, data.shots, data.draw, cfg.seed))
+    return corpora
+
+
+def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
+    """All rows of one split, for landmarks those with labels. Raises as `training_corpora`."""
+    return _open_splits(cfg.data, (split,), labelled=cfg.task.kind == "landmarks")
+
+
+def fingerprint(corpora: Sequence[Corpus]) -> str:
+    """What the data is: the manifest's own fingerprint, or a digest over those of a pool."""
+    prints = [corpus.manifest.fingerprint for corpus in corpora]
+    return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
+
+
+def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool) -> list[Corpus]:
+    """In a pool, a set may lack some of the splits, but each split must be in one of the sets."""
+    if labelled and len(data.path) > 1:
+        raise ConfigError(
+            f"data.path has {len(data.path)} folders; task landmarks learns from one, pools are for denoise"
+        )
+    manifests = [Manifest.open(path) for path in data.path]
+    prints = [manifest.fingerprint for manifest in manifests]
+    if len(set(prints)) < len(prints):
+        raise ConfigError("data.path names the same packed set twice; use data.weights to draw more from one")
+    for split in splits:
+        if not any(split in manifest.splits for manifest in manifests):
+            there = "; ".join(f"{manifest.root}: {', '.join(manifest.splits)}" for manifest in manifests)
+            raise DataError(f"there is no split {split!r} (there are {there}); change data.splits or evaluate.split")
+    return [_open_one(manifest, splits, data.image_size, labelled=labelled) for manifest in manifests]
+
+
+def _open_one(manifest: Manifest, splits: Sequence[str], image_size: int, *, labelled: bool) -> Corpus:
+    wanted = [split for split in splits if split in manifest.splits]
+    names = ", ".join(splits)
+    if not wanted:
+        raise DataError(f"{manifest.root} has none of the splits {names}; it has {', '.join(manifest.splits)}")
+    if labelled and manifest.spec.num_landmarks == 0:
+        raise DataError(f"{manifest.root} is packed without landmarks; task landmarks needs a labelled set")
+    corpus = Corpus(manifest, manifest.rows(wanted), image_size, labelled=labelled)
+    if len(corpus.rows) == 0:
+        raise DataError(f"{manifest.root} has no {'labelled ' if labelled else ''}image in {names}; pack some")
+    return corpus

@@ -1,0 +1,205 @@
+"""Reads packed shards by offset: `Manifest` is the one door.
+
+A folder of shards holds WebDataset tars (`KEY.npy|png|jpg` + `KEY.json`), `manifest.json` (what was packed and how,
+with a digest per shard) and `index.npy` (one fixed-width row per sample, memory-mapped: a million samples cost no
+Python objects). Order, sampling and augmentation belong to the loader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pydantic import ValidationError
+
+from ddpm_lmk.data.records import (
+    INDEX_DTYPE,
+    Aspect,
+    CorruptSampleError,
+    Encoding,
+    SampleRecord,
+    record_from_json,
+)
+from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.data.writer import FORMAT, FORMAT_VERSION, fingerprint_of
+from ddpm_lmk.errors import DataError
+
+_MAX_OPEN_SHARDS = 256
+_NPY_HEADER = 128
+
+
+class Manifest:
+    """A folder of shards, opened. Rows are in ascending order of sample id; reading is safe from many threads."""
+
+    def __init__(self, root: Path, header: dict[str, Any], index: np.memmap) -> None:
+        self.root = root
+        self.dataset: str = header["dataset"]
+        self.spec = DatasetSpec.model_validate(header["spec"])
+        self.splits: tuple[str, ...] = tuple(header["splits"])
+        self.encoding: Encoding = header["encoding"]
+        self.bits: int = header["bits"]
+        self.stored_size: int = header["stored_size"]
+        self.aspect: Aspect = header["aspect"]
+        self.settings: dict[str, Any] = header["settings"]
+        self.shards: list[dict[str, Any]] = header["shards"]
+        self.fingerprint: str = header["fingerprint"]
+        self.format_version: int = header["format_version"]
+        self.index = index
+        self._handles: dict[int, int] = {}
+        self._finalizer = weakref.finalize(self, _close_all, self._handles)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Manifest:
+        """Open a folder written by `shards pack`; checks the header, the index and every shard's presence and size.
+
+        Raises:
+            DataError: not such a folder, written by a newer version, or a shard is missing or has another size.
+        """
+        root = Path(path)
+        header = _read_header(root)
+        index = _open_index(root, header)
+        for shard in header["shards"]:
+            _check_shard_size(root, shard)
+        try:
+            return cls(root, header, index)
+        except (KeyError, TypeError, ValidationError) as error:
+            raise DataError(f"{root / 'manifest.json'} is damaged ({type(error).__name__}); pack again") from error
+
+    def rows(self, splits: Sequence[str]) -> np.ndarray:
+        """Index numbers of the samples of these splits, in order of id.
+
+        Raises:
+            DataError: a split does not exist here, or none has a sample.
+        """
+        unknown = [name for name in splits if name not in self.splits]
+        if unknown:
+            raise DataError(f"{self.root} has no split {unknown[0]!r}; it has {', '.join(self.splits)}")
+        wanted = [self.splits.index(name) for name in splits]
+        return np.flatnonzero(np.isin(self.index["split"], wanted))
+
+    def read_bytes(self, row: int) -> bytes:
+        """The encoded image of a row, exactly as packed.
+
+        Raises:
+            CorruptSampleError: the bytes changed.
+        """
+        entry = self.index[row]
+        data = self._read(int(entry["shard"]), int(entry["offset"]), int(entry["size"]))
+        if hashlib.sha256(data).digest()[:16] != entry["sha256"].tobytes():
+            raise CorruptSampleError(f"row {row} of {self.root}: the image is not what was packed (sha256 differs)")
+        return data
+
+    def read_record(self, row: int) -> SampleRecord:
+        """The labels and facts of a row.
+
+        Raises:
+            CorruptSampleError: the bytes changed.
+        """
+        entry = self.index[row]
+        data = self._read(int(entry["shard"]), int(entry["json_offset"]), int(entry["json_size"]))
+        return record_from_json(data, size=self.stored_size, aspect=self.aspect)
+
+    def decode(self, row: int) -> np.ndarray:
+        """Pixels of a row, uint8 or uint16 `[H, W]`; read-only where they are stored raw."""
+        return self.decode_bytes(self.read_bytes(row))
+
+    def decode_bytes(self, data: bytes) -> np.ndarray:
+        """Pixels of what `read_bytes` returned, uint8 or uint16 `[H, W]`.
+
+        Raises:
+            CorruptSampleError: they are not an image of the stored size and type.
+        """
+        dtype = np.dtype(np.uint8 if self.bits == 8 else "<u2")
+        shape = (self.stored_size, self.stored_size)
+        if self.encoding == "raw":
+            # A .npy header is text; its shape and type are known here, so it is skipped, never interpreted.
+            if len(data) != _NPY_HEADER + shape[0] * shape[1] * dtype.itemsize:
+                raise CorruptSampleError(f"a raw image of {self.root} has {len(data)} bytes; pack again")
+            return np.frombuffer(data, dtype, offset=_NPY_HEADER).reshape(shape)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if image is None or image.shape != shape or image.dtype != dtype:
+            raise CorruptSampleError(f"an image of {self.root} does not decode to {shape} {dtype.name}; pack again")
+        return image
+
+    def close(self) -> None:
+        """Close the shard files."""
+        _close_all(self._handles)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Manifest is not sent between processes; open the folder there")
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        handle = self._handles.get(shard)
+        if handle is not None:
+            return os.pread(handle, size, offset)
+        path = self.root / self.shards[shard]["name"]
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; is the folder still there?") from error
+        keep = len(self._handles) < _MAX_OPEN_SHARDS
+        try:
+            return os.pread(handle, size, offset)
+        finally:
+            if not keep or self._handles.setdefault(shard, handle) != handle:
+                os.close(handle)
+
+
+def _read_header(root: Path) -> dict[str, Any]:
+    path = root / "manifest.json"
+    hint = "give a folder written by `ddpm-lmk shards pack`"
+    if not path.is_file():
+        raise DataError(f"{root} has no manifest.json; {hint}")
+    try:
+        header = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}); {hint}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DataError(f"{path} is not a manifest of this tool; {hint}")
+    if header.get("format_version") != FORMAT_VERSION:
+        version = header.get("format_version")
+        raise DataError(f"{path} has format version {version}, not {FORMAT_VERSION}; update the tool or pack again")
+    if header.get("fingerprint") != fingerprint_of(header) or not isinstance(header.get("shards"), list):
+        raise DataError(f"{path} was changed after packing (fingerprint differs); pack again")
+    return header
+
+
+def _open_index(root: Path, header: dict[str, Any]) -> np.memmap:
+    path = root / "index.npy"
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; pack again") from error
+    if digest != header["index_sha256"]:
+        raise DataError(f"{path} was changed after packing (sha256 differs); pack again")
+    index = np.load(path, mmap_mode="r", allow_pickle=False)
+    if index.dtype != INDEX_DTYPE or index.shape != (header["count"],):
+        raise DataError(f"{path} is not an index of this tool; pack again")
+    return index
+
+
+def _check_shard_size(root: Path, shard: dict[str, Any]) -> None:
+    if Path(shard["name"]).name != shard["name"]:
+        raise DataError(f"{root / 'manifest.json'} names a shard outside its folder; do not use it")
+    path = root / shard["name"]
+    if not path.is_file():
+        raise DataError(f"shard {path} is missing; restore it or pack again")
+    size = path.stat().st_size
+    if size != shard["size"]:
+        raise DataError(f"shard {path} has {size} bytes, {shard['size']} wanted: cut off or changed; pack again")
+
+
+def _close_all(handles: dict[int, int]) -> None:
+    while handles:
+        os.close(handles.popitem()[1])

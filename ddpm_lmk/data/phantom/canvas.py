@@ -1,0 +1,158 @@
+"""Adding up attenuation: outlines in millimetres become a map of the line integral of mu along each ray.
+
+Materials carry linear attenuation coefficients at roughly 60 keV. Shapes are filled at four (large pictures: two)
+times the resolution and averaged, so edges are anti-aliased and lie where the outline says. Random textures come from
+lattices of a fixed number of cells, so a picture shows the same anatomy at every size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ddpm_lmk.data.phantom.pose import Frame
+
+MU = {"soft": 0.020, "air": -0.015, "bone": 0.048, "metal": 0.700}  # 1/mm; air: lung in place of soft tissue
+SUBPIXEL_BITS = 4
+Region = tuple[slice, slice]
+Points = Sequence[Any] | np.ndarray  # (x, y) in mm, `[N, 2]` or `[2]`: an array, or sequences of that shape
+
+
+def smooth(controls: Points, *, closed: bool = False, steps: int = 8) -> np.ndarray:
+    """Catmull-Rom curves `[..., M, 2]` through all control points `[..., K, 2]`, `steps` samples per span."""
+    points = np.asarray(controls, dtype=np.float64)
+    first, last = points[..., :1, :], points[..., -1:, :]
+    ends = (last, points[..., :2, :]) if closed else (2 * first - points[..., 1:2, :], 2 * last - points[..., -2:-1, :])
+    padded = np.concatenate([ends[0], points, ends[1]], axis=-2)[..., None, :]
+    spans = points.shape[-2] if closed else points.shape[-2] - 1
+    before, start, stop, after = (padded[..., shift : shift + spans, :, :] for shift in range(4))
+    t = (np.arange(steps) / steps)[:, None]
+    cubic = 3 * (start - stop) + after - before
+    curve = start + 0.5 * t * (stop - before + t * (2 * before - 5 * start + 4 * stop - after + t * cubic))
+    flat = curve.reshape(*points.shape[:-2], -1, 2)
+    return flat if closed else np.concatenate([flat, last], axis=-2)
+
+
+def band(line: Points, half_width: float | np.ndarray) -> np.ndarray:
+    """Outlines `[..., 2M, 2]` of strokes along `line` `[..., M, 2]`; half-widths in mm broadcast to `[..., M]`."""
+    line = np.asarray(line, dtype=np.float64)
+    tangent = np.empty_like(line)
+    tangent[..., 1:-1, :] = line[..., 2:, :] - line[..., :-2, :]
+    tangent[..., 0, :], tangent[..., -1, :] = line[..., 1, :] - line[..., 0, :], line[..., -1, :] - line[..., -2, :]
+    tangent /= np.maximum(np.sqrt((tangent**2).sum(axis=-1, keepdims=True)), 1e-9)
+    offset = np.stack([-tangent[..., 1], tangent[..., 0]], axis=-1) * np.asarray(half_width)[..., None]
+    return np.concatenate([line + offset, (line - offset)[..., ::-1, :]], axis=-2)
+
+
+def ellipse(centre: Points, radii: Points, turn_deg: float = 0.0, count: int = 40) -> np.ndarray:
+    """Outline `[count, 2]` of a turned ellipse."""
+    t, a = np.linspace(0, 2 * np.pi, count, endpoint=False), np.deg2rad(turn_deg)
+    x, y = radii[0] * np.cos(t), radii[1] * np.sin(t)
+    return np.stack([centre[0] + x * np.cos(a) - y * np.sin(a), centre[1] + x * np.sin(a) + y * np.cos(a)], axis=1)
+
+
+class Canvas:
+    """`path [H, W]`: the line integral of mu, growing with every shape drawn."""
+
+    def __init__(self, frame: Frame, rng: np.random.Generator) -> None:
+        self.frame, self.rng = frame, rng
+        self.path = np.zeros(frame.shape, np.float32)
+        self.samples = 4 if max(frame.shape) <= 384 else 2
+        self.trabeculae = 1 + 0.10 * self.noise(240) + 0.07 * self.noise(90)
+
+    def noise(self, cells: int) -> np.ndarray:
+        """Standard normal values on a lattice of `cells` along the height, interpolated to the picture."""
+        height, width = self.frame.shape
+        across = max(2, round(cells * self.frame.size_mm[0] / self.frame.size_mm[1]))
+        lattice = self.rng.standard_normal((cells, across), dtype=np.float32)
+        method = cv2.INTER_AREA if cells > height else cv2.INTER_CUBIC
+        return cv2.resize(lattice, (width, height), interpolation=method)
+
+    def mask(self, outlines: Sequence[np.ndarray], pad_mm: float = 0.0) -> tuple[Region, np.ndarray] | None:
+        """Union of outlines as coverage in [0, 1] on the region they touch, `pad_mm` larger; None when out of sight."""
+        corners = self.frame.px(np.concatenate(list(outlines)))
+        pad = 2 + int(np.ceil(pad_mm * self.frame.px_per_mm))
+        height, width = self.frame.shape
+        left, top = (int(v) for v in np.clip(np.floor(corners.min(axis=0)) - pad, 0, (width, height)))
+        right, bottom = (int(v) for v in np.clip(np.ceil(corners.max(axis=0)) + pad + 1, 0, (width, height)))
+        if left >= right or top >= bottom:
+            return None
+        ends = np.cumsum([len(outline) for outline in outlines])[:-1]
+        region = (slice(top, bottom), slice(left, right))
+        return region, self._coverage(np.split(corners, ends), region)
+
+    def mask_at(self, region: Region, outline: np.ndarray) -> np.ndarray:
+        """Coverage of one outline on a region chosen before."""
+        return self._coverage([self.frame.px(outline)], region)
+
+    def _coverage(self, outlines_px: Sequence[np.ndarray], region: Region) -> np.ndarray:
+        """Fill at `samples` times the resolution, then average."""
+        origin = np.array([region[1].start, region[0].start])
+        rows, columns = region[0].stop - region[0].start, region[1].stop - region[1].start
+        fine = np.zeros((rows * self.samples, columns * self.samples), np.uint8)
+        for points in outlines_px:
+            scaled = ((points - origin + 0.5) * self.samples - 0.5) * 2**SUBPIXEL_BITS
+            cv2.fillPoly(fine, [np.round(scaled).astype(np.int32)], 255, shift=SUBPIXEL_BITS)
+        return cv2.resize(fine, (columns, rows), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+    def blur(self, values: np.ndarray, sigma_mm: float) -> np.ndarray:
+        """Gaussian blur; wide ones work on a reduced copy, which looks the same and costs little."""
+        sigma = max(sigma_mm * self.frame.px_per_mm, 0.3)
+        factor = int(sigma // 3)
+        if factor < 2 or min(values.shape) < 4 * factor:
+            return cv2.GaussianBlur(values, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+        height, width = values.shape
+        small = cv2.resize(values, (max(1, width // factor), max(1, height // factor)), interpolation=cv2.INTER_AREA)
+        small = cv2.GaussianBlur(small, (0, 0), sigma / factor, borderType=cv2.BORDER_REPLICATE)
+        return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+
+    def fill(
+        self,
+        outlines: Sequence[np.ndarray],
+        material: str,
+        mm: float,
+        *,
+        soften_mm: float = 0.0,
+        within: np.ndarray | None = None,
+    ) -> None:
+        """Add `mm` of a material inside the outlines (negative: take away); edges may be soft, or cut by `within`."""
+        found = self.mask(outlines, 3 * soften_mm)
+        if found is None:
+            return
+        region, coverage = found
+        if soften_mm:
+            coverage = self.blur(coverage, soften_mm)
+        if within is not None:
+            coverage = coverage * self.mask_at(region, within)
+        self.path[region] += np.float32(MU[material] * mm) * coverage
+
+    def cloud(self, outlines: Sequence[np.ndarray], material: str, mm: float, *, soften_mm: float) -> None:
+        """Add about `mm` of a material, in flakes."""
+        found, flakes = self.mask(outlines, 3 * soften_mm), np.maximum(0.6 + 0.5 * self.noise(24), 0)
+        if found is not None:
+            region, coverage = found
+            self.path[region] += np.float32(MU[material] * mm) * self.blur(coverage, soften_mm) * flakes[region]
+
+    def bone(self, outlines: Sequence[np.ndarray], inside_mm: float, shell_mm: float, *, wall_mm: float = 1.2) -> None:
+        """Add bones: a spongy inside with trabecular texture and a shell, seen edge-on, of about `wall_mm`."""
+        found = self.mask(outlines, 3 * wall_mm)
+        if found is not None:
+            region, coverage = found
+            rim = 2 * (1 - self.blur(coverage, wall_mm))
+            self.path[region] += MU["bone"] * coverage * (inside_mm * self.trabeculae[region] + shell_mm * rim)
+
+    def body(self, outlines: Sequence[np.ndarray], radius_mm: float, *, material: str = "soft") -> None:
+        """Add a rounded body: 2 sqrt(d (2R - d)) thick at depth d < R from its edge, 2R beyond."""
+        found = self.mask(outlines)
+        if found is None:
+            return
+        region, coverage = found
+        framed = cv2.copyMakeBorder((coverage > 0.5).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+        depth_px = np.minimum(cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1], sum(framed.shape))
+        depth = cv2.GaussianBlur(depth_px, (0, 0), 0.6, borderType=cv2.BORDER_REPLICATE) / self.frame.px_per_mm
+        depth = np.minimum(depth, radius_mm)
+        thickness = self.blur(2 * np.sqrt(depth * (2 * radius_mm - depth)), 0.8)
+        self.path[region] += np.float32(MU[material]) * coverage * thickness

@@ -1,0 +1,120 @@
+"""Packed shards: what to import for writing (`ShardWriter`), reading (`Manifest`) and the full check (`verify`)."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ddpm_lmk.data.manifest import Manifest
+from ddpm_lmk.data.records import EXTENSIONS, INDEX_DTYPE, CorruptSampleError, SampleRecord, to_stored_matrix
+from ddpm_lmk.data.writer import ShardWriter
+from ddpm_lmk.errors import CheckpointError, DataError
+
+__all__ = [
+    "INDEX_DTYPE",
+    "CorruptSampleError",
+    "Manifest",
+    "SampleRecord",
+    "ShardWriter",
+    "VerifyReport",
+    "to_stored_matrix",
+    "verify",
+]
+
+
+@dataclass
+class VerifyReport:
+    """What a full check saw. `problems`: one line each; `foreign`: members that have no business in a shard."""
+
+    root: Path
+    samples: int = 0
+    shards: int = 0
+    bytes: int = 0
+    per_split: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        """Nothing was found wrong."""
+        return not (self.problems or self.foreign)
+
+    def check(self) -> None:
+        """Raise CheckpointError for foreign members, DataError for damage, with the first finding."""
+        if self.foreign:
+            raise CheckpointError(
+                f"{self.root}: {len(self.foreign)} foreign members, first: {self.foreign[0]}; do not use it"
+            )
+        if self.problems:
+            raise DataError(f"{self.root}: {len(self.problems)} problems, first: {self.problems[0]}; pack again")
+
+
+def verify(path: str | Path) -> VerifyReport:
+    """Read everything: shard digests, tar members, image digests, pixels, and every JSON against the index.
+
+    Raises:
+        DataError: the folder cannot even be opened (see `Manifest.open`).
+    """
+    manifest = Manifest.open(path)
+    report = VerifyReport(manifest.root, samples=len(manifest), shards=len(manifest.shards))
+    report.per_split = {name: int((manifest.index["split"] == code).sum()) for code, name in enumerate(manifest.splits)}
+    report.foreign += sorted({path.name for path in manifest.root.iterdir()} - _expected_files(manifest))
+    for number, shard in enumerate(manifest.shards):
+        report.bytes += shard["size"]
+        _verify_shard(manifest, number, report)
+    last_id = ""
+    for row in range(len(manifest)):
+        try:
+            record = _verify_row(manifest, row)
+        except DataError as error:
+            report.problems.append(str(error))
+            continue
+        if row and record.id <= last_id:
+            report.problems.append(f"row {row}: ids are not ascending or come twice")
+        last_id = record.id
+    manifest.close()
+    return report
+
+
+def _verify_row(manifest: Manifest, row: int) -> SampleRecord:
+    manifest.decode(row)
+    record = manifest.read_record(row)
+    entry = manifest.index[row]
+    if record.native_size != (entry["width"], entry["height"]) or record.split != manifest.splits[entry["split"]]:
+        raise DataError(f"row {row}: JSON and index disagree on native size or split")
+    if record.points is not None and record.points.shape != (manifest.spec.num_landmarks, 2):
+        raise DataError(f"row {row}: {len(record.points)} points, {manifest.spec.num_landmarks} wanted")
+    return record
+
+
+def _verify_shard(manifest: Manifest, number: int, report: VerifyReport) -> None:
+    shard = manifest.shards[number]
+    path = manifest.root / shard["name"]
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+            report.problems.append(f"{shard['name']}: sha256 differs from the manifest")
+    rows = manifest.index[manifest.index["shard"] == number]
+    wanted = {int(offset): f".{EXTENSIONS[manifest.encoding]}" for offset in rows["offset"]}
+    wanted |= {int(offset): ".json" for offset in rows["json_offset"]}
+    try:
+        for member in _members(path):
+            suffix = wanted.pop(member.offset_data, None)
+            if suffix is None or not member.isreg() or "/" in member.name or not member.name.endswith(suffix):
+                report.foreign.append(f"{member.name!r} in {shard['name']}")
+    except tarfile.TarError as error:
+        report.problems.append(f"{shard['name']}: not a readable tar ({error})")
+    if wanted:
+        report.problems.append(f"{shard['name']}: {len(wanted)} members of the index are not in the tar")
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Headers only; nothing is ever extracted."""
+    with tarfile.open(path, "r:") as tar:
+        yield from tar
+
+
+def _expected_files(manifest: Manifest) -> set[str]:
+    return {"manifest.json", "index.npy", "refused.jsonl"} | {shard["name"] for shard in manifest.shards}

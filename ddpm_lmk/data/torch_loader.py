@@ -1,0 +1,282 @@
+"""The torch loader: positions in, batches out, for training (endless, augmented) and for evaluation (each sample once).
+
+It holds no random state: what a batch contains follows from the run file and its positions. Which sample stands where
+is in `order`, what is done to it in `augment` and `warp`, where its pixels are in `resident`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.augment import Changes, compose, draw_changes, invert, move, no_changes
+from ddpm_lmk.data.batch import Batch, Group
+from ddpm_lmk.data.corpora import Corpus, Facts, Quarantine, evaluation_corpora, fingerprint, training_corpora
+from ddpm_lmk.data.order import GroupPlan, SampleOrder, keyed_uniform
+from ddpm_lmk.data.resident import Residency, ResidentPixels, StreamPixels, open_pixels
+from ddpm_lmk.data.shards import CorruptSampleError, SampleRecord
+from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.data.warp import develop
+from ddpm_lmk.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+_PREFETCH = 2  # groups, or evaluation batches, made ahead of the one in use
+_SUBSTITUTES = 16  # tries at finding a readable sample for a position
+
+Request = TypeVar("Request")
+Made = TypeVar("Made")
+Place = tuple[int, int]  # corpus, row
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Which of the processes this is, and the device it works on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+class _Loader:
+    """What training and evaluation share: samples at places become a batch on the device."""
+
+    def __init__(self, cfg: RunConfig, corpora: Sequence[Corpus], seat: Seat, cache: dict[Any, Any] | None) -> None:
+        assert 0 <= seat.rank < seat.world
+        self._cfg, self._corpora, self._seat = cfg, corpora, seat
+        self._decoders = ThreadPoolExecutor(cfg.data.workers, "decode") if cfg.data.workers else None
+        self.residency: Residency
+        self._pixels: StreamPixels | ResidentPixels
+        self._pixels, self.residency = open_pixels(
+            corpora,
+            cfg.data.residency,
+            device=seat.device,
+            workers=cfg.data.workers,
+            world=seat.world,
+            cache=cache,
+        )
+
+    @property
+    def num_images(self) -> int:
+        """Images in use."""
+        return sum(len(corpus.rows) for corpus in self._corpora)
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """Facts of the dataset (of the first one, in a pool)."""
+        return self._corpora[0].manifest.spec
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the packed data changes."""
+        return fingerprint(self._corpora)
+
+    @property
+    def records(self) -> list[SampleRecord]:
+        """The labelled samples in use, few-shot ones in the order drawn; empty where labels are not used."""
+        return [corpus.records[row] for corpus in self._corpora for row in corpus.rows.tolist() if corpus.records]
+
+    def close(self) -> None:
+        """Stop the decoding threads; the loader cannot be used afterwards."""
+        if self._decoders is not None:
+            self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    def _map(self, function: Callable[..., Made], *columns: Iterable[Any]) -> list[Made]:
+        return list((self._decoders.map if self._decoders is not None else map)(function, *columns))
+
+    def _ahead(self, make: Callable[[Request], Made], requests: Iterator[Request]) -> Iterator[tuple[Made, float]]:
+        """`make` of every request, in order and in a thread that runs ahead, and the seconds waited for it."""
+        if self._cfg.data.workers == 0:
+            for request in requests:
+                began = time.perf_counter()
+                yield make(request), time.perf_counter() - began
+            return
+        with ThreadPoolExecutor(1, "prefetch") as thread:
+            pending = deque(thread.submit(make, request) for request in itertools.islice(requests, _PREFETCH))
+            try:
+                while pending:
+                    began = time.perf_counter()
+                    made = pending.popleft().result()
+                    waited = time.perf_counter() - began
+                    pending.extend(thread.submit(make, request) for request in itertools.islice(requests, 1))
+                    yield made, waited
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _batch(
+        self,
+        places: Sequence[Place],
+        fetched: Sequence[Any],
+        positions: np.ndarray,
+        weights: np.ndarray,
+        changes: Changes,
+    ) -> Batch:
+        raw = self._pixels.stack(fetched)
+        images = develop(raw, changes, seed=self._cfg.seed, positions=positions, intensity=self._cfg.data.intensity)
+        facts = [self._corpora[corpus].facts(row) for corpus, row in places]
+        to_image = compose(changes.matrix, np.stack([fact.to_network for fact in facts]))
+        batch = Batch(
+            images=images,
+            points=_moved_points(facts, to_image),
+            to_native=_tensor(invert(to_image)),
+            native_size=_tensor(np.array([fact.native_size for fact in facts])),
+            mm_per_px=_tensor(np.array([fact.mm_per_px for fact in facts])),
+            positions=torch.from_numpy(positions.copy()),
+            weight=_tensor(weights),
+            ids=tuple(fact.id for fact in facts),
+        )
+        return batch.to(self._seat.device)
+
+
+class TrainLoader(_Loader):
+    """The endless training stream of one rank, in groups.
+
+    Attributes:
+        plan: where each step starts and how many images it takes.
+        quarantine: one dict per sample that could not be read: dataset, row, reason.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        corpora: Sequence[Corpus],
+        seat: Seat,
+        cache: dict[Any, Any] | None,
+        *,
+        plan: GroupPlan,
+    ) -> None:
+        super().__init__(cfg, corpora, seat, cache)
+        self.plan = plan
+        self._order = SampleOrder(
+            cfg.seed, [(c.rows, c.shards) for c in corpora], cfg.data.weights, cfg.data.shuffle_window
+        )
+        self._quarantine = Quarantine(corpora, cfg.data.max_bad_fraction)
+        if isinstance(self._pixels, ResidentPixels):
+            for corpus, row, reason in self._pixels.bad_among(corpora):
+                self._quarantine.add(corpus, row, reason)
+
+    @property
+    def quarantine(self) -> list[dict[str, Any]]:
+        """Samples this rank met and could not read."""
+        return self._quarantine.entries
+
+    def groups(self, start_step: int = 0) -> Generator[Group, None, None]:
+        """Yield this rank's part of every group from `start_step` on, without end.
+
+        Raises:
+            DataError: too many samples cannot be read. StoppedError: the file system does not answer.
+        """
+        for (step, micro_batches), waited in self._ahead(self._make, itertools.count(start_step)):
+            yield Group(self.plan.size(step), micro_batches, waited)
+
+    def _make(self, step: int) -> tuple[int, list[Batch]]:
+        positions, weights, micro = self.plan.share(step, self._seat.rank, self._seat.world)
+        found = self._map(self._find, positions.tolist(), *(axis.tolist() for axis in self._order.at(positions)))
+        batches = []
+        for begin in range(0, len(positions), micro):
+            part = slice(begin, begin + micro)
+            changes = draw_changes(self._cfg.data.augment, self._cfg.seed, positions[part], self._cfg.data.image_size)
+            places, fetched = zip(*found[part], strict=True)
+            batches.append(self._batch(places, fetched, positions[part], weights[part], changes))
+        return step, batches
+
+    def _find(self, position: int, corpus: int, row: int) -> tuple[Place, Any]:
+        """The sample at a position, or the first readable substitute: a function of the position and the bytes."""
+        for candidate in itertools.chain([row], self._substitutes(position, corpus)):
+            try:
+                return (corpus, candidate), self._pixels.fetch(corpus, candidate)
+            except CorruptSampleError as error:
+                self._quarantine.add(corpus, candidate, str(error))
+        raise DataError(
+            f"{self._corpora[corpus].manifest.root}: none of {_SUBSTITUTES + 1} samples drawn for position {position} "
+            "can be read; run `ddpm-lmk shards verify` and pack again"
+        )
+
+    def _substitutes(self, position: int, corpus: int) -> Iterator[int]:
+        """Rows to try instead, of the same set; drawn only when they are needed."""
+        rows = self._corpora[corpus].rows
+        picks = keyed_uniform(self._cfg.seed, "substitute", np.array([position]), _SUBSTITUTES)[0] * len(rows)
+        yield from rows[picks.astype(np.int64)].tolist()
+
+
+class EvalLoader(_Loader):
+    """One pass over a split, unaugmented. Over all ranks each sample comes once with weight 1; padding has weight 0.
+
+    Every rank has the same number of batches of the same shape. A sample that cannot be read raises DataError: a score
+    over fewer images is another score.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, _ in self._ahead(self._make, iter(self._parts())):
+            yield batch
+
+    def _parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Positions and weights of this rank's batches."""
+        share = -(-self.num_images // self._seat.world)
+        size = min(self._cfg.evaluate.batch, share)
+        padded = self._seat.rank * share + np.arange(-(-share // size) * size)
+        weights = (padded < min((self._seat.rank + 1) * share, self.num_images)).astype(np.float32)
+        positions = np.where(weights > 0, padded, 0)
+        return [(positions[i : i + size], weights[i : i + size]) for i in range(0, len(padded), size)]
+
+    def _make(self, part: tuple[np.ndarray, np.ndarray]) -> Batch:
+        positions, weights = part
+        starts = np.cumsum([0, *(len(corpus.rows) for corpus in self._corpora)])
+        corpus = np.searchsorted(starts, positions, side="right") - 1
+        places = [(int(c), int(self._corpora[c].rows[p - starts[c]])) for c, p in zip(corpus, positions, strict=True)]
+        fetched = self._map(self._pixels.fetch, *zip(*places, strict=True))
+        return self._batch(places, fetched, positions, weights, no_changes(len(positions)))
+
+
+def open_training(
+    cfg: RunConfig, *, rank: int, world: int, device: torch.device | str, cache: dict[Any, Any] | None
+) -> TrainLoader:
+    """See `ddpm_lmk.data.open_loader`."""
+    corpora = training_corpora(cfg)
+    count = sum(len(corpus.rows) for corpus in corpora)
+    train = cfg.train
+    # The paper leaves out a part of a micro-batch in pre-training, but uses every labelled image (paper.md, 2 and 3).
+    plan = GroupPlan(count, train.group_size, train.micro_batch, train.windows, drop_last=cfg.task.kind == "denoise")
+    plan.check_world(world)
+    if count < plan.largest:
+        log.warning("%d images are fewer than train.group_size=%d: groups repeat them", count, train.group_size)
+    return TrainLoader(cfg, corpora, Seat(rank, world, torch.device(device)), cache, plan=plan)
+
+
+def open_evaluation(
+    cfg: RunConfig,
+    *,
+    split: str | None,
+    rank: int,
+    world: int,
+    device: torch.device | str,
+    cache: dict[Any, Any] | None,
+) -> EvalLoader:
+    """See `ddpm_lmk.data.open_loader`."""
+    wanted = split or cfg.evaluate.split
+    if wanted is None:
+        raise ConfigError("evaluate.split is null, so there is nothing to evaluate; name a split")
+    return EvalLoader(cfg, evaluation_corpora(cfg, wanted), Seat(rank, world, torch.device(device)), cache)
+
+
+def _moved_points(facts: Sequence[Facts], to_image: np.ndarray) -> torch.Tensor | None:
+    """`[B, N, 2]` network px; None where no sample has a label (labelled and unlabelled ones are never mixed)."""
+    points = [fact.points for fact in facts if fact.points is not None]
+    if not points:
+        return None
+    return _tensor(move(np.stack(points), to_image))
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

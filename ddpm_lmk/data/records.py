@@ -65,7 +65,7 @@ def to_stored_matrix(native_size: tuple[int, int], size: int, aspect: Aspect) ->
     """
     left, top, width, height = content_box(native_size, size, aspect)
     sx, sy = width / native_size[0], height / native_size[1]
-    return np.array([[sx, 0.0, left], [0.0, sy, 0.5 * sy - 0.5 + top]])
+    return np.array([[sx, 0.0, 0.5 * sx - 0.5 + left], [0.0, sy, 0.5 * sy - 0.5 + top]])
 
 
 def content_box(native_size: tuple[int, int], size: int, aspect: Aspect) -> tuple[int, int, int, int]:

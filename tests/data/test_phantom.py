@@ -164,15 +164,22 @@ def test_the_face_ends_at_its_soft_landmarks() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_have_more_structure_at_landmarks_than_elsewhere(kind: str) -> None:
-    ratios = []
-    for index in range(8):
-        phantom = render(kind, 9, index, 256)
-        shown = cv2.GaussianBlur(phantom.image.astype(np.float32), (0, 0), 1.5)
-        slope = cv2.GaussianBlur(np.hypot(cv2.Sobel(shown, -1, 1, 0), cv2.Sobel(shown, -1, 0, 1)), (0, 0), 1.5)
-        columns, rows = np.round(phantom.points).astype(int).T
-        ratios.append(slope[rows, columns].mean() / np.median(slope))
-    assert np.median(ratios) > 1.5
+def test_a_picture_has_more_structure_at_its_own_landmarks_than_at_those_of_others(kind: str) -> None:
+    own, others = [], []
+    phantoms = [render(kind, 9, index, 192) for index in range(8)]
+    for phantom in phantoms:
+        shown = cv2.GaussianBlur(phantom.image.astype(np.float32), (0, 0), 1)
+        slope = np.hypot(cv2.Sobel(shown, -1, 1, 0), cv2.Sobel(shown, -1, 0, 1))
+        own.append(structure(slope, normalised(phantom)))
+        others += [structure(slope, normalised(other)) for other in phantoms if other is not phantom]
+    assert np.mean(own) > np.mean(others) + 1.1  # of log slope; labels moved by 5 % of the side miss this
+    assert np.mean(np.array(own) > np.mean(others)) >= 0.75
+
+
+def structure(slope: np.ndarray, points: np.ndarray) -> float:
+    """Mean log slope at normalised points."""
+    columns, rows = (points * slope.shape[::-1]).astype(int).T
+    return float(np.log(slope[rows, columns] + 1).mean())
 
 
 def test_filled_edges_lie_where_the_outline_says() -> None:

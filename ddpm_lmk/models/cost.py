@@ -1,0 +1,138 @@
+"""What a network costs, from its configuration alone: parameters, operations, memory. Nothing is built or run.
+
+Two counts of operations are kept apart. `flops_forward` is that of the published algorithm (for the paper's network
+at 256 x 256: 1,747.147 GMAC, paper.md section 1), the number to compare methods by. `flops_executed` is what our code
+runs for the same result, after the algebra described in `blocks`; the number to compare with a device's peak. Both
+count convolutions, linear layers and attention products, one multiply-add as two, and leave out norms and activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ddpm_lmk.config import UNetConfig
+from ddpm_lmk.models.unet import linear_levels
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Counts for one image of a given side; bytes are for fp32."""
+
+    params: int
+    flops_forward: int  # published algorithm
+    flops_executed: int  # this implementation
+    flops_train: int  # forward and backward as executed, recomputation included
+    activation_bytes: int  # kept between forward and backward; an estimate
+    weight_bytes: int
+    optimizer_bytes: int  # the two moments of AdamW
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One block: parameters, multiply-adds (published, executed), values kept for the backward pass, values given."""
+
+    params: int
+    macs: int
+    executed: int
+    kept: int
+    given: int
+    recomputed: bool = True
+
+
+def model_cost(cfg: UNetConfig, image_size: int, out_channels: int, *, full_size: bool = True) -> ModelCost:
+    """Cost of `build_model(cfg, out_channels=..., full_size=...)` for one image of `image_size` squared, with time."""
+    parts = list(_parts(cfg, image_size // cfg.patch, out_channels * (cfg.patch**2 if full_size else 1)))
+    params = sum(part.params for part in parts)
+    executed = 2 * sum(part.executed for part in parts)
+    kept = sum(part.kept for part in parts)
+    repeated = 0
+    if cfg.checkpointing:
+        again = [part for part in parts if part.recomputed]
+        kept += sum(part.given - part.kept for part in again) + max(part.kept for part in again)
+        repeated = 2 * sum(part.executed for part in again)
+    return ModelCost(
+        params=params,
+        flops_forward=2 * sum(part.macs for part in parts),
+        flops_executed=executed,
+        flops_train=3 * executed + repeated,
+        activation_bytes=kept * FLOAT_BYTES,
+        weight_bytes=params * FLOAT_BYTES,
+        optimizer_bytes=2 * params * FLOAT_BYTES,
+    )
+
+
+def _parts(cfg: UNetConfig, side: int, num_outputs: int) -> Iterator[_Part]:
+    """The blocks in the order of the forward pass; `side` is that of the first level."""
+    width, time_dim, hidden = cfg.width, 4 * cfg.width, cfg.heads * cfg.head_dim
+    channels = [width, *(width * m for m in cfg.multipliers)]
+    levels = list(zip(channels[:-1], channels[1:], linear_levels(cfg), strict=True))
+    last, area = len(levels) - 1, [(side >> level) ** 2 for level in range(len(levels))]
+    yield _conv(cfg.patch**2, width, area[0], taps=1)
+    yield _linear(width, time_dim)
+    yield _linear(time_dim, time_dim)
+    for level, (inner, outer, attends) in enumerate(levels):
+        yield from (_resnet(inner, inner, area[level], time_dim) for _ in range(2))
+        if attends:
+            yield _linear_attention(inner, area[level], hidden, cfg.head_dim)
+        yield _conv(inner, outer, area[level], taps=9) if level == last else _half(inner, outer, area[level])
+    deepest = channels[-1]
+    yield _resnet(deepest, deepest, area[last], time_dim)
+    yield _full_attention(deepest, area[last], hidden)
+    yield _resnet(deepest, deepest, area[last], time_dim)
+    for level, (inner, outer, attends) in reversed(list(enumerate(levels))):
+        yield from (_resnet(outer + inner, outer, area[level], time_dim) for _ in range(2))
+        if attends:
+            yield _linear_attention(outer, area[level], hidden, cfg.head_dim)
+        yield _conv(outer, inner, area[level], taps=9) if level == 0 else _double(outer, inner, area[level])
+    yield _resnet(2 * width, width, area[0], time_dim, recomputed=False)
+    yield _conv(width, num_outputs, area[0], taps=1)
+
+
+def _conv(cin: int, cout: int, area: int, *, taps: int) -> _Part:
+    macs = taps * cin * cout * area
+    return _Part(taps * cin * cout + cout, macs, macs, cin * area, cin * area, recomputed=taps > 1)
+
+
+def _linear(cin: int, cout: int) -> _Part:
+    return _Part(cin * cout + cout, cin * cout, cin * cout, cin, cin, recomputed=False)
+
+
+def _half(cin: int, cout: int, area: int) -> _Part:
+    """Pixel-unshuffle and 1x1 convolution; `area` is that of the input."""
+    macs = cin * cout * area
+    return _Part(4 * cin * cout + cout, macs, macs, cin * area, cin * area)
+
+
+def _double(cin: int, cout: int, area: int) -> _Part:
+    """Enlargement and 3x3 convolution, run as one transposed 4x4 convolution; `area` is that of the input."""
+    return _Part(9 * cin * cout + cout, 36 * cin * cout * area, 16 * cin * cout * area, cin * area, cin * area)
+
+
+def _resnet(cin: int, cout: int, area: int, time_dim: int, *, recomputed: bool = True) -> _Part:
+    """Two 3x3 convolutions, two norms, the time projection and, where channels change, a 1x1 convolution.
+
+    Kept: the input; what each norm, the modulation and each SiLU was given; the first block's output.
+    """
+    shortcut = cin * cout if cin != cout else 0
+    weights = 9 * cin * cout + 9 * cout * cout + shortcut
+    params = weights + (2 * cout + 4 * cout) + (cout if shortcut else 0) + 2 * cout * (time_dim + 1)
+    macs = weights * area + 2 * cout * time_dim
+    return _Part(params, macs, macs, (cin + 6 * cout) * area, cin * area, recomputed)
+
+
+def _linear_attention(channels: int, area: int, hidden: int, head_dim: int) -> _Part:
+    """Kept: the input, its norm, query and key after their softmax, and the last norm's input."""
+    params = 2 * channels + 3 * channels * hidden + (hidden + 1) * channels + 2 * channels
+    published = (4 * channels * hidden + 2 * hidden * head_dim) * area
+    executed = 4 * channels * hidden * area + 2 * hidden * head_dim * channels
+    return _Part(params, published, executed, (3 * channels + 2 * hidden) * area, channels * area)
+
+
+def _full_attention(channels: int, area: int, hidden: int) -> _Part:
+    """Kept: the input, its norm, query, key, value and the result of the attention."""
+    params = 2 * channels + 3 * channels * hidden + (hidden + 1) * channels
+    macs = 4 * channels * hidden * area + 2 * hidden * area**2
+    return _Part(params, macs, macs, (2 * channels + 4 * hidden) * area, channels * area)

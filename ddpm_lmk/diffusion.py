@@ -1,8 +1,8 @@
 """The forward and backward diffusion processes: schedules, `q_sample`, `p_sample`, and two samplers.
 
-Timesteps are integers in [0, T); `alpha_bar[t]` is the share of signal power left after step t, so t = 0 is almost clean
-and t = T - 1 almost noise. Sources: Ho et al. 2020 (DDPM, the equations named below follow the paper of this project,
-Eq. 2 and 4), Nichol & Dhariwal 2021 (cosine schedule), Song et al. 2021 (DDIM), Salimans & Ho 2022 (v-prediction).
+Timesteps are integers in [0, T); `alpha_bar[t]` is the share of signal power left after step t, so t = 0 is almost
+clean and t = T - 1 almost noise. Sources: Ho et al. 2020 (DDPM; Eq. 2 and 4 are those of the paper this project
+follows), Nichol & Dhariwal 2021 (cosine schedule), Song et al. 2021 (DDIM), Salimans & Ho 2022 (v-prediction).
 Nothing here knows about networks, data or randomness keys: noise and timesteps come in as arguments.
 """
 
@@ -81,7 +81,7 @@ class NoiseSchedule:
         return signal * x_t - noise * output, noise * x_t + signal * output
 
     def p_sample(self, x_t: Tensor, t: int, eps_hat: Tensor, z: Tensor | None) -> Tensor:
-        """One ancestral step from `t` to `t - 1` (Eq. 4) with variance beta_t; `z` is standard normal, None adds none."""
+        """One ancestral step from `t` to `t - 1` (Eq. 4), variance beta_t; `z` is standard normal, None adds none."""
         beta, alpha_bar = float(self.betas[t]), float(self.alpha_bar[t])
         mean = (x_t - beta / math.sqrt(1.0 - alpha_bar) * eps_hat) / math.sqrt(1.0 - beta)
         return mean if z is None else mean + math.sqrt(beta) * z
@@ -114,9 +114,9 @@ def ddpm_sample(
 def ddim_sample(
     model: Denoiser, schedule: NoiseSchedule, x_t: Tensor, *, num_steps: int = 50, target: Target = "eps"
 ) -> Iterator[Tensor]:
-    """Deterministic DDIM sampling (Song et al. 2021, eta = 0) over `num_steps` evenly spaced timesteps; yields x_0 estimates.
+    """Deterministic DDIM sampling (Song et al. 2021, eta = 0) over `num_steps` evenly spaced timesteps.
 
-    The estimate is clipped to [0, 1], the range of the training images, before each jump.
+    Yields the estimate of x_0 at each. It is clipped to [0, 1], the range of the training images, before each jump.
     """
     if not 1 <= num_steps < schedule.num_timesteps:
         raise ValueError(f"num_steps={num_steps}, wanted 1..{schedule.num_timesteps - 1}")

@@ -35,7 +35,7 @@ class Codec(Protocol):
     full_size: bool  # maps have the size of the image, or are `model.patch` times smaller
 
     def grid_shift(self, native_size: Tensor, image_size: int) -> Tensor:
-        """What is added to network pixels `[B, N, 2]` to get this codec's grid; native sizes `[B, 2]` (w, h) -> `[B, 1, 2]`."""
+        """What to add to network pixels to get this codec's grid; native sizes `[B, 2]` (w, h) -> `[B, 1, 2]`."""
 
     def loss(self, logits: Tensor, points: Tensor, image_size: int) -> Tensor:
         """Loss per image `[B]` of maps `[B, N, h, w]` for `points` `[B, N, 2]`; NaN points do not count."""
@@ -45,7 +45,7 @@ class Codec(Protocol):
 
 
 class DiscCodec:
-    """Binary discs, cross-entropy over the landmark channels, centroid of the largest contour: the released code's way.
+    """Discs, cross-entropy over landmark channels, centroid of the largest contour: the released way.
 
     The released code puts a landmark with ratio r = x / width on grid point round(r * S): its grid is the one of network
     pixels, moved by `grid_shift`.
@@ -83,7 +83,7 @@ class DiscCodec:
         return -(target * logits.float().log_softmax(1)).sum(1).mean((1, 2))
 
     def decode(self, logits: Tensor, image_size: int) -> Decoded:
-        """Centroid of the largest outer contour of {logit >= half the largest logit}; (0, 0) and `failed` without one."""
+        """Centroid of the largest outer contour of {logit >= half the largest}; (0, 0) and `failed` without one."""
         maps = logits.detach().float().cpu().numpy()
         found = np.array([[_largest_contour(m) for m in image] for image in maps], dtype=np.float64)  # [B, N, 4]
         found = found.reshape(*maps.shape[:2], 4)
@@ -107,8 +107,8 @@ def _largest_contour(logits: np.ndarray) -> tuple[float, float, float, float]:
 class SpatialCodec:
     """One distribution over all pixels per landmark: Gaussian target, cross-entropy, local mean around the peak.
 
-    Every pixel takes part in the softmax, so a response far from the landmark costs; the map is a probability, so its
-    spread is an uncertainty. Maps may be smaller than the image: cell i of a map with stride s lies at s i + (s - 1) / 2.
+    Every pixel takes part in the softmax, so a response far from the landmark costs; the map is a probability, so
+    its spread is an uncertainty. Maps may be smaller than the image: cell i at stride s lies at s i + (s - 1) / 2.
     """
 
     full_size = False

@@ -57,8 +57,7 @@ def test_disc_decode_reads_back_what_encode_drew():
 
 
 def peaked(value_elsewhere, size=32):
-    maps = torch.full((1, 1, size, size), value_elsewhere)
-    return maps
+    return torch.full((1, 1, size, size), value_elsewhere)
 
 
 def test_disc_decode_fails_to_the_origin_where_the_released_code_does():
@@ -88,7 +87,7 @@ def test_disc_decode_takes_the_largest_contour_and_ignores_intensities():
 
 
 def test_disc_grid_puts_a_native_point_on_the_released_ratio():
-    """x = 1000 in 1935 pixels: ratio 1000/1935 * 256 = 132.3; network pixel (x + 0.5) * 256/1935 - 0.5."""
+    """Native x = 1000 of 1935 has ratio 1000 / 1935; its network pixel is (x + 0.5) * 256 / 1935 - 0.5."""
     native = torch.tensor([[1935.0, 2400.0]])
     network = torch.tensor([[[1000.5 * 256 / 1935 - 0.5, 600.5 * 256 / 2400 - 0.5]]])
     expected = torch.tensor([[[1000 * 256 / 1935, 600 * 256 / 2400]]])

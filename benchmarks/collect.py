@@ -1,0 +1,143 @@
+"""Turn the result files of this folder into tables, and put them where the documents want them.
+
+    python -m benchmarks.collect            # writes README.md and benchmarks/README.md, between their markers
+
+No number in those documents is typed: each comes from a file under benchmarks/results, which names the machine, the
+versions and the day it was measured. A marker whose result file is missing keeps what it has.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm_lmk.report_text import update_between_markers
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+def main() -> None:
+    """Update every marker whose result file is there, and say which."""
+    for document, marker, source, table in PLACES:
+        if not source.exists():
+            sys.stdout.write(f"{marker}: {source.relative_to(HERE)} is not there, left as it is\n")
+            continue
+        changed = update_between_markers(document, f"numbers:{marker}", table(source))
+        sys.stdout.write(f"{marker}: {'updated' if changed else 'unchanged'}\n")
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def machine(result: dict[str, Any]) -> str:
+    """One line on where and when a result was measured."""
+    hardware = result.get("hardware") or result.get("device") or {}
+    name = hardware.get("cpu") or hardware.get("name") or hardware.get("device")
+    load = hardware.get("load_1_min", hardware.get("load_1min_at_end"))
+    busy = "" if load is None else f", load {load:.1f} when measured"
+    versions = ", ".join(f"{key} {value}" for key, value in result.get("versions", {}).items() if value != "None")
+    cores, day = hardware.get("cores", hardware.get("cpus", "?")), result.get("date", result.get("when", ""))[:10]
+    return f"{name}, {cores} cores{busy}; {versions}; {day}"
+
+
+def pack_table(source: Path) -> str:
+    """Packing and reading per encoding."""
+    result = json.loads(source.read_text())
+    heads = ["dataset", "encoding", "bytes/image", "packed images/CPU-s", "read images/CPU-s", "RMS error, grey levels"]
+    rows = [
+        [
+            row["dataset"],
+            f"{row['encoding']} {row['bits']} bit" + (f" q{row['quality']}" if row["quality"] else ""),
+            f"{row['bytes_per_image']:,}",
+            f"{row['pack_images_per_cpu_s']:.0f}",
+            f"{row['read_images_per_cpu_s']:,.0f}",
+            row["rms_levels"],
+        ]
+        for row in result["rows"]
+    ]
+    return f"{machine(result)}\n\n{markdown(heads, rows)}"
+
+
+def loader_table(source: Path) -> str:
+    """Images per second of the loader per size, residency and augmentation."""
+    result = json.loads(source.read_text())
+    heads = ["size, px", "residency", "share of images moved", "images/s", "images/CPU-s"]
+    rows = [
+        [
+            row["image_size_px"],
+            row["residency"],
+            row["augmented_share"],
+            f"{row['images_per_s']:,.0f}",
+            f"{row['images_per_cpu_s']:,.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    return f"{machine(result)}\n\n{markdown(heads, rows)}"
+
+
+def model_table(source: Path) -> str:
+    """Forward, backward and update of a preset."""
+    result = json.loads(source.read_text())
+    heads = ["preset", "size, px", "batch", "what", "median ms", "images/s", "share of measured conv/matmul peak, %"]
+    rows = [
+        [
+            result["preset"],
+            row["image_size_px"],
+            row["batch"],
+            part.replace("_", " + "),
+            f"{row[part]['median_ms']:.0f}",
+            f"{row[part]['images_per_s']:.1f}",
+            f"{row[part]['share_of_measured_peak_pct']:.0f}",
+        ]
+        for row in result["rows"]
+        for part in ("forward", "forward_backward", "train_step")
+    ]
+    return f"{machine(result)}, {result['threads']} thread\n\n{markdown(heads, rows)}"
+
+
+def train_table(source: Path) -> str:
+    """Images per second of real runs."""
+    results = [json.loads(path.read_text()) for path in sorted(source.parent.glob("train_step-*.json"))]
+    heads = ["run file", "size, px", "group", "images/s", "data wait, %", "threads", "load", "day"]
+    rows = [
+        [
+            Path(result["run_file"]).name,
+            result["image_size_px"],
+            result["group_size_images"],
+            f"{result['images_per_s']:.1f}",
+            f"{100 * result['data_wait']:.1f}",
+            result["threads"],
+            result["load_average"][0],
+            result["date"][:10],
+        ]
+        for result in results
+    ]
+    return markdown(heads, rows)
+
+
+def copied(source: Path) -> str:
+    """A table that a report wrote."""
+    return source.read_text()
+
+
+README = HERE.parent / "README.md"
+BENCHMARKS = HERE / "README.md"
+PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
+    (README, "isbi", RESULTS / "isbi_cpu" / "report.md", copied),
+    (README, "demo", RESULTS / "demo" / "report.md", copied),
+    (BENCHMARKS, "pack", RESULTS / "pack_real.json", pack_table),
+    (BENCHMARKS, "pack-phantoms", RESULTS / "pack_phantoms.json", pack_table),
+    (BENCHMARKS, "loader", RESULTS / "loader-isbi2015_ceph.json", loader_table),
+    (BENCHMARKS, "model", RESULTS / "model_step_tiny_cpu.json", model_table),
+    (BENCHMARKS, "train", RESULTS / "train_step-pretrain-isbi-cpu.json", train_table),
+)
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-output
+PYTEST_ARGS ?= -n auto --dist loadfile
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -26,7 +27,7 @@ demo: $(READY)
 	$(BIN)/ddpm-lmk demo --out $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -47,8 +47,8 @@ class Codec(Protocol):
 class DiscCodec:
     """Discs, cross-entropy over landmark channels, centroid of the largest contour: the released way.
 
-    The released code puts a landmark with ratio r = x / width on grid point round(r * S): its grid is the one of network
-    pixels, moved by `grid_shift`.
+    The released code puts a landmark with ratio r = x / width on grid point round(r * S): its grid is the one of
+    network pixels, moved by `grid_shift`.
     """
 
     full_size = True

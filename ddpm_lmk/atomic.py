@@ -1,0 +1,52 @@
+"""Whole files or none: a reader never sees half of a result.
+
+Small outputs (JSON, CSV, HTML, PNG) are written under a temporary name in the same folder, flushed to the disk and
+renamed. Checkpoints, which are folders with checksums, are `durable`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ddpm_lmk.errors import ResourceError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one move; ResourceError when the disk refuses."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror}; free or unlock the disk and run again") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Put UTF-8 text at `path` in one move."""
+    write_bytes(path, content.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Put `content` at `path` as indented JSON in one move; NaN and infinities are a bug and raise ValueError."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,276 @@
+"""Scores a landmark model on a split: predictions in native pixels, both protocols, the mean shape beside them.
+
+`evaluate_split` serves the end of a run, `evaluate_run` a finished run on any packed set. Both write `predictions.csv`
+(one row per image and landmark; all a report needs) and `results.json`, whole or not at all. New pictures are in
+`predict`, samples of a denoising model in `sampling`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ddpm_lmk import atomic, scoring
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data import open_loader
+from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.data.corpora import Corpus, evaluation_corpora, training_corpora
+from ddpm_lmk.data.records import SampleRecord
+from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.errors import DataError
+from ddpm_lmk.loaded import LoadedRun, open_run, pixel_settings
+from ddpm_lmk.tasks import LandmarkTask, Predictions
+
+COLUMNS = (
+    "image_id",
+    "landmark_index",
+    "landmark_name",
+    "x",
+    "y",
+    "true_x",
+    "true_y",
+    "error_px",
+    "error_mm",
+    "spread_px",
+    "failed",
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model found in one image, native px."""
+
+    points: np.ndarray  # [N, 2] float64
+    spread_px: np.ndarray  # [N]
+    failed: np.ndarray  # [N] bool
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The truth about a split, in order of id; M images, N landmarks, native px."""
+
+    ids: list[str]
+    points: np.ndarray  # [M, N, 2]
+    native_size: np.ndarray  # [M, 2] (width, height)
+    mm_per_px: np.ndarray  # [M], NaN where unknown
+
+
+def evaluate_split(
+    cfg: RunConfig,
+    task: LandmarkTask,
+    model: nn.Module,
+    parallel: Parallel,
+    *,
+    split: str,
+    out: Path,
+    cache: dict[str, Any] | None = None,
+    train: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Predict every labelled image of `split` once, over all ranks, and score it; call on every rank.
+
+    Args:
+        out: folder that gets `predictions.csv` and `results.json` (written by rank 0).
+        cache: pixels kept resident between the runs of a sweep, as `open_loader` takes it.
+        train: what training took (steps, images, wall_s), copied into the results.
+
+    Returns:
+        The content of `results.json`, on every rank.
+
+    Raises:
+        DataError: an image was predicted twice or not at all, a prediction is not finite, or a spacing is missing.
+    """
+    found = predict_split(cfg, task, model, parallel, split=split, cache=cache)
+
+    def score() -> dict[str, Any]:
+        corpus = evaluation_corpora(cfg, split)[0]
+        shots = training_corpora(cfg)[0]
+        shape = training_shape([shots.records[row] for row in shots.rows.tolist()])
+        facts = {
+            "name": cfg.name,
+            "dataset": corpus.manifest.dataset,
+            "spec": task.spec.name,
+            "split": split,
+            "seed": cfg.seed,
+            "draw": cfg.data.draw,
+            "shots": cfg.data.shots,
+            "start": cfg.init.model_dump(mode="json"),
+            "labels": {"training": len(shots.rows), "validation": _count_validation(cfg)},
+            "train": None if train is None else dict(train),
+            "pixels": pixel_settings(corpus.manifest),
+        }
+        return _score_and_write(task.spec, found, corpus, shape, out, facts)
+
+    return parallel.on_main(score)
+
+
+def evaluate_run(
+    run: str | Path,
+    *,
+    data: str | Path,
+    split: str,
+    out: Path,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> dict[str, Any]:
+    """Score a finished landmark run on a split of a packed set with the same landmarks; writes and returns the results.
+
+    Raises:
+        DataError: the set has other landmarks, or the run cannot say what it learnt from.
+    """
+    loaded = open_run(run, kind="landmarks", device=device)
+    assert isinstance(loaded.task, LandmarkTask)
+    settings = loaded.cfg.data.model_copy(update={"path": (str(data),)})
+    cfg = loaded.cfg.model_copy(update={"data": settings})
+    corpus = evaluation_corpora(cfg, split)[0]
+    spec = corpus.manifest.spec
+    if spec.landmark_names != loaded.spec.landmark_names:
+        raise DataError(
+            f"{run} finds the {loaded.spec.num_landmarks} landmarks of {loaded.spec.name}, {data} has the "
+            f"{spec.num_landmarks} of {spec.name}; evaluate on a set with the same landmarks"
+        )
+    found = predict_split(cfg, loaded.task, loaded.model, loaded.parallel, split=split)
+    kept = ("name", "seed", "draw", "shots", "start", "labels", "train", "pixels")
+    facts = {key: loaded.results.get(key) for key in kept}
+    facts |= {"dataset": corpus.manifest.dataset, "spec": spec.name, "split": split, "run": str(loaded.path)}
+    return _score_and_write(spec, found, corpus, _shape_of(loaded), Path(out), facts)
+
+
+def _shape_of(loaded: LoadedRun) -> np.ndarray:
+    """Mean shape of the run's own shots: as it noted it, or from its training data."""
+    if "mean_shape_points" in loaded.results:
+        return np.array(loaded.results["mean_shape_points"])
+    shots = training_corpora(loaded.cfg)[0]
+    return training_shape([shots.records[row] for row in shots.rows.tolist()])
+
+
+@torch.inference_mode()
+def predict_split(
+    cfg: RunConfig,
+    task: LandmarkTask,
+    model: nn.Module,
+    parallel: Parallel,
+    *,
+    split: str,
+    cache: dict[str, Any] | None = None,
+) -> dict[str, Found]:
+    """What `model` finds in every labelled image of `split`, by image id, gathered from all ranks."""
+    loader = open_loader(
+        cfg,
+        stage="evaluate",
+        rank=parallel.rank,
+        world=parallel.world,
+        device=str(parallel.device),
+        split=split,
+        cache=cache,
+    )
+    was_training = model.training
+    model.eval()
+    rows: list[tuple[str, Found]] = []
+    try:
+        for batch in loader:
+            batch = batch.to(parallel.device)
+            with parallel.autocast(cfg.train.precision):
+                predictions = task.predict(model, batch)
+            is_real = (batch.weight > 0).tolist()
+            found = to_native(predictions, batch)
+            rows += [(name, each) for name, each, real in zip(batch.ids, found, is_real, strict=True) if real]
+    finally:
+        model.train(was_training)
+        loader.close()
+    gathered = [row for part in parallel.gather(rows) for row in part]
+    names = [name for name, _ in gathered]
+    scoring.check_ids(names, names)
+    return dict(gathered)
+
+
+def to_native(predictions: Predictions, batch: Batch) -> list[Found]:
+    """Predictions of a batch in native pixels, one `Found` per image; spreads grow with the mean of both scales."""
+    matrix = batch.to_native.double().cpu().numpy()  # [B, 2, 3]
+    points = predictions.points.double().cpu().numpy()
+    native = points @ matrix[:, :, :2].swapaxes(1, 2) + matrix[:, None, :, 2]
+    scale = np.sqrt(np.abs(np.linalg.det(matrix[:, :, :2])))[:, None]
+    spread = predictions.spread_px.double().cpu().numpy() * scale
+    failed = predictions.failed.cpu().numpy()
+    return [Found(*row) for row in zip(native, spread, failed, strict=True)]
+
+
+def read_labels(corpus: Corpus) -> Labels:
+    """The labels of a corpus' rows, float64 as packed."""
+    facts = [corpus.facts(int(row)) for row in corpus.rows]
+    if any(fact.points is None for fact in facts):
+        raise DataError(f"{corpus.manifest.root} has images without landmarks; evaluate a labelled split")
+    return Labels(
+        ids=[fact.id for fact in facts],
+        points=np.stack([np.asarray(fact.points, np.float64) for fact in facts]),
+        native_size=np.array([fact.native_size for fact in facts], np.float64),
+        mm_per_px=np.array([fact.mm_per_px for fact in facts], np.float64),
+    )
+
+
+def score_points(
+    spec: DatasetSpec, points: np.ndarray, labels: Labels, failed: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Both protocols for points `[M, N, 2]` native px."""
+    spacing, ids = labels.mm_per_px, labels.ids
+    size, true = labels.native_size, labels.points
+    return {
+        "original": scoring.score_original(points, true, spacing, spec, ids=ids, failed=failed),
+        "paper": scoring.score_paper(points, size, true, spec, mm_per_px=spacing, ids=ids, failed=failed),
+    }
+
+
+def training_shape(records: list[SampleRecord]) -> np.ndarray:
+    """Mean shape `[N, 2]` of labelled training images, as shares of the picture."""
+    points = np.stack([np.asarray(record.points, np.float64) for record in records])
+    return scoring.mean_shape(points, np.array([record.native_size for record in records], np.float64))
+
+
+def _score_and_write(
+    spec: DatasetSpec, found: Mapping[str, Found], corpus: Corpus, shape: np.ndarray, out: Path, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Score what was found in a corpus, write predictions.csv and results.json, and return the latter's content."""
+    labels = read_labels(corpus)
+    scoring.check_ids(list(found), labels.ids)
+    points = np.stack([found[name].points for name in labels.ids])
+    failed = np.stack([found[name].failed for name in labels.ids])
+    results = {
+        "kind": "landmarks",
+        **facts,
+        "num_images": len(labels.ids),
+        "protocols": score_points(spec, points, labels, failed),
+        "mean_shape": score_points(spec, scoring.place_shape(shape, labels.native_size), labels),
+        "mean_shape_points": shape.round(6).tolist(),
+    }
+    atomic.write_text(out / "predictions.csv", predictions_csv(spec, found, labels))
+    atomic.write_json(out / "results.json", results)
+    return results
+
+
+def _count_validation(cfg: RunConfig) -> int:
+    """Labelled images a run looked at for its schedule, stopping or choice of weights: labels too."""
+    if cfg.data.validation_split is None:
+        return 0
+    return sum(len(corpus.rows) for corpus in evaluation_corpora(cfg, cfg.data.validation_split))
+
+
+def predictions_csv(spec: DatasetSpec, found: Mapping[str, Found], labels: Labels) -> str:
+    """The text of predictions.csv: native px, errors in px, and in mm where the spacing is known."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, true, spacing in zip(labels.ids, labels.points, labels.mm_per_px, strict=True):
+        here = found[name]
+        errors = np.linalg.norm(here.points - true, axis=-1)
+        for index, landmark in enumerate(spec.landmark_names):
+            numbers = [*here.points[index], *true[index], errors[index], errors[index] * spacing, here.spread_px[index]]
+            cells = ["" if np.isnan(number) else f"{number:.4f}" for number in numbers]
+            writer.writerow([name, index, landmark, *cells, int(here.failed[index])])
+    return text.getvalue()

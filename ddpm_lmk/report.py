@@ -1,0 +1,261 @@
+"""Finished runs to something to read: one self-contained HTML page, and the same table as CSV and Markdown.
+
+Everything in the page is inside it: no font, script or picture is fetched from anywhere. The x-rays of the overlays
+are read from the packed data, where it is still there. Numbers in other documents are put in place by
+`report_text.update_between_markers`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ddpm_lmk import atomic
+from ddpm_lmk import report_figures as figures
+from ddpm_lmk import report_html as html
+from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.errors import DataError
+from ddpm_lmk.overlay import draw_overlay, encode_jpeg, to_uint8
+from ddpm_lmk.report_data import PROTOCOLS, Run, Study, collect, paper_tables, parent_of
+from ddpm_lmk.report_text import csv_rows, markdown_table
+from ddpm_lmk.runfile import load_run
+from ddpm_lmk.sweep import read_json
+from ddpm_lmk.sweep_run import to_csv
+
+FEATURED = 3  # numbers of labels shown in the cumulative error curve
+OVERLAY_SIDE = 760
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Write `out` (HTML), and beside it the same name with .csv and .md; returns the three paths.
+
+    Args:
+        folders: sweep folders and run directories, finished or under way; only finished runs count.
+
+    Raises:
+        DataError: a folder is neither, or nothing in them is finished.
+    """
+    out = Path(out)
+    studies = collect([Path(folder) for folder in folders])
+    paths = [out, out.with_suffix(".csv"), out.with_suffix(".md")]
+    title = f"Landmarks from few labels: {', '.join(dict.fromkeys(study.dataset for study in studies))}"
+    atomic.write_text(paths[0], html.page(title, "".join(_section(study) for study in studies) + _footer()))
+    atomic.write_text(paths[1], to_csv([row for study in studies for row in csv_rows(study)]))
+    atomic.write_text(paths[2], "\n".join(markdown_table(study) for study in studies))
+    return paths
+
+
+def _section(study: Study) -> str:
+    """Everything about one dataset."""
+    best = study.best_start(max(study.shots))
+    parts = [
+        _header(study),
+        html.cards(study),
+        "<h2>Scores</h2>",
+        f'<p class="note">{_explanation(study)}</p>',
+        html.headline_table(study),
+        "<h2>Error against labels</h2>",
+        f'<div class="figures">{"".join(_mre_figure(study, protocol) for protocol in PROTOCOLS)}</div>',
+        _curves(study),
+        _overlays(study, best),
+        "<h2>Landmark by landmark</h2>",
+        f'<p class="note">Protocol original, starting from {escape(best)}, mean over seeds; bars to compare.</p>',
+        html.landmark_table(study, best),
+        "<h2>The runs</h2>",
+        html.facts_table(*_facts(study)),
+    ]
+    return "".join(parts)
+
+
+def _header(study: Study) -> str:
+    runs = (
+        f"{len(study.runs)} runs" if study.planned <= len(study.runs) else f"{len(study.runs)} of {study.planned} runs"
+    )
+    return (
+        f'<header><p class="eyebrow">few-shot landmark detection</p><h1>{escape(study.dataset)}</h1>'
+        f"<p>{escape(html.verdict(study))} {runs}, scored on the {study.num_images} images of split "
+        f"“{escape(study.split)}”.</p></header>"
+    )
+
+
+def _explanation(study: Study) -> str:
+    text = (
+        "MRE: mean radial error, mean ± standard deviation over the runs of a row. SDR: share of landmarks within a "
+        "distance. Protocol original: annotated points in pixels of the original file, with the right spacing. "
+        "Protocol paper: exactly what the released code of the paper computes. The mean shape is the average of the "
+        "same training labels and never looks at a picture. Validation labels are labels too: they count whenever a "
+        "run used them to stop or to choose weights."
+    )
+    table = paper_tables()["datasets"].get(study.spec)
+    if table is not None:
+        text += (
+            f" The paper's own rows (its table {table['table']}) are for {table['test_images']} test images and also "
+            f"used {table['validation_labels']} validation labels."
+        )
+    return text
+
+
+def _mre_figure(study: Study, protocol: str) -> str:
+    caption = {
+        "original": "Bands are one standard deviation over seeds.",
+        "paper": "The released code's metric, with the paper's own curves where it has them.",
+    }[protocol]
+    return html.figure(figures.mre_by_labels(study, protocol), caption, f"Protocol {protocol}")
+
+
+def _curves(study: Study) -> str:
+    """Cumulative error and learning curves, as far as the runs have kept what they need."""
+    featured = featured_shots(study.shots)
+    middle = featured[len(featured) // 2]
+    drawn = []
+    if any(run.predictions for run in study.runs):
+        caption = "Dotted verticals are the thresholds of the table."
+        drawn.append(html.figure(figures.cumulative_error(study, featured), caption, "Cumulative error"))
+    if (svg := figures.pre_training_curves(study)) is not None:
+        drawn.append(html.figure(svg, "The runs the starting weights came from; pale: as logged.", "Pre-training"))
+    if (svg := figures.fine_tuning_curves(study, middle)) is not None:
+        drawn.append(html.figure(svg, f"All runs with {middle} training labels.", "Fine-tuning"))
+    return f'<h2>Curves</h2><div class="figures three">{"".join(drawn)}</div>' if drawn else ""
+
+
+def featured_shots(shots: Sequence[int]) -> list[int]:
+    """At most three numbers of labels: the smallest, the middle one and the largest."""
+    if len(shots) <= FEATURED:
+        return list(shots)
+    return [shots[0], shots[len(shots) // 2], shots[-1]]
+
+
+def _overlays(study: Study, start: str) -> str:
+    """Best, median and worst picture of the best start with most labels (its first seed)."""
+    run = study.select(start, max(labels for labels in study.shots if study.select(start, labels)))[0]
+    errors = sorted(run.image_errors().items(), key=lambda item: item[1])
+    if not errors:
+        return ""
+    heading = "<h2>Best, median and worst</h2>"
+    text = (
+        f"Starting from {escape(start)} with {run.labels} labels, seed {run.results['seed']}. "
+        '<span class="key"><i style="color:#d07300">×</i> found, <i style="color:#2f9e44">○</i> annotated.</span>'
+    )
+    chosen = {"best": errors[0], "median": errors[len(errors) // 2], "worst": errors[-1]}
+    try:
+        drawn = [
+            html.figure(
+                html.image(_draw(run, name), f"x-ray {name} with landmarks"),
+                f"<strong>{which}</strong> {escape(name)}: {error:.2f} {run.unit} on average",
+            )
+            for which, (name, error) in chosen.items()
+        ]
+    except DataError as error:
+        return f'{heading}<p class="note">The pictures are not at hand: {escape(str(error))}</p>'
+    return f'{heading}<p class="note">{text}</p><div class="figures three">{"".join(drawn)}</div>'
+
+
+def _draw(run: Run, name: str) -> bytes:
+    """JPEG of one test picture, in its native aspect, with found and annotated points."""
+    cfg = load_run(run.folder / "config.yaml")
+    manifest = Manifest.open(cfg.data.path[0])
+    for row in manifest.rows([run.results["split"]]):
+        record = manifest.read_record(int(row))
+        if record.id == name:
+            break
+    else:
+        raise DataError(f"{manifest.root} has no image {name}")
+    native = np.array(record.native_size)
+    side = max(OVERLAY_SIDE, manifest.stored_size)
+    scale = side / native.max()
+    size = tuple(int(value) for value in np.maximum(1, np.rint(native * scale)))
+    to_shown = np.array([[scale, 0, 0.5 * scale - 0.5], [0, scale, 0.5 * scale - 0.5], [0, 0, 1]])
+    from_stored = np.linalg.inv(np.vstack([record.to_stored, [0, 0, 1]]))
+    matrix = (to_shown @ from_stored)[:2]
+    stored = to_uint8(manifest.decode(int(row)))
+    shown = cv2.warpAffine(stored, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    rows = run.predictions[name]
+    points, true = (
+        (np.array([[float(line[x]), float(line[y])] for line in rows]) + 0.5) * scale - 0.5
+        for x, y in (("x", "y"), ("true_x", "true_y"))
+    )
+    return encode_jpeg(draw_overlay(shown, points, true=true, side=max(size)))
+
+
+def _facts(study: Study) -> tuple[list[list[str]], list[str]]:
+    """One row per start: what ran, for how long, on what."""
+    headings = [
+        "starting weights",
+        "weights from",
+        "runs",
+        "seeds",
+        "steps",
+        "images seen",
+        "median time",
+        "hardware",
+        "network",
+    ]
+    rows = []
+    for start in study.starts:
+        runs = [run for run in study.runs if run.start == start]
+        train = [run.results.get("train") or {} for run in runs]
+        seeds = sorted({run.results["seed"] for run in runs})
+        times = [entry["wall_s"] for entry in train if entry.get("wall_s") is not None]
+        weights = runs[0].results["start"]["weights"]
+        rows.append(
+            [
+                start,
+                "random" if weights is None else f"{weights} ({runs[0].results['start']['use']})",
+                str(len(runs)),
+                ", ".join(map(str, seeds)),
+                _range([entry.get("steps") for entry in train]),
+                _range([entry.get("images") for entry in train]),
+                f"{statistics.median(times):,.0f} s" if times else "–",
+                _hardware(runs[0].folder),
+                _network(runs[0].folder),
+            ]
+        )
+        parent = parent_of(runs[0])
+        if parent is not None:
+            rows.append(_parent_facts(parent))
+    return rows, headings
+
+
+def _parent_facts(parent: Path) -> list[str]:
+    results = read_json(parent / "results.json") or {}
+    train = results.get("train") or {}
+    time = train.get("wall_s")
+    figures_ = [_range([train.get("steps")]), _range([train.get("images")]), "–" if time is None else f"{time:,.0f} s"]
+    seed = str(results.get("seed", "–"))
+    return ["↳ pre-training", str(parent), "1", seed, *figures_, _hardware(parent), _network(parent)]
+
+
+def _range(values: Sequence[int | None]) -> str:
+    found = sorted({value for value in values if value is not None})
+    if not found:
+        return "–"
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+
+
+def _hardware(folder: Path) -> str:
+    facts: dict[str, Any] = (read_json(folder / "run.json") or {}).get("hardware") or {}
+    if not facts:
+        return "–"
+    count = facts.get("processes", 1)
+    return (
+        f"{facts.get('device', '?')}, {count} process{'es' if count != 1 else ''}, {facts.get('threads', '?')} threads"
+    )
+
+
+def _network(folder: Path) -> str:
+    if not (folder / "config.yaml").is_file():
+        return "–"
+    cfg = load_run(folder / "config.yaml")
+    levels = ", ".join(map(str, cfg.model.multipliers))
+    inner = cfg.data.image_size // cfg.model.patch
+    return f"width {cfg.model.width} × ({levels}), {cfg.data.image_size}² at {inner}²"
+
+
+def _footer() -> str:
+    return f"<footer><p>Made by ddpm-lmk report. The paper: {escape(paper_tables()['source'])}.</p></footer>"

@@ -1,0 +1,264 @@
+"""Runs a sweep: N warm workers that pull cells, a view of their progress, and the summary files.
+
+OUT/cells/CELL/ is the run directory of a cell, beside it CELL.lock and, after a failure, CELL.error.json;
+OUT/sweep.json lists the cells and how they stand, OUT/results.csv their scores, OUT/logs/ what the workers said. The
+two summaries are written anew, whole, whenever a cell ends. Exit code: 0 all cells are done, 1 some failed (the others
+are done), 75 stopped, or taken by another sweep in the same folder. The same command continues: finished cells are
+never run again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ddpm_lmk import atomic
+from ddpm_lmk.errors import ConfigError, StoppedError
+from ddpm_lmk.sweep import Cell, Sweep, cell_folder, check_starts, is_done, read_json
+from ddpm_lmk.sweep_view import SweepView
+
+SOME_FAILED = 1
+POLL_S = 0.5
+MAX_LOST_WORKERS = 3  # per worker slot: a cell that kills its worker is recorded, then the slot goes on
+
+
+@dataclass
+class Worker:
+    """A child process, the cell it is working on, and how often its slot was filled again."""
+
+    slot: int
+    process: subprocess.Popen[str]
+    cell: str | None = None
+    restarts: int = 0
+
+
+@dataclass
+class SweepRun:
+    """What the running sweep knows."""
+
+    sweep: Sweep
+    out: Path
+    device: str
+    processes: int
+    session: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    events: queue.Queue[tuple[Worker, dict[str, Any]]] = field(default_factory=queue.Queue)
+    done: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+    is_stopping: bool = False
+
+
+def run_sweep(
+    sweep: Sweep, out: Path, *, processes: int = 1, device: str = "cpu", console: Console | None = None
+) -> int:
+    """Run every cell of `sweep` that is not done in `out`; returns the exit code (see the module).
+
+    Raises:
+        ConfigError: starting weights are missing, or `processes` is not positive.
+    """
+    if processes < 1:
+        raise ConfigError(f"a sweep needs at least 1 process, found {processes}")
+    check_starts(sweep)
+    run = SweepRun(sweep, Path(out), device, processes)
+    (run.out / "cells").mkdir(parents=True, exist_ok=True)
+    run.done |= {cell.name for cell in sweep.cells if is_done(cell_folder(run.out, cell.name), cell)}
+    view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done))
+    write_summary(run)
+    if _pending(run):
+        with _stop_on_signal(run), view:
+            _supervise(run, view)
+    write_summary(run)
+    view.summary(len(run.done), run.failed)
+    if run.is_stopping:
+        return StoppedError.exit_code
+    if run.failed:
+        return SOME_FAILED
+    return StoppedError.exit_code if _pending(run) else 0
+
+
+def _pending(run: SweepRun) -> list[Cell]:
+    """Cells to run; those that another sweep has finished meanwhile included, a worker skips them."""
+    return [cell for cell in run.sweep.cells if cell.name not in run.failed and cell.name not in run.done]
+
+
+def _supervise(run: SweepRun, view: SweepView) -> None:
+    """Start the workers and follow them until the last has gone."""
+    count = min(run.processes, len(_pending(run)))
+    workers = [_start(run, slot, count) for slot in range(count)]
+    told_to_stop = 0.0
+    while workers:
+        if run.is_stopping and not told_to_stop:
+            told_to_stop = time.monotonic()
+            for worker in workers:
+                worker.process.terminate()
+        try:
+            worker, event = run.events.get(timeout=POLL_S)
+        except queue.Empty:
+            view.refresh()
+            continue
+        if event["event"] == "exit":
+            workers.remove(worker)
+            workers += _replace(run, view, worker, event["code"], count)
+        else:
+            _note(run, view, worker, event)
+
+
+def _note(run: SweepRun, view: SweepView, worker: Worker, event: dict[str, Any]) -> None:
+    worker.cell = event["cell"] if event["event"] == "start" else None
+    if event["event"] == "failed":
+        run.failed[event["cell"]] = event["error"]
+    elif event["event"] == "done":
+        if event["cell"] in run.done:
+            return  # this worker has only met what another one did
+        run.done.add(event["cell"])
+    view.note(event)
+    if event["event"] != "start":
+        write_summary(run)
+
+
+def _replace(run: SweepRun, view: SweepView, worker: Worker, code: int, count: int) -> list[Worker]:
+    """What follows a worker that has gone: nothing, or its successor when it was lost in the middle of its work."""
+    if code in (0, StoppedError.exit_code) or run.is_stopping:
+        return []
+    reason = f"its worker died with exit code {code}; see {log_file(run, worker.slot)}"
+    if worker.cell is not None:
+        failure = {"session": run.session, "error": reason, "type": "WorkerLost", "exit_code": code}
+        atomic.write_json(run.out / "cells" / f"{worker.cell}.error.json", failure)
+        _note(run, view, worker, {"event": "failed", "cell": worker.cell, "error": reason})
+    elif worker.restarts == 0:
+        view.say(
+            f"worker {worker.slot} died with exit code {code} before its first cell; see {log_file(run, worker.slot)}"
+        )
+    if worker.restarts >= MAX_LOST_WORKERS or not _pending(run):
+        return []
+    return [_start(run, worker.slot, count, restarts=worker.restarts + 1)]
+
+
+def _start(run: SweepRun, slot: int, count: int, *, restarts: int = 0) -> Worker:
+    """Start a worker on everything that is pending; which cells it gets is decided by their locks."""
+    path = log_file(run, slot)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ddpm_lmk.sweep_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=_environment(run.device, slot, count),
+            start_new_session=True,  # Ctrl-C reaches the parent only, which then stops the workers cleanly
+        )
+    worker = Worker(slot, process, restarts=restarts)
+    cells = [{**asdict(cell), "cfg": cell.cfg.model_dump(mode="json")} for cell in _pending(run)]
+    job = {"out": str(run.out), "device": run.device, "session": run.session, "parent": os.getpid(), "cells": cells}
+    threading.Thread(target=_listen, args=(run, worker, json.dumps(job)), daemon=True).start()
+    return worker
+
+
+def _listen(run: SweepRun, worker: Worker, job: str) -> None:
+    """Hand the job over, then pass the worker's events on until it ends."""
+    assert worker.process.stdin is not None
+    assert worker.process.stdout is not None
+    try:
+        with worker.process.stdin as stdin:
+            stdin.write(job)
+    except BrokenPipeError:
+        pass  # it died before reading; the exit code below says so
+    with worker.process.stdout as stdout:
+        for line in stdout:
+            run.events.put((worker, json.loads(line)))
+    run.events.put((worker, {"event": "exit", "code": worker.process.wait()}))
+
+
+def log_file(run: SweepRun, slot: int) -> Path:
+    """Where the worker of a slot writes what it has to say."""
+    return run.out / "logs" / f"worker-{slot}.log"
+
+
+def _environment(device: str, slot: int, count: int) -> dict[str, str]:
+    """CPU threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker."""
+    environment = dict(os.environ)
+    if device == "cpu":
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    else:
+        visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)] if visible else str(slot)
+    return environment
+
+
+@contextmanager
+def _stop_on_signal(run: SweepRun) -> Iterator[None]:
+    """The first SIGINT or SIGTERM lets workers save and end; the second one acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        run.is_stopping = True
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def write_summary(run: SweepRun) -> None:
+    """Write OUT/sweep.json and OUT/results.csv from what lies in the cells."""
+    rows, scores = [], []
+    dataset = None
+    for cell in sorted(run.sweep.cells, key=lambda cell: (cell.start, cell.shots or 10**9, cell.seed)):
+        status = "done" if cell.name in run.done else "failed" if cell.name in run.failed else "pending"
+        facts = {"cell": cell.name, "start": cell.start, "shots": cell.shots, "seed": cell.seed}
+        facts |= {"draw": cell.cfg.data.draw, "weights": cell.cfg.init.weights}
+        rows.append({**facts, "status": status, "error": run.failed.get(cell.name)})
+        results = read_json(cell_folder(run.out, cell.name) / "results.json") if status == "done" else None
+        if results is not None:
+            dataset = results["dataset"]
+            scores.append(facts | flat_scores(results))
+    summary = {"kind": "sweep", "name": run.sweep.name, "dataset": dataset, "cells": rows}
+    atomic.write_json(run.out / "sweep.json", summary)
+    atomic.write_text(run.out / "results.csv", to_csv(scores))
+
+
+def flat_scores(results: dict[str, Any]) -> dict[str, Any]:
+    """The headline numbers of a results.json as one flat row."""
+    row: dict[str, Any] = {"dataset": results["dataset"], "split": results["split"], "images": results["num_images"]}
+    row |= {f"labels_{kind}": count for kind, count in results["labels"].items()}
+    for protocol, scores in results["protocols"].items():
+        row |= {f"{protocol}_{key}": scores[key] for key in ("unit", "mre", "median", "failed")}
+        row |= {f"{protocol}_sdr_{threshold}": rate for threshold, rate in scores["sdr"].items()}
+        shape = (results.get("mean_shape") or {}).get(protocol)
+        row[f"{protocol}_mean_shape_mre"] = shape["mre"] if shape else None
+    return row | {f"train_{key}": value for key, value in (results.get("train") or {}).items()}
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    """CSV text of rows that may have different keys; numbers keep six digits."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()

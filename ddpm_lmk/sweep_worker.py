@@ -1,0 +1,128 @@
+"""One warm worker of a sweep: pulls cells, keeps the dataset resident and the model built between them.
+
+Started by `sweep_run` as `python -m ddpm_lmk.sweep_worker` with its job as JSON on standard input; tells its parent
+what happens as lines of JSON on standard output, and writes everything else to standard error. A cell belongs to
+whoever holds its lock file, so any number of workers, and of sweeps, can share a folder. A failed cell is recorded and
+the next one taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from ddpm_lmk import atomic
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.errors import LmkError, StoppedError
+from ddpm_lmk.sweep import Cell, cell_folder, is_done, read_json
+
+PR_SET_PDEATHSIG = 1
+
+
+class Reporter:
+    """Events for the parent, one JSON object a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Send one event; a parent that is gone does not hear it, and finds everything that counts in the folder."""
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.write(json.dumps({"event": event, **fields}) + "\n")
+            self.stream.flush()
+
+
+def main() -> int:
+    """Read the job, work, return the exit code: 0, or 75 when stopped by a signal."""
+    report = Reporter(os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)  # whatever prints goes to the log
+    job = json.load(sys.stdin)
+    die_with_parent(job["parent"])
+    from ddpm_lmk.runs import Workbench  # torch, paid once per worker
+
+    workbench = Workbench()
+    out = Path(job["out"])
+    for fields in job["cells"]:
+        cell = Cell(**{**fields, "cfg": RunConfig.model_validate(fields["cfg"])})
+        try:
+            _work_on(cell, out, job, workbench, report)
+        except StoppedError:
+            report("stopped", cell=cell.name)
+            return StoppedError.exit_code
+    return 0
+
+
+def _work_on(cell: Cell, out: Path, job: dict[str, Any], workbench: Any, report: Reporter) -> None:
+    """Run one cell unless it is done, taken by another worker, or has failed in this session already."""
+    with try_lock(out / "cells" / f"{cell.name}.lock") as is_mine:
+        if not is_mine:
+            return
+        if is_done(cell_folder(out, cell.name), cell):
+            report("done", cell=cell.name, wall_s=0.0)
+            return
+        failure = out / "cells" / f"{cell.name}.error.json"
+        if (read_json(failure) or {}).get("session") == job["session"]:
+            return
+        report("start", cell=cell.name)
+        sys.stderr.write(f"--- {cell.name}\n")
+        started = time.monotonic()
+        try:
+            _execute(cell, out, job, workbench)
+        except (StoppedError, KeyboardInterrupt):
+            raise StoppedError(f"{cell.name} was stopped; the same command continues it") from None
+        except Exception as error:  # a cell that fails, for whatever reason, must not stop the others
+            traceback.print_exc()
+            atomic.write_json(failure, {"session": job["session"], **describe(error)})
+            report("failed", cell=cell.name, error=describe(error)["error"])
+            return
+        failure.unlink(missing_ok=True)
+        report("done", cell=cell.name, wall_s=round(time.monotonic() - started, 2))
+
+
+def _execute(cell: Cell, out: Path, job: dict[str, Any], workbench: Any) -> None:
+    from ddpm_lmk import runs
+
+    runs.execute(cell.cfg, cell_folder(out, cell.name), device=job["device"], workbench=workbench)
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """One line for a table, and the exit code the error would have had on its own."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, LmkError):
+        line = f"{type(error).__name__}: {line}"
+    return {"error": line, "type": type(error).__name__, "exit_code": getattr(error, "exit_code", 1)}
+
+
+@contextlib.contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on `path`, or yield False where another holds it; the kernel frees it on any death."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGTERM when the parent goes, so that no orphan keeps writing (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(StoppedError.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from ddpm_lmk.config import DenoiseConfig, RunConfig
+from collections.abc import Callable
+from typing import Any
+
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.tasks.denoise import DenoiseTask
 from ddpm_lmk.tasks.landmarks import LandmarkTask, Predictions
 from ddpm_lmk.tasks.task import Task
 
-__all__ = ["DenoiseTask", "LandmarkTask", "Predictions", "Task", "build_task"]
+__all__ = ["TASKS", "DenoiseTask", "LandmarkTask", "Predictions", "Task", "build_task"]
+
+
+TASKS: dict[str, Callable[[Any, RunConfig, DatasetSpec], Task]] = {
+    "denoise": lambda section, cfg, spec: DenoiseTask(section, seed=cfg.seed),
+    "landmarks": lambda section, cfg, spec: LandmarkTask(section, spec),
+}
 
 
 def build_task(cfg: RunConfig, spec: DatasetSpec) -> Task:
     """The task of a run; `spec` says how many landmarks its dataset has."""
-    if isinstance(cfg.task, DenoiseConfig):
-        return DenoiseTask(cfg.task, seed=cfg.seed)
-    return LandmarkTask(cfg.task, spec)
+    return TASKS[cfg.task.kind](cfg.task, cfg, spec)

@@ -81,17 +81,19 @@ class LandmarkTask(Task):
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss per image, and radial error in network pixels per labelled landmark."""
+        from ddpm_lmk.metrics import MeanRadialError  # torchmetrics takes seconds to import; only validation needs it
+
         assert batch.points is not None, "landmark batches carry points"
         maps = self._maps(model, batch.images)
         size = batch.images.shape[-1]
         shift = self.codec.grid_shift(batch.native_size, size)
-        distance = (self.codec.decode(maps, size).points - shift - batch.points).norm(dim=-1)  # [B, N]
-        labelled = (~distance.isnan()) * batch.weight.unsqueeze(1)
+        error = MeanRadialError(self.spec.num_landmarks).to(maps.device)
+        error.update(self.codec.decode(maps, size).points - shift, batch.points, weight=batch.weight)
         return {
             "loss": (self._codec_loss(maps, batch) * batch.weight).sum(),
             "count": batch.weight.sum(),
-            "distance_px": (distance.nan_to_num() * labelled).sum(),
-            "landmarks": labelled.sum(),
+            "distance_px": error.total.sum(),
+            "landmarks": error.count.sum(),
         }
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,93 @@
+"""What the keys of a settings file are: every dotted key with its type, default, bound and description.
+
+Derived from the pydantic models alone, so that `--explain`, the error messages and the documentation cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+ExplainRow = tuple[str, str, str, str, str]
+SIGNS = {
+    "gt": ">",
+    "ge": ">=",
+    "lt": "<",
+    "le": "<=",
+    "min_length": "length >=",
+    "max_length": "length <=",
+    "pattern": "matches",
+}
+
+
+def explain(model: type[BaseModel], prefix: str = "") -> list[ExplainRow]:
+    """Rows (dotted key, type, default, bound, description) of every field, sections opened in place."""
+    rows: list[ExplainRow] = []
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        sections = sections_of(field.annotation)
+        if not sections or _default_text(field) == "null":
+            rows.append((key, _type_text(field), _default_text(field), _bound_text(field), field.description or ""))
+        for section in sections:
+            label = f"[{kind_of(section)}] " if len(sections) > 1 else ""
+            rows += [(*row[:4], label + row[4]) for row in explain(section, f"{key}.")]
+    return rows
+
+
+def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """Section classes inside an annotation: one for a plain section, several for a tagged union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return (annotation,)
+    return tuple(section for part in get_args(annotation) for section in sections_of(part))
+
+
+def kind_of(section: type[BaseModel]) -> str:
+    return str(section.model_fields["kind"].default) if "kind" in section.model_fields else section.__name__
+
+
+def _type_text(field: FieldInfo) -> str:
+    choices = [repr(choice) for choice in get_args(field.annotation) if isinstance(choice, (str, int))]
+    return " | ".join(choices) if choices else _annotation_text(field.annotation)
+
+
+def _annotation_text(annotation: Any) -> str:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return {"NoneType": "null", "str": "text"}.get(
+            annotation.__name__, annotation.__name__.removesuffix("Config").lower()
+        )
+    arguments = get_args(annotation)
+    if getattr(annotation, "__metadata__", None):
+        return _annotation_text(arguments[0])
+    if getattr(annotation, "__origin__", None) is tuple:
+        return f"list of {_annotation_text(arguments[0])}"
+    return " | ".join(dict.fromkeys(_annotation_text(argument) for argument in arguments)) or str(annotation)
+
+
+def _default_text(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if default is PydanticUndefined:
+        return "(required)"
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return str(list(default) if isinstance(default, tuple) else default)
+
+
+def _bound_text(field: FieldInfo) -> str:
+    """Bounds of a field, also of those inside unions, e.g. ">= 0, < 1"."""
+    bounds: dict[str, None] = {}
+
+    def collect(metadata: Any, annotation: Any) -> None:
+        for item in metadata:
+            inner = getattr(item, "metadata", [item])
+            for bound in inner if isinstance(inner, list) else [item]:
+                for name, sign in SIGNS.items():
+                    if getattr(bound, name, None) is not None:
+                        bounds[f"{sign} {getattr(bound, name)}"] = None
+        for argument in get_args(annotation):
+            collect(getattr(argument, "__metadata__", ()), argument)
+
+    collect(field.metadata, field.annotation)
+    return ", ".join(bounds)

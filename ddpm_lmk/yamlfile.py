@@ -1,0 +1,133 @@
+"""YAML as this project reads it: a small, harmless subset, with the line every value stands on.
+
+Refused for safety, before anything is built: files over 1 MiB, object tags, aliases (the road of alias bombs) and
+absurd nesting. Refused as mistakes: duplicate keys, and the bare words yes, no, on and off, which YAML 1.1 turns into
+booleans behind one's back. Numbers are left to the schema that knows what it wants, so `1e-5` may stay text here. It
+does not know what a run file is (`runfile`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddpm_lmk.errors import CheckpointError, ConfigError
+
+MAX_BYTES = 2**20
+MAX_EVENTS = 20_000
+MAX_DEPTH = 32
+QUOTED = {"'", '"', "|", ">"}
+AMBIGUOUS = {"y", "n", "yes", "no", "on", "off"}
+NULLS = {"", "~", "null", "Null", "NULL"}
+CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")} | {"!"}
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where the wheel has it: ten times faster
+
+KeyPath = tuple[str, ...]
+Origins = dict[KeyPath, str]
+
+
+def read_text(path: Path) -> str:
+    """Text of a YAML file of at most 1 MiB; `ConfigError` when it cannot be read, `CheckpointError` when too large."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise CheckpointError(f"{path}: refused for safety: larger than 1 MiB, which no run file is")
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def parse(text: str, source: str) -> tuple[Any, Origins]:
+    """Values of a YAML text, and where each key path stands ("file, line 3").
+
+    Raises:
+        ConfigError: broken YAML, duplicate keys, ambiguous words.
+        CheckpointError: tags, aliases or nesting refused for safety.
+    """
+    try:
+        _refuse_unsafe(text, source)
+        node = yaml.compose(text, Loader=LOADER)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    origins: Origins = {}
+    return (None if node is None else _build(node, (), source, origins)), origins
+
+
+def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], Origins]:
+    """Like `parse`, for a text that must be a mapping (an empty one counts)."""
+    value, origins = parse(text, source)
+    if value is None:
+        return {}, origins
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: wanted `key: value` lines, found a {type(value).__name__}")
+    return value, origins
+
+
+def _refuse_unsafe(text: str, source: str) -> None:
+    """Walk the event stream (no recursion, nothing built) and refuse what could hurt."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=LOADER)):
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        place = f"{source}, line {line}: refused for safety"
+        if isinstance(event, yaml.AliasEvent):
+            raise CheckpointError(f"{place}: YAML alias *{event.anchor}; repeat the value, or use `extends`")
+        tag = getattr(event, "tag", None)
+        if tag is not None and tag not in CORE_TAGS:
+            raise CheckpointError(f"{place}: YAML tag {tag!r}; write plain values only")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH or count > MAX_EVENTS:
+            raise CheckpointError(f"{place}: deeper than {MAX_DEPTH} levels or more than {MAX_EVENTS} items")
+
+
+def _build(node: yaml.Node, path: KeyPath, source: str, origins: Origins) -> Any:
+    origins.setdefault(path, f"{source}, line {node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        return _build_mapping(node, path, source, origins)
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*path, str(i)), source, origins) for i, item in enumerate(node.value)]
+    assert isinstance(node, yaml.ScalarNode)
+    return _scalar(node, path, origins[path])
+
+
+def _build_mapping(node: yaml.MappingNode, path: KeyPath, source: str, origins: Origins) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        origin = f"{source}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{origin}: a key must be a word, found a list or mapping")
+        key = key_node.value
+        child = (*path, key)
+        if key in found:
+            raise ConfigError(f"{origin}: duplicate key {'.'.join(child)!r}, first at {origins[child]}; remove one")
+        origins[child] = origin
+        found[key] = _build(value_node, child, source, origins)
+    return found
+
+
+def _scalar(node: yaml.ScalarNode, path: KeyPath, origin: str) -> Any:
+    text = node.value
+    if node.style in QUOTED or node.tag == "!":
+        return text
+    if text.lower() in AMBIGUOUS:
+        key = ".".join(path) or "value"
+        raise ConfigError(f"{origin}: {key}: {text} is ambiguous in YAML; write true or false, or quote it for text")
+    if text in NULLS:
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if INTEGER.fullmatch(text):
+        return int(text)
+    if NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    return float(text) if DECIMAL.fullmatch(text) else text

@@ -1,0 +1,269 @@
+"""Checkpoints and snapshots: complete or absent, verified to the last bit, never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from ddpm_lmk import checkpoint, durable
+from ddpm_lmk.checkpoint import load_checkpoint, load_latest, load_weights, save_checkpoint, save_snapshot
+from ddpm_lmk.errors import CheckpointError
+
+ROOT = Path(__file__).parents[1]
+
+
+def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"a": torch.full((3, 4), float(step)).t(), "n": torch.tensor(step)}, "optim": {}}
+
+
+def save(folder: Path, *steps: int, keep: int = 3) -> None:
+    for step in steps:
+        save_checkpoint(folder, tensors(step), {"step": step, "best": None}, keep=keep)
+
+
+def unused(path: Path, reason: str) -> None:
+    raise AssertionError(f"{path} was found bad: {reason}")
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    found = load_latest(tmp_path, on_bad=unused)
+    assert found is not None
+    assert found.state == {"step": 7, "best": None}
+    assert torch.equal(found.tensors["model"]["a"], tensors(7)["model"]["a"])
+    assert found.tensors["optim"] == {}
+    assert sorted(p.name for p in found.path.iterdir()) == [
+        "MANIFEST.json",
+        "model.safetensors",
+        "optim.safetensors",
+        "state.json",
+    ]
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 9, 10, 11, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000011"]
+
+
+def test_there_is_none_in_an_empty_directory(tmp_path: Path) -> None:
+    assert load_latest(tmp_path / "none", on_bad=unused) is None
+
+
+def flip_a_bit(name: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray((path / name).read_bytes())
+        data[len(data) // 2] ^= 4
+        (path / name).write_bytes(data)
+
+    return damage
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path / "model.safetensors", 40)
+
+
+def remove(path: Path) -> None:
+    (path / "optim.safetensors").unlink()
+
+
+def empty_manifest(path: Path) -> None:
+    (path / "MANIFEST.json").write_text("")
+
+
+def list_nothing(path: Path) -> None:
+    record = {"format": 1, "step": 2, "files": {}}
+    (path / "MANIFEST.json").write_bytes(durable.to_json({**record, "digest": "0"}))
+
+
+def exchange_for_a_link(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.rename(path.parent / "elsewhere")
+    file.symlink_to(path.parent / "elsewhere")
+
+
+DAMAGES = [
+    flip_a_bit("model.safetensors"),
+    flip_a_bit("state.json"),
+    flip_a_bit("MANIFEST.json"),
+    truncate,
+    remove,
+    empty_manifest,
+    list_nothing,
+    exchange_for_a_link,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_one_is_set_aside_and_the_one_before_is_used(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    save(tmp_path, 1, 2)
+    damage(tmp_path / "step-00000002")
+    bad: list[str] = []
+    found = load_latest(tmp_path, on_bad=lambda path, reason: bad.append(path.name))
+    assert found is not None
+    assert found.state["step"] == 1
+    assert bad == [".bad-step-00000002-0"]
+    assert (tmp_path / bad[0]).is_dir()
+    save(tmp_path, 2)
+    found = load_latest(tmp_path, on_bad=unused)
+    assert found is not None
+    assert found.state["step"] == 2
+
+
+def test_when_all_are_damaged_that_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    for path in list(tmp_path.iterdir()):
+        truncate(path)
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints") as error:
+        load_latest(tmp_path, on_bad=lambda path, reason: None)
+    assert error.value.exit_code == 4
+
+
+def test_a_checkpoint_of_a_newer_version_says_so(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    manifest = tmp_path / "step-00000001" / "MANIFEST.json"
+    manifest.write_bytes(durable.to_json({**json.loads(manifest.read_bytes()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, this version reads up to 1"):
+        load_checkpoint(manifest.parent)
+
+
+def test_what_a_killed_writer_left_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / ".tmp-step-00000002-99").mkdir()
+    (tmp_path / ".trash-step-00000000-99").mkdir()
+    found = load_latest(tmp_path, on_bad=unused)
+    assert found is not None
+    checkpoint.clean(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+WRITER = """
+import sys, itertools
+from pathlib import Path
+import torch
+from ddpm_lmk.checkpoint import save_checkpoint
+print("ready", flush=True)
+for step in itertools.count(1):
+    group = {"a": torch.full((20_000,), float(step))}
+    save_checkpoint(Path(sys.argv[1]), {"model": group, "ema": group, "optim": group}, {"step": step}, keep=2)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+    dice = random.Random(5)
+    for attempt in range(2):
+        folder = tmp_path / str(attempt)
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        while not list(folder.glob("step-*")):
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0.0, 0.3))
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        found = load_latest(folder, on_bad=unused)
+        assert found is not None
+        assert (found.tensors["model"]["a"] == found.state["step"]).all()
+
+
+def test_no_room_leaves_the_previous_one_and_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(path: Path) -> Any:
+        return os.statvfs_result((4096, 4096, 10, 0, 0, 0, 0, 0, 0, 255))
+
+    monkeypatch.setattr(checkpoint.os, "statvfs", full)
+    with pytest.raises(OSError, match="MiB free"):
+        save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def snapshot(run: Path, step: int, *, selected: bool = True, ema: bool = True) -> Path:
+    files = {"model": {"w": torch.tensor([float(step)])}}
+    if ema:
+        files["ema"] = {"w": torch.tensor([step + 0.5])}
+    return save_snapshot(run / "snapshots", files, {"step": step, "selected": selected, "out_channels": 1})
+
+
+def test_a_run_directory_stands_for_its_selected_snapshot(tmp_path: Path) -> None:
+    snapshot(tmp_path, 10)
+    snapshot(tmp_path, 20, selected=False)
+    weights, meta = load_weights(tmp_path, "ema")
+    assert weights["w"].item() == 10.5
+    assert (meta["step"], meta["use"]) == (10, "ema")
+
+
+def test_without_a_selected_snapshot_the_newest_is_taken(tmp_path: Path) -> None:
+    snapshot(tmp_path, 9, selected=False)
+    snapshot(tmp_path, 10, selected=False)
+    assert load_weights(str(tmp_path), "model")[0]["w"].item() == 10.0
+
+
+def test_a_snapshot_becomes_the_selected_one_later(tmp_path: Path) -> None:
+    path = snapshot(tmp_path, 10, selected=False)
+    assert snapshot(tmp_path, 10) == path
+    assert checkpoint.snapshot_meta(path)["selected"]
+    assert [p.name for p in path.parent.iterdir()] == ["step-00000010"]
+
+
+def test_weights_that_are_not_there_are_not_replaced_by_others(tmp_path: Path) -> None:
+    path = snapshot(tmp_path, 10, ema=False)
+    with pytest.raises(CheckpointError, match=r"no ema\.safetensors; choose the other with init\.use"):
+        load_weights(path, "ema")
+    assert load_weights(path, "auto")[1]["use"] == "model"
+
+
+def test_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:
+    path = snapshot(tmp_path, 10)
+    flip_a_bit("ema.safetensors")(path)
+    with pytest.raises(CheckpointError, match="does not match its sha256"):
+        load_weights(path, "ema")
+    assert load_weights(path, "model")[0]["w"].item() == 10.0
+
+
+def test_a_bare_file_of_weights_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"w": torch.ones(2)}, path)
+    weights, meta = load_weights(path, "ema")
+    assert weights["w"].tolist() == [1.0, 1.0]
+    assert meta == {"path": str(path)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x00" * 8, struct.pack("<Q", 2**62) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 4) + b"{{{{"],
+)
+def test_a_malformed_file_of_weights_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load_weights(path, "model")
+
+
+@pytest.mark.parametrize("suffix", checkpoint.PICKLES)
+def test_a_pickle_is_refused_without_being_opened(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    os.mkfifo(path)  # opening it would wait for ever
+    with pytest.raises(CheckpointError, match="may hold code and is not opened"):
+        load_weights(path, "model")
+
+
+def test_what_does_not_exist_or_is_unfinished_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_weights(tmp_path / "nowhere", "model")
+    with pytest.raises(CheckpointError, match="no snapshot yet"):
+        load_weights(tmp_path, "model")

@@ -1,0 +1,79 @@
+"""Exponential moving average of the weights (paper.md, section 2: decay 0.995, from the first step, no warm-up)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lmk.config import EmaConfig
+from ddpm_lmk.errors import CheckpointError
+
+LARGEST_SHARE_OF_START = 0.1
+
+
+class Ema:
+    """The average of one model's parameters, copies of its buffers; without settings it holds and does nothing."""
+
+    def __init__(self, cfg: EmaConfig | None, model: nn.Module) -> None:
+        self.cfg = cfg
+        self._model = model
+        pairs = model.named_parameters() if cfg is not None else ()
+        self._average = {name: parameter.detach().clone() for name, parameter in pairs}
+
+    def __bool__(self) -> bool:
+        return self.cfg is not None
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the weights after the update that ended `step` (1 is the first)."""
+        if self.cfg is None:
+            return
+        decay = min(self.cfg.decay, (1 + step) / (10 + step)) if self.cfg.warmup else self.cfg.decay
+        torch._foreach_lerp_(list(self._average.values()), list(self._model.parameters()), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The model with the averaged weights inside, or as it is where there is no average.
+
+        The storages change places and back: nothing is copied, and a compiled model stays compiled.
+        """
+        self._swap()
+        try:
+            yield self._model
+        finally:
+            self._swap()
+
+    def weights(self) -> dict[str, Tensor]:
+        """State of the model with the average in place of its parameters; empty where there is no average."""
+        if self.cfg is None:
+            return {}
+        return {name: self._average.get(name, value) for name, value in self._model.state_dict().items()}
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Put saved weights back, in the memory layout of the parameters."""
+        for name, place in self._average.items():
+            if name not in weights or weights[name].shape != place.shape:
+                raise CheckpointError(
+                    f"the moving average of {name} is missing or of another shape; wanted {list(place.shape)}"
+                )
+            place.copy_(weights[name])
+
+    def warning(self, total: int) -> str | None:
+        """What is wrong with this decay in a run of `total` steps, if anything."""
+        if self.cfg is None or self.cfg.warmup or self.cfg.decay**total <= LARGEST_SHARE_OF_START:
+            return None
+        share = self.cfg.decay**total
+        return (
+            f"train.ema.decay={self.cfg.decay} over {total} steps leaves {share:.0%} of the starting weights in the "
+            "average; lower it, or set train.ema.warmup=true"
+        )
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self._model.named_parameters():
+            if name in self._average:
+                parameter.data, self._average[name] = self._average[name], parameter.data

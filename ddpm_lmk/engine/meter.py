@@ -1,0 +1,138 @@
+"""What a run says about itself: `metrics.jsonl`, a progress bar on a terminal, plain `key=value` lines elsewhere.
+
+Loss tensors stay on the device until a line is due. Rates leave out validation and saving, and include waiting for
+data, whose share is reported beside them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.state import TrainState
+
+PLAIN_LINE_EVERY_S = 10.0
+
+
+class Meter:
+    """Counts between two lines and writes them; only rank 0 writes.
+
+    Args:
+        write: takes one line of `metrics.jsonl` as a mapping.
+        total: steps of the run.
+        every: steps between lines.
+    """
+
+    def __init__(
+        self, state: TrainState, parallel: Parallel, *, write: Callable[[dict[str, Any]], None], total: int, every: int
+    ) -> None:
+        self._state, self._parallel, self._write, self._total, self._every = state, parallel, write, total, every
+        self._loss = torch.zeros((), device=parallel.device, dtype=torch.float64)
+        self._norm = torch.zeros((), device=parallel.device)
+        self._steps = self._images = self._updated = 0
+        self._wait_s = self._paused_s = 0.0
+        self._since = self._tick = time.perf_counter()
+        self._said = -math.inf
+        self._screen: Progress | None = None
+        if parallel.is_main and sys.stderr.isatty():
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TaskProgressColumn())
+            self._screen = Progress(
+                *columns, TextColumn("{task.description}"), TimeRemainingColumn(), console=Console(stderr=True)
+            )
+            self._task = self._screen.add_task("", total=total, completed=state.step)
+
+    def __enter__(self) -> Meter:
+        if self._screen is not None:
+            self._screen.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self._screen is not None:
+            self._screen.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is no training time."""
+        begin = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - begin
+
+    def step(self, loss_sum: Tensor, norm: Tensor, *, size: int, wait_s: float, is_skipped: bool, lr: float) -> None:
+        """Take in one finished step.
+
+        Args:
+            loss_sum: this rank's weighted sum of losses per image, a scalar on the device.
+            norm: gradient norm before clipping, a scalar on the device.
+            size: images of the group, over all ranks.
+            wait_s: seconds this rank waited for data.
+        """
+        now = time.perf_counter()
+        self._state.seconds += now - self._tick
+        self._tick = now
+        self._steps += 1
+        self._images += size
+        self._wait_s += wait_s
+        if not is_skipped:
+            self._loss += loss_sum
+            self._norm = norm
+            self._updated += size
+        if self._state.step % self._every == 0 or self._state.step == self._total:
+            self._line(lr)
+
+    def validated(self, figures: dict[str, float]) -> None:
+        """Take in one evaluation."""
+        facts = {key: value for key, value in figures.items() if math.isfinite(value)}
+        self._write({"step": self._state.step, "images": self._state.images, "validation": facts})
+        self._say(
+            {"step": self._state.step, **{f"validation_{key}": value for key, value in facts.items()}}, force=True
+        )
+
+    def _line(self, lr: float) -> None:
+        total, wait_s = self._parallel.sum(torch.stack([self._loss, self._loss.new_tensor(self._wait_s)]))
+        elapsed = max(time.perf_counter() - self._since - self._paused_s, 1e-9)
+        images_per_s = self._images / elapsed
+        steps_left = self._total - self._state.step
+        line = {
+            "step": self._state.step,
+            "images": self._state.images,
+            "loss": total / self._updated if self._updated else None,
+            "lr": lr,
+            "grad_norm": self._norm.item(),
+            "images_per_s": images_per_s,
+            "data_wait": min(1.0, wait_s / self._parallel.world / elapsed),
+            "eta_s": steps_left * elapsed / self._steps,
+            "seconds": self._state.seconds,
+            "skipped": self._state.skipped,
+        }
+        self._write(line)
+        self._say(line, force=steps_left == 0)
+        self._loss.zero_()
+        self._steps = self._images = self._updated = 0
+        self._wait_s = self._paused_s = 0.0
+        self._since = time.perf_counter()
+
+    def _say(self, line: dict[str, Any], *, force: bool) -> None:
+        if not self._parallel.is_main:
+            return
+        shown = {
+            key: f"{v:.4g}" if isinstance(v, float) else v
+            for key, v in line.items()
+            if key not in ("seconds", "images")
+        }
+        words = " ".join(f"{key}={value}" for key, value in shown.items())
+        if self._screen is not None:
+            self._screen.update(self._task, completed=self._state.step, description=words.partition(" ")[2])
+        elif force or time.perf_counter() - self._said >= PLAIN_LINE_EVERY_S:
+            self._said = time.perf_counter()
+            sys.stderr.write(f"step={self._state.step}/{self._total} {words.partition(' ')[2]}\n")
+            sys.stderr.flush()

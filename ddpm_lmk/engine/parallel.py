@@ -1,0 +1,153 @@
+"""The process group, the device and the precision of a run. The only file that knows Accelerate.
+
+Accelerate places the model and wraps it for data parallel training. Two things are not left to it. Precision: its
+setting belongs to the process and cannot change between the runs of a sweep, so autocast is entered here. And the
+divisor of the gradient: DDP averages over ranks, so `backward` multiplies by their number and the reduced gradient is
+the plain sum of what the ranks handed in.
+
+DDP looks for unused parameters at every step. A task may leave a part of the network out (fine-tuning without time
+conditioning does), and with this setting DDP also keeps its buckets as they were at the start, so that a resumed run
+adds gradients in the same order as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm_lmk.errors import LaunchError, LmkError
+
+T = TypeVar("T")
+
+
+class Parallel:
+    """The place of this process among all processes of a run, alone or under the torchelastic environment."""
+
+    def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
+        """Join the group that RANK and WORLD_SIZE describe; without them, be the only process.
+
+        Raises:
+            LaunchError: no CUDA device where one was asked for, or a group of another size than promised.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise LaunchError("asked for a CUDA device, found none; check `ddpm-lmk doctor`, or use --cpu N")
+        promised = int(os.environ.get("WORLD_SIZE", "1"))
+        use_cpu = device == "cpu" or not torch.cuda.is_available()
+        reduction = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+        self._accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[reduction])
+        self.rank = self._accelerator.process_index
+        self.world = self._accelerator.num_processes
+        self.device = self._accelerator.device
+        if self.world != promised:
+            raise LaunchError(f"joined a group of {self.world} processes, wanted WORLD_SIZE={promised}; start it again")
+
+    @property
+    def is_main(self) -> bool:
+        """Is this the process that writes?"""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The module to call in training: `model` itself, or `model` inside DDP."""
+        # DDP reports a search that finds nothing unused, and 1x1 convolutions whose strides it has to normalise.
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+        warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")
+        prepared = self._accelerator.prepare_model(model)
+        assert (self.world > 1) == isinstance(prepared, DistributedDataParallel), "gradients would not be shared"
+        return prepared
+
+    def release(self) -> None:
+        """Forget prepared models, so that a process can train many, one after the other."""
+        self._accelerator.free_memory()
+
+    def autocast(self, precision: Literal["auto", "fp32", "bf16"]) -> AbstractContextManager[Any]:
+        """The precision of a forward pass; auto is bf16 on CUDA and fp32 on the CPU."""
+        if precision == "bf16" or (precision == "auto" and self.device.type == "cuda"):
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def accumulate(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Forward and backward of one micro-batch; only the last one of a group sends gradients around."""
+        return nullcontext() if is_last else self._accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`; after the last micro-batch gradients are the sum over all ranks."""
+        self._accelerator.backward(loss * self.world)
+
+    def agree(self, values: Tensor) -> list[float]:
+        """Element-wise maximum over ranks `[K]`, on the host: the one synchronisation of a step."""
+        if self.world > 1:
+            distributed.all_reduce(values, op=distributed.ReduceOp.MAX)
+        return values.tolist()
+
+    def sum(self, values: Tensor) -> list[float]:
+        """Element-wise sum over ranks `[K]`, on the host."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values.tolist()
+
+    def sum_mappings(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sum over ranks by key, in rank order; a rank without data has no keys."""
+        total: dict[str, float] = {}
+        for part in self.gather(dict(values)):
+            for key, value in part.items():
+                total[key] = total.get(key, 0.0) + value
+        return total
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, on every rank, in rank order."""
+        if self.world == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world
+        distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast(self, value: T) -> T:
+        """`value` of rank 0, on every rank."""
+        if self.world == 1:
+            return value
+        box: list[Any] = [value]
+        distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every rank; if it raises `LmkError` on one, it raises the same on all (none waits for ever).
+
+        The block must not communicate. An error that left this way has `is_shared` set: one rank is enough to tell it.
+        """
+        error: LmkError | None = None
+        try:
+            yield
+        except LmkError as caught:
+            error = caught
+        failed = [found for found in self.gather(error) if found is not None]
+        if failed:
+            found = error if error is not None and self.world == 1 else failed[0]
+            found.is_shared = True  # type: ignore[attr-defined]
+            raise found
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0 only; every rank gets its result, or its `LmkError`."""
+        result: Any = None
+        with self.together():
+            if self.is_main:
+                result = function()
+        return self.broadcast(result)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the group; call once, at the end of a worker process."""
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()

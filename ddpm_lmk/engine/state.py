@@ -1,0 +1,149 @@
+"""All that changes while training, and its way into a checkpoint and back.
+
+Not here: the learning rate (a function of the step), random state (there is none) and the loader's place (the step).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lmk.checkpoint import Checkpoint, Tensors
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.engine.ema import Ema
+from ddpm_lmk.engine.optim import Plateau, build_optimizer, load_moments, moments
+from ddpm_lmk.errors import CheckpointError
+
+COUNTERS = ("step", "images", "skipped", "skipped_in_a_row", "evaluated_at", "seconds")
+
+
+@dataclass
+class Patience:
+    """Stops a run whose score has not improved for `limit` evaluations; without a limit it only remembers the best."""
+
+    limit: int | None
+    best: float | None = None
+    best_step: int | None = None
+    num_bad: int = 0
+
+    def see(self, score: float, step: int) -> bool:
+        """Take note of an evaluation; True if it is strictly the best so far."""
+        if math.isfinite(score) and (self.best is None or score < self.best):
+            self.best, self.best_step, self.num_bad = score, step, 0
+            return True
+        self.num_bad += 1
+        return False
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Has the run stood still for too long?"""
+        return self.limit is not None and self.num_bad >= self.limit
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"best": self.best, "best_step": self.best_step, "num_bad": self.num_bad}
+
+    def load(self, facts: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.best, self.best_step, self.num_bad = facts["best"], facts["best_step"], facts["num_bad"]
+
+
+@dataclass
+class TrainState:
+    """A run between two steps.
+
+    Attributes:
+        step: optimizer updates asked for so far, skipped ones included.
+        images: images seen so far, over all ranks.
+        skipped, skipped_in_a_row: updates left out because something was not finite.
+        evaluated_at: the last step that was validated; 0 if none was.
+        seconds: wall-clock time in the loop, over all sessions of the run.
+        best: weights by file (`model`, `ema`) of the best evaluation, on the host; empty unless they are wanted.
+    """
+
+    model: nn.Module
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    plateau: Plateau
+    patience: Patience
+    keeps_best: bool
+    step: int = 0
+    images: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    evaluated_at: int = 0
+    seconds: float = 0.0
+    best: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def fresh(cls, cfg: RunConfig, model: nn.Module) -> TrainState:
+        """Step 0 of a run whose `model` already holds its first weights, on its device."""
+        return cls(
+            model=model,
+            ema=Ema(cfg.train.ema, model),
+            optimizer=build_optimizer(cfg.optim, model),
+            plateau=Plateau(cfg.optim.plateau),
+            patience=Patience(cfg.train.patience),
+            keeps_best=cfg.train.select == "best",
+        )
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Weights to use, by file: `model`, and `ema` where there is one."""
+        files = {"model": self.model.state_dict(), "ema": self.ema.weights()}
+        return {name: tensors for name, tensors in files.items() if tensors}
+
+    def see(self, score: float) -> None:
+        """Take note of the validation score at this step."""
+        self.evaluated_at = self.step
+        self.plateau.see(score)
+        if self.patience.see(score, self.step) and self.keeps_best:
+            self.best = {
+                file: {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+                for file, tensors in self.weights().items()
+            }
+
+    def select_best(self) -> None:
+        """Put the best weights into the model and its average, where they were kept."""
+        if self.best:
+            self.model.load_state_dict(self.best["model"])
+            self.ema.load(self.best.get("ema", {}))
+
+    def tensors(self) -> Tensors:
+        """The tensor files of a checkpoint."""
+        files: dict[str, dict[str, Tensor]] = {**self.weights(), "optim": moments(self.optimizer, self.model)}
+        if self.best:
+            files["best"] = {f"{file}/{name}": v for file, group in self.best.items() for name, v in group.items()}
+        return files
+
+    def facts(self) -> dict[str, Any]:
+        """The counters of a checkpoint (`state.json`)."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {**counters, "plateau": self.plateau.facts(), "patience": self.patience.facts()}
+
+    def load(self, checkpoint: Checkpoint, *, load_all: Callable[[nn.Module, dict[str, Tensor]], Any]) -> None:
+        """Continue from a verified checkpoint.
+
+        Args:
+            load_all: how weights get into a model, with a readable refusal (`models.weights.load_all`).
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        files, facts = checkpoint.tensors, checkpoint.state
+        if ("ema" in files) != bool(self.ema) or "model" not in files:
+            raise CheckpointError(f"{checkpoint.path} holds {', '.join(files)}, which is not what this run file keeps")
+        load_all(self.model, files["model"])
+        self.ema.load(files.get("ema", {}))
+        load_moments(self.optimizer, self.model, files["optim"])
+        for name, value in files.get("best", {}).items():
+            file, _, key = name.partition("/")
+            self.best.setdefault(file, {})[key] = value
+        for name in COUNTERS:
+            setattr(self, name, facts[name])
+        self.plateau.load(facts["plateau"])
+        self.patience.load(facts["patience"])

@@ -1,0 +1,295 @@
+"""A run directory: who may work in it, whether it is the same run, and everything a run writes by line or by folder.
+
+`RUN/.lock config.yaml run.json events.jsonl metrics.jsonl checkpoints/ snapshots/ results.json done.json`. One process
+holds the lock. A directory is continued when it holds the same run; another run is refused with a key-by-key diff. An
+object of this class on another rank than 0 has the same path and writes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ddpm_lmk import atomic, checkpoint, runfile
+from ddpm_lmk.checkpoint import Checkpoint, Tensors
+from ddpm_lmk.config import Duration, RunConfig
+from ddpm_lmk.errors import DataError, LmkError, ResourceError, RunConflictError
+
+MOST_FAILED_SAVES = 3
+MAY_CHANGE = (
+    "name",
+    "data.workers",
+    "data.residency",
+    "data.loader",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.snapshot_every",
+)
+
+
+class RunDir:
+    """The directory of one run, held by this process for as long as the `with` block lasts."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        """Use `claim` instead, except for a rank that only reads."""
+        self.path = path
+        self.writes = writes
+        self._lock: int | None = None
+        self._failed_saves = self._lost_lines = 0
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @classmethod
+    def claim(cls, path: Path, cfg: RunConfig) -> RunDir:
+        """Take the directory for this run, new or continued; nothing but the lock is written yet.
+
+        Raises:
+            ResourceError: it cannot be written.
+            RunConflictError: it is in use, holds something else, or another run.
+        """
+        _make_writable(path)
+        run = cls(path, writes=True)
+        run._take_lock()
+        try:
+            run._check_contents(cfg)
+        except BaseException:
+            run.__exit__(None, None, None)
+            raise
+        checkpoint.clean(path / "checkpoints")
+        checkpoint.clean(path / "snapshots")
+        return run
+
+    def begin(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
+        """Write what this run is: its run file and `run.json` with `facts` (fingerprint, versions, hardware, parent).
+
+        Raises:
+            DataError: the run was started on other data.
+        """
+        before = self._read_json("run.json")
+        if before is not None and before.get("fingerprint") != facts["fingerprint"]:
+            raise DataError(
+                f"dataset changed since {self.path} was started: was {before.get('fingerprint')}, now "
+                f"{facts['fingerprint']}; restore the data or use another --out directory"
+            )
+        self.event("run.continued" if before is not None else "run.started", config=runfile.config_hash(cfg))
+        atomic.write_text(self.path / "config.yaml", runfile.dump_run(cfg))
+        if before is None:
+            atomic.write_json(self.path / "run.json", facts)
+
+    def results(self, cfg: RunConfig) -> dict[str, Any] | None:
+        """Results of this very run if it is finished and they are as they were written, else None."""
+        done, stored = self._read_json("done.json"), self.stored_config()
+        if done is None or stored is None or done.get("config_hash") != runfile.config_hash(stored):
+            return None
+        if any(key == "train.length" for key, _, _ in runfile.diff_runs(stored, cfg)):
+            return None
+        path = self.path / "results.json"
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != done.get("results_sha256"):
+            return None
+        return self._read_json("results.json")
+
+    def finish(self, cfg: RunConfig, results: dict[str, Any]) -> None:
+        """Write the results and mark the run as finished."""
+        path = self.path / "results.json"
+        atomic.write_json(path, results)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        atomic.write_json(
+            self.path / "done.json",
+            {"config_hash": runfile.config_hash(cfg), "results_sha256": digest, "finished": _now()},
+        )
+        self.event("run.finished")
+
+    def stored_config(self) -> RunConfig | None:
+        """The run file the directory was started with."""
+        path = self.path / "config.yaml"
+        return runfile.load_run(path) if path.is_file() else None
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Add a line to `events.jsonl`."""
+        self._append("events.jsonl", {"time": _now(), "event": name, **facts})
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        self._append("metrics.jsonl", line)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop lines after `step`, which a continued run will write again, and a torn last line."""
+        path = self.path / "metrics.jsonl"
+        if not self.writes or not path.is_file():
+            return
+        kept = [line for line in map(_parse_line, path.read_text().splitlines()) if line and line["step"] <= step]
+        atomic.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    def last_metrics(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The last line about training and the last about validation; empty where there is none."""
+        path = self.path / "metrics.jsonl"
+        lines = [line for line in map(_parse_line, path.read_text().splitlines()) if line] if path.is_file() else []
+        learnt: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
+        validated: dict[str, Any] = next((line for line in reversed(lines) if "validation" in line), {})
+        return learnt, validated
+
+    def save_checkpoint(self, tensors: Tensors, facts: dict[str, Any], *, keep: int) -> bool:
+        """Save the state; a full disk is an event and not the end, three in a row are.
+
+        Raises:
+            ResourceError: the third failure in a row.
+        """
+        try:
+            path = checkpoint.save_checkpoint(self.path / "checkpoints", tensors, facts, keep=keep)
+        except OSError as error:
+            self._failed_saves += 1
+            self.event("checkpoint.failed", step=facts["step"], reason=str(error))
+            if self._failed_saves < MOST_FAILED_SAVES:
+                return False
+            raise ResourceError(
+                f"{MOST_FAILED_SAVES} checkpoints in a row could not be written to {self.path} ({error.strerror}); "
+                "free some space, the same command continues from the last good one"
+            ) from None
+        self._failed_saves = 0
+        self.event("checkpoint.saved", step=facts["step"], path=path.name)
+        return True
+
+    def save_snapshot(self, tensors: Tensors, meta: dict[str, Any]) -> bool:
+        """Save weights to use; False, and an event, where the disk refuses."""
+        try:
+            path = checkpoint.save_snapshot(self.path / "snapshots", tensors, meta)
+        except OSError as error:
+            self.event("snapshot.failed", step=meta["step"], reason=str(error))
+            return False
+        self.event("snapshot.saved", step=meta["step"], path=path.name)
+        return True
+
+    def load_latest(self) -> Checkpoint | None:
+        """The newest good checkpoint; damaged ones are set aside with an event."""
+        return checkpoint.load_latest(
+            self.path / "checkpoints",
+            on_bad=lambda path, reason: self.event("checkpoint.bad", path=path.name, reason=reason),
+        )
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _parse_line((self.path / ".lock").read_text()) or {}
+            self.__exit__(None, None, None)
+            raise RunConflictError(
+                f"{self.path} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
+                f"{holder.get('since', '?')}; wait for it, stop it, or use another --out directory"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}).encode())
+
+    def _check_contents(self, cfg: RunConfig) -> None:
+        others = [entry.name for entry in self.path.iterdir() if not entry.name.startswith((".lock", ".tmp-"))]
+        if not others:
+            return
+        if "config.yaml" not in others:
+            raise RunConflictError(
+                f"{self.path} exists and is not a run (it holds {', '.join(sorted(others)[:3])}); "
+                "use an empty or new --out directory, nothing was changed"
+            )
+        try:
+            stored = self.stored_config()
+        except LmkError as error:
+            raise RunConflictError(
+                f"{self.path} holds a run this version cannot read ({error}); use another --out"
+            ) from None
+        assert stored is not None
+        rows = [row for row in runfile.diff_runs(stored, cfg) if not _may_change(row[0], stored, cfg)]
+        if rows:
+            lines = "; ".join(f"{key}: there {old!r}, here {new!r}" for key, old, new in rows)
+            raise RunConflictError(f"{self.path} holds another run: {lines}; use another --out directory")
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        """Add one line, whole or not at all. A full disk costs the line; lost lines are counted and told later."""
+        if not self.writes:
+            return
+        try:
+            if self._lost_lines and name != "events.jsonl":
+                _append_line(
+                    self.path / "events.jsonl", {"time": _now(), "event": "lines.lost", "count": self._lost_lines}
+                )
+                self._lost_lines = 0
+            _append_line(self.path / name, line)
+        except OSError:
+            self._lost_lines += 1
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return None
+
+
+def _make_writable(path: Path) -> None:
+    """Create the directory, and try what saving needs: create, flush, rename, delete."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise ResourceError(f"{path} is a file; wanted a directory for the run")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        probe = path / f".tmp-probe-{os.getpid()}"
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, b"?")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        renamed = probe.rename(f"{probe}-renamed")
+        renamed.unlink()
+    except OSError as error:
+        raise ResourceError(f"cannot write to {path} ({error.strerror}); choose another --out directory") from None
+
+
+def _may_change(key: str, stored: RunConfig, cfg: RunConfig) -> bool:
+    """May this key differ between a run and its continuation? Only where the weights come out the same."""
+    if key == "train.length":
+        old, new = stored.train.length, cfg.train.length
+        return cfg.optim.schedule == "constant" and _is_longer(old, new)
+    return key in MAY_CHANGE
+
+
+def _is_longer(old: Duration, new: Duration) -> bool:
+    return old.unit == new.unit and new.count >= old.count
+
+
+def _append_line(path: Path, line: dict[str, Any]) -> None:
+    text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        before = os.fstat(descriptor).st_size
+        if os.write(descriptor, text) != len(text):
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
+
+
+def _parse_line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,252 @@
+"""One run from its run file to its results: assemble, fit, evaluate. Also the entry point of a worker process.
+
+`starting_state` is the one place that decides where weights come from. A `Workbench` outlives a run: a sweep keeps its
+pixels and its built model there, and only resets the weights between cells.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lmk.checkpoint import load_checkpoint, load_weights
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data import open_loader
+from ddpm_lmk.engine.loop import Loaders, fit
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.errors import LaunchError, LmkError
+from ddpm_lmk.inference import evaluate_split
+from ddpm_lmk.models import build_model
+from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
+from ddpm_lmk.rundir import RunDir
+from ddpm_lmk.runfile import config_hash
+from ddpm_lmk.sampling import draw_samples, to_png
+from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
+
+PACKAGES = ("ddpm-lmk", "torch", "accelerate", "numpy", "safetensors")
+
+
+class Workbench:
+    """What stays on the table between runs: decoded pixels, and the model as it was built, placed and compiled."""
+
+    def __init__(self) -> None:
+        self.cache: dict[Any, Any] = {}
+        self._key: tuple[Any, ...] = ()
+        self._model: nn.Module | None = None
+
+    def model(self, cfg: RunConfig, task: Task, device: torch.device) -> nn.Module:
+        """The network of `cfg` with the random weights of its seed, the same on every kind of device."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            fresh = task.wrap(build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size))
+        setting = (device, cfg.train.channels_last, cfg.train.compile)
+        key = (cfg.model, type(task), task.out_channels, task.full_size, *setting)
+        if self._model is not None and key == self._key:
+            self._model.load_state_dict(fresh.state_dict())
+            return self._model
+        layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
+        self._model = fresh.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+        if cfg.train.compile:
+            self._model.compile()
+        self._key = key
+        return self._model
+
+
+def execute(
+    cfg: RunConfig,
+    out: Path,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    parallel: Parallel | None = None,
+    workbench: Workbench | None = None,
+) -> dict[str, Any]:
+    """Do a run in the directory `out`, or what is left of it, and return its results, on every rank.
+
+    Raises:
+        LmkError: on all ranks alike where it is found before training; see `rundir`, `data` and `engine.loop`.
+    """
+    parallel = parallel or Parallel(device)
+    workbench = workbench or Workbench()
+    with parallel.together():
+        claimed = RunDir.claim(Path(out), cfg) if parallel.is_main else RunDir(Path(out), writes=False)
+    with claimed as run:
+        finished = parallel.on_main(lambda: run.results(cfg))
+        if finished is not None:
+            return finished
+        with _open_loaders(cfg, parallel, workbench) as loaders:
+            with parallel.together():
+                task = build_task(cfg, loaders.train.spec)
+            state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
+            _want_same_everywhere(cfg, loaders, parallel)
+            parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, parent)))
+            run.rewind_metrics(state.step)
+            fit(cfg, task, state, loaders, parallel, run)
+            results = _conclude(cfg, task, state, loaders, parallel, run, workbench)
+        parallel.on_main(lambda: run.finish(cfg, results))
+        return results
+
+
+def starting_state(
+    cfg: RunConfig, task: Task, *, workbench: Workbench, parallel: Parallel, run: RunDir
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state a run begins with, and the facts of its parent weights, if any. The first that applies:
+
+    1. The newest good checkpoint of the run directory: everything continues as it was.
+    2. `init.weights`, into a network that is otherwise random from `seed`. All of it where the parent learnt the same
+       task with the same outputs on the same dataset; else all but the output layer, which stays random from `seed`.
+    3. Random from `seed`.
+    """
+    newest = parallel.on_main(lambda: _newest_path(run))
+    with parallel.together():
+        model = workbench.model(cfg, task, parallel.device)
+        parent = None
+        if newest is None and cfg.init.weights is not None:
+            parent = _load_parent(cfg, task, model)
+        state = TrainState.fresh(cfg, model)
+        if newest is not None:
+            state.load(load_checkpoint(newest), load_all=load_all)
+    return state, parent
+
+
+def _newest_path(run: RunDir) -> Path | None:
+    """Verify, set damaged ones aside, and name the checkpoint to use."""
+    checkpoint = run.load_latest()
+    return None if checkpoint is None else checkpoint.path
+
+
+def _load_parent(cfg: RunConfig, task: Task, model: nn.Module) -> dict[str, Any]:
+    """Put `init.weights` into `model`; returns what is worth knowing about them later."""
+    assert cfg.init.weights is not None
+    weights, meta = load_weights(cfg.init.weights, cfg.init.use)
+    if "config" not in meta and "init_conv.weight" in weights and weights["init_conv.weight"].shape[1] == 2:
+        weights = from_upstream(weights)  # the released network has an input channel more than ours
+    is_same = meta.get("out_channels") == task.out_channels and meta.get("export") == task.export()
+    target: dict[str, Tensor] = {name: value.to(torch.float32) for name, value in weights.items()}
+    (load_all if is_same else load_trunk)(model, target)
+    facts: dict[str, Any] = {key: meta[key] for key in ("path", "use", "step", "fingerprint", "files") if key in meta}
+    return {**facts, "loaded": "all" if is_same else "trunk"}
+
+
+@contextmanager
+def _open_loaders(cfg: RunConfig, parallel: Parallel, workbench: Workbench) -> Iterator[Loaders]:
+    place: dict[str, Any] = {
+        "rank": parallel.rank,
+        "world": parallel.world,
+        "device": str(parallel.device),
+        "cache": workbench.cache,
+    }
+    with parallel.together():
+        train = open_loader(cfg, stage="train", **place)
+        split = cfg.data.validation_split
+        validation = None if split is None else open_loader(cfg, stage="evaluate", split=split, **place)
+    loaders = Loaders(train, validation)
+    try:
+        yield loaders
+    finally:
+        loaders.close()
+        parallel.release()
+
+
+def _want_same_everywhere(cfg: RunConfig, loaders: Loaders, parallel: Parallel) -> None:
+    """All ranks must mean the same run on the same data."""
+    seen = parallel.gather((config_hash(cfg), loaders.train.fingerprint))
+    odd = [rank for rank, facts in enumerate(seen) if facts != seen[0]]
+    if odd:
+        raise LaunchError(
+            f"rank {odd[0]} has run file and data {seen[odd[0]]}, rank 0 {seen[0]}; start all ranks alike"
+        )
+
+
+def _facts(cfg: RunConfig, loaders: Loaders, parallel: Parallel, parent: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of run.json."""
+    is_cuda = parallel.device.type == "cuda"
+    return {
+        "name": cfg.name,
+        "seed": cfg.seed,
+        "config_hash": config_hash(cfg),
+        "fingerprint": loaders.train.fingerprint,
+        "num_images": loaders.train.num_images,
+        "parent": parent,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "hardware": {
+            "device": torch.cuda.get_device_name(parallel.device) if is_cuda else platform.machine(),
+            "processes": parallel.world,
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _conclude(
+    cfg: RunConfig,
+    task: Task,
+    state: TrainState,
+    loaders: Loaders,
+    parallel: Parallel,
+    run: RunDir,
+    workbench: Workbench,
+) -> dict[str, Any]:
+    """Score what was learnt: a task that finds points on its split, any other by the losses it ended with."""
+    train = {"steps": state.step, "images": state.images, "wall_s": round(state.seconds, 2), "skipped": state.skipped}
+    with state.ema.applied() as model:
+        if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
+            split, cache = cfg.evaluate.split, workbench.cache
+            return evaluate_split(cfg, task, model, parallel, split=split, out=run.path, train=train, cache=cache)
+        if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
+            images = draw_samples(cfg, task, model, parallel, count=cfg.evaluate.samples)
+            parallel.on_main(lambda: to_png(images, run.path / "samples.png"))
+    learnt, validated = parallel.on_main(run.last_metrics)
+    return {
+        "kind": cfg.task.kind,
+        "name": cfg.name,
+        "dataset": loaders.train.spec.name,
+        "num_images": loaders.train.num_images,
+        "seed": cfg.seed,
+        "start": cfg.init.model_dump(mode="json"),
+        "train": {**train, **{key: learnt.get(key) for key in ("loss", "images_per_s", "data_wait")}},
+        "validation": validated.get("validation"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def run_job(job: dict[str, Any]) -> int:
+    """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda"}); returns 0."""
+    parallel = Parallel(job.get("device", "auto"))
+    execute(RunConfig.model_validate(job["config"]), Path(job["out"]), parallel=parallel)
+    parallel.close()
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Worker process: `python -m ddpm_lmk.runs JOB.json`, alone or under torchelastic; returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return run_job(json.loads(Path(arguments[0]).read_text()))
+    except LmkError as error:
+        # An error all ranks share is told by one; what only another rank met, that rank has to tell.
+        if rank == 0 or not getattr(error, "is_shared", False):
+            sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error: rank {rank}: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

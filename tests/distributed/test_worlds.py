@@ -1,0 +1,71 @@
+"""One, two and four processes do the same run; killed and continued, two of them end with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine import processes
+from tests.engine.toy import config
+
+pytestmark = pytest.mark.distributed
+
+SETTINGS: dict[str, Any] = {"length": 6, "group_size": 8, "micro_batch": 1, "windows": "epoch", "checkpoint_every": 2}
+
+
+def job(out: Path, *, optim: dict[str, Any], **more: Any) -> dict[str, Any]:
+    cfg = config(train=SETTINGS, optim=optim, data={"validation_split": "val"})
+    return {"config": cfg.model_dump(mode="json"), "out": str(out), "num_images": 13, **more}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with 1, 2 and 4 processes: windows of 8 and 5 images, so that the last group is short and uneven."""
+    folder = tmp_path_factory.mktemp("worlds")
+    for world in (1, 2, 4):
+        jobs = [job(folder / f"sgd-{world}", optim={"kind": "sgd", "lr": 0.3})]
+        if world == 2:
+            jobs.append(job(folder / "adamw-2", optim={"lr": 0.01}))
+            jobs.append(job(folder / "cut-2", optim={"lr": 0.01}, kill_at=5))
+            workers = processes.launch(folder, jobs, world=world)
+            codes, said = processes.wait(workers, timeout=900)
+            assert -9 in codes, said
+        else:
+            processes.run(folder, jobs, world=world)
+    return folder
+
+
+def seen(folder: Path, world: int) -> list[dict[str, float]]:
+    """Every sample that was used with weight 1: position, sum of its pixels, sum of its noise."""
+    parts = [processes.facts(folder / f"sgd-{world}", rank)["seen"] for rank in range(world)]
+    return sorted((sample for part in parts for sample in part), key=lambda sample: sample["position"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_sees_the_same_samples_and_noise(folder: Path, world: int) -> None:
+    assert len(seen(folder, 1)) == 3 * 13
+    assert seen(folder, world) == seen(folder, 1)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_has_the_same_losses(folder: Path, world: int) -> None:
+    wanted = processes.losses(folder / "sgd-1")
+    assert len(wanted) == 6
+    assert processes.losses(folder / f"sgd-{world}") == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_end_with_the_same_bits(folder: Path, world: int) -> None:
+    found = [processes.facts(folder / f"sgd-{world}", rank) for rank in range(world)]
+    assert len({facts["digest"] for facts in found}) == 1
+    assert all(facts["unused_is_none"] for facts in found), "what no rank reaches gets no gradient"
+
+
+def test_two_processes_killed_and_continued_have_the_same_bits(folder: Path) -> None:
+    assert not (folder / "cut-2" / "snapshots").exists()
+    processes.run(folder, [job(folder / "cut-2", optim={"lr": 0.01})], world=2)
+    assert "run.continued" in processes.events(folder / "cut-2")
+    assert processes.facts(folder / "cut-2")["digest"] == processes.facts(folder / "adamw-2")["digest"]
+    assert processes.losses(folder / "cut-2") == processes.losses(folder / "adamw-2")

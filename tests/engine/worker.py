@@ -1,0 +1,96 @@
+"""A process that trains the toy: `python -m tests.engine.worker JOB.json`, alone or as a rank.
+
+It runs the jobs of the file one after the other and writes what it saw and ended with beside each run directory. A job
+can be told to die (`kill_at`: SIGKILL to itself), and to work under a limit on file sizes that is lifted later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.engine.loop import fit
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.errors import DataError, LmkError
+from tests.engine.toy import ToyTask, everything, start
+
+
+def digest(state: TrainState) -> str:
+    """One hash over names and bits of all weights, averages and moments."""
+    total = hashlib.sha256()
+    for name, value in sorted(everything(state).items()):
+        total.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def work(job: dict[str, Any], parallel: Parallel) -> None:
+    cfg, out = RunConfig.model_validate(job["config"]), Path(job["out"])
+    task = ToyTask(cfg.seed, frozenset(job.get("bad_positions", ())))
+    largest_file = job.get("largest_file")
+
+    def after_step(model: torch.nn.Module, step: int) -> None:
+        if step == job.get("kill_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == job.get("announce_at"):
+            sys.stdout.write("there\n")
+            sys.stdout.flush()
+            signal.pause()
+            while job.get("hold"):
+                signal.pause()
+        if largest_file:
+            limit = largest_file if step < job["room_from"] else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    task.after_step = after_step
+    state, loaders, run = start(cfg, out, parallel, num_images=job.get("num_images", 6))
+    with run:
+        fit(cfg, task, state, loaders, parallel, run)
+    unused = [p.grad for n, p in state.model.named_parameters() if "unreached" in n]
+    facts = {"digest": digest(state), "seen": task.seen, "step": state.step, "unused_is_none": unused == [None, None]}
+    out.with_name(f"{out.name}-rank{parallel.rank}.json").write_text(json.dumps(facts))
+
+
+def check_errors(parallel: Parallel) -> None:
+    """An error on one rank reaches all of them, and what rank 0 makes reaches all of them."""
+    assert parallel.on_main(lambda: parallel.rank) == 0
+    assert parallel.gather(parallel.rank) == list(range(parallel.world))
+    assert parallel.sum_mappings({"a": 1.0}) == {"a": float(parallel.world)}
+    caught: LmkError | None = None
+    try:
+        with parallel.together():
+            if parallel.rank == parallel.world - 1:
+                raise DataError("only the last rank saw it")
+    except DataError as error:
+        caught = error
+    assert caught is not None
+    assert str(caught) == "only the last rank saw it"
+
+
+def main() -> int:
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    parallel = Parallel("cpu")
+    try:
+        check_errors(parallel)
+        for job in jobs:
+            work(job, parallel)
+    except LmkError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    with contextlib.suppress(RuntimeError):
+        parallel.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

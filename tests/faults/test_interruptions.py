@@ -1,0 +1,98 @@
+"""Killed, told to stop, out of disk: the run goes on, or leaves something that does."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine import processes
+from tests.engine.toy import config
+
+SETTINGS: dict[str, Any] = {
+    "length": 12,
+    "micro_batch": 2,
+    "checkpoint_every": 3,
+    "select": "best",
+    "evaluate_every": 2,
+}
+
+
+def job(out: Path, **more: Any) -> dict[str, Any]:
+    cfg = config(train=SETTINGS, data={"validation_split": "val"}, optim={"plateau": {"patience": 0}})
+    return {"config": cfg.model_dump(mode="json"), "out": str(out), **more}
+
+
+def test_a_run_killed_at_a_random_step_and_continued_has_the_same_bits(tmp_path: Path) -> None:
+    kill_at = random.Random(11).randint(4, 11)
+    processes.run(tmp_path, [job(tmp_path / "plain")], world=1)
+    codes, _ = processes.wait(processes.launch(tmp_path, [job(tmp_path / "cut", kill_at=kill_at)], world=1))
+    assert codes == [-signal.SIGKILL]
+    processes.run(tmp_path, [job(tmp_path / "cut")], world=1)
+    assert processes.facts(tmp_path / "cut")["digest"] == processes.facts(tmp_path / "plain")["digest"]
+    assert processes.losses(tmp_path / "cut") == processes.losses(tmp_path / "plain")
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
+    """Files may not grow beyond 600 bytes until step 5: neither the state of step 3 nor every line fits."""
+    out = tmp_path / "run"
+    processes.run(tmp_path, [job(out, largest_file=600, room_from=5)], world=1)
+    names = processes.events(out)
+    assert names.count("checkpoint.failed") == 1
+    assert names.index("checkpoint.failed") < names.index("checkpoint.saved")
+    assert "lines.lost" in names
+    assert processes.facts(out)["step"] == 12
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "step-00000006",
+        "step-00000009",
+        "step-00000012",
+    ]
+
+
+def started(tmp_path: Path) -> subprocess.Popen[str]:
+    """A run that waits for a signal after its second step."""
+    [worker] = processes.launch(tmp_path, [job(tmp_path / "run", announce_at=2)], world=1)
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "there\n"
+    return worker
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    worker = started(tmp_path)
+    worker.send_signal(number)
+    codes, said = processes.wait([worker])
+    assert codes == [code]
+    assert "the same command continues" in said
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_the_same_request_arriving_twice_at_once_is_one_request(tmp_path: Path) -> None:
+    worker = started(tmp_path)
+    worker.send_signal(signal.SIGSTOP)
+    worker.send_signal(signal.SIGTERM)
+    worker.send_signal(signal.SIGINT)  # a launcher passes on what the keyboard also sent
+    worker.send_signal(signal.SIGCONT)
+    assert processes.wait([worker])[0][0] in (75, 130)
+    assert (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_second_signal_later_leaves_at_once_and_saves_nothing(tmp_path: Path) -> None:
+    cfg_job = job(tmp_path / "run", announce_at=2)
+    cfg_job["config"]["train"]["length"] = "1000000 steps"
+    cfg_job["hold"] = True
+    [worker] = processes.launch(tmp_path, [cfg_job], world=1)
+    assert worker.stdout is not None
+    worker.stdout.readline()
+    worker.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    began = time.monotonic()
+    worker.send_signal(signal.SIGTERM)
+    assert processes.wait([worker])[0] == [128 + signal.SIGTERM]
+    assert time.monotonic() - began < 2
+    assert not (tmp_path / "run" / "checkpoints").exists()

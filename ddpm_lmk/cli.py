@@ -1,0 +1,244 @@
+"""The command line: one function call per command, and the only place that prints.
+
+Commands import what they need when they run, so that `--help` answers at once. An `LmkError` becomes one line on
+standard error and its exit code; anything else is a bug and keeps its traceback. Commands about shards are in
+`cli_shards`, those about finished runs in `cli_results`; what a command does is in the module it calls.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ddpm_lmk import __version__
+from ddpm_lmk.cli_results import results_app
+from ddpm_lmk.cli_shards import shards_app
+from ddpm_lmk.console import console, print_table, say
+from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from ddpm_lmk.config import RunConfig
+    from ddpm_lmk.launcher import Placement
+
+TaskKind = Literal["denoise", "landmarks"]
+
+app = typer.Typer(
+    help="Diffusion pre-training on pooled x-rays, and few-shot landmark detection with the same engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFileArgument = Annotated[Path | None, typer.Argument(metavar="RUN.yaml", help="run file; see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="settings that win over the file")]
+OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run directory", show_default="runs/NAME")]
+GpusOption = Annotated[int | None, typer.Option("--gpus", metavar="N", help="use N GPUs of this node")]
+CpuOption = Annotated[int | None, typer.Option("--cpu", metavar="N", help="use N CPU processes")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would run, and stop")]
+ExplainOption = Annotated[bool, typer.Option("--explain", help="list every setting with type, default and bound")]
+
+
+class State:
+    """What the main options of one call say."""
+
+    debug = False
+
+
+def main() -> None:
+    """Entry point of `ddpm-lmk`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Carry out one command line and return its exit code."""
+    State.debug = False
+    try:
+        app(args=arguments, prog_name="ddpm-lmk")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except LmkError as error:
+        if State.debug:
+            traceback.print_exc()
+        typer.echo(f"error[{type(error).__name__}]: {error}", err=True)
+        return error.exit_code
+    return 0
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _main_options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of expected errors too")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    State.debug = debug
+
+
+@app.command()
+def doctor(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where runs would be written")] = Path("runs"),
+) -> None:
+    """What this machine has, what will be used, what is missing and what to do."""
+    from ddpm_lmk.doctor import examine
+    from ddpm_lmk.launcher import place
+
+    findings = examine(out)
+    rows = [(finding.level, finding.topic, finding.seen, finding.advice) for finding in findings]
+    print_table(("", "what", "found", "what to do"), rows)
+    typer.echo(f"a run without --gpus and --cpu would use {place()}")
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(LaunchError.exit_code)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="new or unfinished demo folder")] = Path(
+        "demo-output"
+    ),
+    gpus: GpusOption = None,
+    cpu: CpuOption = None,
+) -> None:
+    """The whole road on synthetic x-rays: pack, pre-train, sweep, report. Minutes on two cores."""
+    from ddpm_lmk.demo import run_demo
+    from ddpm_lmk.launcher import place
+
+    placement = place(gpus=gpus, cpu=cpu)
+    typer.echo(f"report: {run_demo(out, placement).absolute()}")
+
+
+def _add_training_command(name: str, task: TaskKind, text: str) -> None:
+    """`pretrain` and `finetune` are one command that wants another task."""
+
+    @app.command(name, help=text)
+    def command(
+        run_file: RunFileArgument = None,
+        overrides: Overrides = None,
+        out: OutOption = None,
+        gpus: GpusOption = None,
+        cpu: CpuOption = None,
+        nodes: Annotated[int | None, typer.Option(metavar="M", help="nodes; the same command runs on each")] = None,
+        node_rank: Annotated[int, typer.Option(metavar="R", help="number of this node, from 0")] = 0,
+        rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="address of node 0")] = None,
+        launch: Annotated[Path | None, typer.Option(metavar="FILE", help="launch file; see launch/")] = None,
+        dry_run: DryRunOption = False,
+        explain: ExplainOption = False,
+        diff: Annotated[Path | None, typer.Option(metavar="OTHER.yaml", help="compare with another run file")] = None,
+    ) -> None:
+        from ddpm_lmk.config import RunConfig
+        from ddpm_lmk.launcher import place
+        from ddpm_lmk.runfile import load_run
+
+        if explain:
+            _explain(RunConfig)
+        cfg = load_run(_given(run_file, "RUN.yaml"), overrides)
+        if diff is not None:
+            _diff(cfg, run_file, diff)
+        _check_task(cfg, task, run_file)
+        placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
+        _train(cfg, out or Path("runs") / cfg.name, placement, dry_run=dry_run)
+
+
+_add_training_command(
+    "pretrain", "denoise", "Pre-train on unlabelled x-rays. Continues when --out already holds this run."
+)
+_add_training_command(
+    "finetune", "landmarks", "Train a landmark detector, from random or pre-trained weights, and score it."
+)
+
+
+@app.command()
+def sweep(
+    sweep_file: Annotated[Path | None, typer.Argument(metavar="SWEEP.yaml", help="see configs/sweep")] = None,
+    overrides: Overrides = None,
+    out: OutOption = None,
+    gpus: GpusOption = None,
+    cpu: CpuOption = None,
+    dry_run: DryRunOption = False,
+    explain: ExplainOption = False,
+) -> None:
+    """Fine-tune over shots × seeds × starting weights, one warm worker per device; finished cells are kept."""
+    from ddpm_lmk.sweep import SweepFile, load_sweep, plan_table
+
+    if explain:
+        _explain(SweepFile)
+    loaded = load_sweep(_given(sweep_file, "SWEEP.yaml"), overrides or [])
+    folder = out or Path("runs") / loaded.name
+    if dry_run:
+        console().print(plan_table(loaded, folder))
+        return
+    from ddpm_lmk.launcher import place
+    from ddpm_lmk.sweep_run import run_sweep
+
+    placement = place(gpus=gpus, cpu=cpu)
+    say(f"sweep {loaded.name}: {placement}, {folder}")
+    raise typer.Exit(run_sweep(loaded, folder, processes=placement.processes, device=placement.device))
+
+
+app.add_typer(results_app)
+app.add_typer(shards_app)
+
+
+def _given(path: Path | None, name: str) -> Path:
+    """--explain needs no file, everything else does."""
+    if path is None:
+        raise ConfigError(f"{name} is missing; give a run file (see configs/), or --explain to list every setting")
+    return path
+
+
+def _check_task(cfg: RunConfig, wanted: TaskKind, run_file: Path | None) -> None:
+    if cfg.task.kind != wanted:
+        other = {"denoise": "pretrain", "landmarks": "finetune"}[cfg.task.kind]
+        raise ConfigError(f"{run_file} has task.kind={cfg.task.kind}, not {wanted}; use `ddpm-lmk {other} {run_file}`")
+
+
+def _train(cfg: RunConfig, out: Path, placement: Placement, *, dry_run: bool) -> None:
+    from ddpm_lmk.data.order import GroupPlan
+    from ddpm_lmk.launcher import launch
+
+    # Before any process starts; how many images there are does not matter for this.
+    groups = GroupPlan(cfg.train.group_size, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows)
+    groups.check_world(placement.processes * placement.nodes)
+    if dry_run:
+        from ddpm_lmk.plan import plan_run
+
+        print_table(("", ""), plan_run(cfg, placement, out))
+        return
+    say(f"{cfg.name}: {placement}, {out}")
+    job = {"config": cfg.model_dump(mode="json"), "out": str(out)}
+    code = launch(job, **asdict(placement))
+    if code == 0:
+        typer.echo(f"{out / 'results.json'}")
+    raise typer.Exit(code)
+
+
+def _explain(model: type[BaseModel]) -> None:
+    from ddpm_lmk.explain import explain
+
+    print_table(("key", "type", "default", "bound", "what"), explain(model))
+    raise typer.Exit()
+
+
+def _diff(cfg: RunConfig, run_file: Path | None, other: Path) -> None:
+    from ddpm_lmk.runfile import diff_runs, load_run
+
+    rows = [(key, str(here), str(there)) for key, here, there in diff_runs(cfg, load_run(other))]
+    print_table(("key", str(run_file), str(other)), rows)
+    raise typer.Exit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Commands about finished runs (evaluate, predict, sample, export, report) and about the machine (bench)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ddpm_lmk.console import say
+from ddpm_lmk.errors import ConfigError
+
+results_app = typer.Typer()
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="run directory or snapshot", show_default=False)]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: a GPU if there is one")]
+
+
+@results_app.command()
+def evaluate(
+    run_dir: RunArgument,
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="packed, labelled shards")],
+    split: Annotated[str, typer.Option("--split", help="split that is scored")] = "test",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="RUN/evaluate-SPLIT")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Score a finished run on a split of any packed set with the same landmarks."""
+    from ddpm_lmk.inference import evaluate_run
+
+    folder = out or run_dir / f"evaluate-{split}"
+    results = evaluate_run(run_dir, data=data, split=split, out=folder, device=device)
+    for protocol, scores in results["protocols"].items():
+        shape = results["mean_shape"][protocol]
+        typer.echo(f"{protocol}: MRE {scores['mre']:.3f} {scores['unit']} (mean shape {shape['mre']:.3f})")
+    typer.echo(f"{results['num_images']} images; {folder / 'results.json'}")
+
+
+@results_app.command()
+def predict(
+    run_dir: RunArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for CSV, JSON and overlays")],
+    mm_per_px: Annotated[float | None, typer.Option(help="pixel spacing of these files, if known")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with code 3 if a file could not be read")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Find the landmarks in x-rays: points in pixels of the file, their uncertainty, and a picture with them."""
+    from ddpm_lmk.predict import predict_images
+
+    summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, device=device)
+    for name, reason in summary.errors.items():
+        say(f"failed: {name}: {reason}")
+    typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")
+    if strict:
+        summary.check()
+
+
+@results_app.command()
+def sample(
+    run_dir: RunArgument,
+    count: Annotated[int, typer.Option(help="images on the sheet")] = 16,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="the sheet")] = Path("samples.png"),
+    steps: Annotated[int, typer.Option(help="DDIM steps")] = 50,
+    device: DeviceOption = "auto",
+) -> None:
+    """Draw x-rays from a pre-trained model, as one picture."""
+    from ddpm_lmk.export import sample_run
+
+    typer.echo(str(sample_run(run_dir, count=count, file=out, num_steps=steps, device=device)))
+
+
+@results_app.command()
+def export(
+    run_dir: RunArgument,
+    format: Annotated[str, typer.Option("--format", help="safetensors or onnx")] = "safetensors",  # noqa: A002
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", show_default="in RUN/export")] = None,
+) -> None:
+    """Weights as one safetensors file, or the network as ONNX, with what is needed to use them."""
+    from ddpm_lmk.export import export_run
+
+    typer.echo(str(export_run(run_dir, format=format, out=out)))  # type: ignore[arg-type] # checked there
+
+
+@results_app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="runs and sweeps", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="self-contained HTML")] = Path("report.html"),
+) -> None:
+    """Tables, curves and overlays of finished runs in one HTML file, with CSV and Markdown beside it."""
+    from ddpm_lmk.report import write_report
+
+    for path in write_report(folders, out):
+        typer.echo(str(path))
+
+
+@results_app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME|all", help="a file of benchmarks/, or all", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the result files")] = Path(
+        "bench-results"
+    ),
+) -> None:
+    """Measure this machine: loading, the model, the training step. Further words go to the benchmark itself."""
+    from ddpm_lmk.shipped import shipped
+
+    scripts = {path.stem: path for path in sorted(shipped("benchmarks").glob("[!_]*.py"))}
+    if name != "all" and name not in scripts:
+        raise ConfigError(f"there is no benchmark {name!r}; use one of {', '.join(scripts)}, or all")
+    for script in scripts if name == "all" else [name]:
+        default = [str(shipped("configs") / "demo" / "pretrain.yaml")] if script == "train_step" else []
+        words = [*(context.args or default), "--out", str(out)]
+        say(f"bench {script} {' '.join(words)}")
+        code = subprocess.run([sys.executable, str(scripts[script]), *words], check=False).returncode
+        if code:
+            raise typer.Exit(code)

@@ -1,0 +1,171 @@
+"""`ddpm-lmk shards`: packing x-rays into shards, checking and showing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ddpm_lmk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ddpm_lmk.data.pack import PackSummary
+
+shards_app = typer.Typer(name="shards", help="Pack x-rays into shards, check them, look at them.", no_args_is_help=True)
+
+PIXELS = "for pixels"
+LABELS = "for labels"
+MAX_LINES = 5
+
+ShardsArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder written by `shards pack`")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="folder of x-rays; for phantoms: chest, skull or hand")]
+Kind = Annotated[str, typer.Option(help="folder, table, phantom, chest, cephalometric or hand")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder for the shards")]
+Size = Annotated[int, typer.Option(help="side of the stored square, pixels")]
+Workers = Annotated[int | None, typer.Option(min=1, help="decoding processes", show_default="one per core")]
+Name = Annotated[str | None, typer.Option(help="name of the dataset", show_default="from the source")]
+Seed = Annotated[int, typer.Option(min=0, help="root of phantoms and of the validation share")]
+Aspect = Annotated[str, typer.Option(help="squeeze to the square (paper) or pad", rich_help_panel=PIXELS)]
+Filter = Annotated[str, typer.Option(help="area, linear or gaussian", rich_help_panel=PIXELS)]
+Bits = Annotated[int, typer.Option(help="8 or 16 per stored pixel", rich_help_panel=PIXELS)]
+Window = Annotated[str, typer.Option(help="black and white of deeper sources", rich_help_panel=PIXELS)]
+Encoding = Annotated[str, typer.Option(help="raw, png or jpeg", rich_help_panel=PIXELS)]
+Quality = Annotated[int, typer.Option(min=1, max=100, help="of JPEG", rich_help_panel=PIXELS)]
+Convention = Annotated[str, typer.Option(help="splits: paper (its code) or published", rich_help_panel=LABELS)]
+Split = Annotated[str | None, typer.Option(help="one split for every image", rich_help_panel=LABELS)]
+ValFraction = Annotated[float, typer.Option(help="share of a folder for validation", rich_help_panel=LABELS)]
+Annotator = Annotated[str, typer.Option(help="mean, or one reader", rich_help_panel=LABELS)]
+Spec = Annotated[str | None, typer.Option(help="known set whose rules a table follows", rich_help_panel=LABELS)]
+Unit = Annotated[str | None, typer.Option(help="mm or px, for a table", rich_help_panel=LABELS)]
+Thresholds = Annotated[
+    list[float] | None,
+    typer.Option("--threshold", help="SDR threshold in the unit, repeatable", rich_help_panel=LABELS),
+]
+SpacingPair = Annotated[
+    str | None, typer.Option(metavar="I,J", help="two landmarks that lie 50 mm apart", rich_help_panel=LABELS)
+]
+ClipLandmarks = Annotated[
+    bool, typer.Option("--clip-landmarks", help="move points outside onto the edge", rich_help_panel=LABELS)
+]
+KeepUnlabelled = Annotated[
+    bool, typer.Option("--keep-unlabelled", help="keep a table's images without label", rich_help_panel=LABELS)
+]
+Counts = Annotated[
+    list[str] | None,
+    typer.Option("--count", metavar="SPLIT=N", help="phantoms per split, repeatable", rich_help_panel=LABELS),
+]
+
+
+@shards_app.command()
+def pack(
+    source: Source,
+    kind: Kind,
+    out: Out,
+    size: Size = 256,
+    workers: Workers = None,
+    name: Name = None,
+    seed: Seed = 0,
+    aspect: Aspect = "squeeze",
+    filter: Filter = "area",  # noqa: A002 - the field's word
+    bits: Bits = 8,
+    window: Window = "percentile",
+    encoding: Encoding = "raw",
+    quality: Quality = 95,
+    convention: Convention = "paper",
+    split: Split = None,
+    val_fraction: ValFraction = 0.0,
+    annotator: Annotator = "mean",
+    spec: Spec = None,
+    unit: Unit = None,
+    thresholds: Thresholds = None,
+    spacing_pair: SpacingPair = None,
+    clip_landmarks: ClipLandmarks = False,
+    keep_unlabelled: KeepUnlabelled = False,
+    counts: Counts = None,
+) -> None:
+    """Decode and resize x-rays once, and write them as WebDataset shards with an index."""
+    settings: dict[str, Any] = dict(locals())  # words and numbers are checked, and named, by PackSettings
+    settings |= {
+        "thresholds": thresholds or (),
+        "spacing_pair": _pair(spacing_pair),
+        "counts": _counts(counts or []),
+    }
+    from ddpm_lmk.console import progress
+    from ddpm_lmk.data.pack import pack as pack_shards
+
+    with progress(f"packing {source}") as show:
+        summary = pack_shards(**settings, progress=show)
+    _tell(summary)
+
+
+def _tell(summary: PackSummary) -> None:
+    from ddpm_lmk.console import say
+
+    for warning in summary.warnings:
+        say(f"warning: {warning}")
+    for line in summary.refused[:MAX_LINES]:
+        say(f"refused: {line['id']}: {line['reason']}")
+    if len(summary.refused) > MAX_LINES:
+        say(f"... all {len(summary.refused)} refused images are in {summary.out / 'refused.jsonl'}")
+    speed = summary.packed / max(summary.seconds, 1e-9)
+    typer.echo(
+        f"{summary.out}: {summary.packed} images ({_listed(summary.per_split)}), {len(summary.refused)} refused, "
+        f"{_mib(summary.image_bytes)} in {summary.seconds:.1f} s ({speed:.0f} images/s)"
+    )
+
+
+@shards_app.command()
+def verify(folder: ShardsArgument) -> None:
+    """Read everything again: checksums, tar members, pixels, labels and counts."""
+    from ddpm_lmk.console import say
+    from ddpm_lmk.data.shards import verify as verify_shards
+
+    report = verify_shards(folder)
+    for line in [*report.foreign, *report.problems][:MAX_LINES]:
+        say(line)
+    report.check()
+    splits = _listed(report.per_split)
+    typer.echo(f"{folder}: good; {report.samples} samples ({splits}) in {report.shards} shards, {_mib(report.bytes)}")
+
+
+@shards_app.command()
+def show(
+    folder: ShardsArgument,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="./show-NAME")] = None,
+    count: Annotated[int, typer.Option(min=1, max=400, help="images on the contact sheet")] = 24,
+) -> None:
+    """A contact sheet with landmarks, and a page of statistics."""
+    from ddpm_lmk.console import print_table
+    from ddpm_lmk.data.show import show as show_shards
+
+    shown = show_shards(folder, out or Path(f"show-{folder.resolve().name}"), count=count)
+    print_table(("", ""), shown.lines)
+    typer.echo(f"{shown.sheet}\n{shown.page}")
+
+
+def _listed(per_split: dict[str, int]) -> str:
+    return ", ".join(f"{split} {number}" for split, number in per_split.items())
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _pair(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, comma, second = text.partition(",")
+    if not comma or not first.strip().isdigit() or not second.strip().isdigit():
+        raise ConfigError(f"--spacing-pair {text!r}; wanted two landmark numbers, e.g. 0,4")
+    return int(first), int(second)
+
+
+def _counts(words: list[str]) -> dict[str, int] | None:
+    counts = {}
+    for word in words:
+        split, equals, number = word.partition("=")
+        if not equals or not split or not number.isdigit():
+            raise ConfigError(f"--count {word!r}; wanted SPLIT=N, e.g. train=400")
+        counts[split] = int(number)
+    return counts or None

@@ -1,0 +1,75 @@
+"""Words and tables for people: the command line and the demo write through these few functions.
+
+Results go to standard output, everything said on the way to standard error. On a terminal there are colours and bars;
+elsewhere plain lines, whole tables and a line per tenth of the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLOURS = {"problem": "bold red", "note": "yellow", "ok": "green"}
+PLAIN_WIDTH = 200
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    from rich.console import Console
+
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def console() -> Console:
+    """Standard output; wide where it is no terminal, so that nothing is cut off in a file or a pipe."""
+    from rich.console import Console
+
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=PLAIN_WIDTH)
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; cells that are a level (ok, note, problem) are coloured."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=any(headings), box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(f"[{COLOURS[cell]}]{cell}[/]" if cell in COLOURS else escape(cell) for cell in row))
+    console().print(table)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line per tenth elsewhere; yields a function to call with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    target = Console(stderr=True)
+    if not target.is_terminal:
+        yield _line_per_tenth(title)
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=target
+    ) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _line_per_tenth(title: str) -> Callable[[int, int], None]:
+    shown = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        tenth = 10 * done // max(1, total)
+        if tenth > shown:
+            shown = tenth
+            say(f"{title}: {done} of {total}")
+
+    return show

@@ -1,0 +1,86 @@
+"""What a run would do, without doing it: data, model, cost, memory, steps and, where it was measured, time.
+
+Memory is an estimate: weights, gradients, optimizer moments and average in full precision, plus the activations of one
+micro-batch. Time comes only from a result of `ddpm-lmk bench train_step` for the same run file, never from a guess.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.manifest import Manifest
+from ddpm_lmk.data.order import GroupPlan
+from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.launcher import Placement
+from ddpm_lmk.models import model_cost
+from ddpm_lmk.runfile import config_hash
+from ddpm_lmk.shipped import shipped
+from ddpm_lmk.tasks import build_task
+
+MEASURED_KEYS = ("image_size_px", "group_size_images", "micro_batch_images", "precision", "compile")
+
+
+def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str, str]]:
+    """Rows (what, how much) for `--dry-run`; raises what opening the data raises."""
+    manifests = [Manifest.open(path) for path in cfg.data.path]
+    counts = [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
+    if cfg.data.shots is not None and cfg.data.shots > sum(counts):
+        raise ConfigError(
+            f"data.shots={cfg.data.shots}, but there are {sum(counts)} training images; use fewer, or null"
+        )
+    num_images = cfg.data.shots or sum(counts)
+    groups = GroupPlan(num_images, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows)
+    steps = cfg.train.length.steps(cfg.train.group_size, num_images, groups.steps_per_epoch)
+    images = groups.start(steps)
+    rows = [
+        ("run", f"{cfg.name}: {cfg.task.kind}, seed {cfg.seed}, config {config_hash(cfg)}"),
+        ("directory", f"{out} ({'exists: continued if it holds this run' if out.exists() else 'new'})"),
+        ("processes", str(placement)),
+    ]
+    rows += [(f"data {m.root}", f"{n} images of {', '.join(cfg.data.splits)}") for m, n in zip(manifests, counts)]
+    if cfg.data.shots is not None:
+        rows.append(("shots", f"{cfg.data.shots} of them, {cfg.data.draw}"))
+    rows += _model_rows(cfg, manifests[0], placement)
+    rows.append(("length", f"{steps:,} steps, {images:,} images, {images / num_images:,.1f} passes over the data"))
+    rows.append(("weights from", cfg.init.weights or f"random, seed {cfg.seed}"))
+    return [*rows, ("time", _time(cfg, placement, images))]
+
+
+def _model_rows(cfg: RunConfig, manifest: Manifest, placement: Placement) -> list[tuple[str, str]]:
+    task = build_task(cfg, manifest.spec)
+    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
+    group = cfg.train.group_size
+    micro_batch = cfg.train.micro_batch or group // (placement.processes * placement.nodes)
+    activations = cost.activation_bytes * micro_batch / (2 if _is_bf16(cfg, placement) else 1)
+    memory_gib = (cost.weight_bytes * _copies_of_weights(cfg) + activations) / 2**30
+    size = f"{cost.params:,} parameters, {cost.flops_forward / 1e9:,.2f} GFLOP forward per image"
+    return [
+        ("model", f"{cfg.model.kind}, {size}"),
+        ("step", f"{group} images, {micro_batch} at once, {cost.flops_train * group / 1e12:,.3f} TFLOP"),
+        ("memory", f"about {memory_gib:,.2f} GiB per process (estimate)"),
+    ]
+
+
+def _copies_of_weights(cfg: RunConfig) -> int:
+    """Weight and gradient, two moments of AdamW, and the moving average."""
+    return 2 + 2 * (cfg.optim.kind == "adamw") + (cfg.train.ema is not None)
+
+
+def _is_bf16(cfg: RunConfig, placement: Placement) -> bool:
+    return cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and placement.device == "cuda")
+
+
+def _time(cfg: RunConfig, placement: Placement, images: int) -> str:
+    """Hours from a measured rate of this run file on one such process; without one, how to measure it."""
+    train = cfg.train
+    wanted = (cfg.data.image_size, train.group_size, train.micro_batch, train.precision, train.compile)
+    for folder in (Path("bench-results"), shipped("benchmarks") / "results"):
+        path = folder / f"train_step-{cfg.name}-{placement.device}.json"
+        result = json.loads(path.read_text()) if path.is_file() else {}
+        if result and tuple(result.get(key) for key in MEASURED_KEYS) == wanted:
+            rate = result["images_per_s"]
+            hours = images / rate / 3600
+            return f"{hours:,.2f} h on one process at {rate:g} images/s ({result['device']}, {path})"
+    return "not measured; ddpm-lmk bench train_step RUN.yaml"

@@ -1,0 +1,235 @@
+"""Every command, run for real on a few phantoms."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from ddpm_lmk.data.phantom import render
+from ddpm_lmk.doctor import release
+from ddpm_lmk.runfile import load_run
+from tests.cli.commands import CONFIGS, SMOKE, Lmk, rows_of
+
+ROOT = CONFIGS.parent
+
+
+def test_help_names_every_command(lmk: Lmk) -> None:
+    result = lmk("--help")
+    assert result.code == 0
+    commands = "doctor demo shards pretrain finetune sweep evaluate predict sample report export bench"
+    assert [name for name in commands.split() if f" {name} " not in result.out] == []
+
+
+def test_help_costs_less_than_seven_tenths_of_a_second(tmp_path: Path) -> None:
+    """Processor time of the fastest of three, which is the wall time of a machine that has nothing else to do."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "ddpm_lmk.cli", "--help"]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.7
+
+
+def test_version_is_the_package_version(lmk: Lmk) -> None:
+    assert lmk("--version").out.strip() == __import__("ddpm_lmk").__version__
+
+
+def test_doctor_looks_at_everything_and_says_what_would_be_used(lmk: Lmk, tmp_path: Path) -> None:
+    result = lmk("doctor", "--out", tmp_path / "runs")
+    assert result.code in (0, 5)
+    assert (result.code == 5) == ("problem" in result.out)
+    for topic in ("python", "torch", "cpu", "gpu", "group norm", "disk", "/dev/shm", "open files", "extra dali"):
+        assert topic in result.out
+    assert "would use 1 " in result.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_versions_compare_by_their_numbers() -> None:
+    assert release("2.13.0+cpu") == (2, 13, 0)
+    assert release("2.9.1") < (2, 10) < (*release("2.10.0rc1.dev0"), 0)
+
+
+def test_shards_are_packed_verified_and_shown(lmk: Lmk, tmp_path: Path) -> None:
+    shards = tmp_path / "chests"
+    words = ("--kind", "phantom", "--size", 32, "--count", "train=3", "--count", "test=2", "--workers", 1)
+    packed = lmk("shards", "pack", "chest", *words, "--out", shards)
+    assert packed.code == 0, packed.err
+    assert "5 images (train 3, test 2), 0 refused" in packed.out
+    assert "packing chest: 5 of 5" in packed.err
+    verified = lmk("shards", "verify", shards)
+    assert verified.code == 0
+    assert "5 samples (train 3, test 2)" in verified.out
+    shown = lmk("shards", "show", shards, "--out", tmp_path / "look", "--count", 5)
+    assert shown.code == 0
+    assert cv2.imread(str(tmp_path / "look" / "contact_sheet.png")) is not None
+
+
+def test_pretraining_writes_a_run_that_runs_again_as_it_is(lmk: Lmk, pretrained: Path, packed_phantoms: Path) -> None:
+    assert {"config.yaml", "run.json", "metrics.jsonl", "results.json", "done.json", "samples.png"} <= {
+        path.name for path in pretrained.iterdir()
+    }
+    written = load_run(pretrained / "config.yaml")
+    assert written.data.path == (str(packed_phantoms),)
+    again = lmk("pretrain", pretrained / "config.yaml", "--cpu", 1, "--out", pretrained)
+    assert again.code == 0, again.err
+
+
+def test_finetuning_scores_every_test_image(finetuned: Path) -> None:
+    results = json.loads((finetuned / "results.json").read_text())
+    assert (results["num_images"], results["labels"]) == (6, {"training": 4, "validation": 0})
+    assert json.loads((finetuned / "run.json").read_text())["parent"]["loaded"] == "trunk"
+    rows = rows_of(finetuned / "predictions.csv")
+    assert len(rows) == 6 * 19
+
+
+def test_explain_lists_settings_without_a_run_file(lmk: Lmk) -> None:
+    result = lmk("pretrain", "--explain")
+    assert result.code == 0
+    assert "task.codec.sigma_px" in result.out
+    assert lmk("sweep", "--explain").code == 0
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(lmk: Lmk, packed_phantoms: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("--cpu", 2, "--dry-run", "--out", out, f"data.path={packed_phantoms}")
+    result = lmk("pretrain", SMOKE / "pretrain.yaml", *words)
+    assert result.code == 0, result.err
+    for said in (
+        "parameters",
+        "GFLOP",
+        "GiB per process",
+        "2 CPU processes",
+        "12 images of train",
+        "4 steps, 16 images",
+    ):
+        assert said in result.out
+    assert "not measured" in result.out
+    assert not out.exists()
+
+
+def test_dry_run_knows_the_time_where_it_was_measured(
+    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench-results").mkdir()
+    facts = {"image_size_px": 32, "group_size_images": 4, "micro_batch_images": None, "precision": "auto"}
+    facts |= {"compile": False, "images_per_s": 2.0, "device": "this one"}
+    (tmp_path / "bench-results" / "train_step-smoke-pretrain-cpu.json").write_text(json.dumps(facts))
+    words = ("--cpu", 1, "--dry-run", f"data.path={packed_phantoms}", "train.length=3600 steps")
+    assert "2.00 h on one process at 2 images/s (this one" in lmk("pretrain", SMOKE / "pretrain.yaml", *words).out
+
+
+def test_diff_lists_what_two_run_files_do_differently(lmk: Lmk, pretrained: Path) -> None:
+    result = lmk("pretrain", pretrained / "config.yaml", "optim.lr=0.5", "--diff", pretrained / "config.yaml")
+    assert result.code == 0
+    assert "optim.lr" in result.out
+    assert "0.5" in result.out
+    assert "seed" not in result.out
+
+
+def test_two_processes_train_one_run(lmk: Lmk, packed_phantoms: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    words = ("--cpu", 2, "--out", out, f"data.path={packed_phantoms}", "evaluate.samples=0")
+    result = lmk("pretrain", SMOKE / "pretrain.yaml", *words)
+    assert result.code == 0, result.err
+    assert json.loads((out / "run.json").read_text())["hardware"]["processes"] == 2
+
+
+def test_sweep_runs_its_cells_once_and_report_collects_them(lmk: Lmk, packed_phantoms: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    words = ("--out", out, f"data.path={packed_phantoms}", "shots=[2]", "seeds=[0, 1]")
+    plan = lmk("sweep", SMOKE / "sweep.yaml", *words, "--dry-run")
+    assert plan.code == 0
+    assert "scratch-k2-s0" in plan.out
+    assert not out.exists()
+    first = lmk("sweep", SMOKE / "sweep.yaml", *words, "--cpu", 1)
+    assert first.code == 0, first.err
+    results = out / "cells" / "scratch-k2-s0" / "results.json"
+    stamp = results.stat().st_mtime_ns
+    assert lmk("sweep", SMOKE / "sweep.yaml", *words, "--cpu", 1).code == 0
+    assert results.stat().st_mtime_ns == stamp
+    report = lmk("report", out, "--out", tmp_path / "report.html")
+    assert report.code == 0, report.err
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page
+    assert "mean shape" in (tmp_path / "report.md").read_text()
+    assert len(rows_of(tmp_path / "report.csv")) > 0
+
+
+def test_evaluate_scores_another_split(lmk: Lmk, finetuned: Path, packed_phantoms: Path, tmp_path: Path) -> None:
+    out = tmp_path / "val"
+    result = lmk("evaluate", finetuned, "--data", packed_phantoms, "--split", "val", "--out", out)
+    assert result.code == 0, result.err
+    assert "4 images" in result.out
+    assert "original: MRE" in result.out
+    assert json.loads((out / "results.json").read_text())["split"] == "val"
+
+
+def test_predict_finds_points_in_files(lmk: Lmk, finetuned: Path, tmp_path: Path) -> None:
+    image = (render("skull", 3, 0, 96).image >> 8).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    result = lmk("predict", finetuned, tmp_path / "a.png", "--out", tmp_path / "out", "--mm-per-px", 0.5)
+    assert result.code == 0, result.err
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    assert len(rows) == 19
+    assert float(rows[0]["x_mm"]) == pytest.approx(float(rows[0]["x"]) * 0.5, abs=1e-3)
+    assert list((tmp_path / "out" / "overlays").iterdir())
+
+
+def test_sample_draws_a_sheet(lmk: Lmk, pretrained: Path, tmp_path: Path) -> None:
+    result = lmk("sample", pretrained, "--count", 4, "--steps", 3, "--out", tmp_path / "sheet.png")
+    assert result.code == 0, result.err
+    sheet = cv2.imread(str(tmp_path / "sheet.png"))
+    assert sheet is not None
+    assert sheet.shape[0] > 64
+
+
+def test_export_writes_safetensors(lmk: Lmk, finetuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "weights.safetensors"
+    result = lmk("export", finetuned, "--out", out)
+    assert result.code == 0, result.err
+    assert out.stat().st_size > 1000
+
+
+def test_bench_writes_a_result_file(
+    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ("train_step", SMOKE / "pretrain.yaml", f"data.path={packed_phantoms}", "--steps", 6, "--device", "cpu")
+    result = lmk("bench", *words, "--out", tmp_path)
+    assert result.code == 0, result.err
+    (file,) = tmp_path.glob("train_step-*.json")
+    assert json.loads(file.read_text())["images_per_s"] > 0
+
+
+def test_demo_goes_the_whole_road_and_takes_it_up_again(tmp_path: Path) -> None:
+    from ddpm_lmk.demo import run_demo
+    from ddpm_lmk.launcher import Placement
+
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    packs = {"pool": {"source": "skull", "counts": {"train": 8}}}
+    packs["labelled"] = {"source": "skull", "seed": 1, "counts": {"train": 3, "test": 3}}
+    (configs / "shards.yaml").write_text(yaml.safe_dump({"size": 32, "packs": packs}))
+    (configs / "pretrain.yaml").write_text(f"extends: {SMOKE / 'pretrain.yaml'}\nevaluate: {{samples: 0}}\n")
+    (configs / "finetune.yaml").write_text(f"extends: {SMOKE / 'finetune.yaml'}\n")
+    grid = {"shots": [2], "seeds": [0], "start": {"scratch": None, "pretrained": "set by the demo"}}
+    (configs / "sweep.yaml").write_text(yaml.safe_dump({"name": "tiny", "run": "finetune.yaml", "grids": [grid]}))
+    report = run_demo(tmp_path / "demo", Placement("cpu", 1), configs=configs)
+    assert "pretrained" in report.read_text()
+    weights = tmp_path / "demo" / "pretrain" / "done.json"
+    stamp = weights.stat().st_mtime_ns
+    run_demo(tmp_path / "demo", Placement("cpu", 1), configs=configs)
+    assert weights.stat().st_mtime_ns == stamp

@@ -1,0 +1,34 @@
+"""What many tests need: the real x-rays where they are there, and a small packed set of phantoms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """A folder of real x-rays by name; the test is skipped, and says so, where it is absent."""
+    root = Path(os.environ.get("LMK_DATA") or ROOT.parent / "shared" / "data")
+
+    def folder(name: str) -> Path:
+        if not (root / name).is_dir():
+            pytest.skip(f"no real x-rays {name} in {root}; set LMK_DATA")
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed skulls of 32 pixels: 12 for training, 4 for validation, 6 for testing. Do not write into it."""
+    from ddpm_lmk.data.pack import pack
+
+    out = tmp_path_factory.mktemp("phantoms") / "skulls"
+    pack("skull", "phantom", out, size=32, counts={"train": 12, "val": 4, "test": 6}, seed=7, workers=1)
+    return out

@@ -1,0 +1,55 @@
+"""Every YAML file that ships validates, says what it is for, and says how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.demo import DemoShards
+from ddpm_lmk.launcher import LaunchFile
+from ddpm_lmk.runfile import dump_run, load_run, load_yaml, validate
+from ddpm_lmk.sweep import load_sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("launch/*.yaml")])
+FRAGMENT_BASE = "data: {path: shards}\ntask: {kind: denoise}\n"
+
+
+def load(path: Path, tmp_path: Path) -> None:
+    """Check a file as what it is: launch file, sweep, demo shards, run, or fragment to be named by `extends`."""
+    data = load_yaml(path)
+    if path.parent.name == "launch":
+        validate(LaunchFile, data, source=str(path))
+    elif "packs" in data:
+        validate(DemoShards, data, source=str(path))
+    elif "grids" in data:
+        assert load_sweep(path, [] if _has_path(path.parent / data["run"]) else ["data.path=shards"]).cells
+    elif "task" in data:
+        run = load_run(path, [] if _has_path(path) else ["data.path=shards"])
+        (tmp_path / "written.yaml").write_text(dump_run(run))
+        assert load_run(tmp_path / "written.yaml") == run
+    else:
+        (tmp_path / "run.yaml").write_text(f"extends: {path}\n{FRAGMENT_BASE}")
+        assert isinstance(load_run(tmp_path / "run.yaml"), RunConfig)
+
+
+def _has_path(run_file: Path) -> bool:
+    return "path" in load_yaml(run_file).get("data", {})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_file_is_valid(path: Path, tmp_path: Path) -> None:
+    load(path, tmp_path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_file_opens_with_what_it_is_for(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 20
+
+
+def test_files_were_found() -> None:
+    assert {"smoke", "demo"} <= {path.parent.name for path in FILES}

@@ -77,7 +77,9 @@ def _pack_once(out: Path, wanted: DemoPack, size: int) -> None:
 def _pretrain(run_file: Path, out: Path, placement: Placement) -> None:
     cfg = load_run(run_file, [f"data.path={json.dumps(str(out / 'shards' / 'pool'))}"])
     job = {"config": cfg.model_dump(mode="json"), "out": str(out / "pretrain")}
-    code = launch(job, processes=placement.processes, device=placement.device)
+    workers = _workers(placement)
+    processes = max(count for count in (1, 2, 4) if count <= workers)  # has to divide the group
+    code = launch(job, processes=processes, device=placement.device)
     if code != 0:
         raise LaunchError(f"pre-training ended with exit code {code}; see {out / 'pretrain'}")
 
@@ -91,6 +93,6 @@ def _sweep(sweep_file: Path, out: Path, placement: Placement) -> None:
 
 
 def _workers(placement: Placement) -> int:
-    """Cells are small: on the CPU one worker per core is faster than one worker with many threads."""
+    """The network is small: on the CPU one process per core is faster than one process with many threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return placement.processes if placement.device == "cuda" else max(placement.processes, min(cores, MOST_CPU_WORKERS))

@@ -1,7 +1,7 @@
 # The two commands of the README, and the developer's: each makes its own virtual environment when there is none.
 #   make demo    the whole road on synthetic x-rays, ending with a report      make lint    ruff and mypy
 #   make test    the test suite                                                make bench   benchmarks of this machine
-#   make clean   remove the environment and what the commands above wrote
+#   make clean   remove the environment and what the commands above wrote     make test-slow   the tests that take minutes
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-output
@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-slow lint bench clean
 
 help:
 	@sed -n '2,4s/^# *//p' Makefile
@@ -27,7 +27,10 @@ demo: $(READY)
 	$(BIN)/ddpm-lmk demo --out $(OUT)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

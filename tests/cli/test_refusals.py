@@ -192,7 +192,7 @@ def test_ctrl_c_outside_of_training_exits_with_130_without_a_traceback(
     lmk: Lmk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(folder: Path) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("ddpm_lmk.doctor.examine", interrupted)
     result = lmk("doctor")

@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,14 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
         if step == job.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
         if step == job.get("announce_at"):
+            arrived, wakes = socket.socketpair()  # not signal.pause(): a signal before it would be waited for in vain
+            wakes.setblocking(False)
+            signal.set_wakeup_fd(wakes.fileno())
             sys.stdout.write("there\n")
             sys.stdout.flush()
-            signal.pause()
+            arrived.recv(1)
             while job.get("hold"):
-                signal.pause()
+                arrived.recv(1)
         if largest_file:
             limit = largest_file if step < job["room_from"] else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -23,7 +23,8 @@ class Batch:
         to_native: `[B, 2, 3]` float32, network pixels to native pixels (undoes augmentation and resizing).
         native_size: `[B, 2]` float32, (width, height) of the original file.
         mm_per_px: `[B]` float32, spacing of native pixels after the spec's rule, NaN where unknown.
-        positions: `[B]` int64, place in the training stream, or in the evaluated split.
+        positions: `[B]` int64, place in the training stream, or in the evaluated split; always in host memory, since
+            they are keys of randomness and reading them back from a device would make it wait.
         weight: `[B]` float32, 1 for a sample that counts, 0 for one repeated to fill the shape.
         ids: sample names, `B` of them.
     """
@@ -41,11 +42,11 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The same batch on `device`; memory layout is kept."""
+        """The same batch on `device`, all but `positions`; memory layout is kept."""
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            if isinstance(value := getattr(self, field.name), Tensor) and field.name != "positions"
         }
         return replace(self, **moved)
 

@@ -34,10 +34,10 @@ class DenoiseTask(Task):
         )
 
     def timesteps(self, positions: Tensor, stream: str = "timestep") -> Tensor:
-        """Uniform timesteps `[B]` in [t_min, t_max], keyed by position."""
-        uniform = keyed_uniform(self.seed, stream, positions.cpu().numpy(), 1)[:, 0]
+        """Uniform timesteps `[B]` in [t_min, t_max], keyed by position; in host memory, like `positions`."""
+        uniform = keyed_uniform(self.seed, stream, positions.numpy(), 1)[:, 0]
         steps = np.minimum(self.cfg.t_min + uniform * (self.t_max - self.cfg.t_min + 1), self.t_max)
-        return torch.from_numpy(steps.astype(np.int64)).to(positions.device, non_blocking=True)
+        return torch.from_numpy(steps.astype(np.int64))
 
     def noise(self, images: Tensor, positions: Tensor, stream: str = "eps") -> Tensor:
         """Standard normal noise of the shape of `images`, one keyed generator per image."""
@@ -53,7 +53,7 @@ class DenoiseTask(Task):
         return self._loss(model, batch, "")
 
     def _loss(self, model: nn.Module, batch: Batch, suffix: str) -> Tensor:
-        t = self.timesteps(batch.positions, "timestep" + suffix)
+        t = self.timesteps(batch.positions, "timestep" + suffix).to(batch.images.device, non_blocking=True)
         eps = self.noise(batch.images, batch.positions, "eps" + suffix)
         output = model(self.schedule.q_sample(batch.images, t, eps), t).float()
         error = output - self.schedule.regression_target(batch.images, t, eps, self.cfg.target)

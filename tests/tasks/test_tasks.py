@@ -149,3 +149,9 @@ def test_build_task_reads_the_kind_and_the_number_of_landmarks():
     assert build_task(RunConfig.model_validate(base), SPECS["hand"]).out_channels == 37
     base["task"] = {"kind": "denoise"}
     assert isinstance(build_task(RunConfig.model_validate(base), SPECS["hand"]), DenoiseTask)
+
+
+def test_positions_stay_in_host_memory_so_that_a_device_never_waits_for_them():
+    moved = make_batch(3).to("meta")
+    assert moved.images.device.type == "meta"
+    assert moved.positions.tolist() == [0, 1, 2]

@@ -1,0 +1,41 @@
+"""What a measurement was made on: the processor, how busy it was, and the versions of packages."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def cpu_name() -> str:
+    """The processor as the kernel names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, load and niceness, for a result file."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "load_1_min": round(os.getloadavg()[0], 1),
+        "niceness": os.nice(0),
+    }
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Versions of Python and of `packages`; None where one is not installed."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -330,7 +330,10 @@ class InitConfig(Section):
 class EvaluateConfig(Section):
     """What is scored after training."""
 
-    split: str | None = Field("test", description="split scored at the end; null: none")
+    split: str | None = Field(
+        "test",
+        description="split a landmark run is scored on at the end; null: none (pre-training: data.validation_split)",
+    )
     batch: Annotated[int, Field(ge=1)] = Field(16, description="images per forward pass")
     samples: Annotated[int, Field(ge=0, le=256)] = Field(
         0, description="images drawn from the model after pre-training"
@@ -363,6 +366,10 @@ class RunConfig(Section):
         ]
         if needs_validation and self.data.validation_split is None:
             raise ValueError(f"{', '.join(needs_validation)} needs data.validation_split")
+        if self.task.kind == "denoise" and self.evaluate.split not in (None, "test"):
+            raise ValueError(
+                f"evaluate.split={self.evaluate.split} is for task landmarks; pre-training is scored on data.validation_split"
+            )
         if self.task.kind == "denoise" and self.data.shots is not None:
             raise ValueError(
                 "data.shots is for labelled training (task landmarks); pre-training uses every image of data.splits"

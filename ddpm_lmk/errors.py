@@ -11,6 +11,7 @@ class LmkError(Exception):
     """Base of all errors shown to users as one line."""
 
     exit_code = 1
+    is_shared = False  # True on an error that every process of a run raises: one of them is enough to tell it
 
 
 class ConfigError(LmkError):

@@ -274,5 +274,5 @@ def test_a_worker_process_runs_a_job_and_tells_an_error_in_one_line(tmp_path: Pa
     assert "step=1/1 loss=" in done.stderr
     refused = worker(tmp_path, pretraining(seed=4), tmp_path / "run")
     assert refused.returncode == 7
-    assert refused.stderr.startswith("error: ")
+    assert refused.stderr.startswith("error[")
     assert refused.stderr.count("\n") == 1

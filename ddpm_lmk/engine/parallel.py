@@ -132,7 +132,7 @@ class Parallel:
         failed = [found for found in self.gather(error) if found is not None]
         if failed:
             found = error if error is not None and self.world == 1 else failed[0]
-            found.is_shared = True  # type: ignore[attr-defined]
+            found.is_shared = True
             raise found
 
     def on_main(self, function: Callable[[], T]) -> T:

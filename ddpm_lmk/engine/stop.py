@@ -59,6 +59,7 @@ class StopRequest:
 
 def stopped(level: float, *, step: int, where: str) -> StoppedError:
     """The error that ends a run stopped at `step`, after its state was saved in `where`."""
-    if level == 2.0:
-        return InterruptedRunError(f"interrupted after step {step}; saved in {where}, the same command continues")
-    return StoppedError(f"asked to stop after step {step}; saved in {where}, the same command continues")
+    kind, what = (InterruptedRunError, "interrupted") if level == 2.0 else (StoppedError, "asked to stop")
+    error = kind(f"{what} after step {step}; saved in {where}, the same command continues")
+    error.is_shared = True
+    return error

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -21,14 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.machine import hardware, versions
 
 GROUP_SIZE = 32
 PHANTOMS = 256
@@ -116,27 +113,9 @@ def _circumstances(manifest: Manifest, options: argparse.Namespace) -> dict[str,
         "decode_threads": options.workers,
         "torch_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
-        "hardware": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "load_1_min": round(os.getloadavg()[0], 1),
-            "niceness": os.nice(0),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "opencv": cv2.__version__,
-        },
+        "hardware": hardware(),
+        "versions": versions("torch", "numpy", "opencv-python-headless"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _options() -> argparse.Namespace:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_lmk.config import UNetConfig
+from ddpm_lmk.machine import cpu_name
 from ddpm_lmk.models import build_model, model_cost
 from ddpm_lmk.runfile import load_yaml
 
@@ -190,10 +191,7 @@ def _peak_memory_mib(device: torch.device) -> float:
 def _hardware(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    load = os.getloadavg()[0]
-    name = models[0].split(":")[1].strip() if models else platform.processor()
-    return {"type": "cpu", "name": name, "cores": os.cpu_count(), "load_1min_at_end": load}
+    return {"type": "cpu", "name": cpu_name(), "cores": os.cpu_count(), "load_1min_at_end": os.getloadavg()[0]}
 
 
 def _versions() -> dict[str, str]:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -23,10 +21,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-import PIL
 
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.machine import hardware, versions
 
 SIZE_PX = 256
 ENCODINGS: tuple[tuple[Any, int, int], ...] = (
@@ -112,27 +110,9 @@ def _circumstances() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "stored_size_px": SIZE_PX,
         "processes": 1,
-        "hardware": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "load_1_min": round(os.getloadavg()[0], 1),
-            "niceness": os.nice(0),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "opencv": cv2.__version__,
-            "pillow": PIL.__version__,
-        },
+        "hardware": hardware(),
+        "versions": versions("numpy", "opencv-python-headless", "pillow"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _options() -> argparse.Namespace:

@@ -12,7 +12,6 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.inference import evaluate_split
+from ddpm_lmk.machine import versions
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir import RunDir
@@ -178,7 +178,7 @@ def _facts(cfg: RunConfig, loaders: Loaders, parallel: Parallel, parent: dict[st
         "fingerprint": loaders.train.fingerprint,
         "num_images": loaders.train.num_images,
         "parent": parent,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(*PACKAGES),
         "hardware": {
             "device": torch.cuda.get_device_name(parallel.device) if is_cuda else platform.machine(),
             "processes": parallel.world,
@@ -219,13 +219,6 @@ def _conclude(
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def run_job(job: dict[str, Any]) -> int:
     """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda"}); returns 0."""
     parallel = Parallel(job.get("device", "auto"))
@@ -241,8 +234,8 @@ def main(arguments: list[str]) -> int:
         return run_job(json.loads(Path(arguments[0]).read_text()))
     except LmkError as error:
         # An error all ranks share is told by one; what only another rank met, that rank has to tell.
-        if rank == 0 or not getattr(error, "is_shared", False):
-            sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error: rank {rank}: {error}\n")
+        if rank == 0 or not error.is_shared:
+            sys.stderr.write(f"error[{type(error).__name__}]: {'' if rank == 0 else f'rank {rank}: '}{error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         return 130

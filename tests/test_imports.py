@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ddpm_lmk"
 # From the ground up: a module imports its own layer and those before it.
 LAYERS: list[set[str]] = [
     {"errors", "atomic", "durable", "shipped", "console"},
-    {"config", "yamlfile"},
+    {"config", "yamlfile", "machine"},
     {"explain", "runfile"},
     {"data", "diffusion", "landmarks", "metrics", "scoring", "models", "checkpoint", "overlay", "launcher"},
     {"tasks"},
@@ -33,7 +33,7 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 
 # What answers at once on a login node: never imports torch when imported, whatever it does when called.
 WITHOUT_TORCH = [
-    *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli_shards", "cli_results", "console", "launcher"),
+    *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli_shards", "cli_results", "console", "launcher", "machine"),
     *("sweep", "sweep_run", "sweep_view", "report", "shipped"),
     *("data", "data.spec", "data.raw", "data.shards", "data.order", "data.augment", "data.phantom", "data.pack"),
 ]

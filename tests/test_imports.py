@@ -33,8 +33,8 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 
 # What answers at once on a login node: never imports torch when imported, whatever it does when called.
 WITHOUT_TORCH = [
-    *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli_shards", "cli_results", "console", "launcher", "machine"),
-    *("sweep", "sweep_run", "sweep_view", "report", "shipped"),
+    *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli_shards", "cli_results", "console", "launcher"),
+    *("sweep", "sweep_run", "sweep_view", "report", "shipped", "machine"),
     *("data", "data.spec", "data.raw", "data.shards", "data.order", "data.augment", "data.phantom", "data.pack"),
 ]
 ONLY_PARALLEL = {"accelerate", "deepspeed"}

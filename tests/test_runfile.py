@@ -193,6 +193,13 @@ def test_sections_that_disagree_are_refused_in_their_own_words(run_file: Path) -
         load_run(run_file, ["train.select=best"])
 
 
+def test_split_that_pre_training_would_ignore_is_refused(run_file: Path) -> None:
+    words = ["task.kind=denoise", "data.shots=null"]
+    assert load_run(run_file, words).evaluate.split == "test"
+    with pytest.raises(ConfigError, match=r"evaluate\.split=val is for task landmarks"):
+        load_run(run_file, [*words, "evaluate.split=val"])
+
+
 def test_several_mistakes_are_counted(run_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"\(and 1 more\)"):
         load_run(run_file, ["optim.lr=fast", "seed=-1"])

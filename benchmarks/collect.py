@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.report_text import update_between_markers
+from ddpm_lmk.report.text import update_between_markers
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

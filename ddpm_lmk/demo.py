@@ -20,11 +20,11 @@ from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.launcher import Placement, launch
-from ddpm_lmk.report import write_report
+from ddpm_lmk.report.page import write_report
 from ddpm_lmk.runfile import load_run, load_yaml, validate
 from ddpm_lmk.shipped import shipped
 from ddpm_lmk.sweep import load_sweep
-from ddpm_lmk.sweep_run import run_sweep
+from ddpm_lmk.sweep.run import run_sweep
 
 MOST_CPU_WORKERS = 4
 

@@ -94,6 +94,15 @@ def read_no_follow(path: Path) -> bytes:
         raise DamagedError(f"{path.name}: {error.strerror}") from None
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file or it is not one."""
+    try:
+        content = json.loads(read_no_follow(path))
+    except (DamagedError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def flush_directory(path: Path) -> None:
     """Make renames and new names inside `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -16,12 +16,12 @@ from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.data.spec import DatasetSpec, unlabelled
+from ddpm_lmk.durable import read_json
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, ConfigError, DataError
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.runfile import validate
-from ddpm_lmk.sweep import read_json
 from ddpm_lmk.tasks import Task, build_task
 
 PIXEL_SETTINGS = ("size", "aspect", "filter", "window", "bits")

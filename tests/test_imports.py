@@ -24,17 +24,17 @@ LAYERS: list[set[str]] = [
     {"sweep"},
     {"engine", "rundir"},
     {"sampling", "loaded", "inference", "predict", "export"},
-    {"runs", "plan", "sweep_view", "report_data", "report_figures", "report_html", "report_text", "doctor"},
-    {"sweep_worker", "sweep_run", "report"},
+    {"runs", "plan", "doctor"},
+    {"report"},
     {"demo"},
-    {"cli", "cli_shards", "cli_results"},
+    {"cli"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 # What answers at once on a login node: never imports torch when imported, whatever it does when called.
 WITHOUT_TORCH = [
-    *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli_shards", "cli_results", "console", "launcher"),
-    *("sweep", "sweep_run", "sweep_view", "report", "shipped", "machine"),
+    *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli.shards", "cli.results", "console", "launcher"),
+    *("sweep", "sweep.run", "sweep.view", "report.page", "shipped", "machine"),
     *("data", "data.spec", "data.raw", "data.shards", "data.order", "data.augment", "data.phantom", "data.pack"),
 ]
 ONLY_PARALLEL = {"accelerate", "deepspeed"}

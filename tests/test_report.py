@@ -18,9 +18,9 @@ from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.data.spec import SPECS, DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError
-from ddpm_lmk.report import featured_shots, write_report
-from ddpm_lmk.report_data import collect, paper_rows
-from ddpm_lmk.report_text import update_between_markers
+from ddpm_lmk.report.data import collect, paper_rows
+from ddpm_lmk.report.page import featured_shots, write_report
+from ddpm_lmk.report.text import update_between_markers
 from ddpm_lmk.runfile import dump_run
 
 CEPH = SPECS["cephalometric"]

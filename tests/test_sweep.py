@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.sweep import Sweep, cell_folder, is_done, load_sweep, plan_table, read_json, state_of
-from ddpm_lmk.sweep_run import run_sweep, to_csv
-from ddpm_lmk.sweep_view import last_step
-from ddpm_lmk.sweep_worker import try_lock
+from ddpm_lmk.sweep import Sweep, cell_folder, is_done, load_sweep, plan_table, state_of
+from ddpm_lmk.sweep.run import run_sweep, to_csv
+from ddpm_lmk.sweep.view import last_step
+from ddpm_lmk.sweep.worker import try_lock
 
 RUN = """
 name: tiny
@@ -165,7 +166,7 @@ def start_sweep(file: Path, out: Path, processes: int = 1) -> subprocess.Popen[s
     """The same sweep in a process of its own, which can be killed."""
     code = (
         "import sys; from pathlib import Path; from ddpm_lmk.sweep import load_sweep\n"
-        "from ddpm_lmk.sweep_run import run_sweep\n"
+        "from ddpm_lmk.sweep.run import run_sweep\n"
         "sys.exit(run_sweep(load_sweep(sys.argv[1]), Path(sys.argv[2]), processes=int(sys.argv[3])))"
     )
     words = [sys.executable, "-c", code, str(file), str(out), str(processes)]

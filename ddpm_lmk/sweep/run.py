@@ -29,9 +29,10 @@ from typing import Any
 from rich.console import Console
 
 from ddpm_lmk import atomic
+from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import ConfigError, StoppedError
-from ddpm_lmk.sweep import Cell, Sweep, cell_folder, check_starts, is_done, read_json
-from ddpm_lmk.sweep_view import SweepView
+from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, check_starts, is_done
+from ddpm_lmk.sweep.view import SweepView
 
 SOME_FAILED = 1
 POLL_S = 0.5
@@ -155,7 +156,7 @@ def _start(run: SweepRun, slot: int, count: int, *, restarts: int = 0) -> Worker
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ddpm_lmk.sweep_worker"],
+            [sys.executable, "-m", "ddpm_lmk.sweep.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

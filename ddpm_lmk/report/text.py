@@ -8,7 +8,7 @@ from typing import Any
 
 from ddpm_lmk import atomic
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.report_data import PROTOCOLS, Spread, Study
+from ddpm_lmk.report.data import PROTOCOLS, Spread, Study
 
 
 def csv_rows(study: Study) -> list[dict[str, Any]]:

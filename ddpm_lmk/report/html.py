@@ -8,15 +8,15 @@ from html import escape
 from importlib import resources
 from string import Template
 
-from ddpm_lmk.report_data import PROTOCOLS, SCRATCH, Row, Score, Spread, Study
-from ddpm_lmk.report_figures import SHAPE_COLOUR, colours, unit_name
+from ddpm_lmk.report.data import PROTOCOLS, SCRATCH, Row, Score, Spread, Study
+from ddpm_lmk.report.figures import SHAPE_COLOUR, colours, unit_name
 
 EMPTY = '<td class="{kind}">–</td>'
 
 
 def page(title: str, body: str) -> str:
     """A whole page; nothing in it points outside."""
-    template = resources.files("ddpm_lmk").joinpath("report_page.html").read_text(encoding="utf-8")
+    template = resources.files("ddpm_lmk").joinpath("report/page.html").read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(title), body=body)
 
 

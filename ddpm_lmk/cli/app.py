@@ -2,7 +2,7 @@
 
 Commands import what they need when they run, so that `--help` answers at once. An `LmkError` becomes one line on
 standard error and its exit code; anything else is a bug and keeps its traceback. Commands about shards are in
-`cli_shards`, those about finished runs in `cli_results`; what a command does is in the module it calls.
+`cli.shards`, those about finished runs in `cli.results`; what a command does is in the module it calls.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ddpm_lmk import __version__
-from ddpm_lmk.cli_results import results_app
-from ddpm_lmk.cli_shards import shards_app
+from ddpm_lmk.cli.results import results_app
+from ddpm_lmk.cli.shards import shards_app
 from ddpm_lmk.console import console, print_table, say
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
 
@@ -181,7 +181,7 @@ def sweep(
         console().print(plan_table(loaded, folder))
         return
     from ddpm_lmk.launcher import place
-    from ddpm_lmk.sweep_run import run_sweep
+    from ddpm_lmk.sweep.run import run_sweep
 
     placement = place(gpus=gpus, cpu=cpu)
     say(f"sweep {loaded.name}: {placement}, {folder}")
@@ -238,7 +238,3 @@ def _diff(cfg: RunConfig, run_file: Path | None, other: Path) -> None:
     rows = [(key, str(here), str(there)) for key, here, there in diff_runs(cfg, load_run(other))]
     print_table(("key", str(run_file), str(other)), rows)
     raise typer.Exit()
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ddpm_lmk.sweep import Sweep, cell_folder, read_json
+from ddpm_lmk.durable import read_json
+from ddpm_lmk.sweep.plan import Sweep, cell_folder
 
 TAIL_BYTES = 4096
 

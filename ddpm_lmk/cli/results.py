@@ -89,7 +89,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="self-contained HTML")] = Path("report.html"),
 ) -> None:
     """Tables, curves and overlays of finished runs in one HTML file, with CSV and Markdown beside it."""
-    from ddpm_lmk.report import write_report
+    from ddpm_lmk.report.page import write_report
 
     for path in write_report(folders, out):
         typer.echo(str(path))

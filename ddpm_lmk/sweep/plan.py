@@ -12,7 +12,7 @@ A sweep file names a run file, what to set in it, and grids:
         draw: random                    # optional; set: {...} optional as well
 
 Every cell is an ordinary run directory OUT/cells/START-kSHOTS-sSEED. This file reads, expands and shows sweeps; running
-them is in `sweep_run`. It never imports torch, so that `--dry-run` answers at once.
+them is in `sweep.run`. It never imports torch, so that `--dry-run` answers at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.table import Table
 from ddpm_lmk.config import RunConfig, Section
 from ddpm_lmk.data.order import GroupPlan
 from ddpm_lmk.data.shards import Manifest
-from ddpm_lmk.durable import DamagedError, read_no_follow
+from ddpm_lmk.durable import DamagedError, read_json, read_no_follow
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.runfile import config_hash, load_run, load_yaml, validate
 from ddpm_lmk.yamlfile import parse
@@ -181,15 +181,6 @@ def _count_images(cfg: RunConfig) -> int | None:
         return sum(len(Manifest.open(path).rows(cfg.data.splits)) for path in cfg.data.path)
     except DataError:
         return None
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file or it is not one."""
-    try:
-        content = json.loads(read_no_follow(path))
-    except (DamagedError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def is_done(folder: Path, cell: Cell) -> bool:

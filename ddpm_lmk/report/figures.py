@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ddpm_lmk.report_data import SCRATCH, Study, paper_rows, parent_of, read_lines
+from ddpm_lmk.report.data import SCRATCH, Study, paper_rows, parent_of, read_lines
 
 INK, MUTED, HAIRLINE = "#1c2733", "#6b7785", "#dfe4ea"
 SCRATCH_COLOUR, SHAPE_COLOUR, PAPER_COLOUR = "#c4621b", "#8a94a0", "#7d4fa3"

@@ -17,16 +17,15 @@ import cv2
 import numpy as np
 
 from ddpm_lmk import atomic
-from ddpm_lmk import report_figures as figures
-from ddpm_lmk import report_html as html
 from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.overlay import draw_overlay, encode_jpeg, to_uint8
-from ddpm_lmk.report_data import PROTOCOLS, Run, Study, collect, paper_tables, parent_of
-from ddpm_lmk.report_text import csv_rows, markdown_table
+from ddpm_lmk.report import figures, html
+from ddpm_lmk.report.data import PROTOCOLS, Run, Study, collect, paper_tables, parent_of
+from ddpm_lmk.report.text import csv_rows, markdown_table
 from ddpm_lmk.runfile import load_run
-from ddpm_lmk.sweep import read_json
-from ddpm_lmk.sweep_run import to_csv
+from ddpm_lmk.sweep.run import to_csv
 
 FEATURED = 3  # numbers of labels shown in the cumulative error curve
 OVERLAY_SIDE = 760

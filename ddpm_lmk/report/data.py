@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.scoring import mean_and_std
-from ddpm_lmk.sweep import cell_folder, read_json
+from ddpm_lmk.sweep import cell_folder
 
 PROTOCOLS = ("original", "paper")
 MEAN_SHAPE = "mean shape"

@@ -1,6 +1,6 @@
 """One warm worker of a sweep: pulls cells, keeps the dataset resident and the model built between them.
 
-Started by `sweep_run` as `python -m ddpm_lmk.sweep_worker` with its job as JSON on standard input; tells its parent
+Started by `sweep.run` as `python -m ddpm_lmk.sweep.worker` with its job as JSON on standard input; tells its parent
 what happens as lines of JSON on standard output, and writes everything else to standard error. A cell belongs to
 whoever holds its lock file, so any number of workers, and of sweeps, can share a folder. A failed cell is recorded and
 the next one taken.
@@ -23,8 +23,9 @@ from typing import Any, TextIO
 
 from ddpm_lmk import atomic
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import LmkError, StoppedError
-from ddpm_lmk.sweep import Cell, cell_folder, is_done, read_json
+from ddpm_lmk.sweep.plan import Cell, cell_folder, is_done
 
 PR_SET_PDEATHSIG = 1
 

@@ -1,0 +1,93 @@
+"""What one run is: `RunConfig` and its sections.
+
+Every field has a type, a bound, a unit and a description (`ddpm-lmk pretrain RUN.yaml --explain` prints them). Reading,
+composing and writing run files lives in `runfile`; how many processes and nodes a run uses lives in the launch file
+(`launcher`) and shares no key with this one. Values of the paper are named with their section in `paper.md`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from ddpm_lmk.config.data import AugmentConfig, DataConfig
+from ddpm_lmk.config.model import UNetConfig
+from ddpm_lmk.config.task import Codec, DenoiseConfig, DiscCodecConfig, LandmarksConfig, SpatialCodecConfig
+from ddpm_lmk.config.training import (
+    ClipConfig,
+    EmaConfig,
+    EvaluateConfig,
+    InitConfig,
+    OptimConfig,
+    PlateauConfig,
+    TrainConfig,
+)
+from ddpm_lmk.config.values import Duration, Fraction, NonNegative, Positive, Section
+
+__all__ = [
+    "AugmentConfig",
+    "ClipConfig",
+    "Codec",
+    "DataConfig",
+    "DenoiseConfig",
+    "DiscCodecConfig",
+    "Duration",
+    "EmaConfig",
+    "EvaluateConfig",
+    "Fraction",
+    "InitConfig",
+    "LandmarksConfig",
+    "NonNegative",
+    "OptimConfig",
+    "PlateauConfig",
+    "Positive",
+    "RunConfig",
+    "Section",
+    "SpatialCodecConfig",
+    "TrainConfig",
+    "UNetConfig",
+]
+
+
+class RunConfig(Section):
+    """Everything about one run."""
+
+    name: str = Field("run", min_length=1, max_length=80, pattern=r"^[A-Za-z0-9._+-]+$", description="shown in reports")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="root of all randomness")
+    data: DataConfig
+    model: Annotated[UNetConfig, Field(description="network")] = Field(default_factory=UNetConfig)
+    task: Annotated[DenoiseConfig | LandmarksConfig, Field(discriminator="kind", description="what is learnt")]
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    init: InitConfig = Field(default_factory=InitConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        needs_validation = [
+            name
+            for name, used in (
+                ("optim.plateau", self.optim.plateau is not None),
+                ("train.patience", self.train.patience is not None),
+                ("train.select=best", self.train.select == "best"),
+            )
+            if used
+        ]
+        if needs_validation and self.data.validation_split is None:
+            raise ValueError(f"{', '.join(needs_validation)} needs data.validation_split")
+        if self.task.kind == "denoise" and self.evaluate.split not in (None, "test"):
+            raise ValueError(
+                f"evaluate.split={self.evaluate.split} is for task landmarks; pre-training is scored on data.validation_split"
+            )
+        if self.task.kind == "denoise" and self.data.shots is not None:
+            raise ValueError(
+                "data.shots is for labelled training (task landmarks); pre-training uses every image of data.splits"
+            )
+        if self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)):
+            raise ValueError(
+                f"data.image_size={self.data.image_size} must be a multiple of "
+                f"{self.model.patch * 2 ** (len(self.model.multipliers) - 1)} for model.patch={self.model.patch} "
+                f"and {len(self.model.multipliers)} levels"
+            )
+        return self

@@ -1,0 +1,82 @@
+"""`data`: where images come from, which of them are used, and how they reach the device."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ddpm_lmk.config.values import Fraction, NonNegative, Positive, Section
+
+
+class AugmentConfig(Section):
+    """Random changes of a training image, drawn from `(seed, position)`; the geometric ones move the points too."""
+
+    probability: Fraction = Field(0.5, description="share of images that are changed at all (paper: 0.5)")
+    shift: Fraction = Field(0.02, description="largest shift in x and in y, as a share of the image side (paper: 0.02)")
+    rotate_deg: Annotated[float, Field(ge=0, le=180)] = Field(2.0, description="largest rotation in degrees (paper: 2)")
+    scale: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="sizes are drawn from [1 - scale, 1 + scale]")
+    scale_axes: Literal["shared", "independent"] = Field(
+        "shared", description="one size factor, or one for x and one for y"
+    )
+    brightness: Fraction = Field(0.0, description="largest offset added to intensities in [0, 1]")
+    contrast: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="contrast factor drawn from [1 - c, 1 + c], around the mean"
+    )
+    gamma: NonNegative = Field(0.0, description="exponent drawn from exp(uniform(-gamma, gamma))")
+    noise: Fraction = Field(
+        0.0, description="largest standard deviation of added Gaussian noise, intensities in [0, 1]"
+    )
+
+
+class DataConfig(Section):
+    """Where images come from, which of them are used, and how they reach the device."""
+
+    path: tuple[str, ...] = Field(
+        min_length=1, description="folder(s) written by `ddpm-lmk shards pack`; several make a pool"
+    )
+    weights: tuple[Positive, ...] | None = Field(
+        None, description="share of draws per folder; null: by number of images"
+    )
+    splits: tuple[str, ...] = Field(
+        ("train",), min_length=1, description="splits trained on (the paper pre-trains on train and val)"
+    )
+    validation_split: str | None = Field(
+        None, description="labelled split for early stopping and choice of weights; null: no validation labels are used"
+    )
+    shots: Annotated[int, Field(ge=1)] | None = Field(None, description="number of labelled training images; null: all")
+    draw: Literal["first", "random"] = Field(
+        "first", description="which images the shots are: first by name (paper), or drawn from the seed"
+    )
+    image_size: Annotated[int, Field(ge=16, le=4096)] = Field(
+        256, description="side of the square network input, pixels"
+    )
+    intensity: Literal["per_image", "full_range"] = Field(
+        "per_image",
+        description="scale to [0, 1] by each image's own minimum and maximum (paper), or by the range of its type",
+    )
+    residency: Literal["auto", "stream", "ram", "device"] = Field(
+        "auto", description="where pixels live: encoded shards, decoded in memory, or decoded on the device"
+    )
+    loader: Literal["auto", "torch"] = Field("auto", description="loader backend")
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        2, description="decoding threads per process; 0 decodes in the training thread"
+    )
+    shuffle_window: Annotated[int, Field(ge=1)] = Field(
+        16, description="shards whose samples are mixed with one another; reads stay inside the window"
+    )
+    max_bad_fraction: Fraction = Field(0.001, description="share of undecodable samples after which the run stops")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+
+    @field_validator("path", "splits", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _weights_match(self) -> DataConfig:
+        if self.weights is not None and len(self.weights) != len(self.path):
+            raise ValueError(
+                f"weights has {len(self.weights)} entries, path has {len(self.path)}; give one weight per folder"
+            )
+        return self

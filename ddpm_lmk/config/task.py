@@ -1,0 +1,70 @@
+"""`task`: what is learnt."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ddpm_lmk.config.values import Positive, Section
+
+
+class DenoiseConfig(Section):
+    """Noise prediction, the pre-training task (paper.md, section 2)."""
+
+    kind: Literal["denoise"] = "denoise"
+    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
+    num_timesteps: Annotated[int, Field(ge=2)] = Field(500, description="timesteps T (paper: 500)")
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first beta of the linear schedule")
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(2e-2, description="last beta of the linear schedule")
+    t_min: Annotated[int, Field(ge=0)] = Field(
+        1, description="smallest timestep drawn (the released code never draws 0)"
+    )
+    t_max: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="largest timestep drawn; null: num_timesteps - 1"
+    )
+    target: Literal["eps", "x0", "v"] = Field("eps", description="what the network predicts (paper: eps)")
+    loss: Literal["l2", "l1"] = Field("l2", description="mean squared or absolute error over pixels")
+
+    @model_validator(mode="after")
+    def _timesteps_in_order(self) -> DenoiseConfig:
+        if not self.t_min <= (self.t_max if self.t_max is not None else self.num_timesteps - 1) < self.num_timesteps:
+            raise ValueError(
+                f"wanted t_min <= t_max < num_timesteps, found {self.t_min}, {self.t_max}, {self.num_timesteps}"
+            )
+        return self
+
+
+class DiscCodecConfig(Section):
+    """The paper's heatmaps: a binary disc per landmark, softmax over landmarks, contour centroid (paper.md, section 3)."""
+
+    kind: Literal["disc"] = "disc"
+    sigma_px: Positive = Field(
+        5.0, description="Gaussian width in network pixels; the disc is where it exceeds half its peak"
+    )
+
+
+class SpatialCodecConfig(Section):
+    """Our heatmaps: one distribution over all pixels per landmark, sub-pixel decoding with an uncertainty."""
+
+    kind: Literal["spatial"] = "spatial"
+    sigma_px: Positive = Field(2.0, description="width of the Gaussian target, network pixels")
+    decode_radius_px: Positive = Field(
+        6.0, description="the point is the mean of the distribution within this distance of its peak, network pixels"
+    )
+
+
+Codec = Annotated[DiscCodecConfig | SpatialCodecConfig, Field(discriminator="kind")]
+
+
+class LandmarksConfig(Section):
+    """Landmark detection, the fine-tuning task."""
+
+    kind: Literal["landmarks"] = "landmarks"
+    codec: Codec = Field(default_factory=SpatialCodecConfig)
+    timestep: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="timestep the network is told; null: no time conditioning at all (paper)"
+    )
+    views: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="slightly moved views averaged at evaluation; 1: the image as it is (paper)"
+    )

@@ -1,0 +1,116 @@
+"""`optim`, `train`, `init` and `evaluate`: how a run learns, what it keeps, where it starts, what is scored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ddpm_lmk.config.values import Duration, NonNegative, Positive, Section
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.995, description="decay per step (paper: 0.995)")
+    warmup: bool = Field(False, description="decay min(decay, (1 + step) / (10 + step)): follows the weights early on")
+
+
+class ClipConfig(Section):
+    """Gradient clipping."""
+
+    kind: Literal["norm", "value"] = Field(
+        "norm", description="by global norm, or element by element (paper pre-training: value)"
+    )
+    limit: Positive = Field(1.0, description="largest norm or absolute value")
+
+
+class PlateauConfig(Section):
+    """Lower the learning rate when the validation score stands still (paper.md, section 3)."""
+
+    factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="multiplies the learning rate")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        13, description="evaluations without progress that are tolerated (paper: 13)"
+    )
+    threshold: NonNegative = Field(1e-4, description="smallest relative progress that counts")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule; the learning rate is a function of the step."""
+
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="optimizer (sgd: plain, for tests of scale)")
+    lr: Positive = Field(1e-4, description="learning rate (paper: 1e-4 pre-training, 1e-5 fine-tuning)")
+    head_lr: Positive | None = Field(None, description="learning rate of the output layer; null: lr")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW betas"
+    )
+    eps: Positive = Field(1e-8, description="AdamW epsilon")
+    weight_decay: NonNegative = Field(0.01, description="AdamW weight decay")
+    decay_all: bool = Field(
+        True, description="decay norms and biases too (paper), or only weights of two and more dimensions"
+    )
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="shape of the learning rate after the warm-up (paper: constant)"
+    )
+    warmup: Duration = Field(Duration(0), description="linear warm-up of the learning rate")
+    clip: ClipConfig | None = Field(None, description="gradient clipping; null: none")
+    plateau: PlateauConfig | None = Field(None, description="plateau rule; needs data.validation_split")
+
+
+class TrainConfig(Section):
+    """Length, batches, precision, and what is kept on the way."""
+
+    length: Duration = Field(Duration(1000), description="length of training: steps, epochs or images")
+    group_size: Annotated[int, Field(ge=1)] = Field(
+        32, description="images per optimizer step, over all processes (paper: 4 x 8 and 2 x 8)"
+    )
+    micro_batch: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="images a device computes at once; null: its whole share of the group"
+    )
+    windows: Literal["straddle", "epoch"] = Field(
+        "straddle", description="may a group reach over the end of an epoch, or is the last one short (paper)"
+    )
+    gradient: Literal["mean", "sum"] = Field(
+        "mean", description="mean over the group, or the sum of micro-batch means (released pre-training code)"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="autocast type; auto: bf16 on CUDA, fp32 on the CPU"
+    )
+    channels_last: bool = Field(True, description="NHWC memory layout")
+    compile: bool = Field(False, description="torch.compile the model")
+    ema: EmaConfig | None = Field(default_factory=EmaConfig, description="moving average of weights; null: none")
+    log_every: Duration = Field(Duration(10), description="between lines in metrics.jsonl")
+    checkpoint_every: Duration = Field(Duration(500), description="between resumable checkpoints")
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="newest checkpoints kept")
+    snapshot_every: Duration | None = Field(None, description="between snapshots of weights; null: only at the end")
+    evaluate_every: Duration | None = Field(
+        None, description="between evaluations on data.validation_split; null: only at the end"
+    )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="evaluations without improvement before stopping (paper: 27); null: never"
+    )
+    select: Literal["last", "best"] = Field(
+        "last", description="weights that are kept and tested: the last, or the best on validation (paper)"
+    )
+
+
+class InitConfig(Section):
+    """Where the weights come from, decided once (`runs.starting_state`)."""
+
+    weights: str | None = Field(
+        None, description="run directory, snapshot directory or .safetensors file; null: random"
+    )
+    use: Literal["ema", "model"] = Field("ema", description="which weights of a snapshot")
+
+
+class EvaluateConfig(Section):
+    """What is scored after training."""
+
+    split: str | None = Field(
+        "test",
+        description="split a landmark run is scored on at the end; null: none (pre-training: data.validation_split)",
+    )
+    batch: Annotated[int, Field(ge=1)] = Field(16, description="images per forward pass")
+    samples: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="images drawn from the model after pre-training"
+    )

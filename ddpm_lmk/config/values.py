@@ -1,0 +1,69 @@
+"""What every section of a run file is made of: bounded numbers, durations, and frozen sections."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Duration:
+    """A length of training: `6000 steps`, `200 epochs` or `171000 images`; a bare number means steps."""
+
+    UNITS = ("steps", "epochs", "images")
+
+    def __init__(self, count: float, unit: str = "steps") -> None:
+        if unit not in self.UNITS:
+            raise ValueError(f"unknown unit {unit!r}, wanted one of {', '.join(self.UNITS)}")
+        if not 0 <= count < 1e15:
+            raise ValueError(f"a duration must be finite and not negative, found {count}")
+        self.count, self.unit = count, unit
+
+    @classmethod
+    def parse(cls, value: Any) -> Duration:
+        """Read `'200 epochs'`, `'1 epoch'`, `6000` or another Duration."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return cls(value)
+        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(step|epoch|image)?s?\s*", str(value))
+        if match is None:
+            raise ValueError(f"{value!r} is not a duration; write e.g. '6000 steps', '200 epochs' or '171000 images'")
+        return cls(float(match[1].replace("_", "")), (match[2] or "step") + "s")
+
+    def steps(self, group_size: int, num_images: int, steps_per_epoch: int | None = None) -> int:
+        """Length in optimizer steps, at least 1 unless zero; epochs use `steps_per_epoch` when windows end with them."""
+        if self.unit == "steps":
+            count = self.count
+        elif self.unit == "images":
+            count = self.count / group_size
+        else:
+            count = self.count * (steps_per_epoch or num_images / group_size)
+        return 0 if count == 0 else max(1, round(count))
+
+    def __str__(self) -> str:
+        return f"{self.count:g} {self.unit}" if self.count != int(self.count) else f"{int(self.count)} {self.unit}"
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Duration) and (self.count, self.unit) == (other.count, other.unit)
+
+    def __hash__(self) -> int:
+        return hash((self.count, self.unit))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=core_schema.to_string_ser_schema())
+
+
+class Section(BaseModel):
+    """A part of a run file: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

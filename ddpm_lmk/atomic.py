@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.errors import ResourceError
+from ddpm_lmk.failpoints import reach
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -22,11 +23,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            reach("output.begin")
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
+                reach("output.written")
                 os.fsync(file.fileno())
+            reach("output.flushed")
             temporary.replace(path)
+            reach("output.renamed")
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)

@@ -5,7 +5,8 @@ moments by parameter name, and counters. It holds no random state and no loader 
 noise are functions of (seed, position). A snapshot is `snapshots/step-00006000/{model,ema}.safetensors meta.json`.
 
 There is no pointer to the newest one: the directories are scanned, verified, and the first good one is used. A damaged
-checkpoint is renamed to `.bad-*` and the one before it taken. Nothing is pickled or unpickled.
+checkpoint is renamed to `.bad-*` and the one before it taken; one of another format stays where it is and is an error.
+Nothing is pickled or unpickled. Which checkpoints stay is `retention`'s.
 """
 
 from __future__ import annotations
@@ -14,25 +15,33 @@ import errno
 import itertools
 import json
 import os
-import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ddpm_lmk import durable
-from ddpm_lmk.durable import DamagedError
-from ddpm_lmk.errors import CheckpointError
+from ddpm_lmk import durable, retention, tensorfile
+from ddpm_lmk.durable import Content, DamagedError, OtherFormatError
+from ddpm_lmk.errors import CheckpointError, ResourceError
+from ddpm_lmk.failpoints import reach
+from ddpm_lmk.models.weights import architecture_hash
+from ddpm_lmk.retention import step_name
 
 MANIFEST = "MANIFEST.json"
 META = "meta.json"
-LARGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors format
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+SUFFIX = ".safetensors"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".distcp", ".npz", ".npy", ".joblib", ".tar", ".zip")
+FOREIGN = {  # what other tools leave in a directory, by a name only they use
+    ".metadata": "torch.distributed.checkpoint",
+    "latest": "DeepSpeed",
+    "zero_to_fp32.py": "DeepSpeed",
+    "random_states_0.pkl": "Accelerate",
+    "optimizer.bin": "Accelerate",
+    "custom_checkpoint_0.pkl": "Accelerate",
+}
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
@@ -46,44 +55,62 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def step_name(step: int) -> str:
-    """Directory name of a checkpoint or snapshot."""
-    return f"step-{step:08d}"
+class UnusableError(CheckpointError):
+    """A checkpoint that is damaged, so that an older one is the next best."""
 
 
-def save_checkpoint(directory: Path, tensors: Tensors, state: dict[str, Any], *, keep: int) -> Path:
-    """Write the checkpoint of `state["step"]`, then drop all but the newest `keep`.
+def save_checkpoint(
+    directory: Path,
+    tensors: Tensors,
+    state: dict[str, Any],
+    *,
+    facts: dict[str, Any] | None = None,
+    fence: Callable[[], None] | None = None,
+) -> Path:
+    """Write the checkpoint of `state["step"]`.
+
+    Args:
+        facts: more for the manifest, beside step and architecture.
+        fence: see `durable.write_directory`.
 
     Raises:
         OSError: no space or no rights; earlier checkpoints are untouched.
     """
     path = directory / step_name(state["step"])
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    reach("save.begin")
     if path.exists():
         return path  # the same step of the same run: verified when it was loaded, or written by this process
     _want_space(directory, tensors)
-    files = itertools.chain([("state.json", durable.to_json(state))], _serialized(tensors))
-    durable.write_directory(path, files, manifest=MANIFEST, facts={"step": state["step"]})
-    for old in _steps(directory)[keep:]:
-        _drop(old)
+    arch = architecture_hash({name: tuple(value.shape) for name, value in tensors["model"].items()})
+    files = itertools.chain([("state.json", [durable.to_json(state)])], _serialized(tensors))
+    known = {"step": state["step"], "arch": arch, **(facts or {})}
+    durable.write_directory(path, files, manifest=MANIFEST, facts=known, fence=fence)
     return path
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint; raises `CheckpointError` when a single byte is not as it was written."""
-    try:
+    """Read and verify one checkpoint.
+
+    Raises:
+        UnusableError: a single byte is not as it was written.
+        CheckpointError: it is of a format this version does not read.
+        ResourceError: the disk does not answer.
+    """
+    reach("load.begin")
+    tensors: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Any] = {}
+    with _refusing(path, UnusableError):
         record = durable.read_manifest(path, MANIFEST)
-        tensors: dict[str, dict[str, Tensor]] = {}
-        state: dict[str, Any] = {}
         for name, data in durable.read_files(path, record):
             if name == "state.json":
                 state = json.loads(data)
             else:
-                tensors[name.removesuffix(".safetensors")] = _parse(data, name)
-        if path.name != step_name(record["step"]) or state.get("step") != record["step"]:
-            raise DamagedError(f"the directory says {path.name}, its state step {state.get('step')}")
-    except DamagedError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+                tensors[name.removesuffix(SUFFIX)] = tensorfile.parse(data, name)
+        step = state.get("step")
+        if record.get("step") != step or not isinstance(step, int) or path.name != step_name(step):
+            raise DamagedError(f"the directory says {path.name}, its manifest {record.get('step')}, its state {step}")
+    reach("load.verified")
     return Checkpoint(path, tensors, state)
 
 
@@ -93,29 +120,25 @@ def load_latest(directory: Path, *, on_bad: Callable[[Path, str], None]) -> Chec
     Damaged ones are renamed to `.bad-*` and reported to `on_bad(new path, reason)`.
 
     Raises:
-        CheckpointError: there were checkpoints, and all are damaged.
+        CheckpointError: there were checkpoints, and all are damaged; or the newest is of another format.
+        ResourceError: the disk does not answer.
     """
-    candidates = _steps(directory)
     reason = ""
-    for path in candidates:
+    for path in retention.complete(directory):
         try:
             return load_checkpoint(path)
-        except CheckpointError as error:
+        except UnusableError as error:
             reason = str(error)
             on_bad(_set_aside(path), reason)
-    if candidates:
+            reach("load.aside")
+    bad = list(directory.glob(".bad-*"))
+    if bad:
         raise CheckpointError(
-            f"none of {len(candidates)} checkpoints in {directory} can be used, the oldest because {reason}; "
+            f"none of {len(bad)} checkpoints in {directory} can be used"
+            f"{f', the oldest because {reason}' if reason else ''}; "
             "they are kept there as .bad-*; start again in another --out directory"
         )
     return None
-
-
-def clean(directory: Path) -> None:
-    """Remove what a killed writer left half done; call only with the lock of the run."""
-    for pattern in (".tmp-*", ".trash-*"):
-        for path in directory.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def save_snapshot(directory: Path, tensors: Tensors, meta: dict[str, Any]) -> Path:
@@ -131,7 +154,7 @@ def save_snapshot(directory: Path, tensors: Tensors, meta: dict[str, Any]) -> Pa
     if path.exists():
         if snapshot_meta(path).get("selected") or not meta.get("selected"):
             return path
-        _drop(path)
+        retention.drop(path)
     _want_space(directory, tensors)
     durable.write_directory(path, _serialized(tensors), manifest=META, facts=meta)
     return path
@@ -151,72 +174,71 @@ def load_weights(path: str | Path, use: Literal["ema", "model", "auto"]) -> tupl
         raise CheckpointError(
             f"{path} may hold code and is not opened; wanted a run, a snapshot or a .safetensors file"
         )
-    if path.is_file():
-        return _read_bare(path), {"path": str(path)}
-    if not path.is_dir():
+    if path.is_dir():
+        return _read_snapshot(path if (path / META).exists() else find_snapshot(path), use)
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist; wanted a run directory, a snapshot or a .safetensors file")
-    snapshot = path if (path / META).exists() else find_snapshot(path)
-    meta = snapshot_meta(snapshot)
-    kind = ("ema" if "ema.safetensors" in meta["files"] else "model") if use == "auto" else use
-    wanted = f"{kind}.safetensors"
-    if wanted not in meta["files"]:
-        raise CheckpointError(
-            f"{snapshot} holds {', '.join(meta['files'])} and no {wanted}; choose the other with init.use"
-        )
-    try:
-        [(_, data)] = durable.read_files(snapshot, {"files": {wanted: meta["files"][wanted]}})
-        return _parse(data, wanted), {**meta, "path": str(snapshot), "use": kind}
-    except DamagedError as error:
-        raise CheckpointError(f"{snapshot}: {error}") from None
+    return _read_bare(path), {"path": str(path)}
 
 
 def snapshot_meta(path: Path) -> dict[str, Any]:
     """The facts of a snapshot directory: step, config, arch, outputs, files; raises `CheckpointError`."""
-    try:
+    with _refusing(path):
         return durable.read_manifest(path, META)
-    except DamagedError as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 def find_snapshot(run: Path) -> Path:
     """The selected snapshot of a run directory, or else its newest."""
-    found = _steps(run / "snapshots")
+    for name, tool in FOREIGN.items():
+        if (run / name).exists():
+            raise CheckpointError(
+                f"{run} is a checkpoint of {tool} ({name}), which may hold code, and is not opened; "
+                "wanted a run, a snapshot or a .safetensors file"
+            )
+    found = retention.complete(run / "snapshots")
     if not found:
         raise CheckpointError(f"{run} has no snapshot yet; wanted a run that has finished, or train.snapshot_every")
     return next((path for path in found if snapshot_meta(path).get("selected")), found[0])
 
 
-def _steps(directory: Path) -> list[Path]:
-    """Complete directories, newest step first."""
-    return sorted(
-        (path for path in directory.glob("step-*") if path.is_dir()), key=lambda path: path.name, reverse=True
-    )
-
-
-def _serialized(tensors: Tensors) -> Iterator[tuple[str, bytes]]:
-    for name, group in tensors.items():
-        flat = {key: value.detach().contiguous().cpu() for key, value in group.items()}
-        yield f"{name}.safetensors", safetensors.torch.save(flat)
-
-
-def _parse(data: bytes, name: str) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise DamagedError(f"{name} is not a safetensors file ({error})") from None
+def _read_snapshot(path: Path, use: Literal["ema", "model", "auto"]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    meta = snapshot_meta(path)
+    kind = ("ema" if f"ema{SUFFIX}" in meta["files"] else "model") if use == "auto" else use
+    wanted = f"{kind}{SUFFIX}"
+    if wanted not in meta["files"]:
+        raise CheckpointError(
+            f"{path} holds {', '.join(meta['files'])} and no {wanted}; choose the other with init.use"
+        )
+    with _refusing(path):
+        [(_, data)] = durable.read_files(path, {"files": {wanted: meta["files"][wanted]}})
+        return tensorfile.parse(data, wanted), {**meta, "path": str(path), "use": kind}
 
 
 def _read_bare(path: Path) -> dict[str, Tensor]:
     """Read a file nobody vouches for: its header is checked against the file before anything large is read."""
-    with path.open("rb") as file:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no plain file; wanted a run directory, a snapshot or a .safetensors file")
+    with _refusing(path), path.open("rb") as file:
         head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        if not 2 <= length <= min(LARGEST_HEADER, path.stat().st_size - 8):
-            raise CheckpointError(f"{path} is not a safetensors file: its header claims {length} bytes")
-        try:
-            return _parse(head + file.read(), path.name)
-        except DamagedError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        tensorfile.check_header(head, path.stat().st_size, path.name)
+        return tensorfile.parse(head + file.read(), path.name)
+
+
+@contextmanager
+def _refusing(path: Path, damaged: type[CheckpointError] = CheckpointError) -> Iterator[None]:
+    """Turn what can be wrong with a file into the error a user is told."""
+    try:
+        yield
+    except DamagedError as error:
+        raise damaged(f"{path}: {error}") from None
+    except OtherFormatError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read now ({error.strerror}); it stays as it is, run again") from None
+
+
+def _serialized(tensors: Tensors) -> Iterator[tuple[str, Content]]:
+    return ((f"{name}{SUFFIX}", tensorfile.pieces(group)) for name, group in tensors.items())
 
 
 def _want_space(directory: Path, tensors: Tensors) -> None:
@@ -234,10 +256,3 @@ def _set_aside(path: Path) -> Path:
     target = next(candidate for candidate in numbered if not candidate.exists())
     path.rename(target)
     return target
-
-
-def _drop(path: Path) -> None:
-    """Rename first, so that a kill in the middle leaves no half directory with a good name."""
-    trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
-    path.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)

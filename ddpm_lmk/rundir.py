@@ -7,21 +7,24 @@ object of this class on another rank than 0 has the same path and writes nothing
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import socket
-from datetime import UTC, datetime
+import uuid
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ddpm_lmk import atomic, checkpoint, runfile
+from ddpm_lmk import atomic, checkpoint, retention, runfile
 from ddpm_lmk.checkpoint import Checkpoint, Tensors
 from ddpm_lmk.config import Duration, RunConfig
 from ddpm_lmk.errors import DataError, LmkError, ResourceError, RunConflictError
+from ddpm_lmk.failpoints import reach
+from ddpm_lmk.journal import Journal, now, parse_line
+from ddpm_lmk.retention import Keep
 
 MOST_FAILED_SAVES = 3
 MAY_CHANGE = (
@@ -32,6 +35,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
     "train.snapshot_every",
 )
 
@@ -43,8 +47,13 @@ class RunDir:
         """Use `claim` instead, except for a rank that only reads."""
         self.path = path
         self.writes = writes
+        self.journal = Journal(path, writes=writes)
+        self.event, self.metrics = self.journal.event, self.journal.metrics
+        self.incarnation = uuid.uuid4().hex[:8]
+        self.source: int | None = None  # step of the checkpoint this session continued from
         self._lock: int | None = None
-        self._failed_saves = self._lost_lines = 0
+        self._config_hash: str | None = None
+        self._failed_saves = 0
 
     def __enter__(self) -> RunDir:
         return self
@@ -72,8 +81,8 @@ class RunDir:
         except BaseException:
             run.__exit__(None, None, None)
             raise
-        checkpoint.clean(path / "checkpoints")
-        checkpoint.clean(path / "snapshots")
+        retention.clean(path / "checkpoints")
+        retention.clean(path / "snapshots")
         return run
 
     def begin(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
@@ -88,7 +97,8 @@ class RunDir:
                 f"dataset changed since {self.path} was started: was {before.get('fingerprint')}, now "
                 f"{facts['fingerprint']}; restore the data or use another --out directory"
             )
-        self.event("run.continued" if before is not None else "run.started", config=runfile.config_hash(cfg))
+        self._config_hash = runfile.config_hash(cfg)
+        self.event("run.continued" if before is not None else "run.started", config=self._config_hash)
         atomic.write_text(self.path / "config.yaml", runfile.dump_run(cfg))
         if before is None:
             atomic.write_json(self.path / "run.json", facts)
@@ -112,7 +122,7 @@ class RunDir:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         atomic.write_json(
             self.path / "done.json",
-            {"config_hash": runfile.config_hash(cfg), "results_sha256": digest, "finished": _now()},
+            {"config_hash": runfile.config_hash(cfg), "results_sha256": digest, "finished": now()},
         )
         self.event("run.finished")
 
@@ -121,38 +131,22 @@ class RunDir:
         path = self.path / "config.yaml"
         return runfile.load_run(path) if path.is_file() else None
 
-    def event(self, name: str, **facts: Any) -> None:
-        """Add a line to `events.jsonl`."""
-        self._append("events.jsonl", {"time": _now(), "event": name, **facts})
+    def save_checkpoint(
+        self, tensors: Tensors, facts: dict[str, Any], *, keep: Keep, pinned: Collection[int | None] = ()
+    ) -> bool:
+        """Save the state, then drop what `keep` and the pinned steps do not hold.
 
-    def metrics(self, line: dict[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`."""
-        self._append("metrics.jsonl", line)
-
-    def rewind_metrics(self, step: int) -> None:
-        """Drop lines after `step`, which a continued run will write again, and a torn last line."""
-        path = self.path / "metrics.jsonl"
-        if not self.writes or not path.is_file():
-            return
-        kept = [line for line in map(_parse_line, path.read_text().splitlines()) if line and line["step"] <= step]
-        atomic.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-
-    def last_metrics(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The last line about training and the last about validation; empty where there is none."""
-        path = self.path / "metrics.jsonl"
-        lines = [line for line in map(_parse_line, path.read_text().splitlines()) if line] if path.is_file() else []
-        learnt: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
-        validated: dict[str, Any] = next((line for line in reversed(lines) if "validation" in line), {})
-        return learnt, validated
-
-    def save_checkpoint(self, tensors: Tensors, facts: dict[str, Any], *, keep: int) -> bool:
-        """Save the state; a full disk is an event and not the end, three in a row are.
+        A full disk is an event and not the end, three in a row are.
 
         Raises:
             ResourceError: the third failure in a row.
+            RunConflictError: the directory was taken over by another process.
         """
+        known = {"incarnation": self.incarnation, "config": self._config_hash}
         try:
-            path = checkpoint.save_checkpoint(self.path / "checkpoints", tensors, facts, keep=keep)
+            path = checkpoint.save_checkpoint(
+                self.path / "checkpoints", tensors, facts, facts=known, fence=self.want_ours
+            )
         except OSError as error:
             self._failed_saves += 1
             self.event("checkpoint.failed", step=facts["step"], reason=str(error))
@@ -164,6 +158,11 @@ class RunDir:
             ) from None
         self._failed_saves = 0
         self.event("checkpoint.saved", step=facts["step"], path=path.name)
+        reach("save.recorded")
+        try:
+            retention.retain(path.parent, keep, {*pinned, self.source})
+        except OSError as error:
+            self.event("retention.failed", step=facts["step"], reason=str(error))
         return True
 
     def save_snapshot(self, tensors: Tensors, meta: dict[str, Any]) -> bool:
@@ -178,24 +177,37 @@ class RunDir:
 
     def load_latest(self) -> Checkpoint | None:
         """The newest good checkpoint; damaged ones are set aside with an event."""
-        return checkpoint.load_latest(
+        found = checkpoint.load_latest(
             self.path / "checkpoints",
             on_bad=lambda path, reason: self.event("checkpoint.bad", path=path.name, reason=reason),
         )
+        self.source = None if found is None else found.state["step"]
+        return found
+
+    def want_ours(self) -> None:
+        """Raise `RunConflictError` unless the lock in the directory is the one this process took."""
+        path = self.path / ".lock"
+        holder = (parse_line(path.read_text()) if path.is_file() else None) or {}
+        if holder.get("incarnation") != self.incarnation:
+            raise RunConflictError(
+                f"{self.path} was taken over by process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
+                "nothing more is written here, stop one of the two"
+            )
 
     def _take_lock(self) -> None:
         try:
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _parse_line((self.path / ".lock").read_text()) or {}
+            holder = parse_line((self.path / ".lock").read_text()) or {}
             self.__exit__(None, None, None)
             raise RunConflictError(
                 f"{self.path} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
                 f"{holder.get('since', '?')}; wait for it, stop it, or use another --out directory"
             ) from None
         os.ftruncate(self._lock, 0)
-        os.write(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}).encode())
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "incarnation": self.incarnation}
+        os.write(self._lock, json.dumps(holder).encode())
 
     def _check_contents(self, cfg: RunConfig) -> None:
         others = [entry.name for entry in self.path.iterdir() if not entry.name.startswith((".lock", ".tmp-"))]
@@ -217,20 +229,6 @@ class RunDir:
         if rows:
             lines = "; ".join(f"{key}: there {old!r}, here {new!r}" for key, old, new in rows)
             raise RunConflictError(f"{self.path} holds another run: {lines}; use another --out directory")
-
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Add one line, whole or not at all. A full disk costs the line; lost lines are counted and told later."""
-        if not self.writes:
-            return
-        try:
-            if self._lost_lines and name != "events.jsonl":
-                _append_line(
-                    self.path / "events.jsonl", {"time": _now(), "event": "lines.lost", "count": self._lost_lines}
-                )
-                self._lost_lines = 0
-            _append_line(self.path / name, line)
-        except OSError:
-            self._lost_lines += 1
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         try:
@@ -269,27 +267,3 @@ def _may_change(key: str, stored: RunConfig, cfg: RunConfig) -> bool:
 
 def _is_longer(old: Duration, new: Duration) -> bool:
     return old.unit == new.unit and new.count >= old.count
-
-
-def _append_line(path: Path, line: dict[str, Any]) -> None:
-    text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        before = os.fstat(descriptor).st_size
-        if os.write(descriptor, text) != len(text):
-            os.ftruncate(descriptor, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    finally:
-        os.close(descriptor)
-
-
-def _parse_line(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -90,7 +90,7 @@ def execute(
             state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
             _want_same_everywhere(cfg, loaders, parallel)
             parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, parent)))
-            run.rewind_metrics(state.step)
+            run.journal.rewind_metrics(state.step)
             fit(cfg, task, state, loaders, parallel, run)
             results = _conclude(cfg, task, state, loaders, parallel, run, workbench)
         parallel.on_main(lambda: run.finish(cfg, results))
@@ -206,7 +206,7 @@ def _conclude(
         if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
             images = draw_samples(cfg, task, model, parallel, count=cfg.evaluate.samples)
             parallel.on_main(lambda: to_png(images, run.path / "samples.png"))
-    learnt, validated = parallel.on_main(run.last_metrics)
+    learnt, validated = parallel.on_main(run.journal.last_metrics)
     return {
         "kind": cfg.task.kind,
         "name": cfg.name,

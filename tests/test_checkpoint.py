@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import random
 import signal
@@ -18,9 +18,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from ddpm_lmk import checkpoint, durable
-from ddpm_lmk.checkpoint import load_checkpoint, load_latest, load_weights, save_checkpoint, save_snapshot
-from ddpm_lmk.errors import CheckpointError
+from ddpm_lmk import checkpoint, durable, retention
+from ddpm_lmk.checkpoint import load_latest, load_weights, save_checkpoint, save_snapshot
+from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,9 +29,9 @@ def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {"a": torch.full((3, 4), float(step)).t(), "n": torch.tensor(step)}, "optim": {}}
 
 
-def save(folder: Path, *steps: int, keep: int = 3) -> None:
+def save(folder: Path, *steps: int) -> None:
     for step in steps:
-        save_checkpoint(folder, tensors(step), {"step": step, "best": None}, keep=keep)
+        save_checkpoint(folder, tensors(step), {"step": step, "best": None})
 
 
 def unused(path: Path, reason: str) -> None:
@@ -51,11 +51,6 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
         "optim.safetensors",
         "state.json",
     ]
-
-
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 9, 10, 11, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000011"]
 
 
 def test_there_is_none_in_an_empty_directory(tmp_path: Path) -> None:
@@ -88,6 +83,29 @@ def list_nothing(path: Path) -> None:
     (path / "MANIFEST.json").write_bytes(durable.to_json({**record, "digest": "0"}))
 
 
+def name_a_file_outside(path: Path) -> None:
+    record = durable.read_manifest(path, "MANIFEST.json")
+    record["files"]["../step-00000001/model.safetensors"] = record["files"].pop("model.safetensors")
+    sign(path, record)
+
+
+def sign(path: Path, record: dict[str, Any]) -> None:
+    """Write a manifest as somebody would who knows how its digest is made."""
+    (path / "MANIFEST.json").write_bytes(durable.to_json({**record, "digest": durable.digest(record)}))
+
+
+def exchange_the_whole_for_a_link(path: Path) -> None:
+    elsewhere = path.rename(path.parent / "elsewhere")
+    path.mkdir()
+    for file in elsewhere.iterdir():
+        (path / file.name).symlink_to(file)
+
+
+def exchange_for_a_pipe(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    os.mkfifo(path / "model.safetensors")  # reading it would wait for ever
+
+
 def exchange_for_a_link(path: Path) -> None:
     file = path / "model.safetensors"
     file.rename(path.parent / "elsewhere")
@@ -103,6 +121,9 @@ DAMAGES = [
     empty_manifest,
     list_nothing,
     exchange_for_a_link,
+    exchange_the_whole_for_a_link,
+    exchange_for_a_pipe,
+    name_a_file_outside,
 ]
 
 
@@ -133,12 +154,61 @@ def test_when_all_are_damaged_that_is_an_error(tmp_path: Path) -> None:
     assert error.value.exit_code == 4
 
 
-def test_a_checkpoint_of_a_newer_version_says_so(tmp_path: Path) -> None:
+def test_a_link_to_a_checkpoint_is_none(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere", 2)
+    save(tmp_path / "own", 1)
+    (tmp_path / "own" / "step-00000002").symlink_to(tmp_path / "elsewhere" / "step-00000002")
+    found = load_latest(tmp_path / "own", on_bad=unused)
+    assert found is not None
+    assert found.state["step"] == 1
+
+
+def test_all_damaged_stays_an_error_the_next_time(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    manifest = tmp_path / "step-00000001" / "MANIFEST.json"
-    manifest.write_bytes(durable.to_json({**json.loads(manifest.read_bytes()), "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads up to 1"):
-        load_checkpoint(manifest.parent)
+    truncate(tmp_path / "step-00000001")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
+            load_latest(tmp_path, on_bad=lambda path, reason: None)
+
+
+@pytest.mark.parametrize("found", [0, 99, None, "1"])
+def test_a_checkpoint_of_another_format_says_so_and_stays_where_it_is(tmp_path: Path, found: Any) -> None:
+    save(tmp_path, 1, 2)
+    path = tmp_path / "step-00000002"
+    sign(path, {**durable.read_manifest(path, "MANIFEST.json"), "format": found})
+    with pytest.raises(CheckpointError, match=f"has format {found!r}, this version of ddpm-lmk reads format 1; use"):
+        load_latest(tmp_path, on_bad=unused)
+    assert path.is_dir()
+
+
+def test_a_manifest_says_what_network_run_and_session_it_is_of(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, tensors(1), {"step": 1}, facts={"config": "c0", "incarnation": "i0"})
+    record = durable.read_manifest(path, "MANIFEST.json")
+    other = save_checkpoint(tmp_path, {"model": {"a": torch.zeros(4, 4)}}, {"step": 2})
+    assert (record["config"], record["incarnation"]) == ("c0", "i0")
+    assert record["arch"] != durable.read_manifest(other, "MANIFEST.json")["arch"]
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def stale(*place: Any, **more: Any) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "open", stale)
+        with pytest.raises(ResourceError, match="cannot be read now"):
+            load_latest(tmp_path, on_bad=unused)
+    assert load_latest(tmp_path, on_bad=unused) is not None
+
+
+def test_a_directory_taken_over_gets_no_checkpoint(tmp_path: Path) -> None:
+    def taken_over() -> None:
+        raise RunConflictError("somebody else works here")
+
+    with pytest.raises(RunConflictError):
+        save_checkpoint(tmp_path, tensors(1), {"step": 1}, fence=taken_over)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_writer_left_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
@@ -147,7 +217,7 @@ def test_what_a_killed_writer_left_is_ignored_and_cleaned_up(tmp_path: Path) -> 
     (tmp_path / ".trash-step-00000000-99").mkdir()
     found = load_latest(tmp_path, on_bad=unused)
     assert found is not None
-    checkpoint.clean(tmp_path)
+    retention.clean(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -156,10 +226,12 @@ import sys, itertools
 from pathlib import Path
 import torch
 from ddpm_lmk.checkpoint import save_checkpoint
+from ddpm_lmk.retention import Keep, retain
 print("ready", flush=True)
 for step in itertools.count(1):
     group = {"a": torch.full((20_000,), float(step))}
-    save_checkpoint(Path(sys.argv[1]), {"model": group, "ema": group, "optim": group}, {"step": step}, keep=2)
+    save_checkpoint(Path(sys.argv[1]), {"model": group, "ema": group, "optim": group}, {"step": step})
+    retain(Path(sys.argv[1]), Keep(2), ())
 """
 
 

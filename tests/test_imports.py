@@ -16,10 +16,21 @@ PACKAGE = ROOT / "ddpm_lmk"
 
 # From the ground up: a module imports its own layer and those before it.
 LAYERS: list[set[str]] = [
-    {"errors", "atomic", "durable", "shipped", "console"},
+    {"errors", "failpoints", "atomic", "durable", "retention", "journal", "shipped", "console"},
     {"config", "yamlfile", "machine"},
     {"explain", "runfile"},
-    {"data", "diffusion", "landmarks", "metrics", "scoring", "models", "checkpoint", "overlay", "launcher"},
+    {
+        "data",
+        "diffusion",
+        "landmarks",
+        "metrics",
+        "scoring",
+        "models",
+        "tensorfile",
+        "checkpoint",
+        "overlay",
+        "launcher",
+    },
     {"tasks"},
     {"sweep"},
     {"engine", "rundir"},
@@ -34,7 +45,7 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 # What answers at once on a login node: never imports torch when imported, whatever it does when called.
 WITHOUT_TORCH = [
     *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli.shards", "cli.results", "console", "launcher"),
-    *("sweep", "sweep.run", "sweep.view", "report.page", "shipped", "machine"),
+    *("sweep", "sweep.run", "sweep.view", "report.page", "shipped", "machine", "retention"),
     *("data", "data.spec", "data.raw", "data.shards", "data.order", "data.augment", "data.phantom", "data.pack"),
 ]
 ONLY_PARALLEL = {"accelerate", "deepspeed"}

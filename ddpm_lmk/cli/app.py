@@ -91,8 +91,13 @@ def _main_options(
 @app.command()
 def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where runs would be written")] = Path("runs"),
+    failpoints: Annotated[
+        bool, typer.Option("--failpoints", help="list the places LMK_FAILPOINT can break, and stop")
+    ] = False,
 ) -> None:
     """What this machine has, what will be used, what is missing and what to do."""
+    if failpoints:
+        _list_failpoints()
     from ddpm_lmk.doctor import examine
     from ddpm_lmk.launcher import place
 
@@ -223,6 +228,15 @@ def _train(cfg: RunConfig, out: Path, placement: Placement, *, dry_run: bool) ->
     if code == 0:
         typer.echo(f"{out / 'results.json'}")
     raise typer.Exit(code)
+
+
+def _list_failpoints() -> None:
+    from ddpm_lmk.failpoints import ACTIONS, POINTS, VARIABLE
+
+    print_table(("place", "when"), list(POINTS.items()))
+    print_table(("action", "what"), list(ACTIONS.items()))
+    typer.echo(f"{VARIABLE}=PLACE[:N][=ACTION],... acts the N-th time (1) a process gets there (kill)")
+    raise typer.Exit()
 
 
 def _explain(model: type[BaseModel]) -> None:

@@ -81,7 +81,12 @@ class TrainConfig(Section):
     ema: EmaConfig | None = Field(default_factory=EmaConfig, description="moving average of weights; null: none")
     log_every: Duration = Field(Duration(10), description="between lines in metrics.jsonl")
     checkpoint_every: Duration = Field(Duration(500), description="between resumable checkpoints")
-    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="newest checkpoints kept")
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
+        3, description="newest checkpoints kept, beside the best and the one resumed from"
+    )
+    keep_every: Duration | None = Field(
+        None, description="checkpoints at multiples of this are kept for good; null: none"
+    )
     snapshot_every: Duration | None = Field(None, description="between snapshots of weights; null: only at the end")
     evaluate_every: Duration | None = Field(
         None, description="between evaluations on data.validation_split; null: only at the end"

@@ -22,9 +22,11 @@ from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
 from ddpm_lmk.engine.meter import Meter
 from ddpm_lmk.engine.optim import clip, global_norm, gradients, learning_rate, set_learning_rate
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.saver import Saver
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.stop import StopRequest, stopped
 from ddpm_lmk.errors import ConfigError, DivergedError, ResourceError
+from ddpm_lmk.retention import Keep
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.tasks.task import Task
 
@@ -53,6 +55,7 @@ class Pace:
     warmup: int
     log: int
     checkpoint: int
+    keep: int | None
     snapshot: int | None
     evaluate: int | None
 
@@ -74,6 +77,7 @@ class Pace:
             warmup=steps(cfg.optim.warmup),
             log=interval("log_every"),
             checkpoint=interval("checkpoint_every"),
+            keep=None if cfg.train.keep_every is None else interval("keep_every"),
             snapshot=None if cfg.train.snapshot_every is None else interval("snapshot_every"),
             evaluate=None if cfg.train.evaluate_every is None else interval("evaluate_every"),
         )
@@ -98,9 +102,10 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
     net = parallel.prepare(state.model).train()
     groups = loaders.train.groups(state.step)
     meter = Meter(state, parallel, write=run.metrics, total=pace.total, every=pace.log)
-    keep, stop_level = cfg.train.keep_checkpoints, 0.0
+    saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, pace.keep))
+    stop_level = 0.0
 
-    with StopRequest() as stop, meter, closing(groups):
+    with StopRequest() as stop, meter, closing(groups), saver:
         while True:
             # What is due at this step. A resumed run arrives here first, and makes up for what a signal cut short.
             is_last = state.step >= pace.total
@@ -117,11 +122,10 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
                     _keep_weights(cfg, task, state, loaders, parallel, run, is_final=False)
             if stop_level or is_due(pace.checkpoint, state.step) or (is_last and state.step > pace.checkpoint):
                 with meter.paused():
-                    is_saved = parallel.on_main(lambda: run.save_checkpoint(state.tensors(), state.facts(), keep=keep))
+                    saver.save(state)
                 if stop_level:
-                    raise stopped(
-                        stop_level, step=state.step, where=str(run.path) if is_saved else "no place (disk full)"
-                    )
+                    where = str(run.path) if saver.wait() else "no place (disk full)"
+                    raise stopped(stop_level, step=state.step, where=where)
             if is_last:
                 break
 

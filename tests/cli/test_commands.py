@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from ddpm_lmk import failpoints
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.doctor import release
 from ddpm_lmk.runfile import load_run
@@ -44,6 +45,13 @@ def test_help_costs_less_than_seven_tenths_of_a_second(tmp_path: Path) -> None:
 
 def test_version_is_the_package_version(lmk: Lmk) -> None:
     assert lmk("--version").out.strip() == __import__("ddpm_lmk").__version__
+
+
+def test_doctor_lists_the_fail_points(lmk: Lmk) -> None:
+    result = lmk("doctor", "--failpoints")
+    assert result.code == 0
+    assert [name for name in failpoints.POINTS if name not in result.out] == []
+    assert "LMK_FAILPOINT=PLACE[:N][=ACTION]" in result.out
 
 
 def test_doctor_looks_at_everything_and_says_what_would_be_used(lmk: Lmk, tmp_path: Path) -> None:

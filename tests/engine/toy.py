@@ -170,7 +170,7 @@ def start(cfg: RunConfig, path: Path, parallel: Parallel, **loader: Any) -> tupl
         state.load(newest, load_all=put_all)
     if parallel.is_main:
         run.begin(cfg, {"fingerprint": "toy"})
-    run.rewind_metrics(state.step)
+    run.journal.rewind_metrics(state.step)
     place = {"rank": parallel.rank, "world": parallel.world}
     validation = ToyValidation(cfg, **place) if cfg.data.validation_split else None
     return state, Loaders(ToyTrain(cfg, **place, **loader), validation), run

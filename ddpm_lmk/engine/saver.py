@@ -1,0 +1,131 @@
+"""Saving while training goes on: the state is copied, and a thread of rank 0 writes the copy.
+
+Training waits for the copy only, and for the write before it if that is not done yet. Host tensors are copied into
+buffers that are used again; device tensors are cloned where they are, which takes the time of reading them once, and
+brought to pinned host buffers by the writing thread on a stream of its own. What the disk said comes back with the next
+save, or when somebody waits. There is one write at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_lmk.checkpoint import Tensors
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.retention import Keep
+from ddpm_lmk.rundir import RunDir
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes checkpoints of one run in the background for as long as the `with` block lasts.
+
+    Every rank makes the same calls; an error of the write is raised on all of them.
+    """
+
+    def __init__(self, run: RunDir, parallel: Parallel, *, keep: Keep) -> None:
+        self._run, self._parallel, self._keep = run, parallel, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._write: Future[bool] | None = None
+        self._was_saved = True
+        self._copy = HostCopy()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, raised: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the write that is under way come to its end; leaving without an error also raises what it met."""
+        try:
+            if raised is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def save(self, state: TrainState) -> None:
+        """Begin to write `state` as it is now.
+
+        Raises:
+            LmkError: the write before this one ended the run; see `RunDir.save_checkpoint`.
+        """
+        tensors, facts = state.tensors(), state.facts()
+        self._parallel.on_main(lambda: self._begin(tensors, facts, pinned={state.patience.best_step}))
+
+    def wait(self) -> bool:
+        """Wait until nothing is being written; was the last save a success?
+
+        Raises:
+            LmkError: the write ended the run.
+        """
+        return self._parallel.on_main(self._finish)
+
+    def _begin(self, tensors: Tensors, facts: dict[str, Any], *, pinned: set[int | None]) -> None:
+        self._finish()
+        self._copy.take(tensors)
+        self._write = self._thread.submit(
+            lambda: self._run.save_checkpoint(self._copy.on_host(), facts, keep=self._keep, pinned=pinned)
+        )
+
+    def _finish(self) -> bool:
+        if self._write is not None:
+            write, self._write = self._write, None
+            self._was_saved = write.result()
+        return self._was_saved
+
+
+class HostCopy:
+    """A copy of tensors that may change the moment `take` returns."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._files: tuple[str, ...] = ()
+        self._taken: dict[tuple[str, str], Tensor] = {}
+        self._ready: torch.cuda.Event | None = None
+
+    @torch.no_grad()
+    def take(self, tensors: Tensors) -> None:
+        """Copy; the caller waits for memory to be read once, where it is. `on_host` must be done with the last one."""
+        sources = {(file, name): value.detach() for file, group in tensors.items() for name, value in group.items()}
+        on_device = [value for value in sources.values() if value.is_cuda]
+        try:
+            places = {key: torch.empty_like(v) if v.is_cuda else self._buffer(key, v) for key, v in sources.items()}
+        except torch.OutOfMemoryError:
+            log.warning("no device memory for a copy of the state: training waits until it is on the host")
+            places = {key: self._buffer(key, value) for key, value in sources.items()}
+        torch._foreach_copy_(list(places.values()), list(sources.values()))
+        self._files, self._taken = tuple(tensors), places
+        self._ready = torch.cuda.current_stream().record_event() if on_device else None
+
+    @torch.no_grad()
+    def on_host(self) -> Tensors:
+        """The copy by file and name, in host memory; for the writing thread."""
+        away = {key: value for key, value in self._taken.items() if value.is_cuda}
+        if away:
+            assert self._ready is not None
+            places = {key: self._buffer(key, value) for key, value in away.items()}
+            stream = torch.cuda.Stream(next(iter(away.values())).device)
+            with torch.cuda.stream(stream):
+                stream.wait_event(self._ready)
+                torch._foreach_copy_(list(places.values()), list(away.values()), non_blocking=True)
+            stream.synchronize()
+            self._taken |= places
+        files: dict[str, dict[str, Tensor]] = {file: {} for file in self._files}
+        for (file, name), value in self._taken.items():
+            files[file][name] = value
+        return files
+
+    def _buffer(self, key: tuple[str, str], like: Tensor) -> Tensor:
+        """Host memory of the size, type and layout of `like`: the same as last time where that still fits."""
+        found = self._buffers.get(key)
+        if found is None or (found.shape, found.dtype, found.stride()) != (like.shape, like.dtype, like.stride()):
+            found = self._buffers[key] = torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
+        return found

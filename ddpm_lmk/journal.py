@@ -1,0 +1,98 @@
+"""What a run writes line by line: `events.jsonl` for what happened, `metrics.jsonl` for what was measured.
+
+A line is written whole or not at all, also by two threads at once. A full disk costs lines and never the run: lost ones
+are counted, and told in the next line that fits.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ddpm_lmk import atomic
+
+EVENTS = "events.jsonl"
+METRICS = "metrics.jsonl"
+
+
+class Journal:
+    """The two files of lines in the run directory `folder`; one that does not write ignores what it is given."""
+
+    def __init__(self, folder: Path, *, writes: bool) -> None:
+        self._folder = folder
+        self._writes = writes
+        self._num_lost = 0
+        self._writing = threading.Lock()
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Add a line to `events.jsonl`."""
+        self._append(EVENTS, {"time": now(), "event": name, **facts})
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        self._append(METRICS, line)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop lines after `step`, which a continued run will write again, and a torn last line."""
+        path = self._folder / METRICS
+        if not self._writes or not path.is_file():
+            return
+        lines = [line for line in read_lines(path) if line["step"] <= step]
+        atomic.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def last_metrics(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The last line about training and the last about validation; empty where there is none."""
+        newest_first = read_lines(self._folder / METRICS)[::-1]
+        learnt: dict[str, Any] = next((line for line in newest_first if "loss" in line), {})
+        validated: dict[str, Any] = next((line for line in newest_first if "validation" in line), {})
+        return learnt, validated
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if not self._writes:
+            return
+        with self._writing:
+            try:
+                if self._num_lost and name != EVENTS:
+                    told = {"time": now(), "event": "lines.lost", "count": self._num_lost}
+                    _append_line(self._folder / EVENTS, told)
+                    self._num_lost = 0
+                _append_line(self._folder / name, line)
+            except OSError:
+                self._num_lost += 1
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; none where there is no file."""
+    found = [parse_line(text) for text in path.read_text().splitlines()] if path.is_file() else []
+    return [line for line in found if line is not None]
+
+
+def parse_line(text: str) -> dict[str, Any] | None:
+    """A JSON object, or None for anything else."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def now() -> str:
+    """Wall-clock time for people; nothing is ever decided by it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _append_line(path: Path, line: dict[str, Any]) -> None:
+    text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        before = os.fstat(descriptor).st_size
+        if os.write(descriptor, text) != len(text):
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)

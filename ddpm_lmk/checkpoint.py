@@ -172,7 +172,7 @@ def load_weights(path: str | Path, use: Literal["ema", "model", "auto"]) -> tupl
     path = Path(path)
     if path.suffix in PICKLES:
         raise CheckpointError(
-            f"{path} may hold code and is not opened; wanted a run, a snapshot or a .safetensors file"
+            f"{path} may hold code and is not opened; `ddpm-lmk import-weights` makes safetensors of a PyTorch file"
         )
     if path.is_dir():
         return _read_snapshot(path if (path / META).exists() else find_snapshot(path), use)

@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "metrics",
         "scoring",
         "models",
+        "import_weights",
         "tensorfile",
         "checkpoint",
         "overlay",
@@ -118,7 +119,8 @@ def test_nothing_unpickles() -> None:
         f"{name}: {ast.unparse(node.func)}"
         for name, tree in modules().items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
+        if name != "import_weights"  # the one door, with its own tests
+        and isinstance(node, ast.Call)
         and (ast.unparse(node.func) in calls or ast.unparse(node.func).endswith(".extractall"))
     ]
     assert found == []

@@ -83,6 +83,18 @@ def export(
     typer.echo(str(export_run(run_dir, format=format, out=out)))  # type: ignore[arg-type] # checked there
 
 
+@results_app.command("import-weights")
+def import_weights(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pt", help="a PyTorch checkpoint", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="the new file")],
+) -> None:
+    """Tensors of a foreign PyTorch file (the paper's checkpoints, torchvision's) as safetensors, read in a sandbox."""
+    from ddpm_lmk import import_weights as door
+
+    found = door.import_weights(file, out)
+    typer.echo(f"{found['network']}; {found['num_tensors']} tensors, {found['num_parameters']:,} parameters; {out}")
+
+
 @results_app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="runs and sweeps", show_default=False)],

@@ -1,0 +1,211 @@
+"""The one door for foreign PyTorch files: a `.pt` or `.pth` becomes safetensors, without running what it may hold.
+
+A PyTorch file is a pickle, and a pickle is a program. So it is looked at from the outside first (a plain archive, no
+compression, only the names a dict of tensors needs), then read by PyTorch's restricted reader in a process of its own
+with limits on memory, processor time, file size, and no network where the kernel allows that. Only dense tensors that
+are really in the file come out. Nothing else in this package opens such files (failures.md, D8).
+
+The published checkpoints of the paper hold their network under `model_state_dict` (paper.md, section 1); its other
+baselines are plain state dicts in torchvision's names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickletools
+import resource
+import subprocess
+import sys
+import uuid
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ddpm_lmk import durable
+from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATE_KEYS = ("model_state_dict", "state_dict", "model")
+DATA_PREFIX = "module."  # what DataParallel puts before every name
+LARGEST_PICKLE = 64 << 20  # bytes; names and shapes only, the numbers lie beside it
+SECONDS = 900
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+ALLOWED = {
+    "collections OrderedDict",
+    "torch Size",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char")),
+    *(f"torch {kind}Storage" for kind in ("Byte", "Bool")),
+}
+
+
+def import_weights(file: Path, out: Path) -> dict[str, Any]:
+    """Write the tensors of the PyTorch file `file` to the new safetensors file `out`; returns what was found.
+
+    Raises:
+        CheckpointError: not a plain archive of tensors, or it asks for anything beyond its own numbers.
+        RunConflictError: `out` exists.
+        ResourceError: no room or no rights.
+    """
+    if out.exists():
+        raise RunConflictError(f"{out} exists and is kept; name another --out, or remove it")
+    inspect(file)
+    temporary = out.with_name(f".tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = _convert_apart(file, temporary)
+        temporary.chmod(0o600)
+        temporary.rename(out)
+        durable.flush_directory(out.parent)
+    except OSError as error:
+        raise ResourceError(f"cannot write {out}: {error.strerror}; free or unlock the disk and run again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return found
+
+
+def inspect(file: Path) -> None:
+    """Look at the archive and list the names its pickle asks for, running nothing; raises `CheckpointError`."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            pickle = _the_pickle(archive, file)
+            asked = _globals(archive.read(pickle))
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{file} is not a PyTorch archive ({error}); wanted a file written by torch.save of PyTorch 1.6 or newer"
+        ) from None
+    if asked - ALLOWED:
+        raise CheckpointError(
+            f"{file} asks for {', '.join(sorted(asked - ALLOWED))}, which tensors do not need; it is not opened"
+        )
+
+
+def _the_pickle(archive: zipfile.ZipFile, file: Path) -> zipfile.ZipInfo:
+    """The one small pickle of an archive that holds nothing but tensors."""
+    members = archive.infolist()
+    packed = [info.filename for info in members if info.compress_type != zipfile.ZIP_STORED]
+    size = sum(info.file_size for info in members)
+    pickles = [info for info in members if PurePosixPath(info.filename).name == "data.pkl"]
+    strange = [info.filename for info in members if info.filename.startswith("/") or ".." in info.filename]
+    code = [info.filename for info in members if info.filename.endswith(".pkl") or "/code/" in info.filename]
+    if packed or strange or len(pickles) != 1 or len(code) != 1 or size > file.stat().st_size:
+        raise CheckpointError(
+            f"{file} is not a plain archive of tensors (compressed, scripted, or names beyond its folder); "
+            "it is not opened; save the state dict alone with torch.save"
+        )
+    if pickles[0].file_size > LARGEST_PICKLE:
+        raise CheckpointError(f"{file} describes its tensors in {pickles[0].file_size} bytes, over {LARGEST_PICKLE}")
+    if damaged := archive.testzip():
+        raise CheckpointError(f"{file} is damaged: {damaged} does not match its checksum; fetch or copy it again")
+    return pickles[0]
+
+
+def _globals(data: bytes) -> set[str]:
+    """What a pickle would import, as `module name`; the opcodes are read, not run."""
+    found: set[str] = set()
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("GLOBAL", "INST"):
+            found.add(str(argument))
+        elif opcode.name == "STACK_GLOBAL":
+            found.add(" ".join(strings[-2:]) or "an unnamed object")
+        elif opcode.name.startswith("EXT"):
+            found.add(f"extension {argument}")
+        elif isinstance(argument, str):
+            strings.append(argument)
+    return found
+
+
+def _convert_apart(file: Path, out: Path) -> dict[str, Any]:
+    """Run `main` in a process of its own; what it cannot do in time and memory is a refusal."""
+    kept = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "HOME")
+    environment = {name: os.environ[name] for name in kept if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ddpm_lmk.import_weights", str(file.absolute()), str(out.absolute())]
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
+        )
+        answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(f"{file} was not read within {SECONDS} s and is refused") from None
+    except ValueError:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise CheckpointError(f"{file} could not be read within its limits ({last[0]}); it is refused") from None
+    if "error" in answer:
+        raise CheckpointError(f"{file}: {answer['error']}")
+    return answer
+
+
+def main() -> None:
+    """Inside the limits: read `argv[1]`, write `argv[2]`, and say what was found, or refused, as JSON."""
+    file, out = Path(sys.argv[1]), Path(sys.argv[2])
+    _confine(file.stat().st_size)
+    import safetensors.torch
+
+    try:
+        tensors = dense_tensors(file)
+        answer: dict[str, Any] = describe(tensors)
+        safetensors.torch.save_file(tensors, out, metadata={"source": file.name})
+        with out.open("rb") as written:
+            os.fsync(written.fileno())
+    except CheckpointError as error:
+        answer = {"error": str(error)}
+    sys.stdout.write(json.dumps(answer))
+
+
+def _confine(size: int) -> None:
+    """Limits for a file of `size` bytes; 8 GiB of addresses are what importing PyTorch may map."""
+    resource.setrlimit(resource.RLIMIT_AS, (3 * size + (8 << 30),) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size + (16 << 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the kernel allows it
+
+
+def dense_tensors(file: Path) -> dict[str, Tensor]:
+    """The state dict in a file, every tensor dense, on the CPU, with memory of its own; raises `CheckpointError`."""
+    import torch
+
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the restricted reader has no error of its own
+        raise CheckpointError(f"PyTorch's restricted reader refuses it ({str(error).splitlines()[0]})") from None
+    inner = next((content[key] for key in STATE_KEYS if isinstance(content, dict) and key in content), content)
+    is_dict = isinstance(inner, dict) and bool(inner) and all(isinstance(name, str) for name in inner)
+    if not is_dict or not all(isinstance(value, torch.Tensor) for value in inner.values()):
+        raise CheckpointError(f"it holds no tensors by name; wanted a state dict, or one under {', '.join(STATE_KEYS)}")
+    claimed = sum(value.numel() * value.element_size() for value in inner.values())
+    if any(value.layout != torch.strided or value.is_quantized for value in inner.values()):
+        raise CheckpointError("it holds sparse or quantised tensors; wanted dense ones")
+    if claimed > file.stat().st_size:
+        raise CheckpointError(f"its tensors claim {claimed} bytes, the file has {file.stat().st_size}")
+    cut = len(DATA_PREFIX) if all(name.startswith(DATA_PREFIX) for name in inner) else 0
+    return {name[cut:]: value.detach().clone(memory_format=torch.contiguous_format) for name, value in inner.items()}
+
+
+def describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Number of tensors and parameters, and the network they belong to where it is one of the paper's."""
+    facts: dict[str, Any] = {
+        "num_tensors": len(tensors),
+        "num_parameters": sum(value.numel() for value in tensors.values()),
+        "network": "unknown: kept under its own names",
+    }
+    if "init_conv.weight" in tensors:
+        from ddpm_lmk.models.weights import from_upstream, upstream_config
+
+        from_upstream(tensors)
+        cfg = upstream_config(tensors)
+        outputs = tensors["final_conv.weight"].shape[0]
+        facts["network"] = (
+            f"released DDPM U-Net: width {cfg.width}, multipliers {list(cfg.multipliers)}, {outputs} outputs"
+        )
+    return facts
+
+
+if __name__ == "__main__":
+    main()

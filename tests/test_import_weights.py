@@ -1,0 +1,165 @@
+"""Foreign PyTorch files: tensors come out, nothing else does, and what asks for more is refused unopened."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ddpm_lmk.errors import CheckpointError, RunConflictError
+from ddpm_lmk.import_weights import import_weights, inspect
+from tests.cli.commands import SMOKE, run_command
+from tests.reference.released_unet import random_state, released_shapes
+
+WIDTH8 = released_shapes(8, multipliers=(1, 2))
+
+
+class Gadget:
+    """Unpickling one of these would write a file."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self.reduced = (call, arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.reduced
+
+
+def released_checkpoint(path: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """A file as the released training loop writes it: counters, weights, and moments nobody asked for."""
+    state = random_state(WIDTH8, dtype=torch.float32)
+    moments = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(8, 2, 1, 1)}}, "param_groups": [{}]}
+    torch.save(
+        {"epoch": 750, "n_iter": 6000, "model_state_dict": state, "optimizer_state_dict": moments} | changes, path
+    )
+    return state
+
+
+def rewritten(source: Path, target: Path, edit: Callable[[str, bytes], bytes], *, compression: int = 0) -> Path:
+    """The archive `source` with its members edited."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, edit(info.filename, old.read(info)))
+    return target
+
+
+def test_a_released_checkpoint_becomes_weights_a_run_can_start_from(packed_phantoms: Path, tmp_path: Path) -> None:
+    state = released_checkpoint(tmp_path / "ema_model_epoch750_step6000.pt")
+    file = tmp_path / "released.safetensors"
+    result = run_command("import-weights", tmp_path / "ema_model_epoch750_step6000.pt", "--out", file)
+    assert result.code == 0, result.err
+    assert "released DDPM U-Net: width 8, multipliers [1, 2], 1 outputs" in result.out
+    found = load_file(file)
+    assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in state.items()}
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert file.stat().st_mode & 0o077 == 0
+
+    model = ("model.width=8", "model.multipliers=[1, 2]", "model.heads=4", "model.head_dim=32", "model.patch=1")
+    words = (f"data.path={packed_phantoms}", f"init.weights={file}", "train.length=1 steps", *model)
+    run = run_command("finetune", SMOKE / "finetune.yaml", "--cpu", 1, "--out", tmp_path / "run", *words)
+    assert run.code == 0, run.err
+    assert '"loaded": "trunk"' in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_a_plain_state_dict_keeps_its_names_and_loses_the_prefix_of_data_parallel(tmp_path: Path) -> None:
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    torch.save(nn.DataParallel(encoder).state_dict(), tmp_path / "densenet.pth")
+    found = import_weights(tmp_path / "densenet.pth", tmp_path / "out" / "densenet.safetensors")
+    assert found["num_tensors"] == 7
+    assert set(load_file(tmp_path / "out" / "densenet.safetensors")) == set(encoder.state_dict())
+
+
+@pytest.mark.parametrize(
+    "gadget",
+    [
+        lambda canary: Gadget(os.system, f"touch {canary}"),
+        lambda canary: Gadget(eval, f"open({str(canary)!r}, 'w')"),
+        lambda canary: Gadget(torch.load, io.BytesIO(b"")),
+        lambda canary: Gadget(os.mkdir, str(canary)),
+    ],
+    ids=["system", "eval", "load", "mkdir"],
+)
+@pytest.mark.parametrize("place", ["model_state_dict", "loss", "epoch"])
+def test_code_in_any_place_is_named_and_never_runs(tmp_path: Path, gadget: Callable[..., Any], place: str) -> None:
+    canary = tmp_path / "canary"
+    released_checkpoint(tmp_path / "bad.pt", **{place: gadget(canary)})
+    result = run_command("import-weights", tmp_path / "bad.pt", "--out", tmp_path / "out.safetensors")
+    assert result.code == 4
+    assert "which tensors do not need" in result.err
+    assert not canary.exists()
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_names_are_found_in_every_protocol_of_pickle(tmp_path: Path, protocol: int) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": Gadget(os.system, "true")}, protocol=protocol))
+    with pytest.raises(CheckpointError, match="posix system"):
+        inspect(tmp_path / "bad.pt")
+
+
+def test_the_restricted_reader_is_the_second_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released_checkpoint(tmp_path / "bad.pt", epoch=Gadget(os.system, f"touch {tmp_path / 'canary'}"))
+    monkeypatch.setattr("ddpm_lmk.import_weights.inspect", lambda file: None)
+    with pytest.raises(CheckpointError, match="restricted reader refuses it"):
+        import_weights(tmp_path / "bad.pt", tmp_path / "out.safetensors")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_what_is_no_plain_archive_of_tensors_is_refused(tmp_path: Path) -> None:
+    released_checkpoint(tmp_path / "good.pt")
+    good = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    rewritten(tmp_path / "good.pt", tmp_path / "packed.pt", lambda name, data: data, compression=zipfile.ZIP_DEFLATED)
+    for name in ("cut", "empty", "legacy", "packed", "absent"):
+        with pytest.raises(CheckpointError, match=r"not a (P|p)"):
+            import_weights(tmp_path / f"{name}.pt", tmp_path / "out.safetensors")
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".pt"] * 5
+
+
+def test_tensors_beyond_the_file_or_not_dense_are_refused(tmp_path: Path) -> None:
+    for name, tensor, told in (
+        ("wide", torch.zeros(1).expand(1 << 20), "claim 4194304 bytes"),
+        ("sparse", torch.eye(4).to_sparse(), "which tensors do not need"),
+        ("number", 3.0, "no tensors by name"),
+    ):
+        torch.save({"model_state_dict": {"a": tensor}}, tmp_path / f"{name}.pt")
+        with pytest.raises(CheckpointError, match=told):
+            import_weights(tmp_path / f"{name}.pt", tmp_path / "out.safetensors")
+
+
+def test_a_released_network_with_a_tensor_missing_is_refused_with_its_name(tmp_path: Path) -> None:
+    state = random_state(WIDTH8, dtype=torch.float32)
+    del state["mid_attn.fn.norm.bias"]
+    torch.save({"model_state_dict": state}, tmp_path / "short.pt")
+    with pytest.raises(CheckpointError, match=r"mid_attn\.fn\.norm\.bias is missing"):
+        import_weights(tmp_path / "short.pt", tmp_path / "out.safetensors")
+
+
+def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:
+    released_checkpoint(tmp_path / "good.pt")
+    (tmp_path / "out.safetensors").write_bytes(b"mine")
+    with pytest.raises(RunConflictError):
+        import_weights(tmp_path / "good.pt", tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == b"mine"
+
+
+def test_a_flipped_bit_in_the_numbers_is_noticed_by_the_archive(tmp_path: Path) -> None:
+    state = released_checkpoint(tmp_path / "good.pt")
+    data = bytearray((tmp_path / "good.pt").read_bytes())
+    needle = struct.pack("<8f", *state["time_mlp.1.weight"].flatten()[:8].tolist())
+    data[data.index(needle)] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="checksum"):
+        import_weights(tmp_path / "flipped.pt", tmp_path / "out.safetensors")

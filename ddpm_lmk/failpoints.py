@@ -24,7 +24,7 @@ POINTS = {
     "save.begin": "a checkpoint is due and nothing is written yet",
     "save.recorded": "a new checkpoint is durable and its event written, nothing is dropped yet",
     "directory.made": "the temporary directory of a checkpoint or snapshot is there, and empty",
-    "directory.part": "part of a file in it is written (once per 4 MiB and file)",
+    "directory.part": "a piece of a file in it is written (once per tensor, more often where that is large)",
     "directory.file": "a file in it is written and flushed (once per file)",
     "directory.manifest": "its manifest is written and flushed",
     "directory.flushed": "the temporary directory is flushed, the lock not yet looked at again",

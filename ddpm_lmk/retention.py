@@ -70,4 +70,7 @@ def clean(directory: Path) -> None:
     """Remove what a killed writer left half done; call only with the lock of the run."""
     for pattern in (".tmp-*", ".trash-*"):
         for path in directory.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

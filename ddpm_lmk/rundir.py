@@ -81,8 +81,8 @@ class RunDir:
         except BaseException:
             run.__exit__(None, None, None)
             raise
-        retention.clean(path / "checkpoints")
-        retention.clean(path / "snapshots")
+        for folder in (path, path / "checkpoints", path / "snapshots"):
+            retention.clean(folder)
         return run
 
     def begin(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
@@ -98,10 +98,11 @@ class RunDir:
                 f"{facts['fingerprint']}; restore the data or use another --out directory"
             )
         self._config_hash = runfile.config_hash(cfg)
-        self.event("run.continued" if before is not None else "run.started", config=self._config_hash)
+        # The run file comes first: without it a directory that holds anything is no run, and a killed start would stay.
         atomic.write_text(self.path / "config.yaml", runfile.dump_run(cfg))
         if before is None:
             atomic.write_json(self.path / "run.json", facts)
+        self.event("run.continued" if before is not None else "run.started", config=self._config_hash)
 
     def results(self, cfg: RunConfig) -> dict[str, Any] | None:
         """Results of this very run if it is finished and they are as they were written, else None."""
@@ -158,8 +159,8 @@ class RunDir:
             ) from None
         self._failed_saves = 0
         self.event("checkpoint.saved", step=facts["step"], path=path.name)
-        reach("save.recorded")
         try:
+            reach("save.recorded")
             retention.retain(path.parent, keep, {*pinned, self.source})
         except OSError as error:
             self.event("retention.failed", step=facts["step"], reason=str(error))

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-import signal
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +16,6 @@ import torch
 from ddpm_lmk import checkpoint, durable, retention
 from ddpm_lmk.checkpoint import load_latest, load_weights, save_checkpoint, save_snapshot
 from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
-
-ROOT = Path(__file__).parents[1]
 
 
 def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -219,37 +212,6 @@ def test_what_a_killed_writer_left_is_ignored_and_cleaned_up(tmp_path: Path) -> 
     assert found is not None
     retention.clean(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-
-
-WRITER = """
-import sys, itertools
-from pathlib import Path
-import torch
-from ddpm_lmk.checkpoint import save_checkpoint
-from ddpm_lmk.retention import Keep, retain
-print("ready", flush=True)
-for step in itertools.count(1):
-    group = {"a": torch.full((20_000,), float(step))}
-    save_checkpoint(Path(sys.argv[1]), {"model": group, "ema": group, "optim": group}, {"step": step})
-    retain(Path(sys.argv[1]), Keep(2), ())
-"""
-
-
-def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
-    dice = random.Random(5)
-    for attempt in range(2):
-        folder = tmp_path / str(attempt)
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE)
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        while not list(folder.glob("step-*")):
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0.0, 0.3))
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        found = load_latest(folder, on_bad=unused)
-        assert found is not None
-        assert (found.tensors["model"]["a"] == found.state["step"]).all()
 
 
 def test_no_room_leaves_the_previous_one_and_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,14 +45,15 @@ def config(**sections: Any) -> RunConfig:
 
 
 class ToyNet(nn.Module):
-    """Trunk, a part no forward pass reaches, and an output layer."""
+    """Trunk, a part no forward pass reaches, and an output layer; `ballast` floats that only make checkpoints large."""
 
-    def __init__(self) -> None:
+    def __init__(self, ballast: int = 0) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 6, 3, padding=1)
         self.norm = nn.GroupNorm(2, 6)
         self.unreached = nn.Linear(3, 3)
         self.final_conv = nn.Conv2d(6, 1, 1)
+        self.register_buffer("ballast", torch.arange(float(ballast)) if ballast else None)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.final_conv(torch.nn.functional.silu(self.norm(self.stem(images))))
@@ -147,11 +148,11 @@ class ToyValidation:
         yield make_batch(self.seed + 1, rows, rows, weights)
 
 
-def fresh_state(cfg: RunConfig) -> TrainState:
+def fresh_state(cfg: RunConfig, *, ballast: int = 0) -> TrainState:
     """Step 0, from the seed of the run."""
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
-        model = ToyNet()
+        model = ToyNet(ballast)
     if cfg.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return TrainState.fresh(cfg, model)
@@ -161,11 +162,13 @@ def put_all(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict(weights)
 
 
-def start(cfg: RunConfig, path: Path, parallel: Parallel, **loader: Any) -> tuple[TrainState, Loaders, RunDir]:
+def start(
+    cfg: RunConfig, path: Path, parallel: Parallel, *, ballast: int = 0, **loader: Any
+) -> tuple[TrainState, Loaders, RunDir]:
     """What `fit` wants beside a task: state (continued if the directory holds one), loaders and the directory."""
     run = RunDir.claim(path, cfg) if parallel.is_main else RunDir(path, writes=False)
     newest = parallel.on_main(run.load_latest)
-    state = fresh_state(cfg)
+    state = fresh_state(cfg, ballast=ballast)
     if newest is not None:
         state.load(newest, load_all=put_all)
     if parallel.is_main:

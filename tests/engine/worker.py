@@ -43,6 +43,8 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
     def after_step(model: torch.nn.Module, step: int) -> None:
         if step == job.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == job.get("signal_at"):
+            os.kill(os.getpid(), signal.SIGTERM)
         if step == job.get("announce_at"):
             arrived, wakes = socket.socketpair()  # not signal.pause(): a signal before it would be waited for in vain
             wakes.setblocking(False)
@@ -57,7 +59,7 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     task.after_step = after_step
-    state, loaders, run = start(cfg, out, parallel, num_images=job.get("num_images", 6))
+    state, loaders, run = start(cfg, out, parallel, num_images=job.get("num_images", 6), ballast=job.get("ballast", 0))
     with run:
         fit(cfg, task, state, loaders, parallel, run)
     unused = [p.grad for n, p in state.model.named_parameters() if "unreached" in n]

@@ -1,0 +1,126 @@
+"""Whatever happens to a save, there is a good checkpoint, and the run ends with the bits of one nothing happened to."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ddpm_lmk.failpoints import POINTS
+from tests.engine import processes
+from tests.faults import syscalls
+from tests.faults.forge import Forge
+from tests.faults.saving import Outcome, continues, damage_all, good_steps, job, kill_often, undisturbed
+
+SAVING = [name for name in POINTS if name.startswith(("save.", "directory.", "retain."))]
+LOADING = [name for name in POINTS if name.startswith("load.")]
+OUTPUTS = [name for name in POINTS if name.startswith("output.")]
+# Visits that belong to the second save: a save has five files beside its manifest, and about 55 pieces.
+VISIT = {**dict.fromkeys(SAVING, 2), "directory.file": 8, "directory.part": 80, **dict.fromkeys(OUTPUTS, 1)}
+
+
+@pytest.fixture(scope="module")
+def forge() -> Iterator[Forge]:
+    with Forge() as forge:
+        yield forge
+
+
+@pytest.fixture(scope="module")
+def wanted(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return undisturbed(forge, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.mark.parametrize("name", [*SAVING, *OUTPUTS])
+def test_killed_at_a_fail_point_of_saving_it_continues(
+    forge: Forge, wanted: Outcome, tmp_path: Path, name: str
+) -> None:
+    work = job(tmp_path / "run")
+    code, said = forge.run(work, failpoint=f"{name}:{VISIT[name]}")
+    assert code == -signal.SIGKILL, said
+    assert bool(good_steps(tmp_path / "run")) == (name not in OUTPUTS)
+    continues(forge, work, wanted)
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_killed_at_a_fail_point_of_loading_it_continues(
+    forge: Forge, wanted: Outcome, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "run"
+    work = job(out)
+    work["config"]["train"]["keep_checkpoints"] = 2
+    assert forge.run(work, failpoint="save.begin:3")[0] == -signal.SIGKILL
+    assert good_steps(out) == [6, 3]
+    with (out / "checkpoints" / "step-00000006" / "optim.safetensors").open("ab") as file:
+        file.write(b"?")
+    code, said = forge.run(work, failpoint=name)
+    assert code == -signal.SIGKILL, said
+    continues(forge, work, wanted)
+    assert processes.events(out).count("checkpoint.bad") == 1
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_a_disk_that_refuses_at_a_fail_point_costs_no_step(
+    forge: Forge, wanted: Outcome, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "run"
+    code, said = forge.run(job(out), failpoint=f"{name}:{VISIT[name]}=enospc")
+    assert code == 0, said
+    assert f"fail-point {name}: enospc" in said
+    assert Outcome.of(out) == wanted
+    assert {"checkpoint.failed", "retention.failed"} & set(processes.events(out))
+    assert good_steps(out)[0] == 12
+
+
+def test_killed_at_random_moments_it_continues(forge: Forge, wanted: Outcome, tmp_path: Path) -> None:
+    assert kill_often(forge, tmp_path, wanted, kills=3, seed=11) == 3
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(forge: Forge, wanted: Outcome, tmp_path: Path) -> None:
+    """Files may not grow beyond 900 bytes until step 7: neither the state of step 3 nor every line fits."""
+    out = tmp_path / "run"
+    forge.finish(job(out, largest_file=900, room_from=7))
+    names = processes.events(out)
+    assert names.count("checkpoint.failed") in (1, 2), "step 6 is saved while room is made"
+    assert names.index("checkpoint.failed") < names.index("checkpoint.saved")
+    assert "lines.lost" in names
+    assert Outcome.of(out).digest == wanted.digest
+
+
+def test_a_signal_during_a_save_waits_for_it(forge: Forge, wanted: Outcome, tmp_path: Path) -> None:
+    work = job(tmp_path / "run", signal_at=4)
+    code, said = forge.run(work, failpoint="directory.file=pause")
+    assert code == 75, said
+    assert good_steps(tmp_path / "run") == [5]
+    saved = [event for event in processes.events(tmp_path / "run") if event == "checkpoint.saved"]
+    assert len(saved) == 2, "the save that was under way, and the one of the signal"
+    del work["signal_at"]
+    continues(forge, work, wanted)
+
+
+def test_no_damage_to_the_newest_checkpoint_is_loaded(forge: Forge, tmp_path: Path) -> None:
+    work = job(tmp_path / "run")
+    work["config"]["train"]["keep_checkpoints"] = 2
+    forge.finish(work)
+    found = damage_all(tmp_path / "run" / "checkpoints", flips=200, truncations=50)
+    assert found == {"flipped": 200, "truncated": 50, "deleted": 6, "emptied": 6, "grown": 6}
+
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+
+
+@needs_strace
+def test_a_save_flushes_before_it_renames_and_renames_before_it_says_so(forge: Forge, tmp_path: Path) -> None:
+    syscalls.want_flushes_in_order(syscalls.watch(forge, tmp_path))
+
+
+@needs_strace
+@pytest.mark.parametrize(
+    "disturbance", ["fsync:signal=KILL:when=2", "rename:signal=KILL:when=1", "write:error=ENOSPC:when=3"]
+)
+def test_a_system_call_of_a_save_killed_or_refused(
+    forge: Forge, wanted: Outcome, tmp_path: Path, disturbance: str
+) -> None:
+    syscalls.disturb(forge, tmp_path, disturbance, wanted)

@@ -130,6 +130,15 @@ def verify(folder: ShardsArgument) -> None:
 
 
 @shards_app.command()
+def index(folder: ShardsArgument) -> None:
+    """Rebuild a lost or damaged index.npy from the shards."""
+    from ddpm_lmk.data.index import rebuild_index
+    from ddpm_lmk.data.manifest import read_header
+
+    typer.echo(str(rebuild_index(folder, read_header(folder))))
+
+
+@shards_app.command()
 def show(
     folder: ShardsArgument,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="./show-NAME")] = None,

@@ -20,6 +20,7 @@ import numpy as np
 from ddpm_lmk.config import DataConfig, RunConfig
 from ddpm_lmk.data.augment import Floats, compose, resize_matrix
 from ddpm_lmk.data.order import few_shot_rows
+from ddpm_lmk.data.rows import ByShard, ListedRows, SplitRows
 from ddpm_lmk.data.shards import CorruptSampleError, Manifest, SampleRecord, to_stored_matrix
 from ddpm_lmk.errors import ConfigError, DataError, StoppedError
 
@@ -45,20 +46,22 @@ class Facts:
 class Corpus:
     """Some rows of one packed set, at the network's image size. With `labelled`, only rows that have points."""
 
-    def __init__(self, manifest: Manifest, rows: np.ndarray, image_size: int, *, labelled: bool) -> None:
+    def __init__(self, manifest: Manifest, rows: SplitRows, image_size: int, *, labelled: bool) -> None:
         self.manifest, self.image_size = manifest, image_size
         self._resize = resize_matrix(manifest.stored_size, image_size)
         self.records: dict[int, SampleRecord] = {}
+        self.rows: SplitRows | np.ndarray = rows
         if labelled:
-            read = ((int(row), with_retries(manifest.read_record, int(row))) for row in rows)
+            read = ((row, with_retries(manifest.read_record, row)) for row in rows)
             self.records = {row: record for row, record in read if record.points is not None}
-            rows = np.array(list(self.records), dtype=np.int64)
-        self.rows = np.asarray(rows, dtype=np.int64)
+            self.rows = np.array(list(self.records), dtype=np.int64)
 
     @property
-    def shards(self) -> np.ndarray:
-        """The shard of each row."""
-        return np.asarray(self.manifest.index["shard"][self.rows])
+    def by_shard(self) -> ByShard:
+        """The rows, grouped by the shard they lie in."""
+        if isinstance(self.rows, SplitRows):
+            return self.rows
+        return ListedRows(self.rows, self.manifest.shard_of(self.rows))
 
     def keep(self, rows: np.ndarray) -> None:
         """Use only these rows from here on."""
@@ -129,10 +132,15 @@ class Quarantine:
             self._check_shard(corpus, row)
 
     def _check_shard(self, corpus: int, row: int) -> None:
-        used, shards = self._corpora[corpus], self._corpora[corpus].manifest.index["shard"]
-        bad = sum(1 for c, r in self._seen if c == corpus and shards[r] == shards[row])
-        if bad > _BUDGET_FLOOR and bad == int((used.shards == shards[row]).sum()):
-            raise DataError(f"shard {int(shards[row])} of {used.manifest.root} is wholly bad; restore it or pack again")
+        used, manifest = self._corpora[corpus].rows, self._corpora[corpus].manifest
+        shard = int(manifest.shard_of(row))
+        first, end = manifest.starts[shard : shard + 2].tolist()
+        bad = sum(1 for c, r in self._seen if c == corpus and first <= r < end)
+        if bad <= _BUDGET_FLOOR:
+            return
+        rows = np.asarray(used.within(first, end) if isinstance(used, SplitRows) else used)
+        if bad == int(((rows >= first) & (rows < end)).sum()):
+            raise DataError(f"shard {shard} of {manifest.root} is wholly bad; restore it or pack again")
 
 
 def with_retries(read: Callable[[int], Result], row: int) -> Result:
@@ -172,7 +180,7 @@ def training_corpora(cfg: RunConfig) -> list[Corpus]:
     corpora = _open_splits(data, data.splits, labelled=labelled)
     if labelled:
         corpus = corpora[0]
-        corpus.keep(few_shot_rows(corpus.rows, corpus.manifest.dataset, data.shots, data.draw, cfg.seed))
+        corpus.keep(few_shot_rows(np.asarray(corpus.rows), corpus.manifest.dataset, data.shots, data.draw, cfg.seed))
     return corpora
 
 

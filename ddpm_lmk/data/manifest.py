@@ -1,8 +1,8 @@
 """Reads packed shards by offset: `Manifest` is the one door.
 
 A folder of shards holds WebDataset tars (`KEY.npy|png|jpg` + `KEY.json`), `manifest.json` (what was packed and how,
-with a digest per shard) and `index.npy` (one fixed-width row per sample, memory-mapped: a million samples cost no
-Python objects). Order, sampling and augmentation belong to the loader.
+with a digest per shard) and `index.npy` (one fixed-width row per sample, memory-mapped: ten million samples cost no
+Python objects; see `index`). Order, sampling and augmentation belong to the loader.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ import cv2
 import numpy as np
 from pydantic import ValidationError
 
-from ddpm_lmk.data.records import (
-    INDEX_DTYPE,
-    Aspect,
-    CorruptSampleError,
-    Encoding,
-    SampleRecord,
-    record_from_json,
-)
+from ddpm_lmk.data.index import Index, open_index
+from ddpm_lmk.data.records import Aspect, CorruptSampleError, Encoding, SampleRecord, record_from_json
+from ddpm_lmk.data.rows import SplitRows
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.data.writer import FORMAT, FORMAT_VERSION, fingerprint_of
 from ddpm_lmk.errors import DataError
@@ -38,7 +33,7 @@ _NPY_HEADER = 128
 class Manifest:
     """A folder of shards, opened. Rows are in ascending order of sample id; reading is safe from many threads."""
 
-    def __init__(self, root: Path, header: dict[str, Any], index: np.memmap) -> None:
+    def __init__(self, root: Path, header: dict[str, Any], index: Index) -> None:
         self.root = root
         self.dataset: str = header["dataset"]
         self.spec = DatasetSpec.model_validate(header["spec"])
@@ -51,7 +46,7 @@ class Manifest:
         self.shards: list[dict[str, Any]] = header["shards"]
         self.fingerprint: str = header["fingerprint"]
         self.format_version: int = header["format_version"]
-        self.index = index
+        self.index, self.starts, self.per_split = index.rows, index.starts, index.per_split
         self._handles: dict[int, int] = {}
         self._finalizer = weakref.finalize(self, _close_all, self._handles)
 
@@ -66,8 +61,8 @@ class Manifest:
             DataError: not such a folder, written by a newer version, or a shard is missing or has another size.
         """
         root = Path(path)
-        header = _read_header(root)
-        index = _open_index(root, header)
+        header = read_header(root)
+        index = open_index(root, header)
         for shard in header["shards"]:
             _check_shard_size(root, shard)
         try:
@@ -75,17 +70,25 @@ class Manifest:
         except (KeyError, TypeError, ValidationError) as error:
             raise DataError(f"{root / 'manifest.json'} is damaged ({type(error).__name__}); pack again") from error
 
-    def rows(self, splits: Sequence[str]) -> np.ndarray:
-        """Index numbers of the samples of these splits, in order of id.
+    def rows(self, splits: Sequence[str], *, without: np.ndarray | None = None) -> SplitRows:
+        """Index numbers of the samples of these splits, in order of id, but for the rows in `without`.
 
         Raises:
-            DataError: a split does not exist here, or none has a sample.
+            DataError: a split does not exist here.
         """
         unknown = [name for name in splits if name not in self.splits]
         if unknown:
             raise DataError(f"{self.root} has no split {unknown[0]!r}; it has {', '.join(self.splits)}")
-        wanted = [self.splits.index(name) for name in splits]
-        return np.flatnonzero(np.isin(self.index["split"], wanted))
+        codes = sorted({self.splits.index(name) for name in splits})
+        return SplitRows(self.index, self.starts, self.per_split[:, codes].sum(1), codes, without)
+
+    def count_per_split(self) -> dict[str, int]:
+        """Samples of each split."""
+        return dict(zip(self.splits, self.per_split.sum(0).tolist(), strict=True))
+
+    def shard_of(self, rows: Any) -> np.ndarray:
+        """The number of the shard each row lies in, the shape of `rows`."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
 
     def read_bytes(self, row: int) -> bytes:
         """The encoded image of a row, exactly as packed.
@@ -155,7 +158,8 @@ class Manifest:
                 os.close(handle)
 
 
-def _read_header(root: Path) -> dict[str, Any]:
+def read_header(root: Path) -> dict[str, Any]:
+    """The content of manifest.json, checked to be ours, of this version and unchanged. Raises DataError."""
     path = root / "manifest.json"
     hint = "give a folder written by `ddpm-lmk shards pack`"
     if not path.is_file():
@@ -172,21 +176,6 @@ def _read_header(root: Path) -> dict[str, Any]:
     if header.get("fingerprint") != fingerprint_of(header) or not isinstance(header.get("shards"), list):
         raise DataError(f"{path} was changed after packing (fingerprint differs); pack again")
     return header
-
-
-def _open_index(root: Path, header: dict[str, Any]) -> np.memmap:
-    path = root / "index.npy"
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; pack again") from error
-    if digest != header["index_sha256"]:
-        raise DataError(f"{path} was changed after packing (sha256 differs); pack again")
-    index = np.load(path, mmap_mode="r", allow_pickle=False)
-    if index.dtype != INDEX_DTYPE or index.shape != (header["count"],):
-        raise DataError(f"{path} is not an index of this tool; pack again")
-    return index
 
 
 def _check_shard_size(root: Path, shard: dict[str, Any]) -> None:

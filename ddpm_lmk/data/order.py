@@ -15,9 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm_lmk.data.rows import ByShard, Ints
 from ddpm_lmk.errors import ConfigError
-
-Ints = NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _QUOTA_SCALE = 2**20  # weights are honoured to one part in a million
@@ -123,17 +122,15 @@ class SampleOrder:
     Without `weights` the quotas are the sizes and every `num_images` positions use each sample exactly once.
     """
 
-    def __init__(
-        self, seed: int, corpora: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float] | None, window: int
-    ) -> None:
-        """`corpora` are pairs of row numbers and the shards they lie in, both `[R]` with R > 0."""
+    def __init__(self, seed: int, corpora: Sequence[ByShard], weights: Sequence[float] | None, window: int) -> None:
+        """`corpora` are the rows of each set, none of them empty; memory grows with their shards, not their samples."""
         assert corpora
-        assert all(len(rows) == len(shards) > 0 for rows, shards in corpora)
-        self.num_images = sum(len(rows) for rows, _ in corpora)
-        self._orders = [_CorpusOrder(seed, c, rows, shards, window) for c, (rows, shards) in enumerate(corpora)]
+        assert all(len(rows) > 0 for rows in corpora)
+        self.num_images = sum(len(rows) for rows in corpora)
+        self._orders = [_CorpusOrder(seed, c, rows, window) for c, rows in enumerate(corpora)]
         shares = None if weights is None else np.asarray(weights, dtype=np.float64)
         self._quotas = (
-            [len(rows) for rows, _ in corpora]
+            [len(rows) for rows in corpora]
             if shares is None
             else [max(1, round(q)) for q in shares / shares.sum() * _QUOTA_SCALE]
         )
@@ -183,10 +180,8 @@ class SampleOrder:
 class _CorpusOrder:
     """The endless stream over one corpus: an epoch is a permutation that stays inside windows of shards."""
 
-    def __init__(self, seed: int, corpus: int, rows: np.ndarray, shards: np.ndarray, window: int) -> None:
-        by_shard = np.argsort(shards, kind="stable")
-        self._rows = np.asarray(rows, dtype=np.int64)[by_shard]
-        _, self._first, self._count = np.unique(shards[by_shard], return_index=True, return_counts=True)
+    def __init__(self, seed: int, corpus: int, rows: ByShard, window: int) -> None:
+        self._rows = rows
         self._seed, self._stream, self._window_shards = seed, f"corpus/{corpus}", window
         self._epoch: Callable[[int], tuple[Ints, Ints]] = lru_cache(maxsize=4)(self._shard_permutation)
         self._window: Callable[[int, int], Ints] = lru_cache(maxsize=4)(self._window_rows)
@@ -206,15 +201,15 @@ class _CorpusOrder:
 
     def _shard_permutation(self, epoch: int) -> tuple[Ints, Ints]:
         """Shards in this epoch's order `[S]`, and the counters at which its windows begin `[windows + 1]`."""
-        shards = _permutation(self._seed, f"{self._stream}/epoch/{epoch}", len(self._count))
-        ends = np.concatenate([[0], np.cumsum(self._count[shards])])
+        shards = _permutation(self._seed, f"{self._stream}/epoch/{epoch}", len(self._rows.counts))
+        ends = np.concatenate([[0], np.cumsum(self._rows.counts[shards])])
         return shards, np.append(ends[: -1 : self._window_shards], ends[-1])
 
     def _window_rows(self, epoch: int, window: int) -> Ints:
         """Rows of one window in the order they are drawn."""
         shards, _ = self._epoch(epoch)
         chosen = shards[window * self._window_shards : (window + 1) * self._window_shards]
-        rows = np.concatenate([self._rows[self._first[s] : self._first[s] + self._count[s]] for s in chosen])
+        rows = np.concatenate([self._rows.of(int(shard)) for shard in chosen])
         return rows[_permutation(self._seed, f"{self._stream}/epoch/{epoch}/window/{window}", len(rows))]
 
 

@@ -62,9 +62,8 @@ class ResidentPixels:
 
     def add(self, corpora: Sequence[Corpus], workers: int) -> None:
         """Decode the rows that are not here yet."""
-        missing = [
-            (c, int(row)) for c, corpus in enumerate(corpora) for row in corpus.rows[self._slots[c][corpus.rows] < 0]
-        ]
+        used = [np.asarray(corpus.rows) for corpus in corpora]
+        missing = [(c, int(row)) for c, rows in enumerate(used) for row in rows[self._slots[c][rows] < 0]]
         if not missing:
             return
         first = len(self._store)

@@ -60,7 +60,7 @@ def verify(path: str | Path) -> VerifyReport:
     """
     manifest = Manifest.open(path)
     report = VerifyReport(manifest.root, samples=len(manifest), shards=len(manifest.shards))
-    report.per_split = {name: int((manifest.index["split"] == code).sum()) for code, name in enumerate(manifest.splits)}
+    report.per_split = manifest.count_per_split()
     report.foreign += sorted({path.name for path in manifest.root.iterdir()} - _expected_files(manifest))
     for number, shard in enumerate(manifest.shards):
         report.bytes += shard["size"]
@@ -96,7 +96,7 @@ def _verify_shard(manifest: Manifest, number: int, report: VerifyReport) -> None
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
             report.problems.append(f"{shard['name']}: sha256 differs from the manifest")
-    rows = manifest.index[manifest.index["shard"] == number]
+    rows = manifest.index[manifest.starts[number] : manifest.starts[number + 1]]
     wanted = {int(offset): f".{EXTENSIONS[manifest.encoding]}" for offset in rows["offset"]}
     wanted |= {int(offset): ".json" for offset in rows["json_offset"]}
     try:

@@ -118,7 +118,7 @@ def _sampled(manifest: Manifest) -> _Sample:
 
 def _statistics(manifest: Manifest, sample: _Sample) -> list[tuple[str, str]]:
     index, spec = manifest.index, manifest.spec
-    per_split = {name: int((index["split"] == code).sum()) for code, name in enumerate(manifest.splits)}
+    per_split = manifest.count_per_split()
     widths, heights = index["width"], index["height"]
     spacings = [record.mm_per_px for record in sample.records if record.mm_per_px is not None]
     groups = {record.group for record in sample.records if record.group is not None}

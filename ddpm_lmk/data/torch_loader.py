@@ -158,9 +158,7 @@ class TrainLoader(_Loader):
     ) -> None:
         super().__init__(cfg, corpora, seat, cache)
         self.plan = plan
-        self._order = SampleOrder(
-            cfg.seed, [(c.rows, c.shards) for c in corpora], cfg.data.weights, cfg.data.shuffle_window
-        )
+        self._order = SampleOrder(cfg.seed, [c.by_shard for c in corpora], cfg.data.weights, cfg.data.shuffle_window)
         self._quarantine = Quarantine(corpora, cfg.data.max_bad_fraction)
         if isinstance(self._pixels, ResidentPixels):
             for corpus, row, reason in self._pixels.bad_among(corpora):

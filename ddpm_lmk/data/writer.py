@@ -19,7 +19,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ddpm_lmk.data.records import EXTENSIONS, INDEX_DTYPE, Aspect, Encoding, SampleRecord, member_key, record_to_json
+from ddpm_lmk.data.records import (
+    EXTENSIONS,
+    INDEX_DTYPE,
+    Aspect,
+    Encoding,
+    SampleRecord,
+    index_row,
+    member_key,
+    record_to_json,
+)
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.durable import flush_directory
 from ddpm_lmk.errors import DataError, ResourceError, RunConflictError
@@ -92,13 +101,10 @@ class ShardWriter:
             self._shard = _Shard(self._tmp / f"shard-{len(self._shards):06d}.tar")
         key = member_key(record.id)
         text = record_to_json(record)
-        row = np.zeros(1, INDEX_DTYPE)
-        row["shard"], row["split"] = len(self._shards), self._splits.index(record.split)
-        row["width"], row["height"] = record.native_size
-        row["size"], row["json_size"] = len(image), len(text)
+        split = self._splits.index(record.split)
+        row = index_row(record, image, len(text), shard=len(self._shards), split=split)
         row["offset"] = self._shard.append(f"{key}.{self._extension}", image)
         row["json_offset"] = self._shard.append(f"{key}.json", text)
-        row["sha256"] = np.frombuffer(hashlib.sha256(image).digest()[:16], np.uint8)
         self._rows += row.tobytes()
         if self._shard.tell() >= self._shard_bytes:
             self._finish_shard()

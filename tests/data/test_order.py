@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from ddpm_lmk.data.order import GroupPlan, SampleOrder, few_shot_rows, keyed_seed, keyed_uniform
+from ddpm_lmk.data.rows import ListedRows
 from ddpm_lmk.errors import ConfigError
 
 POSITIONS = np.arange(100_000)
 
 
-def corpus(count: int, per_shard: int, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    return first_row + np.arange(count), np.arange(count) // per_shard
+def corpus(count: int, per_shard: int, first_row: int = 0) -> ListedRows:
+    return ListedRows(first_row + np.arange(count), np.arange(count) // per_shard)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -73,8 +74,7 @@ def test_any_position_can_be_asked_for_at_once():
 
 
 def test_reads_stay_inside_a_window_of_shards():
-    rows, shards = corpus(1000, 10)
-    drawn = shards[SampleOrder(0, [(rows, shards)], None, 4).at(np.arange(1000))[1]]
+    drawn = SampleOrder(0, [corpus(1000, 10)], None, 4).at(np.arange(1000))[1] // 10
     touched = [len(np.unique(drawn[begin : begin + 40])) for begin in range(0, 1000, 40)]
     assert max(touched) == 4
     assert not np.array_equal(np.sort(drawn[:40]), drawn[:40])

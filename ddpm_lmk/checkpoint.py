@@ -11,6 +11,7 @@ Nothing is pickled or unpickled. Which checkpoints stay is `retention`'s.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -138,6 +139,15 @@ def load_latest(directory: Path, *, on_bad: Callable[[Path, str], None]) -> Chec
             f"{f', the oldest because {reason}' if reason else ''}; "
             "they are kept there as .bad-*; start again in another --out directory"
         )
+    return None
+
+
+def newest_where(directory: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> Path | None:
+    """The newest undamaged checkpoint whose `state.json` is wanted; nothing is set aside."""
+    for path in retention.complete(directory):
+        with contextlib.suppress(CheckpointError):
+            if is_wanted(load_checkpoint(path).state):
+                return path
     return None
 
 

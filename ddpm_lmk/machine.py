@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,15 @@ def hardware() -> dict[str, Any]:
 def versions(*packages: str) -> dict[str, str | None]:
     """Versions of Python and of `packages`; None where one is not installed."""
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+@cache
+def code_digest() -> str:
+    """16 hex digits over the source files of this package, as they are on this machine."""
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        total.update(str(path.relative_to(Path(__file__).parent)).encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def version(package: str) -> str | None:

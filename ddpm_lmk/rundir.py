@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "data.residency",
     "data.loader",
     "train.log_every",
+    "train.compare_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",

@@ -23,10 +23,11 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.ranks import checksum
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.inference import evaluate_split
-from ddpm_lmk.machine import versions
+from ddpm_lmk.machine import code_digest, versions
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir import RunDir
@@ -88,7 +89,7 @@ def execute(
             with parallel.together():
                 task = build_task(cfg, loaders.train.spec)
             state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
-            _want_same_everywhere(cfg, loaders, parallel)
+            _want_same_everywhere(cfg, loaders, state, parallel)
             parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, parent)))
             run.journal.rewind_metrics(state.step)
             fit(cfg, task, state, loaders, parallel, run)
@@ -158,14 +159,27 @@ def _open_loaders(cfg: RunConfig, parallel: Parallel, workbench: Workbench) -> I
         parallel.release()
 
 
-def _want_same_everywhere(cfg: RunConfig, loaders: Loaders, parallel: Parallel) -> None:
-    """All ranks must mean the same run on the same data."""
-    seen = parallel.gather((config_hash(cfg), loaders.train.fingerprint))
-    odd = [rank for rank, facts in enumerate(seen) if facts != seen[0]]
-    if odd:
-        raise LaunchError(
-            f"rank {odd[0]} has run file and data {seen[odd[0]]}, rank 0 {seen[0]}; start all ranks alike"
-        )
+def _want_same_everywhere(cfg: RunConfig, loaders: Loaders, state: TrainState, parallel: Parallel) -> None:
+    """All ranks must run the same code, for the same run, on the same data, from the same weights (A16)."""
+    mine = {
+        "code": code_digest(),
+        "torch": torch.__version__,
+        "run file": config_hash(cfg),
+        "data": loaders.train.fingerprint,
+        "start": f"step {state.step}, weights {checksum(state.model).item() % 2**64:016x}",
+    }
+    seen = parallel.gather(mine)
+    for key in mine:
+        values = [facts[key] for facts in seen]
+        common = max(values, key=values.count)
+        odd = next((rank for rank, value in enumerate(values) if value != common), None)
+        if odd is not None:
+            error = LaunchError(
+                f"rank {odd} has another {key} than most: {values[odd]}, wanted {common}; "
+                "give all nodes the same installation, run file, data and checkpoints, and start again"
+            )
+            error.is_shared = True
+            raise error
 
 
 def _facts(cfg: RunConfig, loaders: Loaders, parallel: Parallel, parent: dict[str, Any] | None) -> dict[str, Any]:
@@ -178,6 +192,8 @@ def _facts(cfg: RunConfig, loaders: Loaders, parallel: Parallel, parent: dict[st
         "fingerprint": loaders.train.fingerprint,
         "num_images": loaders.train.num_images,
         "parent": parent,
+        "exactness": cfg.train.exactness,
+        "code": code_digest(),
         "versions": versions(*PACKAGES),
         "hardware": {
             "device": torch.cuda.get_device_name(parallel.device) if is_cuda else platform.machine(),
@@ -198,7 +214,12 @@ def _conclude(
     workbench: Workbench,
 ) -> dict[str, Any]:
     """Score what was learnt: a task that finds points on its split, any other by the losses it ended with."""
-    train = {"steps": state.step, "images": state.images, "wall_s": round(state.seconds, 2), "skipped": state.skipped}
+    train = {
+        "steps": state.step,
+        "images": state.images,
+        "wall_s": round(state.seconds, 2),
+        "skipped": state.health.skipped,
+    }
     with state.ema.applied() as model:
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
             split, cache = cfg.evaluate.split, workbench.cache

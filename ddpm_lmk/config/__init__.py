@@ -21,6 +21,7 @@ from ddpm_lmk.config.training import (
     InitConfig,
     OptimConfig,
     PlateauConfig,
+    SpikeConfig,
     TrainConfig,
 )
 from ddpm_lmk.config.values import Duration, Fraction, NonNegative, Positive, Section
@@ -45,6 +46,7 @@ __all__ = [
     "RunConfig",
     "Section",
     "SpatialCodecConfig",
+    "SpikeConfig",
     "TrainConfig",
     "UNetConfig",
 ]
@@ -76,6 +78,11 @@ class RunConfig(Section):
         ]
         if needs_validation and self.data.validation_split is None:
             raise ValueError(f"{', '.join(needs_validation)} needs data.validation_split")
+        if self.train.exactness == "exact" and (self.train.micro_batch is None or self.train.compile):
+            raise ValueError(
+                "train.exactness=exact needs train.micro_batch, a size that does not depend on the number of processes, "
+                "and train.compile=false, since kernels are compiled per process"
+            )
         if self.task.kind == "denoise" and self.evaluate.split not in (None, "test"):
             raise ValueError(
                 f"evaluate.split={self.evaluate.split} is for task landmarks; pre-training is scored on data.validation_split"

@@ -57,6 +57,16 @@ class OptimConfig(Section):
     plateau: PlateauConfig | None = Field(None, description="plateau rule; needs data.validation_split")
 
 
+class SpikeConfig(Section):
+    """Leave out an update whose loss or gradient norm is far above those before it."""
+
+    sigma: Positive = Field(6.0, description="standard deviations above the mean of the window")
+    window: Annotated[int, Field(ge=16, le=4096)] = Field(128, description="accepted steps the mean is taken over")
+    after: Annotated[int, Field(ge=0)] = Field(
+        1000, description="first steps without the rule; a shorter run (few-shot fine-tuning) never meets it"
+    )
+
+
 class TrainConfig(Section):
     """Length, batches, precision, and what is kept on the way."""
 
@@ -73,12 +83,22 @@ class TrainConfig(Section):
     gradient: Literal["mean", "sum"] = Field(
         "mean", description="mean over the group, or the sum of micro-batch means (released pre-training code)"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="autocast type; auto: bf16 on CUDA, fp32 on the CPU"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="autocast type; auto: bf16 on CUDA, fp32 on the CPU; fp16 scales the loss"
+    )
+    exactness: Literal["exact", "ordered", "none"] = Field(
+        "ordered",
+        description="same bits at any number of processes (needs micro_batch); bits up to the order of sums; or kernels chosen by speed",
     )
     channels_last: bool = Field(True, description="NHWC memory layout")
     compile: bool = Field(False, description="torch.compile the model")
     ema: EmaConfig | None = Field(default_factory=EmaConfig, description="moving average of weights; null: none")
+    spikes: SpikeConfig | None = Field(
+        default_factory=SpikeConfig, description="leave out updates of loss spikes; null: take all that are finite"
+    )
+    compare_every: Duration = Field(
+        Duration(100), description="between comparisons of the weights of all processes, a checksum"
+    )
     log_every: Duration = Field(Duration(10), description="between lines in metrics.jsonl")
     checkpoint_every: Duration = Field(Duration(500), description="between resumable checkpoints")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(

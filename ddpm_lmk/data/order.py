@@ -99,11 +99,13 @@ class GroupPlan:
     def share(self, step: int, rank: int, world: int) -> tuple[Ints, NDArray[np.float32], int]:
         """Positions and weights of `rank`'s part of `step`, padded to whole micro-batches, and the micro-batch size.
 
-        Every rank gets the same count. Padding repeats the first position of the part (of the group, where the part is
-        empty) with weight 0.
+        Every rank gets the same count. A given `micro_batch` cuts the group into the same micro-batches for any
+        `world`: number k is places [k * micro_batch, (k + 1) * micro_batch) of the group; ranks get consecutive ones.
+        Padding repeats the first position of the part (of the group, where the part is empty) with weight 0.
         """
         start, size = self.start(step), self.size(step)
-        part = -(-size // world)
+        unit = self.micro_batch or 1
+        part = -(-size // (unit * world)) * unit
         micro = self.micro_batch or -(-self.largest // world)
         first, last = min(rank * part, size), min((rank + 1) * part, size)
         positions = np.full(-(-part // micro) * micro, start + (first if first < last else 0), dtype=np.int64)

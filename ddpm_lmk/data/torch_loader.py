@@ -220,9 +220,12 @@ class EvalLoader(_Loader):
             yield batch
 
     def _parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Positions and weights of this rank's batches."""
+        """Positions and weights of this rank's batches; in class exact, the same batches for any number of ranks."""
         share = -(-self.num_images // self._seat.world)
         size = min(self._cfg.evaluate.batch, share)
+        if self._cfg.train.exactness == "exact":
+            size = min(self._cfg.evaluate.batch, self.num_images)
+            share = -(-self.num_images // (size * self._seat.world)) * size
         padded = self._seat.rank * share + np.arange(-(-share // size) * size)
         weights = (padded < min((self._seat.rank + 1) * share, self.num_images)).astype(np.float32)
         positions = np.where(weights > 0, padded, 0)

@@ -2,12 +2,14 @@
 
 The loop knows groups, a task, a state, the process group and a run directory. It does not ask what is learnt. A task
 gives one loss per image; the loop adds them over micro-batches and ranks and divides once by the group's global size,
-so gradients depend neither on the number of processes, nor on the micro-batch, nor on a short last group.
+so gradients depend neither on the number of processes, nor on the micro-batch, nor on a short last group. How they are
+added, and with it the exactness class, is in `updater`.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,21 +18,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ddpm_lmk.checkpoint import load_checkpoint, newest_where
 from ddpm_lmk.config import Duration, RunConfig
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
+from ddpm_lmk.engine.exactness import MEANING, kernels
+from ddpm_lmk.engine.memory import MemoryWatch
 from ddpm_lmk.engine.meter import Meter
-from ddpm_lmk.engine.optim import clip, global_norm, gradients, learning_rate, set_learning_rate
-from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
+from ddpm_lmk.engine.parallel import Parallel, Precision
+from ddpm_lmk.engine.ranks import Stragglers, want_same_weights
 from ddpm_lmk.engine.saver import Saver
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.stop import StopRequest, stopped
+from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.errors import ConfigError, DivergedError, ResourceError
 from ddpm_lmk.retention import Keep
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.tasks.task import Task
-
-MOST_SKIPS_IN_A_ROW = 5
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,7 @@ class Pace:
     keep: int | None
     snapshot: int | None
     evaluate: int | None
+    compare: int
 
     @classmethod
     def of(cls, cfg: RunConfig, train: TrainLoader) -> Pace:
@@ -78,6 +84,7 @@ class Pace:
             log=interval("log_every"),
             checkpoint=interval("checkpoint_every"),
             keep=None if cfg.train.keep_every is None else interval("keep_every"),
+            compare=interval("compare_every"),
             snapshot=None if cfg.train.snapshot_every is None else interval("snapshot_every"),
             evaluate=None if cfg.train.evaluate_every is None else interval("evaluate_every"),
         )
@@ -92,20 +99,30 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
     """Train `state` to the end of the run; what is kept on the way and at the end goes to `run`.
 
     Raises:
-        StoppedError: a signal; the state is saved.
-        DivergedError: more than 5 steps in a row were not finite; nothing of them is saved.
-        ResourceError: the disk refused three checkpoints in a row, or the final weights.
+        StoppedError: a signal, and the state is saved; or no memory after steps that fitted, and it cannot be.
+        DivergedError: numbers that are not finite or spikes, again after going back once; or ranks that differ.
+        ResourceError: the disk refused three checkpoints in a row, or the final weights; no memory from the start.
     """
     pace = Pace.of(cfg, loaders.train)
     rate = learning_rate(cfg.optim, warmup=pace.warmup, total=pace.total)
     _warn(state.ema.warning(pace.total), run, parallel)
-    net = parallel.prepare(state.model).train()
+    state.model.train()
+    updater = build_updater(cfg, state, parallel)
     groups = loaders.train.groups(state.step)
     meter = Meter(state, parallel, write=run.metrics, total=pace.total, every=pace.log)
     saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, pace.keep))
-    stop_level = 0.0
+    stragglers = Stragglers()
+    stop_level, is_owed = 0.0, False
+    _say_class(cfg, state, run, parallel)
 
-    with StopRequest() as stop, meter, closing(groups), saver:
+    with (
+        StopRequest() as stop,
+        kernels(cfg.train.exactness, parallel.device),
+        MemoryWatch(cfg, task, state, parallel),
+        meter,
+        closing(groups),
+        saver,
+    ):
         while True:
             # What is due at this step. A resumed run arrives here first, and makes up for what a signal cut short.
             is_last = state.step >= pace.total
@@ -120,9 +137,16 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
             if is_due(pace.snapshot, state.step) and not is_last:
                 with meter.paused():
                     _keep_weights(cfg, task, state, loaders, parallel, run, is_final=False)
-            if stop_level or is_due(pace.checkpoint, state.step) or (is_last and state.step > pace.checkpoint):
+            # A checkpoint is where a run goes back to, so none is made in between while updates are left out.
+            is_good = not state.health.in_a_row
+            is_regular = is_due(pace.checkpoint, state.step) or (is_last and state.step > pace.checkpoint)
+            is_saving = bool(stop_level) or is_owed or (is_regular and is_good)
+            if is_saving or is_due(pace.compare, state.step):
+                want_same_weights(state.model, parallel, step=state.step)
+            if is_saving:
                 with meter.paused():
-                    saver.save(state)
+                    saver.save(state, updater.moments())
+                    is_owed = False
                 if stop_level:
                     where = str(run.path) if saver.wait() else "no place (disk full)"
                     raise stopped(stop_level, step=state.step, where=where)
@@ -135,31 +159,32 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
             wait_s = time.perf_counter() - begin
             lr = rate(state.step) * state.plateau.factor
             set_learning_rate(state.optimizer, lr)
-            loss_sum = torch.zeros((), device=parallel.device)
-            for number, batch in enumerate(group.micro_batches, start=1):
+            for number, batch in enumerate(group.micro_batches):
                 batch = batch.to(parallel.device)
-                with parallel.accumulate(net, is_last=number == len(group.micro_batches)):
+                with updater.micro_batch(number, of=len(group.micro_batches)):
                     with parallel.autocast(cfg.train.precision):
-                        losses = task.loss(net, batch)  # [B]
+                        losses = task.loss(updater.net, batch)  # [B]
                     total = (losses.float() * batch.weight).sum()
-                    parallel.backward(total / _divisor(cfg.train.gradient, batch, group))
-                loss_sum += total.detach()
-            grads = gradients(state.model)
-            norm = global_norm(grads)
-            is_finite = torch.isfinite(loss_sum) & torch.isfinite(norm)
-            flags = torch.stack([1.0 - is_finite.float(), loss_sum.new_tensor(stop.level)])
-            is_skipped, stop_level = parallel.agree(flags)
-            if not is_skipped:
-                clip(cfg.optim.clip, grads, norm)
-                state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+                    updater.add(total, _divisor(cfg.train.gradient, batch, group))
+            seen = updater.finish(stop.level)
+            stop_level = seen.stop_level
             state.step += 1
             state.images += group.size
-            if not is_skipped:
+            reason = state.judge(loss=seen.loss / group.size, norm=seen.norm)
+            if reason is None:
+                updater.apply(cfg.optim.clip)
                 state.ema.update(state.step)
                 task.after_step(state.model, state.step)
-            _count_skips(state, bool(is_skipped), run)
-            meter.step(loss_sum, norm, size=group.size, wait_s=wait_s, is_skipped=bool(is_skipped), lr=lr)
+            else:
+                run.event("update.skipped", step=state.step, reason=reason, in_a_row=state.health.in_a_row)
+            updater.clear()
+            meter.step(seen, size=group.size, wait_s=wait_s, is_skipped=reason is not None, lr=lr)
+            for rank in stragglers.see(seen.busy_s):
+                _warn(f"rank {rank} is more than 1.5 times slower than the median for 100 steps", run, parallel)
+            if state.scale.is_lost or state.health.trouble:
+                _go_back(state, parallel, run, saver, every=pace.checkpoint)
+                updater.reload()
+                is_owed = True
 
     state.select_best()
     _keep_weights(cfg, task, state, loaders, parallel, run, is_final=True)
@@ -168,23 +193,26 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
 
 @torch.no_grad()
 def evaluate(
-    task: Task,
-    model: nn.Module,
-    loader: EvalLoader,
-    parallel: Parallel,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    task: Task, model: nn.Module, loader: EvalLoader, parallel: Parallel, precision: Precision = "auto"
 ) -> dict[str, float]:
-    """Figures of `task` over every sample of `loader`, the same on all ranks; `score` is the one that selects."""
+    """Figures of `task` over every sample of `loader`, the same on all ranks; `score` is the one that selects.
+
+    Sums are added in the order of ranks and batches, so they do not depend on who computed which batch.
+    """
     was_training = model.training
     model.eval()
-    sums: dict[str, Tensor] = {}
+    parts: list[dict[str, Tensor]] = []
     for batch in loader:
         with parallel.autocast(precision):
-            part = task.evaluate(model, batch.to(parallel.device))
-        for key, value in part.items():
-            sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64, device=parallel.device)) + value
+            parts.append(task.evaluate(model, batch.to(parallel.device)))
     model.train(was_training)
-    return task.summarize(parallel.sum_mappings({key: value.item() for key, value in sums.items()}))
+    columns = {key: torch.stack([part[key] for part in parts]).tolist() for key in (parts[0] if parts else ())}
+    sums: dict[str, float] = {}
+    for found in parallel.gather(columns):
+        for key, values in found.items():
+            for value in values:
+                sums[key] = sums.get(key, 0.0) + value
+    return task.summarize(sums)
 
 
 def _divisor(gradient: Literal["mean", "sum"], batch: Batch, group: Group) -> Tensor | int:
@@ -192,18 +220,36 @@ def _divisor(gradient: Literal["mean", "sum"], batch: Batch, group: Group) -> Te
     return group.size if gradient == "mean" else batch.weight.sum().clamp(min=1.0)
 
 
-def _count_skips(state: TrainState, is_skipped: bool, run: RunDir) -> None:
-    """Keep count of updates left out; more than 5 in a row end the run."""
-    state.skipped_in_a_row = state.skipped_in_a_row + 1 if is_skipped else 0
-    if not is_skipped:
-        return
-    state.skipped += 1
-    run.event("update.skipped", step=state.step, in_a_row=state.skipped_in_a_row)
-    if state.skipped_in_a_row > MOST_SKIPS_IN_A_ROW:
-        raise DivergedError(
-            f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step}; "
-            "nothing of them is saved; lower optim.lr, set optim.clip or train.precision=fp32, and run again"
+def _go_back(state: TrainState, parallel: Parallel, run: RunDir, saver: Saver, *, every: int) -> None:
+    """Take weights, average and moments of the last good checkpoint, once; the updates since then are left out.
+
+    Only those at the interval and before the trouble count, not those a signal made, so that an interrupted run goes
+    back as far as one that was not. If this process dies before the next checkpoint, its successor does the same.
+
+    Raises:
+        DivergedError: there is none, it happened before, or fp16 overflows at any scale.
+    """
+    why = state.health.trouble or f"fp16 overflows even with a loss scale of {state.scale.value:g}"
+
+    def is_regular(facts: dict[str, Any]) -> bool:
+        return facts["step"] % every == 0 and not facts["health"]["in_a_row"]
+
+    saver.wait()
+    folder = run.path / "checkpoints"
+    path = parallel.on_main(lambda: newest_where(folder, is_regular)) if state.health.trouble else None
+    if path is None or state.health.left_out:
+        went = "; it went back to a checkpoint once already" if state.health.left_out else ""
+        error = DivergedError(
+            f"{why}, up to step {state.step}{went}; nothing of them is saved; "
+            "lower optim.lr, set optim.clip or train.precision=fp32 (train.spikes=null takes every finite update)"
         )
+        error.is_shared = True
+        raise error
+    with parallel.together():
+        state.go_back(load_checkpoint(path), load_all=lambda model, weights: model.load_state_dict(weights))
+    source, step = state.health.left_out[-1]
+    run.event("run.went_back", step=step, source=source, reason=why)
+    _warn(f"{why}; went back to step {source}, the updates up to step {step} are left out", run, parallel)
 
 
 def _keep_weights(
@@ -233,3 +279,10 @@ def _warn(message: str | None, run: RunDir, parallel: Parallel) -> None:
     if message is not None and parallel.is_main:
         log.warning(message)
         run.event("warning", message=message)
+
+
+def _say_class(cfg: RunConfig, state: TrainState, run: RunDir, parallel: Parallel) -> None:
+    exactness = cfg.train.exactness
+    run.event("train.started", step=state.step, exactness=exactness, processes=parallel.world)
+    if parallel.is_main:
+        sys.stderr.write(f"exactness={exactness} ({MEANING[exactness]})\n")

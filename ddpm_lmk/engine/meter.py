@@ -1,6 +1,6 @@
 """What a run says about itself: `metrics.jsonl`, a progress bar on a terminal, plain `key=value` lines elsewhere.
 
-Loss tensors stay on the device until a line is due. Rates leave out validation and saving, and include waiting for
+Losses are those all ranks agreed on. Rates leave out validation and saving, and include waiting for
 data, whose share is reported beside them.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.updater import Seen
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -37,8 +37,7 @@ class Meter:
         self, state: TrainState, parallel: Parallel, *, write: Callable[[dict[str, Any]], None], total: int, every: int
     ) -> None:
         self._state, self._parallel, self._write, self._total, self._every = state, parallel, write, total, every
-        self._loss = torch.zeros((), device=parallel.device, dtype=torch.float64)
-        self._norm = torch.zeros((), device=parallel.device)
+        self._loss = self._norm = 0.0
         self._steps = self._images = self._updated = 0
         self._wait_s = self._paused_s = 0.0
         self._since = self._tick = time.perf_counter()
@@ -67,12 +66,10 @@ class Meter:
         yield
         self._paused_s += time.perf_counter() - begin
 
-    def step(self, loss_sum: Tensor, norm: Tensor, *, size: int, wait_s: float, is_skipped: bool, lr: float) -> None:
+    def step(self, seen: Seen, *, size: int, wait_s: float, is_skipped: bool, lr: float) -> None:
         """Take in one finished step.
 
         Args:
-            loss_sum: this rank's weighted sum of losses per image, a scalar on the device.
-            norm: gradient norm before clipping, a scalar on the device.
             size: images of the group, over all ranks.
             wait_s: seconds this rank waited for data.
         """
@@ -83,8 +80,8 @@ class Meter:
         self._images += size
         self._wait_s += wait_s
         if not is_skipped:
-            self._loss += loss_sum
-            self._norm = norm
+            self._loss += seen.loss
+            self._norm = seen.norm
             self._updated += size
         if self._state.step % self._every == 0 or self._state.step == self._total:
             self._line(lr)
@@ -98,25 +95,25 @@ class Meter:
         )
 
     def _line(self, lr: float) -> None:
-        total, wait_s = self._parallel.sum(torch.stack([self._loss, self._loss.new_tensor(self._wait_s)]))
+        [wait_s] = self._parallel.sum(torch.tensor([self._wait_s], device=self._parallel.device))
         elapsed = max(time.perf_counter() - self._since - self._paused_s, 1e-9)
         images_per_s = self._images / elapsed
         steps_left = self._total - self._state.step
         line = {
             "step": self._state.step,
             "images": self._state.images,
-            "loss": total / self._updated if self._updated else None,
+            "loss": self._loss / self._updated if self._updated else None,
             "lr": lr,
-            "grad_norm": self._norm.item(),
+            "grad_norm": self._norm,
             "images_per_s": images_per_s,
             "data_wait": min(1.0, wait_s / self._parallel.world / elapsed),
             "eta_s": steps_left * elapsed / self._steps,
             "seconds": self._state.seconds,
-            "skipped": self._state.skipped,
+            "skipped": self._state.health.skipped,
         }
         self._write(line)
         self._say(line, force=steps_left == 0)
-        self._loss.zero_()
+        self._loss = 0.0
         self._steps = self._images = self._updated = 0
         self._wait_s = self._paused_s = 0.0
         self._since = time.perf_counter()

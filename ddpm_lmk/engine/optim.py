@@ -18,6 +18,8 @@ from ddpm_lmk.config import ClipConfig, OptimConfig, PlateauConfig
 from ddpm_lmk.errors import CheckpointError
 
 HEAD = "final_conv"
+FIRST_SCALE, LARGEST_SCALE = 2.0**16, 2.0**24
+GROWS_AFTER = 2000  # updates, as in torch.amp
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -88,6 +90,7 @@ def moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Ten
 def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Put `moments` back, in the memory layout of the parameters; raises `CheckpointError` for a foreign name."""
     parameters = dict(model.named_parameters())
+    optimizer.state.clear()
     for full_name, value in saved.items():
         key, _, name = full_name.partition("/")
         if name not in parameters or (value.ndim > 0 and value.shape != parameters[name].shape):
@@ -127,6 +130,48 @@ class Plateau:
     def load(self, facts: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.factor, self.best, self.num_bad = facts["factor"], facts["best"], facts["num_bad"]
+
+
+@dataclass
+class LossScale:
+    """Keeps fp16 gradients above the smallest number fp16 has: the loss is multiplied by `value`, the gradient divided.
+
+    After an overflow the scale is halved and the update left out; after `GROWS_AFTER` updates without one it is
+    doubled. In any other precision it is 1 and stays so.
+    """
+
+    is_on: bool
+    value: float = 1.0
+    num_good: int = 0
+
+    def __post_init__(self) -> None:
+        self.value = FIRST_SCALE if self.is_on else 1.0
+
+    def __bool__(self) -> bool:
+        return self.is_on
+
+    def see(self, *, has_overflow: bool) -> None:
+        """Take note of a step."""
+        if not self.is_on:
+            return
+        self.num_good = 0 if has_overflow else self.num_good + 1
+        if has_overflow:
+            self.value /= 2
+        elif self.num_good == GROWS_AFTER:
+            self.value, self.num_good = min(2 * self.value, LARGEST_SCALE), 0
+
+    @property
+    def is_lost(self) -> bool:
+        """Below 1 the scale would make gradients smaller: it is not the scale that overflows."""
+        return self.value < 1
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"value": self.value, "num_good": self.num_good}
+
+    def load(self, facts: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.value, self.num_good = facts["value"], facts["num_good"]
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:

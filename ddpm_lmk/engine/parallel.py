@@ -1,9 +1,8 @@
 """The process group, the device and the precision of a run. The only file that knows Accelerate.
 
 Accelerate places the model and wraps it for data parallel training. Two things are not left to it. Precision: its
-setting belongs to the process and cannot change between the runs of a sweep, so autocast is entered here. And the
-divisor of the gradient: DDP averages over ranks, so `backward` multiplies by their number and the reduced gradient is
-the plain sum of what the ranks handed in.
+setting belongs to the process and cannot change between the runs of a sweep, so autocast is entered here. And sums and
+divisors of gradients, which are those of `updater`.
 
 DDP looks for unused parameters at every step. A task may leave a part of the network out (fine-tuning without time
 conditioning does), and with this setting DDP also keeps its buckets as they were at the start, so that a resumed run
@@ -27,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_lmk.errors import LaunchError, LmkError
 
 T = TypeVar("T")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Parallel:
@@ -40,6 +40,7 @@ class Parallel:
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise LaunchError("asked for a CUDA device, found none; check `ddpm-lmk doctor`, or use --cpu N")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # class exact needs it before the first product
         promised = int(os.environ.get("WORLD_SIZE", "1"))
         use_cpu = device == "cpu" or not torch.cuda.is_available()
         reduction = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
@@ -55,7 +56,7 @@ class Parallel:
         """Is this the process that writes?"""
         return self.rank == 0
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call in training: `model` itself, or `model` inside DDP."""
         # DDP reports a search that finds nothing unused, and 1x1 convolutions whose strides it has to normalise.
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
@@ -68,25 +69,18 @@ class Parallel:
         """Forget prepared models, so that a process can train many, one after the other."""
         self._accelerator.free_memory()
 
-    def autocast(self, precision: Literal["auto", "fp32", "bf16"]) -> AbstractContextManager[Any]:
+    def autocast(self, precision: Precision) -> AbstractContextManager[Any]:
         """The precision of a forward pass; auto is bf16 on CUDA and fp32 on the CPU."""
-        if precision == "bf16" or (precision == "auto" and self.device.type == "cuda"):
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        if precision == "fp32" or (precision == "auto" and self.device.type == "cpu"):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
-    def accumulate(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Forward and backward of one micro-batch; only the last one of a group sends gradients around."""
-        return nullcontext() if is_last else self._accelerator.no_sync(model)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`; after the last micro-batch gradients are the sum over all ranks."""
-        self._accelerator.backward(loss * self.world)
-
-    def agree(self, values: Tensor) -> list[float]:
-        """Element-wise maximum over ranks `[K]`, on the host: the one synchronisation of a step."""
+    def exchange(self, values: Tensor) -> list[list[float]]:
+        """`values` `[K]` of every rank, on the host: K lists of W numbers."""
+        table = values.repeat(self.world)
         if self.world > 1:
-            distributed.all_reduce(values, op=distributed.ReduceOp.MAX)
-        return values.tolist()
+            distributed.all_gather_into_tensor(table, values)
+        return table.view(self.world, -1).T.tolist()
 
     def sum(self, values: Tensor) -> list[float]:
         """Element-wise sum over ranks `[K]`, on the host."""

@@ -9,6 +9,7 @@ save, or when somebody waits. There is one write at a time.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -51,13 +52,13 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def save(self, state: TrainState) -> None:
-        """Begin to write `state` as it is now.
+    def save(self, state: TrainState, moments: Mapping[str, Tensor]) -> None:
+        """Begin to write `state` as it is now, with the optimizer state `moments` by name.
 
         Raises:
             LmkError: the write before this one ended the run; see `RunDir.save_checkpoint`.
         """
-        tensors, facts = state.tensors(), state.facts()
+        tensors, facts = state.tensors(moments), state.facts()
         self._parallel.on_main(lambda: self._begin(tensors, facts, pinned={state.patience.best_step}))
 
     def wait(self) -> bool:

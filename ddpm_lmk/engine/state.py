@@ -6,7 +6,7 @@ Not here: the learning rate (a function of the step), random state (there is non
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from ddpm_lmk.checkpoint import Checkpoint, Tensors
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.ema import Ema
-from ddpm_lmk.engine.optim import Plateau, build_optimizer, load_moments, moments
+from ddpm_lmk.engine.health import OVERFLOW, Health
+from ddpm_lmk.engine.optim import LossScale, Plateau, build_optimizer, load_moments
 from ddpm_lmk.errors import CheckpointError
 
-COUNTERS = ("step", "images", "skipped", "skipped_in_a_row", "evaluated_at", "seconds")
+COUNTERS = ("step", "images", "evaluated_at", "seconds")
+PARTS = ("plateau", "patience", "health", "scale")
 
 
 @dataclass
@@ -60,7 +62,6 @@ class TrainState:
     Attributes:
         step: optimizer updates asked for so far, skipped ones included.
         images: images seen so far, over all ranks.
-        skipped, skipped_in_a_row: updates left out because something was not finite.
         evaluated_at: the last step that was validated; 0 if none was.
         seconds: wall-clock time in the loop, over all sessions of the run.
         best: weights by file (`model`, `ema`) of the best evaluation, on the host; empty unless they are wanted.
@@ -71,11 +72,11 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     plateau: Plateau
     patience: Patience
+    health: Health
+    scale: LossScale
     keeps_best: bool
     step: int = 0
     images: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
     evaluated_at: int = 0
     seconds: float = 0.0
     best: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -89,6 +90,8 @@ class TrainState:
             optimizer=build_optimizer(cfg.optim, model),
             plateau=Plateau(cfg.optim.plateau),
             patience=Patience(cfg.train.patience),
+            health=Health(cfg.train.spikes),
+            scale=LossScale(cfg.train.precision == "fp16"),
             keeps_best=cfg.train.select == "best",
         )
 
@@ -107,15 +110,28 @@ class TrainState:
                 for file, tensors in self.weights().items()
             }
 
+    def judge(self, *, loss: float, norm: float) -> str | None:
+        """Take note of the step that ends now; the reason to leave its update out, or None."""
+        reason = self.health.judge(self.step, loss=loss, norm=norm, is_scaled=bool(self.scale))
+        self.scale.see(has_overflow=reason == OVERFLOW)
+        return reason
+
+    def go_back(self, checkpoint: Checkpoint, *, load_all: Callable[[nn.Module, dict[str, Tensor]], Any]) -> None:
+        """Weights, average, moments and rules of a checkpoint, at the present step: what came between is left out."""
+        step, images, seconds = self.step, self.images, self.seconds
+        self.load(checkpoint, load_all=load_all)
+        self.health.went_back(source=self.step, step=step)
+        self.step, self.images, self.seconds = step, images, seconds
+
     def select_best(self) -> None:
         """Put the best weights into the model and its average, where they were kept."""
         if self.best:
             self.model.load_state_dict(self.best["model"])
             self.ema.load(self.best.get("ema", {}))
 
-    def tensors(self) -> Tensors:
-        """The tensor files of a checkpoint."""
-        files: dict[str, dict[str, Tensor]] = {**self.weights(), "optim": moments(self.optimizer, self.model)}
+    def tensors(self, moments: Mapping[str, Tensor]) -> Tensors:
+        """The tensor files of a checkpoint; `moments` is the optimizer state by name (`Updater.moments`)."""
+        files: dict[str, Mapping[str, Tensor]] = {**self.weights(), "optim": moments}
         if self.best:
             files["best"] = {f"{file}/{name}": v for file, group in self.best.items() for name, v in group.items()}
         return files
@@ -123,7 +139,7 @@ class TrainState:
     def facts(self) -> dict[str, Any]:
         """The counters of a checkpoint (`state.json`)."""
         counters = {name: getattr(self, name) for name in COUNTERS}
-        return {**counters, "plateau": self.plateau.facts(), "patience": self.patience.facts()}
+        return {**counters, **{name: getattr(self, name).facts() for name in PARTS}}
 
     def load(self, checkpoint: Checkpoint, *, load_all: Callable[[nn.Module, dict[str, Tensor]], Any]) -> None:
         """Continue from a verified checkpoint.
@@ -140,10 +156,11 @@ class TrainState:
         load_all(self.model, files["model"])
         self.ema.load(files.get("ema", {}))
         load_moments(self.optimizer, self.model, files["optim"])
+        self.best = {}
         for name, value in files.get("best", {}).items():
             file, _, key = name.partition("/")
             self.best.setdefault(file, {})[key] = value
         for name in COUNTERS:
             setattr(self, name, facts[name])
-        self.plateau.load(facts["plateau"])
-        self.patience.load(facts["patience"])
+        for name in PARTS:
+            getattr(self, name).load(facts[name])

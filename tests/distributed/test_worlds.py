@@ -12,11 +12,12 @@ from tests.engine.toy import config
 
 pytestmark = pytest.mark.distributed
 
+EXACT: dict[str, Any] = {"lr": 0.05, "clip": {"limit": 0.2}, "plateau": {"patience": 0}}
 SETTINGS: dict[str, Any] = {"length": 6, "group_size": 8, "micro_batch": 1, "windows": "epoch", "checkpoint_every": 2}
 
 
-def job(out: Path, *, optim: dict[str, Any], **more: Any) -> dict[str, Any]:
-    cfg = config(train=SETTINGS, optim=optim, data={"validation_split": "val"})
+def job(out: Path, *, optim: dict[str, Any], exactness: str = "ordered", **more: Any) -> dict[str, Any]:
+    cfg = config(train=SETTINGS | {"exactness": exactness}, optim=optim, data={"validation_split": "val"})
     return {"config": cfg.model_dump(mode="json"), "out": str(out), "num_images": 13, **more}
 
 
@@ -26,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
     for world in (1, 2, 4):
         jobs = [job(folder / f"sgd-{world}", optim={"kind": "sgd", "lr": 0.3})]
+        jobs.append(job(folder / f"exact-{world}", optim=EXACT, exactness="exact"))
         if world == 2:
             jobs.append(job(folder / "adamw-2", optim={"lr": 0.01}))
             jobs.append(job(folder / "cut-2", optim={"lr": 0.01}, kill_at=5))
@@ -33,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             codes, said = processes.wait(workers, timeout=900)
             assert -9 in codes, said
         else:
-            processes.run(folder, jobs, world=world)
+            processes.run(folder, jobs, world=world, threads=3 - min(world, 2))
     return folder
 
 
@@ -61,6 +63,21 @@ def test_all_ranks_end_with_the_same_bits(folder: Path, world: int) -> None:
     found = [processes.facts(folder / f"sgd-{world}", rank) for rank in range(world)]
     assert len({facts["digest"] for facts in found}) == 1
     assert all(facts["unused_is_none"] for facts in found), "what no rank reaches gets no gradient"
+
+
+def test_class_exact_has_the_same_bits_for_any_number_of_processes(folder: Path) -> None:
+    """Weights, average and moments; groups of 8 and 5 micro-batches, which 2 ranks share as 3 and 2."""
+    found = [processes.facts(folder / f"exact-{world}", rank) for world in (1, 2, 4) for rank in range(world)]
+    assert len({facts["digest"] for facts in found}) == 1
+    assert all(facts["unused_is_none"] for facts in found), "what no rank reaches gets no gradient"
+    lines = [processes.losses(folder / f"exact-{world}") for world in (1, 2, 4)]
+    assert lines[0] == lines[1] == lines[2]
+    scores = [processes.scores(folder / f"exact-{world}") for world in (1, 2, 4)]
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_class_ordered_has_not_so_that_the_test_above_can_fail(folder: Path) -> None:
+    assert len({processes.facts(folder / f"sgd-{world}")["digest"] for world in (1, 2, 4)}) > 1
 
 
 def test_two_processes_killed_and_continued_have_the_same_bits(folder: Path) -> None:

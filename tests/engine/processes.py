@@ -13,14 +13,14 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, jobs: list[dict[str, Any]], *, world: int) -> list[subprocess.Popen[str]]:
-    """Start `world` workers on `jobs`; they run until they are waited for."""
+def launch(folder: Path, jobs: list[dict[str, Any]], *, world: int, threads: int = 1) -> list[subprocess.Popen[str]]:
+    """Start `world` workers on `jobs`, each with so many threads; they run until they are waited for."""
     file = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     file.write_text(json.dumps(jobs))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    shared = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     workers = []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
@@ -48,9 +48,9 @@ def wait(workers: list[subprocess.Popen[str]], timeout: float = 600) -> tuple[li
     return [worker.returncode for worker in workers], "\n".join(said)
 
 
-def run(folder: Path, jobs: list[dict[str, Any]], *, world: int) -> None:
+def run(folder: Path, jobs: list[dict[str, Any]], *, world: int, threads: int = 1) -> None:
     """Run jobs to their end, all of them well."""
-    codes, said = wait(launch(folder, jobs, world=world))
+    codes, said = wait(launch(folder, jobs, world=world, threads=threads))
     assert codes == [0] * world, said
 
 
@@ -63,6 +63,12 @@ def losses(out: Path) -> list[float]:
     """The losses of a run, by step."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def scores(out: Path) -> list[dict[str, float]]:
+    """The evaluations of a run, in order."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["validation"] for line in lines if "validation" in line]
 
 
 def events(out: Path) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ddpm_lmk.checkpoint import Checkpoint, Tensors, load_latest
+from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.saver import HostCopy, Saver
 from ddpm_lmk.engine.state import TrainState
@@ -69,7 +70,7 @@ def test_training_goes_on_while_the_state_of_the_call_is_written(run: SlowRun, p
     state = at(1)
     wanted = {name: value.clone() for name, value in everything(state).items()}
     with Saver(run, parallel, keep=Keep(3)) as saver:
-        saver.save(state)  # returns although the disk does not
+        saver.save(state, moments(state.optimizer, state.model))  # returns although the disk does not
         assert run.begun.wait(20)
         with torch.no_grad():
             for parameter in state.model.parameters():
@@ -86,8 +87,8 @@ def test_training_goes_on_while_the_state_of_the_call_is_written(run: SlowRun, p
 
 def test_the_next_save_waits_for_the_one_before(run: SlowRun, parallel: Parallel) -> None:
     with Saver(run, parallel, keep=Keep(3)) as saver:
-        saver.save(at(1))
-        second = threading.Thread(target=saver.save, args=(at(2),))
+        saver.save(at(1), {})
+        second = threading.Thread(target=saver.save, args=(at(2), {}))
         second.start()
         second.join(0.2)
         assert second.is_alive()
@@ -103,9 +104,9 @@ def test_two_refusals_are_events_and_the_third_ends_the_run(run: SlowRun, parall
     run.room = False
     with Saver(run, parallel, keep=Keep(3)) as saver:
         for step in (1, 2):
-            saver.save(at(step))
+            saver.save(at(step), {})
             assert not saver.wait()
-        saver.save(at(3))
+        saver.save(at(3), {})
         with pytest.raises(ResourceError, match="3 checkpoints in a row") as error:
             saver.wait()
     assert error.value.exit_code == 6
@@ -120,7 +121,7 @@ def test_a_success_forgives_the_failures_before_it(run: SlowRun, parallel: Paral
         for step, room in enumerate([False, False, True, False, False], start=1):
             saver.wait()
             run.room = room
-            saver.save(at(step))
+            saver.save(at(step), {})
             assert saver.wait() is room
 
 
@@ -131,7 +132,7 @@ def test_a_directory_taken_over_ends_the_run(run: SlowRun, parallel: Parallel) -
         pytest.raises(RunConflictError, match="taken over by process 7 on other"),
         Saver(run, parallel, keep=Keep(3)) as s,
     ):
-        s.save(at(1))
+        s.save(at(1), {})
     assert list((run.path / "checkpoints").iterdir()) == []
 
 
@@ -144,7 +145,7 @@ def test_an_error_in_training_lets_the_write_come_to_its_end(run: SlowRun, paral
 
 def save_and_fail(run: RunDir, parallel: Parallel) -> None:
     with Saver(run, parallel, keep=Keep(3)) as saver:
-        saver.save(at(1))
+        saver.save(at(1), {})
         raise ZeroDivisionError
 
 
@@ -155,7 +156,7 @@ def test_the_best_step_and_the_one_resumed_from_are_kept(run: SlowRun, parallel:
         for step in range(1, 8):
             state = at(step)
             state.patience.best_step = 3
-            saver.save(state)
+            saver.save(state, moments(state.optimizer, state.model))
     left = sorted(path.name for path in (run.path / "checkpoints").iterdir())
     assert left == [f"step-0000000{step}" for step in (2, 3, 4, 7)]
 

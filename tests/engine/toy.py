@@ -20,6 +20,7 @@ from ddpm_lmk.data.order import GroupPlan, SampleOrder, keyed_uniform
 from ddpm_lmk.data.rows import ListedRows
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.engine.loop import Loaders
+from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.rundir import RunDir
@@ -141,9 +142,10 @@ class ToyValidation:
 
     def __init__(self, cfg: RunConfig, *, rank: int = 0, world: int = 1) -> None:
         self.seed, self.rank, self.world = cfg.seed, rank, world
+        self.is_whole = cfg.train.exactness == "exact"  # then one batch for any number of ranks, as `EvalLoader` does
 
     def __iter__(self) -> Iterator[Batch]:
-        share = -(-self.num_images // self.world)
+        share = self.num_images if self.is_whole else -(-self.num_images // self.world)
         rows = self.rank * share + np.arange(share)
         weights = (rows < self.num_images).astype(np.float32)
         yield make_batch(self.seed + 1, rows, rows, weights)
@@ -182,4 +184,5 @@ def start(
 
 def everything(state: TrainState) -> dict[str, Tensor]:
     """Weights, average and moments by name, to compare bit by bit."""
-    return {f"{file}/{name}": value for file, group in state.tensors().items() for name, value in group.items()}
+    files = state.tensors(moments(state.optimizer, state.model))
+    return {f"{file}/{name}": value for file, group in files.items() for name, value in group.items()}

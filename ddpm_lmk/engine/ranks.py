@@ -1,0 +1,59 @@
+"""What ranks find out about one another while they train: weights that differ, and one that is slow (C11, C12)."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.errors import DivergedError
+
+SLOW = 1.5  # times the median of all ranks
+SLOW_FOR = 100  # steps in a row
+
+
+@torch.no_grad()
+def checksum(model: nn.Module) -> Tensor:
+    """64 bits over the bits of all parameters, int64 on their device; a single flipped bit changes them.
+
+    Element i of the list of parameters is added with the odd factor 2 i + 1, so that exchanged parameters differ too.
+    """
+    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
+    factors = torch.arange(len(sums), device=sums[0].device) * 2 + 1
+    return (torch.stack(sums) * factors).sum()
+
+
+def want_same_weights(model: nn.Module, parallel: Parallel, *, step: int) -> None:
+    """Raise `DivergedError` on all ranks, naming the odd ones, unless all have the same weights, bit by bit."""
+    if parallel.world == 1:
+        return
+    sums = parallel.gather(checksum(model).item())
+    common = max(sums, key=sums.count)
+    odd = [rank for rank, value in enumerate(sums) if value != common]
+    if not odd:
+        return
+    names = ", ".join(map(str, odd))
+    who = f"rank {names} differ from the others" if sums.count(common) > 1 else "all ranks differ from each other"
+    error = DivergedError(
+        f"the weights of {who} after step {step}, though all made the same updates; "
+        "nothing of it is saved; suspect the memory or the GPU of that rank, the same command continues from the last "
+        "checkpoint"
+    )
+    error.is_shared = True
+    raise error
+
+
+class Stragglers:
+    """Tells which rank was slower than 1.5 times the median for 100 steps in a row."""
+
+    def __init__(self) -> None:
+        self._slow_for: dict[int, int] = {}
+
+    def see(self, busy_s: list[float]) -> list[int]:
+        """Take in the busy seconds of a step by rank; ranks whose 100th slow step in a row this is."""
+        limit = SLOW * statistics.median_low(busy_s)
+        slow = [rank for rank, seconds in enumerate(busy_s) if seconds > limit]
+        self._slow_for = {rank: self._slow_for.get(rank, 0) + 1 for rank in slow}
+        return [rank for rank in slow if self._slow_for[rank] % SLOW_FOR == 0]

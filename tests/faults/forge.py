@@ -132,14 +132,23 @@ def _trace_a_save(save: int, options: list[str], log: str) -> None:
         nonlocal begun
         begun += 1
         if begun == save:
+            # Another thread does it: what this one did for it would be counted among the calls of the save.
             command = ["strace", "-y", "-o", log, *options, "-p", str(threading.get_native_id())]
-            tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-            assert tracer.stderr is not None
-            said = tracer.stderr.readline()
-            assert "attached" in said, said
+            helper = threading.Thread(target=_attach, args=(command,))
+            helper.start()
+            helper.join()
         return original(self, *arguments, **more)
 
     RunDir.save_checkpoint = traced  # type: ignore[method-assign]
+
+
+def _attach(command: list[str]) -> None:
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert tracer.stderr is not None
+    said = tracer.stderr.readline()
+    if "attached" not in said:
+        sys.stderr.write(f"strace is not attached: {said}\n")
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults.forge import Forge
-from tests.faults.saving import Outcome, continues, good_steps, job
+from tests.faults.saving import SAVES, Outcome, continues, good_steps, job
 
 SAVE = 2
 CALLS = (
@@ -34,9 +34,8 @@ def watch(forge: Forge, folder: Path) -> list[tuple[str, str]]:
     options = ["-s", "200", "-e", f"trace={','.join('?' + call for call in CALLS)}"]
     forge.finish(job(folder / "watched"), trace={"save": SAVE, "options": options, "log": str(log)})
     calls = [(match[1], match[2]) for line in log.read_text().splitlines() if (match := LINE.match(line))]
-    names = [f"step-{step:08d}" for step in (6, 9)]
-    next_save = next(i for i, (_, text) in enumerate(calls) if f"{names[1]}" in text)
-    return calls[:next_save]
+    end = max(i for i, (name, text) in enumerate(calls) if name == "rmdir" and f"step-{SAVES[SAVE - 2]:08d}" in text)
+    return calls[: end + 1]
 
 
 def places(calls: list[tuple[str, str]]) -> list[str]:

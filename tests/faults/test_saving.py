@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from ddpm_lmk.failpoints import POINTS
 from tests.engine import processes
-from tests.faults import syscalls
+from tests.faults import campaign, disk, outputs, syscalls
 from tests.faults.forge import Forge
 from tests.faults.saving import Outcome, continues, damage_all, good_steps, job, kill_often, undisturbed
 
@@ -124,3 +125,27 @@ def test_a_system_call_of_a_save_killed_or_refused(
     forge: Forge, wanted: Outcome, tmp_path: Path, disturbance: str
 ) -> None:
     syscalls.disturb(forge, tmp_path, disturbance, wanted)
+
+
+@pytest.mark.parametrize("times", [1.0, 2.5])
+def test_a_disk_of_so_many_checkpoints(forge: Forge, tmp_path: Path, times: float) -> None:
+    wanted = undisturbed(forge, tmp_path, ballast=disk.BALLAST)
+    size = disk.checkpoint_size(tmp_path / "undisturbed")
+    facts = disk.fill(forge, tmp_path / "small", wanted, times=times, checkpoint_bytes=size)
+    assert facts["exit"] == (6 if times == 1.0 else 0)
+
+
+@pytest.mark.parametrize("name", ["output.written:5", "output.flushed:6"])
+def test_results_are_whole_or_absent(forge: Forge, tmp_path: Path, packed_phantoms: Path, name: str) -> None:
+    wanted = outputs.undisturbed(packed_phantoms, tmp_path / "undisturbed")
+    assert {"results.json", "predictions.csv", "done.json"} <= wanted.keys()
+    assert outputs.interrupt(forge, outputs.job(packed_phantoms, tmp_path / "run"), name, wanted)
+
+
+@pytest.mark.slow
+@needs_strace
+def test_the_whole_campaign(tmp_path: Path) -> None:
+    figures = campaign.campaign(tmp_path, sys.stdout.write)
+    assert figures["system_calls"]["killed"] > 80
+    assert figures["failpoints"]["places"] == len(SAVING) + len(OUTPUTS)
+    assert [row["exit"] for row in figures["full_disk"]][-1] == 0

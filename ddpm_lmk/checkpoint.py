@@ -105,7 +105,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         record = durable.read_manifest(path, MANIFEST)
         for name, data in durable.read_files(path, record):
             if name == "state.json":
-                state = json.loads(data)
+                state = _parse_state(data)
             else:
                 tensors[name.removesuffix(SUFFIX)] = tensorfile.parse(data, name)
         step = state.get("step")
@@ -229,9 +229,17 @@ def _read_bare(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is no plain file; wanted a run directory, a snapshot or a .safetensors file")
     with _refusing(path), path.open("rb") as file:
-        head = file.read(8)
-        tensorfile.check_header(head, path.stat().st_size, path.name)
-        return tensorfile.parse(head + file.read(), path.name)
+        return tensorfile.read(file, os.fstat(file.fileno()).st_size, path.name)
+
+
+def _parse_state(data: bytes) -> dict[str, Any]:
+    try:
+        state = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"state.json is not JSON ({error})") from None
+    if not isinstance(state, dict):
+        raise DamagedError("state.json is no mapping")
+    return state
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -55,15 +55,30 @@ def pieces(group: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 def parse(data: bytes, name: str) -> dict[str, Tensor]:
     """The tensors of a file's bytes; raises `DamagedError` for anything that is not a safetensors file."""
-    check_header(data[:8], len(data), name)
+    _header_length(data[:8], len(data), name)
     try:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise DamagedError(f"{name} is not a safetensors file ({error})") from None
 
 
-def check_header(head: bytes, size: int, name: str) -> None:
-    """Raise `DamagedError` unless the first 8 bytes of a file of `size` bytes can be a header's length."""
+def read(file: BinaryIO, size: int, name: str) -> dict[str, Tensor]:
+    """The tensors of an open file of `size` bytes nobody vouches for; they are read only if they fill the file."""
+    head = file.read(8)
+    text = file.read(_header_length(head, size, name))
+    try:
+        ends = [entry["data_offsets"][1] for key, entry in json.loads(text).items() if key != "__metadata__"]
+        filled = 8 + len(text) + max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{name} is not a safetensors file ({type(error).__name__} in its header)") from None
+    if filled != size:
+        raise DamagedError(f"{name} is not a safetensors file: it has {size} bytes, its header lists {filled}")
+    return parse(head + text + file.read(), name)
+
+
+def _header_length(head: bytes, size: int, name: str) -> int:
+    """What the first 8 bytes of a file of `size` bytes say."""
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
     if not 2 <= length <= min(LARGEST_HEADER, size - 8):
         raise DamagedError(f"{name} is not a safetensors file: its header claims {length} bytes")
+    return length

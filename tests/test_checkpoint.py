@@ -174,6 +174,21 @@ def test_a_checkpoint_of_another_format_says_so_and_stays_where_it_is(tmp_path: 
     assert path.is_dir()
 
 
+def test_what_is_parsed_is_what_was_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file exchanged the moment its sum was right changes nothing: it is not opened a second time."""
+    save(tmp_path, 1)
+    parse = checkpoint.tensorfile.parse
+
+    def exchange_and_parse(data: bytes, name: str) -> dict[str, torch.Tensor]:
+        (tmp_path / "step-00000001" / name).write_bytes(b"something else")
+        return parse(data, name)
+
+    monkeypatch.setattr(checkpoint.tensorfile, "parse", exchange_and_parse)
+    found = load_latest(tmp_path, on_bad=unused)
+    assert found is not None
+    assert torch.equal(found.tensors["model"]["a"], tensors(1)["model"]["a"])
+
+
 def test_a_manifest_says_what_network_run_and_session_it_is_of(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, tensors(1), {"step": 1}, facts={"config": "c0", "incarnation": "i0"})
     record = durable.read_manifest(path, "MANIFEST.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 
@@ -11,7 +12,7 @@ import torch
 
 from ddpm_lmk import tensorfile
 from ddpm_lmk.durable import DamagedError
-from ddpm_lmk.tensorfile import parse, pieces
+from ddpm_lmk.tensorfile import parse, pieces, read
 
 
 def test_the_library_reads_every_type_shape_and_layout_as_it_was() -> None:
@@ -73,3 +74,13 @@ def file(header: dict[str, object], data: bytes = b"\0" * 16) -> bytes:
 def test_a_malformed_file_is_refused(data: bytes) -> None:
     with pytest.raises(DamagedError, match="not a safetensors file"):
         parse(data, "file")
+    with pytest.raises(DamagedError, match="not a safetensors file"):
+        read(io.BytesIO(data), len(data), "file")
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{}  ", b'{"a": 1}', b'{"a": {"data_offsets": [0]}}', b"[" * (1 << 20)])
+def test_a_header_that_lists_other_than_the_file_is_refused_before_the_rest_is_read(text: bytes) -> None:
+    file = io.BytesIO(struct.pack("<Q", len(text)) + text + b"\0" * 100)
+    with pytest.raises(DamagedError, match="not a safetensors file"):
+        read(file, 2**40, "file")
+    assert file.tell() == 8 + len(text)

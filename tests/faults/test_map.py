@@ -1,0 +1,30 @@
+"""The map of faults names tests that exist, and has a line for every row it is about."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+LINES = (HERE / "README.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("letter", "count"), [("D", 16)])
+def test_every_row_of_a_section_has_a_line(letter: str, count: int) -> None:
+    rows = [match[1] for line in LINES if (match := re.match(rf"\| ({letter}\d+) \|", line))]
+    assert rows == [f"{letter}{number}" for number in range(1, count + 1)]
+
+
+def test_every_named_test_exists() -> None:
+    named = re.findall(r"`([\w./]+\.py)::(\w+)`", "\n".join(LINES))
+    assert len(named) > 20
+    missing = [f"{file}::{name}" for file, name in named if name not in functions(HERE / file)]
+    assert missing == []
+
+
+def functions(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

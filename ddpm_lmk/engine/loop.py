@@ -27,7 +27,7 @@ from ddpm_lmk.engine.memory import MemoryWatch
 from ddpm_lmk.engine.meter import Meter
 from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
 from ddpm_lmk.engine.parallel import Parallel, Precision
-from ddpm_lmk.engine.ranks import Stragglers, want_same_weights
+from ddpm_lmk.engine.ranks import want_same_weights
 from ddpm_lmk.engine.saver import Saver
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.stop import StopRequest, stopped
@@ -111,7 +111,6 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
     groups = loaders.train.groups(state.step)
     meter = Meter(state, parallel, write=run.metrics, total=pace.total, every=pace.log)
     saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, pace.keep))
-    stragglers = Stragglers()
     stop_level, is_owed = 0.0, False
     _say_class(cfg, state, run, parallel)
 
@@ -179,8 +178,6 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
                 run.event("update.skipped", step=state.step, reason=reason, in_a_row=state.health.in_a_row)
             updater.clear()
             meter.step(seen, size=group.size, wait_s=wait_s, is_skipped=reason is not None, lr=lr)
-            for rank in stragglers.see(seen.busy_s):
-                _warn(f"rank {rank} is more than 1.5 times slower than the median for 100 steps", run, parallel)
             if state.scale.is_lost or state.health.trouble:
                 _go_back(state, parallel, run, saver, every=pace.checkpoint)
                 updater.reload()

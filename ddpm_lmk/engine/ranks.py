@@ -1,17 +1,12 @@
-"""What ranks find out about one another while they train: weights that differ, and one that is slow (C11, C12)."""
+"""Do all ranks have the same weights? They should, bit by bit, whatever the exactness class (failures.md, C11)."""
 
 from __future__ import annotations
-
-import statistics
 
 import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DivergedError
-
-SLOW = 1.5  # times the median of all ranks
-SLOW_FOR = 100  # steps in a row
 
 
 @torch.no_grad()
@@ -43,17 +38,3 @@ def want_same_weights(model: nn.Module, parallel: Parallel, *, step: int) -> Non
     )
     error.is_shared = True
     raise error
-
-
-class Stragglers:
-    """Tells which rank was slower than 1.5 times the median for 100 steps in a row."""
-
-    def __init__(self) -> None:
-        self._slow_for: dict[int, int] = {}
-
-    def see(self, busy_s: list[float]) -> list[int]:
-        """Take in the busy seconds of a step by rank; ranks whose 100th slow step in a row this is."""
-        limit = SLOW * statistics.median_low(busy_s)
-        slow = [rank for rank, seconds in enumerate(busy_s) if seconds > limit]
-        self._slow_for = {rank: self._slow_for.get(rank, 0) + 1 for rank in slow}
-        return [rank for rank in slow if self._slow_for[rank] % SLOW_FOR == 0]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -42,14 +41,11 @@ class Seen:
         loss: weighted sum of losses over the group.
         norm: norm of the reduced gradient, before clipping; infinite where any rank's is not finite.
         stop_level: the largest of any rank.
-        busy_s: by rank, seconds from the last such exchange to the last backward pass of this step, which waits for
-            nobody. On a GPU this is the time to hand the work over, and the wait for data.
     """
 
     loss: float
     norm: float
     stop_level: float
-    busy_s: list[float]
 
 
 class Updater(ABC):
@@ -65,7 +61,6 @@ class Updater(ABC):
         self._state, self._parallel = state, parallel
         self._loss = torch.zeros((), device=parallel.device)
         self._norm = torch.zeros((), device=parallel.device)
-        self._since = self._until = time.perf_counter()
 
     def micro_batch(self, number: int, *, of: int) -> AbstractContextManager[Any]:
         """Forward and backward of micro-batch `number` (0 is the first) of this rank's part of a group."""
@@ -73,7 +68,6 @@ class Updater(ABC):
 
     def add(self, total: Tensor, divisor: Tensor | int) -> None:
         """Backward of one micro-batch, given the weighted sum of its losses and what the gradient is divided by."""
-        self._until = time.perf_counter()
         self._loss += total.detach()
         self._backward(total / divisor * self._state.scale.value)
 
@@ -81,12 +75,10 @@ class Updater(ABC):
         """Reduce the gradient and exchange what decides about the step; the one synchronisation of a step."""
         grads = self._reduce()
         self._norm = self._norm_of(grads)
-        scalars = (stop_level, self._until - self._since)
-        mine = torch.stack([self._loss.double(), self._norm.double(), *map(self._loss.double().new_tensor, scalars)])
-        losses, norms, levels, busy = self._parallel.exchange(mine)
-        self._since = time.perf_counter()
+        mine = torch.stack([self._loss.double(), self._norm.double(), self._loss.new_tensor(stop_level).double()])
+        losses, norms, levels = self._parallel.exchange(mine)
         norm = max(norms) if all(map(math.isfinite, norms)) else math.inf
-        return Seen(self._loss_of_group(losses), norm, max(levels), busy)
+        return Seen(self._loss_of_group(losses), norm, max(levels))
 
     @abstractmethod
     def apply(self, cfg: ClipConfig | None) -> None:

@@ -1,8 +1,8 @@
 """Landmarks of new x-rays: files in; a table, a JSON file and a picture with the points each, out.
 
-Pictures are prepared exactly as the run's training data was packed. Points are pixels of the file as it is seen (after
-its EXIF rotation). Millimetres are written only where the caller knows the spacing of these files: none is guessed. One
-bad file does not stop the others.
+Pictures are prepared exactly as the run's training data was packed, and decoded in another process, so that no bad file
+stops the others. Points are pixels of the file as it is seen (after its EXIF rotation). Millimetres are written where a
+DICOM file states its spacing, or where the caller knows it: none is guessed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,11 @@ import torch
 from ddpm_lmk import atomic
 from ddpm_lmk.data.augment import compose, invert, no_changes, resize_matrix
 from ddpm_lmk.data.batch import Batch
-from ddpm_lmk.data.decode import RefusedImageError, read_grey, to_square
+from ddpm_lmk.data.decode import Film, ReadOptions, RefusedImageError
+from ddpm_lmk.data.decode_worker import Answer
+from ddpm_lmk.data.isolation import Isolation
 from ddpm_lmk.data.records import to_stored_matrix
+from ddpm_lmk.data.stored import to_square
 from ddpm_lmk.data.warp import develop
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.inference import Found, to_native
@@ -71,6 +74,7 @@ class _Picture:
     grey: np.ndarray  # [H, W] uint8, for the overlay
     network: np.ndarray  # [S, S] uint8 or uint16
     to_native: np.ndarray  # [2, 3] network px -> file px
+    mm_per_px: float | None  # as the file states it
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,8 +93,8 @@ def predict_images(
 
     Args:
         run: run directory or snapshot of a landmark run.
-        files: PNG, JPEG, BMP or TIFF files.
-        mm_per_px: spacing of the pixels of these files, where it is known.
+        files: PNG, JPEG, BMP, TIFF or DICOM files.
+        mm_per_px: spacing of the pixels of these files, where it is known; goes before what DICOM files state.
 
     Raises:
         ConfigError: no files, or the run has learnt something else.
@@ -128,22 +132,38 @@ def _predict_all(
     """Every file in order, in batches, with its picture and points, or None and an entry in `errors`."""
     settings = loaded.pixel_settings()
     size = loaded.cfg.evaluate.batch
-    for begin in range(0, len(files), size):
-        names = [str(file) for file in files[begin : begin + size]]
-        pictures: dict[str, _Picture] = {}
-        for name in names:
-            try:
-                pictures[name] = _prepare(name, settings, loaded.cfg.data.image_size)
-            except RefusedImageError as error:
-                errors[name] = str(error)
-        found = dict(zip(pictures, _predict_batch(loaded, list(pictures.values())), strict=True))
-        for name in names:
-            yield name, (pictures[name], found[name]) if name in found else None
+    # a patient's own picture is wanted, whatever is written in it; nothing of it but points is kept
+    options = asdict(ReadOptions(voi=settings["window"] == "voi", allow_burned_in=True))
+    with Isolation(1) as isolation:
+        for begin in range(0, len(files), size):
+            names = [str(file) for file in files[begin : begin + size]]
+            pictures: dict[str, _Picture] = {}
+            answers = isolation.answers({"path": name, "options": options} for name in names)
+            for name, answer in zip(names, answers, strict=True):
+                try:
+                    pictures[name] = _prepare(name, _film(answer), settings, loaded.cfg.data.image_size)
+                except RefusedImageError as error:
+                    errors[name] = str(error)
+            found = dict(zip(pictures, _predict_batch(loaded, list(pictures.values())), strict=True))
+            for name in names:
+                yield name, (pictures[name], found[name]) if name in found else None
 
 
-def _prepare(name: str, settings: dict[str, Any], image_size: int) -> _Picture:
-    """Decode a file and resize it as packing and loading do; raises RefusedImageError."""
-    pixels = read_grey(Path(name))
+def _film(answer: Answer) -> Film:
+    """What a decoding process found; raises RefusedImageError."""
+    said, content = answer
+    if "io_error" in said:
+        raise RefusedImageError("UNREADABLE", said["io_error"])
+    if "refused" in said:
+        raise RefusedImageError(said["code"], said["refused"])
+    pixels = np.frombuffer(content, np.dtype(said["dtype"])).reshape(said["shape"])
+    full_range = None if said["full_range"] is None else tuple(said["full_range"])
+    return Film(pixels, said["facts"], full_range, said["is_windowed"], said["mm_per_px"])
+
+
+def _prepare(name: str, film: Film, settings: dict[str, Any], image_size: int) -> _Picture:
+    """Resize a film as packing and loading do; raises RefusedImageError."""
+    pixels = film.pixels
     native = (pixels.shape[1], pixels.shape[0])
     stored = to_square(
         pixels,
@@ -151,8 +171,9 @@ def _prepare(name: str, settings: dict[str, Any], image_size: int) -> _Picture:
         size=settings["size"],
         aspect=settings["aspect"],
         resize=settings["filter"],
-        window=settings["window"],
+        window="full" if film.is_windowed else settings["window"],
         bits=settings["bits"],
+        full_range=film.full_range,
     )
     network = stored
     if stored.shape != (image_size, image_size):
@@ -160,7 +181,7 @@ def _prepare(name: str, settings: dict[str, Any], image_size: int) -> _Picture:
         network = cv2.resize(stored, (image_size, image_size), interpolation=method)
     to_stored = to_stored_matrix(native, settings["size"], settings["aspect"])
     to_network = compose(resize_matrix(settings["size"], image_size), to_stored)
-    return _Picture(name, to_uint8(pixels), network, invert(to_network))
+    return _Picture(name, to_uint8(pixels), network, invert(to_network), film.mm_per_px)
 
 
 @torch.inference_mode()
@@ -190,7 +211,8 @@ def _predict_batch(loaded: LoadedRun, pictures: list[_Picture]) -> list[Found]:
 
 
 def _facts(loaded: LoadedRun, picture: _Picture, found: Found, mm_per_px: float | None) -> dict[str, Any]:
-    """One image of predictions.json."""
+    """One image of predictions.json; `mm_per_px` goes before what the file states."""
+    mm_per_px = mm_per_px or picture.mm_per_px
     points = []
     for index, name in enumerate(loaded.spec.landmark_names):
         x, y = (round(float(value), 3) for value in found.points[index])
@@ -200,7 +222,8 @@ def _facts(loaded: LoadedRun, picture: _Picture, found: Found, mm_per_px: float 
             millimetres = {"x_mm": x, "y_mm": y, "spread_mm": spread}
             point |= {key: round(value * mm_per_px, 4) for key, value in millimetres.items()}
         points.append(point)
-    return {"file": picture.name, "width": picture.size[0], "height": picture.size[1], "points": points}
+    width, height = picture.size
+    return {"file": picture.name, "width": width, "height": height, "mm_per_px": mm_per_px, "points": points}
 
 
 def _to_csv(images: list[dict[str, Any]]) -> str:

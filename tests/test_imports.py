@@ -48,6 +48,7 @@ WITHOUT_TORCH = [
     *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli.shards", "cli.results", "console", "launcher"),
     *("sweep", "sweep.run", "sweep.view", "report.page", "shipped", "machine", "retention"),
     *("data", "data.spec", "data.raw", "data.shards", "data.order", "data.augment", "data.phantom", "data.pack"),
+    *("data.dicom", "data.decode_worker", "data.isolation"),
 ]
 ONLY_PARALLEL = {"accelerate", "deepspeed"}
 

@@ -19,8 +19,10 @@ LABELS = "for labels"
 MAX_LINES = 5
 
 ShardsArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder written by `shards pack`")]
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="folder of x-rays; for phantoms: chest, skull or hand")]
-Kind = Annotated[str, typer.Option(help="folder, table, phantom, chest, cephalometric or hand")]
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="folder or list of x-rays; for phantoms: chest, skull or hand")
+]
+Kind = Annotated[str, typer.Option(help="folder, dicom, table, phantom, chest, cephalometric or hand")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder for the shards")]
 Size = Annotated[int, typer.Option(help="side of the stored square, pixels")]
 Workers = Annotated[int | None, typer.Option(min=1, help="decoding processes", show_default="one per core")]
@@ -29,7 +31,25 @@ Seed = Annotated[int, typer.Option(min=0, help="root of phantoms and of the vali
 Aspect = Annotated[str, typer.Option(help="squeeze to the square (paper) or pad", rich_help_panel=PIXELS)]
 Filter = Annotated[str, typer.Option(help="area, linear or gaussian", rich_help_panel=PIXELS)]
 Bits = Annotated[int, typer.Option(help="8 or 16 per stored pixel", rich_help_panel=PIXELS)]
-Window = Annotated[str, typer.Option(help="black and white of deeper sources", rich_help_panel=PIXELS)]
+Window = Annotated[
+    str | None,
+    typer.Option(
+        help="black and white of deeper sources: percentile, minmax, full, or voi (the DICOM file's own)",
+        show_default="voi for dicom, else percentile",
+        rich_help_panel=PIXELS,
+    ),
+]
+Frame = Annotated[int | None, typer.Option(min=0, help="of files with several frames", rich_help_panel=PIXELS)]
+BurnedIn = Annotated[
+    bool, typer.Option("--allow-burned-in", help="take DICOM files with text in the picture", rich_help_panel=PIXELS)
+]
+IdKey = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="key that makes ids of paths; made if absent", show_default="OUT.key for dicom, else none"
+    ),
+]
+IdMap = Annotated[Path | None, typer.Option(metavar="FILE", help="where to write which id is which file")]
 Encoding = Annotated[str, typer.Option(help="raw, png or jpeg", rich_help_panel=PIXELS)]
 Quality = Annotated[int, typer.Option(min=1, max=100, help="of JPEG", rich_help_panel=PIXELS)]
 Convention = Annotated[str, typer.Option(help="splits: paper (its code) or published", rich_help_panel=LABELS)]
@@ -69,7 +89,9 @@ def pack(
     aspect: Aspect = "squeeze",
     filter: Filter = "area",  # noqa: A002 - the field's word
     bits: Bits = 8,
-    window: Window = "percentile",
+    window: Window = None,
+    frame: Frame = None,
+    allow_burned_in: BurnedIn = False,
     encoding: Encoding = "raw",
     quality: Quality = 95,
     convention: Convention = "paper",
@@ -83,6 +105,8 @@ def pack(
     clip_landmarks: ClipLandmarks = False,
     keep_unlabelled: KeepUnlabelled = False,
     counts: Counts = None,
+    id_key: IdKey = None,
+    id_map: IdMap = None,
 ) -> None:
     """Decode and resize x-rays once, and write them as WebDataset shards with an index."""
     settings: dict[str, Any] = dict(locals())  # words and numbers are checked, and named, by PackSettings
@@ -106,13 +130,21 @@ def _tell(summary: PackSummary) -> None:
         say(f"warning: {warning}")
     for line in summary.refused[:MAX_LINES]:
         say(f"refused: {line['id']}: {line['reason']}")
-    if len(summary.refused) > MAX_LINES:
-        say(f"... all {len(summary.refused)} refused images are in {summary.out / 'refused.jsonl'}")
+    if summary.num_refused > MAX_LINES:
+        say(f"... all {summary.num_refused} refused images are in {summary.out / 'refused.jsonl'}")
+    if summary.resumed_at:
+        say(f"went on after {summary.resumed_at} images that an interrupted packing had done")
     speed = summary.packed / max(summary.seconds, 1e-9)
     typer.echo(
-        f"{summary.out}: {summary.packed} images ({_listed(summary.per_split)}), {len(summary.refused)} refused, "
+        f"{summary.out}: {summary.packed} images ({_listed(summary.per_split)}), "
+        f"{summary.num_refused} refused{_by_code(summary)}, "
         f"{_mib(summary.image_bytes)} in {summary.seconds:.1f} s ({speed:.0f} images/s)"
     )
+
+
+def _by_code(summary: PackSummary) -> str:
+    codes = ", ".join(f"{code} {count}" for code, count in summary.reasons.most_common())
+    return f" ({codes})" if codes else ""
 
 
 @shards_app.command()

@@ -1,8 +1,9 @@
-"""From a source to shards: `pack` reads labels, decodes in parallel, writes in order of id.
+"""From a source to shards: `pack` reads labels, decodes in other processes, writes in order of id.
 
-The bytes written depend on the source and the settings alone, not on the number of workers. A picture that cannot be
-used is listed in `refused.jsonl` with the reason; labels that contradict themselves stop the packing (DataError),
-because a wrong label is worse than a missing picture.
+The bytes written depend on the source and the settings alone, not on the number of processes, nor on how often packing
+was interrupted: the same call goes on after the last finished shard. A picture that cannot be used is listed in
+`refused.jsonl` with the reason; labels that contradict themselves stop the packing (DataError), because a wrong label
+is worse than a missing picture.
 """
 
 from __future__ import annotations
@@ -10,46 +11,66 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ddpm_lmk.data.decode import Filter, Window
+from ddpm_lmk import __version__
+from ddpm_lmk.data.decoding import Packed, Refused, available_cores, decoded
+from ddpm_lmk.data.digests import DigestSet
+from ddpm_lmk.data.ids import KeyedIds, open_key, write_map
+from ddpm_lmk.data.labels import Labels
 from ddpm_lmk.data.pack_settings import PackSettings, checked_settings
-from ddpm_lmk.data.pool import Packed, Refused, available_cores, decoded
-from ddpm_lmk.data.raw import Convention, Kind, RawDataset, RawSample, read_folder, read_phantom
+from ddpm_lmk.data.raw import Convention, Kind, RawDataset, RawSample, read_dicom_tree, read_folder, read_phantom
 from ddpm_lmk.data.raw_public import read_cephalometric, read_chest, read_hand
-from ddpm_lmk.data.records import Aspect, Encoding, SampleRecord, to_stored_matrix
-from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.data.records import Aspect, Encoding
+from ddpm_lmk.data.stored import Filter, Window
 from ddpm_lmk.data.table import read_table
 from ddpm_lmk.data.writer import ShardWriter, refuse_existing
-from ddpm_lmk.errors import DataError
+from ddpm_lmk.errors import ConfigError, DataError
+from ddpm_lmk.machine import versions
 
 Progress = Callable[[int, int], None]
-_FIRST_SPLITS = ("train", "val", "test")
 PHANTOM_COUNTS = {"train": 400, "val": 40, "test": 100}
-_TOLERANCE_PX = 0.5  # a point may lie on the outer edge of a border pixel
+_SHOWN = 1000  # refusals kept in memory; all of them are in the file
 
 
 @dataclass
 class PackSummary:
-    """What was packed. `refused` are the lines of refused.jsonl."""
+    """What was packed. `refused` are the first lines of refused.jsonl, `reasons` counts all of them by their code."""
 
     out: Path
     packed: int = 0
     per_split: dict[str, int] = field(default_factory=dict)
     refused: list[dict[str, str]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
+    resumed_at: int = 0  # images that an interrupted packing had done before
     seconds: float = 0.0
     image_bytes: int = 0
 
-    def count(self, record: SampleRecord, image_bytes: int) -> None:
-        """Count one packed sample."""
-        self.packed += 1
-        self.image_bytes += image_bytes
-        self.per_split[record.split] = self.per_split.get(record.split, 0) + 1
+    @property
+    def num_refused(self) -> int:
+        """How many pictures were left out."""
+        return self.reasons.total()
+
+    def count(self, split: str, images: int, image_bytes: int) -> None:
+        """Count packed samples."""
+        if images:
+            self.packed += images
+            self.image_bytes += image_bytes
+            self.per_split[split] = self.per_split.get(split, 0) + images
+
+    def refuse(self, line: dict[str, str]) -> None:
+        """Count a picture that was left out."""
+        self.reasons[line["code"]] += 1
+        if len(self.refused) < _SHOWN:
+            self.refused.append(line)
 
 
 def pack(
@@ -62,7 +83,9 @@ def pack(
     aspect: Aspect = "squeeze",
     filter: Filter = "area",  # noqa: A002 - the field's word
     bits: int = 8,
-    window: Window = "percentile",
+    window: Window | None = None,
+    frame: int | None = None,
+    allow_burned_in: bool = False,
     encoding: Encoding = "raw",
     quality: int = 95,
     convention: Convention = "paper",
@@ -77,12 +100,18 @@ def pack(
     keep_unlabelled: bool = False,
     counts: dict[str, int] | None = None,
     seed: int = 0,
+    id_key: str | Path | None = None,
+    id_map: str | Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> PackSummary:
-    """Pack `source` (a folder; for kind phantom: chest, skull or hand) into the new folder `out`.
+    """Pack `source` (a folder or list of files; for kind phantom: chest, skull or hand) into the new folder `out`.
 
     Args:
+        window: null: voi for kind dicom, else percentile.
+        id_key: file with the key that turns paths into ids, made when it is not there; null: OUT.key for kind dicom,
+            else ids are paths.
+        id_map: file that is to say, to its owner only, which id is which path.
         workers: decoding processes; null: one per core this process may use.
         progress: called with (images done, images in all).
     Other arguments are the fields of `PackSettings`.
@@ -90,36 +119,41 @@ def pack(
     Raises:
         ConfigError: a setting that cannot be honoured.
         DataError: contradictory labels, or nothing left to pack.
-        RunConflictError: `out` holds something already.
+        RunConflictError: `out` holds something already, or another process is packing into it.
+        StoppedError: the file system does not answer; the same call goes on.
     """
+    out = Path(out)
     default = f"phantom-{source}" if kind == "phantom" else kind if kind in ("chest", "cephalometric", "hand") else None
     names = {"kind": kind, "name": name or default or _plain_name(Path(source)), "seed": seed}
+    window = window or ("voi" if kind == "dicom" else "percentile")
     shape = {"size": size, "aspect": aspect, "filter": filter, "bits": bits, "window": window}
+    read = {"frame": frame, "allow_burned_in": allow_burned_in, "hashed_ids": kind == "dicom" or id_key is not None}
     stored = {"encoding": encoding, "quality": quality}
     splits = {"convention": convention, "split": split, "val_fraction": val_fraction}
     labels = {"annotator": annotator, "spec": spec, "unit": unit, "thresholds": tuple(thresholds)}
     points = {"spacing_pair": spacing_pair, "clip_landmarks": clip_landmarks, "keep_unlabelled": keep_unlabelled}
     phantoms = {"counts": counts or (PHANTOM_COUNTS if kind == "phantom" else {})}
-    settings = checked_settings(names | shape | stored | splits | labels | points | phantoms)
-    refuse_existing(Path(out))
+    settings = checked_settings(names | shape | read | stored | splits | labels | points | phantoms)
+    refuse_existing(out)
     started = time.perf_counter()
-    found = _read(Path(source) if kind != "phantom" else str(source), settings)
-    summary = _write(found, settings, Path(out), available_cores() if workers is None else workers, progress)
+    keys = open_key(Path(id_key or out.absolute().with_name(f"{out.name}.key"))) if settings.hashed_ids else None
+    found = _read(Path(source) if kind != "phantom" else str(source), settings, keys)
+    if id_map is not None:
+        _write_map(Path(id_map), found)
+    summary = _write(found, settings, out, available_cores() if workers is None else workers, progress)
     summary.seconds = time.perf_counter() - started
     return summary
 
 
-def _read(source: Path | str, settings: PackSettings) -> RawDataset:
+def _read(source: Path | str, settings: PackSettings, keys: KeyedIds | None) -> RawDataset:
     if isinstance(source, str):
         return read_phantom(source, counts=settings.counts, seed=settings.seed, size=settings.size)
+    split, val_fraction, seed = settings.split or "train", settings.val_fraction, settings.seed
     if settings.kind == "folder":
-        return read_folder(
-            source,
-            name=settings.name,
-            split=settings.split or "train",
-            val_fraction=settings.val_fraction,
-            seed=settings.seed,
-        )
+        return read_folder(source, name=settings.name, split=split, val_fraction=val_fraction, seed=seed, keys=keys)
+    if settings.kind == "dicom":
+        assert keys is not None
+        return read_dicom_tree(source, name=settings.name, split=split, val_fraction=val_fraction, seed=seed, keys=keys)
     if settings.kind == "chest":
         return read_chest(source, convention=settings.convention)
     if settings.kind == "cephalometric":
@@ -139,109 +173,120 @@ def _read(source: Path | str, settings: PackSettings) -> RawDataset:
     )
 
 
+def _write_map(path: Path, found: RawDataset) -> None:
+    if found.keys is None or found.listing is None:
+        raise ConfigError("--id-map says which hashed id is which file, but ids are not hashed; give --id-key too")
+    write_map(path, found.listing)
+
+
 def _write(
     found: RawDataset, settings: PackSettings, out: Path, workers: int, progress: Progress | None
 ) -> PackSummary:
-    summary = PackSummary(out, refused=list(found.refused), warnings=list(found.warnings))
-    labels = _Labels(found.spec, settings)
-    seen: set[bytes] = set()
+    position, labels = _Position(), Labels(found.spec, settings)
     with ShardWriter(
         out,
         dataset=settings.name,
         spec=found.spec,
-        splits=_ordered_splits(found.samples),
+        splits=found.split_names(),
         encoding=settings.encoding,
         bits=settings.bits,
         stored_size=settings.size,
         aspect=settings.aspect,
         settings=settings.model_dump(mode="json"),
+        left_out=found.refused,
+        made_with={"ddpm-lmk": __version__, **versions(*_DECODERS)},
+        state=lambda: {"position": position.state(), "labels": labels.state()},
     ) as writer:
-        for done, item in enumerate(decoded(found.samples, settings, workers), 1):
-            digest = hashlib.sha256(item.image).digest()[:16] if isinstance(item, Packed) else b""
-            if isinstance(item, Refused):
-                summary.refused.append({"id": item.id, "reason": item.reason})
-            elif digest in seen and item.sample.points is None:
-                summary.refused.append({"id": item.sample.id, "reason": "the same picture as an earlier one"})
-            else:
-                seen.add(digest)
-                record = labels.record(item)
-                writer.add(record, item.image)
-                summary.count(record, len(item.image))
+        samples, summary = _begin(found, writer, position, labels)
+        seen = _seen(writer)
+        summary.resumed_at = position.done
+        for sample, item in decoded(found, samples, settings, workers):
+            position.pass_over(sample)
+            refusal = _refusal(item, seen)
+            if refusal is not None:
+                writer.refuse(refusal)
+            elif isinstance(item, Packed):
+                writer.add(labels.record(item), item.image)
             if progress is not None:
-                progress(done, len(found.samples))
+                progress(position.done, len(found.samples))
         labels.raise_if_wrong()
+        _count(summary, found, writer)
         _raise_if_empty(summary)
-        summary.refused.sort(key=lambda line: line["id"])
-        writer.refuse(summary.refused)
     return summary
 
 
-class _Labels:
-    """Makes records, and collects the labels that cannot be right, to report all of them at once."""
-
-    def __init__(self, spec: DatasetSpec, settings: PackSettings) -> None:
-        self._spec, self._settings = spec, settings
-        self._outside: list[str] = []
-        self._is_swap = True  # would exchanging x and y bring every outside point inside?
-        self._without_mm: list[str] = []
-
-    def record(self, item: Packed) -> SampleRecord:
-        sample, points = item.sample, item.sample.points
-        if points is not None:
-            points = self._inside(sample.id, points, item.native)
-        spacing = self._spec.resolve_spacing(points, sample.mm_per_px)
-        if points is not None and spacing is None and self._spec.unit == "mm":
-            self._without_mm.append(sample.id)
-        return SampleRecord(
-            id=sample.id,
-            dataset=self._settings.name,
-            split=sample.split,
-            points=points,
-            native_size=item.native,
-            mm_per_px=spacing,
-            group=sample.group,
-            to_stored=to_stored_matrix(item.native, self._settings.size, self._settings.aspect),
-        )
-
-    def _inside(self, sample_id: str, points: np.ndarray, native: tuple[int, int]) -> np.ndarray:
-        size = np.array(native, dtype=np.float64)
-        if self._settings.clip_landmarks:
-            return np.clip(points, 0.0, size - 1)
-        if not _all_inside(points, size):
-            self._outside.append(sample_id)
-            self._is_swap &= _all_inside(points[:, ::-1], size)
-        return points
-
-    def raise_if_wrong(self) -> None:
-        """Raise DataError for points outside their image, or for millimetres that nobody can know."""
-        if self._outside:
-            hint = "x and y look exchanged" if self._is_swap else "correct them, or pass --clip-landmarks"
-            raise DataError(f"{len(self._outside)} images have landmarks outside ({_some(self._outside)}); {hint}")
-        if self._without_mm:
-            raise DataError(
-                f"{len(self._without_mm)} labelled images have no pixel spacing ({_some(self._without_mm)}), "
-                f"but errors are wanted in mm; fill in mm_per_pixel, or use unit=px"
-            )
+_DECODERS = ("numpy", "opencv-python-headless", "pillow", "pydicom", "pylibjpeg-openjpeg", "pylibjpeg-libjpeg")
 
 
-def _all_inside(points: np.ndarray, size: np.ndarray) -> bool:
-    return bool(((points >= -_TOLERANCE_PX) & (points <= size - 1 + _TOLERANCE_PX)).all())
+class _Position:
+    """How far packing is, and a digest of the samples up to there."""
+
+    def __init__(self) -> None:
+        self.done, self._digest = 0, b""
+
+    def pass_over(self, sample: RawSample) -> None:
+        self.done += 1
+        self._digest = hashlib.sha256(self._digest + sample.digest()).digest()
+
+    def state(self) -> dict[str, Any]:
+        return {"done": self.done, "digest": self._digest.hex()}
+
+    def restart(self) -> None:
+        self.done, self._digest = 0, b""
 
 
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(repr(sample_id) for sample_id in ids[:3]) + (", ..." if len(ids) > 3 else "")
+def _begin(
+    found: RawDataset, writer: ShardWriter, position: _Position, labels: Labels
+) -> tuple[Iterator[RawSample], PackSummary]:
+    """The samples that are still to be done: all of them, or those after where an interrupted packing was."""
+    summary = PackSummary(writer.out, warnings=list(found.warnings))
+    samples = iter(found.samples)
+    if writer.resumed is None:
+        return samples, summary
+    noted = writer.resumed
+    for sample in islice(samples, noted["position"]["done"]):
+        position.pass_over(sample)
+    if position.state() == noted["position"]:
+        labels.restore(noted["labels"])
+        return samples, summary
+    summary.warnings.append("the source changed since packing was interrupted: begun anew")
+    writer.restart()
+    position.restart()
+    return iter(found.samples), summary
+
+
+def _seen(writer: ShardWriter) -> DigestSet:
+    seen = DigestSet()
+    for block in writer.rows():
+        for digest in block["sha256"]:
+            seen.add(digest.tobytes())
+    return seen
+
+
+def _refusal(item: Packed | Refused, seen: DigestSet) -> dict[str, str] | None:
+    if isinstance(item, Refused):
+        return {"id": item.id, "code": item.code, "reason": item.reason}
+    is_new = seen.add(hashlib.sha256(item.image).digest()[:16])
+    if is_new or item.sample.points is not None:
+        return None
+    return {"id": item.sample.id, "code": "DUPLICATE", "reason": "the same picture as an earlier one"}
+
+
+def _count(summary: PackSummary, found: RawDataset, writer: ShardWriter) -> None:
+    names = found.split_names()
+    for block in writer.rows():
+        for code, split in enumerate(names):
+            chosen = block["size"][block["split"] == code]
+            summary.count(split, len(chosen), int(np.sum(chosen, dtype=np.int64)))
+    for line in writer.all_refusals():
+        summary.refuse(line)
 
 
 def _raise_if_empty(summary: PackSummary) -> None:
     if summary.packed:
         return
     first = f": {summary.refused[0]['id']!r}: {summary.refused[0]['reason']}" if summary.refused else ""
-    raise DataError(f"nothing to pack: {len(summary.refused)} images were refused{first}; give other images")
-
-
-def _ordered_splits(samples: Iterable[RawSample]) -> tuple[str, ...]:
-    names = {sample.split for sample in samples}
-    return tuple(name for name in _FIRST_SPLITS if name in names) + tuple(sorted(names.difference(_FIRST_SPLITS)))
+    raise DataError(f"nothing to pack: {summary.num_refused} images were refused{first}; give other images")
 
 
 def _plain_name(source: Path) -> str:

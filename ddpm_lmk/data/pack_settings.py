@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from ddpm_lmk.config import Fraction, Positive, Section
-from ddpm_lmk.data.decode import Filter, Window
 from ddpm_lmk.data.raw import Convention, Kind
 from ddpm_lmk.data.records import Aspect, Encoding
+from ddpm_lmk.data.stored import Filter, Window
 from ddpm_lmk.errors import ConfigError
 
 
@@ -22,7 +22,13 @@ class PackSettings(Section):
     aspect: Aspect = Field("squeeze", description="fill the square (paper), or keep the aspect ratio and pad")
     filter: Filter = Field("area", description="resize filter: area averages, linear aliases, gaussian blurs first")
     bits: int = Field(8, description="8 or 16 bits per stored pixel")
-    window: Window = Field("percentile", description="what becomes black and white in sources deeper than 8 bits")
+    window: Window = Field(
+        "percentile",
+        description="black and white of sources deeper than 8 bits; voi: the DICOM file's own, else percentile",
+    )
+    frame: Annotated[int, Field(ge=0)] | None = Field(None, description="of files with several; null: they are refused")
+    allow_burned_in: bool = Field(False, description="take DICOM files that say text is burned into the picture")
+    hashed_ids: bool = Field(False, description="ids are keyed hashes of paths")
     encoding: Encoding = Field("raw", description="raw array, png, or jpeg (lossy)")
     quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="JPEG quality")
     convention: Convention = Field(
@@ -66,8 +72,11 @@ def checked_settings(values: dict[str, Any]) -> PackSettings:
 
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "convention": ("chest", "cephalometric", "hand"),
-    "split": ("folder", "table"),
-    "val_fraction": ("folder",),
+    "split": ("folder", "dicom", "table"),
+    "val_fraction": ("folder", "dicom"),
+    "hashed_ids": ("folder", "dicom"),
+    "allow_burned_in": ("dicom",),
+    "frame": ("folder", "dicom"),
     "annotator": ("cephalometric", "table"),
     "spec": ("table",),
     "unit": ("table",),

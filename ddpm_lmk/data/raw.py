@@ -1,7 +1,7 @@
 """Readers: where the images, labels and splits of a source are, as `RawSample`s in ascending order of id.
 
 Readers look at names and label files, and at image headers where labels need a size; pixels are decoded later, in
-parallel. The public sets are in `raw_public`, tables in `table`; folders and phantoms are here.
+parallel. The public sets are in `raw_public`, tables in `table`; folders, DICOM trees and phantoms are here.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from ddpm_lmk.data.decode import SUFFIXES
+from ddpm_lmk.data.dicom import require_pydicom
+from ddpm_lmk.data.ids import KeyedIds
+from ddpm_lmk.data.listing import Listing, list_files
 from ddpm_lmk.data.spec import SPECS, DatasetSpec, unlabelled
 from ddpm_lmk.errors import ConfigError, DataError
 
-Kind = Literal["folder", "table", "phantom", "chest", "cephalometric", "hand"]
+Kind = Literal["folder", "dicom", "table", "phantom", "chest", "cephalometric", "hand"]
 Convention = Literal["paper", "published"]
 
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -38,26 +42,76 @@ class PhantomSource:
 
 
 @dataclass(frozen=True)
+class TarMember:
+    """A picture inside a tar, which is read there and never extracted."""
+
+    tar: Path
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
 class RawSample:
     """One image of a source and what its labels say."""
 
     id: str
-    path: Path | PhantomSource
+    path: Path | PhantomSource | TarMember
     split: str
     points: np.ndarray | None = None  # [N, 2] native px
     native_size: tuple[int, int] | None = None  # width, height, where the file is stored smaller than it was annotated
     mm_per_px: float | None = None
     group: str | None = None
 
+    def digest(self) -> bytes:
+        """Of everything known before the file is read: an interrupted packing continues only if it is the same."""
+        points = None if self.points is None else self.points.tolist()
+        said = (self.id, str(self.path), self.split, points, self.native_size, self.mm_per_px, self.group)
+        return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).digest()
+
+
+class Samples(Protocol):
+    """Samples in ascending order of id, which need not all exist at once."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __iter__(self) -> Iterator[RawSample]:
+        """All of them, in order; more than once."""
+
 
 @dataclass
 class RawDataset:
-    """What a reader found: the samples, sorted by id, and what it left out or wants said."""
+    """What a reader found: the samples, sorted by id, and what it left out or wants said.
+
+    Attributes:
+        splits: names of splits; empty: those of the samples.
+        listing: the files behind the samples, where ids are hashes and somebody may want to know.
+        keys: hashes paths and patients, where they are private.
+    """
 
     spec: DatasetSpec
-    samples: Sequence[RawSample]
+    samples: Samples
     refused: list[dict[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    splits: tuple[str, ...] = ()
+    listing: Listing | None = None
+    keys: KeyedIds | None = None
+
+    def refuse(self, sample_id: str, code: str, reason: str) -> None:
+        """Leave an image out."""
+        self.refused.append({"id": sample_id, "code": code, "reason": reason})
+
+    def split_names(self) -> tuple[str, ...]:
+        """The splits, in the order in which they are written."""
+        return self.splits or ordered_splits({sample.split for sample in self.samples})
+
+
+_FIRST_SPLITS = ("train", "val", "test")
+
+
+def ordered_splits(names: set[str]) -> tuple[str, ...]:
+    """The usual three first, then the others by name."""
+    return tuple(name for name in _FIRST_SPLITS if name in names) + tuple(sorted(names.difference(_FIRST_SPLITS)))
 
 
 def parse_decimal(text: str, where: str) -> float:
@@ -75,55 +129,80 @@ def check_split_name(name: str, where: str) -> str:
 
 
 def image_files(root: Path) -> list[str]:
-    """Relative paths of all image files below `root`, sorted; hidden files and folders are skipped, links not followed.
-
-    Raises:
-        DataError: there is no such folder, or no image in it.
-    """
+    """Relative paths of the image files of a public set, sorted. Raises DataError when there is none."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
-    found: list[str] = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
-        base = os.path.relpath(folder, root)
-        found += [
-            os.path.normpath(os.path.join(base, name))  # noqa: PTH118 - strings: there may be a million
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122
-        ]
-    if not found:
-        raise DataError(f"no image below {root}; looked for {' '.join(sorted(SUFFIXES))}")
-    return sorted(found)
+    return [path for _, path in list_files(root, SUFFIXES, lambda path: path, Counter())]
 
 
-def read_folder(root: Path, *, name: str, split: str, val_fraction: float, seed: int) -> RawDataset:
-    """Any tree of images, without labels. The id is the path below `root` without its suffix.
+def read_folder(
+    source: Path, *, name: str, split: str, val_fraction: float, seed: int, keys: KeyedIds | None = None
+) -> RawDataset:
+    """Any tree of images, or a list of them, without labels. The id is the path below `source` without its suffix.
 
     A share `val_fraction` goes to split `val`, chosen by a hash of the id: added images move no others.
     """
     check_split_name(split, "--split")
-    files = sorted((os.path.splitext(path)[0], path) for path in image_files(root))  # noqa: PTH122
-    return RawDataset(unlabelled(name), _FolderSamples(root, files, split, val_fraction, seed))
+    others: Counter[str] = Counter()
+    listing = list_files(source, SUFFIXES, keys.of_path if keys else _without_suffix, others)
+    found = _listed(source, listing, name, split, val_fraction, seed)
+    found.keys = keys
+    if others:
+        suffixes = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common(5))
+        found.warnings.append(f"{others.total()} files with other suffixes were not looked at ({suffixes})")
+    return found
 
 
-class _FolderSamples(Sequence[RawSample]):
-    """Samples made when they are asked for: a million files are two million strings, not a million objects more."""
+def read_dicom_tree(
+    source: Path, *, name: str, split: str, val_fraction: float, seed: int, keys: KeyedIds
+) -> RawDataset:
+    """Any tree of DICOM files, whatever their names, or a list of them. Ids and patients are keyed hashes.
 
-    def __init__(self, root: Path, files: list[tuple[str, str]], split: str, val_fraction: float, seed: int) -> None:
-        self._root, self._files, self._split = root, files, split
-        self._val_fraction, self._seed = val_fraction, seed
+    The validation share is chosen by patient where the files name one.
+    """
+    check_split_name(split, "--split")
+    require_pydicom()
+    listing = list_files(source, None, keys.of_path, Counter())
+    found = _listed(source, listing, name, split, val_fraction, seed)
+    found.keys = keys
+    return found
+
+
+def folder_split(key: str, split: str, val_fraction: float, seed: int) -> str:
+    """`val` for a share of all keys, else `split`: a function of the key and the seed alone."""
+    digest = hashlib.sha256(b"%d:" % seed + os.fsencode(key)).digest()
+    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else split
+
+
+def _without_suffix(path: str) -> str:
+    return os.path.splitext(path)[0]  # noqa: PTH122 - strings: there may be millions
+
+
+def _listed(source: Path, listing: Listing, name: str, split: str, val_fraction: float, seed: int) -> RawDataset:
+    root = source if source.is_dir() else source.parent
+    splits = {split} if val_fraction == 0 else {"val"} if val_fraction == 1 else {split, "val"}
+    samples = _ListedSamples(root, listing, split, val_fraction, seed)
+    return RawDataset(unlabelled(name), samples, splits=ordered_splits(splits), listing=listing)
+
+
+@dataclass(frozen=True)
+class _ListedSamples:
+    """Samples made when they are asked for: a million files are no million objects."""
+
+    root: Path
+    listing: Listing
+    split: str
+    val_fraction: float
+    seed: int
 
     def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        sample_id, path = self._files[index]
-        digest = hashlib.sha256(b"%d:" % self._seed + os.fsencode(sample_id)).digest()
-        is_val = int.from_bytes(digest[:8], "big") < self._val_fraction * 2**64
-        return RawSample(sample_id, self._root / path, "val" if is_val else self._split)
+        return len(self.listing)
 
     def __iter__(self) -> Iterator[RawSample]:
-        return (self[index] for index in range(len(self)))
+        for sample_id, path in self.listing:
+            yield RawSample(
+                sample_id, self.root / path, folder_split(sample_id, self.split, self.val_fraction, self.seed)
+            )
 
 
 def read_phantom(kind: str, *, counts: dict[str, int], seed: int, size: int) -> RawDataset:

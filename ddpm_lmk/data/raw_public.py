@@ -42,15 +42,15 @@ def read_chest(root: Path, *, convention: Convention) -> RawDataset:
     found = RawDataset(SPECS["chest"], samples := [])
     for stem in sorted(images):
         if stem in excluded:
-            found.refused.append({"id": stem, "reason": "excluded by the released code; convention=published keeps it"})
+            found.refuse(stem, "EXCLUDED", "excluded by the released code; convention=published keeps it")
         elif stem not in labels:
-            found.refused.append({"id": stem, "reason": "no label file"})
+            found.refuse(stem, "NO_LABEL", "no label file")
         else:
             ratios = _chest_ratios(labels[stem])
             try:
                 size = native_size(images[stem])
             except RefusedImageError as error:
-                found.refused.append({"id": stem, "reason": str(error)})
+                found.refuse(stem, error.code, str(error))
                 continue
             points = ratios * np.array(size, dtype=np.float64)
             samples.append(RawSample(stem, images[stem], splits[stem], points, size, group=stem))
@@ -83,7 +83,7 @@ def read_cephalometric(root: Path, *, convention: Convention, annotator: str) ->
         split = next((name for last, name in _CEPH_SPLITS[convention] if 1 <= int(stem) <= last), None)
         if missing or split is None:
             reason = f"no label file in {missing[0]}" if missing else "not one of 001 to 400"
-            found.refused.append({"id": stem, "reason": reason})
+            found.refuse(stem, "NO_LABEL" if missing else "EXCLUDED", reason)
             continue
         points = np.mean([_ceph_points(file) for file in files], axis=0)
         samples.append(RawSample(stem, path, split, points, group=stem))
@@ -116,7 +116,9 @@ def read_hand(root: Path, *, spacing_pair: tuple[int, int] | None) -> RawDataset
     splits = _by_position(labelled, (550, 59))
     samples = [RawSample(stem, images[stem], splits[stem], rows[stem], group=stem) for stem in labelled]
     found = RawDataset(spec, samples)
-    found.refused = [{"id": stem, "reason": "no row in all.csv"} for stem in sorted(images) if stem not in rows]
+    for stem in sorted(images):
+        if stem not in rows:
+            found.refuse(stem, "NO_LABEL", "no row in all.csv")
     _warn_when_partial(found, len(rows), "rows of all.csv")
     return found
 

@@ -10,7 +10,7 @@ import json
 import os
 import urllib.parse
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class SampleRecord:
     mm_per_px: float | None
     group: str | None  # the patient, where known
     to_stored: np.ndarray  # [2, 3] float64
+    source: dict[str, Any] | None = None  # technical facts of the file: format, bits, what was applied to its values
 
 
 def index_row(record: SampleRecord, image: bytes, json_size: int, *, shard: int, split: int) -> np.ndarray:
@@ -97,7 +98,7 @@ def member_key(sample_id: str) -> str:
 
 def record_to_json(record: SampleRecord) -> bytes:
     """The JSON member. Its last field seals the bytes before it, so that a changed coordinate does not go unseen."""
-    fields = {
+    fields: dict[str, Any] = {
         "id": record.id,
         "dataset": record.dataset,
         "split": record.split,
@@ -106,6 +107,8 @@ def record_to_json(record: SampleRecord) -> bytes:
         "mm_per_px": record.mm_per_px,
         "group": record.group,
     }
+    if record.source is not None:
+        fields["source"] = record.source
     body = json.dumps(fields, allow_nan=False).encode("ascii")[:-1]
     return body + _SEAL + _digest(body) + b'"}'
 
@@ -130,6 +133,7 @@ def record_from_json(data: bytes, *, size: int, aspect: Aspect) -> SampleRecord:
         mm_per_px=fields["mm_per_px"],
         group=fields["group"],
         to_stored=to_stored_matrix((width, height), size, aspect),
+        source=fields.get("source"),
     )
 
 

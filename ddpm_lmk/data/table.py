@@ -60,11 +60,9 @@ def read_table(
         elif keep_unlabelled:
             labelled.append(samples[sample_id])
         else:
-            found.refused.append({"id": sample_id, "reason": f"no row in {label_file.name}"})
-    without_image = sorted(set(labels) - set(samples))
-    found.refused += [
-        {"id": sample_id, "reason": f"labels without a row in {IMAGES_CSV}"} for sample_id in without_image
-    ]
+            found.refuse(sample_id, "NO_LABEL", f"no row in {label_file.name}")
+    for sample_id in sorted(set(labels) - set(samples)):
+        found.refuse(sample_id, "NO_IMAGE", f"labels without a row in {IMAGES_CSV}")
     if spec is None:
         found.spec = _own_spec(name, names, labelled, unit, thresholds, spacing_pair)
     else:

@@ -7,12 +7,13 @@ encoded, from `decode`.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import json
 import os
-import shutil
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -30,8 +31,9 @@ from ddpm_lmk.data.records import (
     record_to_json,
 )
 from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.data.unfinished import Unfinished
 from ddpm_lmk.durable import flush_directory
-from ddpm_lmk.errors import DataError, ResourceError, RunConflictError
+from ddpm_lmk.errors import ConfigError, DataError, ResourceError, RunConflictError
 
 FORMAT = "ddpm-lmk-shards"
 FORMAT_VERSION = 1
@@ -41,8 +43,16 @@ SHARD_BYTES = 64 << 20  # about a thousand raw 256 x 256 images; the loader shuf
 class ShardWriter:
     """Context manager: `add` samples in ascending order of id; leaving it without an error makes `out` appear, whole.
 
+    Whatever stops it, finished shards stay beside `out`, and a writer of the same `identity` goes on after them;
+    `resumed` is then the state noted with the last one. An error of the data leaves nothing.
+
+    Args:
+        left_out: lines for `refused.jsonl` that are known before, in any order.
+        made_with: what else decides the bytes, such as versions; None: an interrupted writing is begun anew.
+        state: what the caller wants to have back when it goes on after the last finished shard; plain JSON.
+
     Raises:
-        RunConflictError: `out` exists and is not an empty directory.
+        RunConflictError: `out` exists and is not an empty directory, or another process is writing it.
         ResourceError: `out` cannot be written.
         DataError: two samples have one id, or none was added.
     """
@@ -60,8 +70,12 @@ class ShardWriter:
         aspect: Aspect,
         settings: dict[str, Any],
         shard_bytes: int = SHARD_BYTES,
+        left_out: Iterable[dict[str, Any]] = (),
+        made_with: dict[str, Any] | None = None,
+        state: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.out = out.absolute()
+        self.resumed: dict[str, Any] | None = None
         self._splits = tuple(splits)
         self._extension = EXTENSIONS[encoding]
         self._shard_bytes = shard_bytes
@@ -77,78 +91,105 @@ class ShardWriter:
             "aspect": aspect,
             "settings": settings,
         }
-        self._tmp = self.out.with_name(f".{self.out.name}.tmp-{os.getpid()}")
-        self._shards: list[dict[str, Any]] = []
-        self._rows = bytearray()
+        self._identity = None if made_with is None else json.loads(json.dumps({**self._header, "made_with": made_with}))
+        self._state = state
+        self._left_out = sorted(left_out, key=_id_of)
         self._last_id: str | None = None
         self._shard: _Shard | None = None
+        self._under_way: Unfinished | None = None
+        self._count = 0
 
     def __enter__(self) -> ShardWriter:
         refuse_existing(self.out)
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._tmp.mkdir()
-        except OSError as error:
-            raise ResourceError(f"cannot write beside {self.out}: {error.strerror}; choose another --out") from error
+        self._under_way = Unfinished(self.out)
+        noted = self._under_way.resume(self._identity)
+        if noted is not None:
+            self._last_id, self.resumed = noted["last_id"], noted["caller"]
+            self._count = sum(shard["count"] for shard in self._under_way.shards)
         return self
+
+    def restart(self) -> None:
+        """Forget what was taken up: the source is another one."""
+        self._unfinished.restart(self._identity)
+        self.resumed, self._last_id, self._count = None, None, 0
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """Index rows of what is written so far, in blocks."""
+        return self._unfinished.rows()
+
+    def all_refusals(self) -> Iterator[dict[str, Any]]:
+        """Every line of `refused.jsonl` so far, in order of id."""
+        return heapq.merge(self._left_out, self._unfinished.refusals(), key=_id_of)
 
     def add(self, record: SampleRecord, image: bytes) -> None:
         """Append one sample: the encoded image and its record."""
         if self._last_id is not None and record.id <= self._last_id:
             raise DataError(f"image id {record.id!r} comes twice; ids must differ (rename one of the files or rows)")
         self._last_id = record.id
+        number = len(self._unfinished.shards)
         if self._shard is None:
-            self._shard = _Shard(self._tmp / f"shard-{len(self._shards):06d}.tar")
+            self._shard = _Shard(self._unfinished.pack / f"shard-{number:06d}.tar")
         key = member_key(record.id)
         text = record_to_json(record)
-        split = self._splits.index(record.split)
-        row = index_row(record, image, len(text), shard=len(self._shards), split=split)
+        row = index_row(record, image, len(text), shard=number, split=self._splits.index(record.split))
         row["offset"] = self._shard.append(f"{key}.{self._extension}", image)
         row["json_offset"] = self._shard.append(f"{key}.json", text)
-        self._rows += row.tobytes()
+        self._unfinished.add_row(row.tobytes())
+        self._count += 1
         if self._shard.tell() >= self._shard_bytes:
             self._finish_shard()
 
-    def refuse(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Write `refused.jsonl`: one line for each image that was left out, with the reason."""
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        _write_durably(self._tmp / "refused.jsonl", text.encode("ascii"))
+    def refuse(self, line: dict[str, Any]) -> None:
+        """Note one image that is left out: its `id`, in ascending order, and the reason."""
+        self._unfinished.refuse(line)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        keep = not isinstance(value, (DataError, ConfigError))
         try:
             if kind is None:
+                keep = False
                 self._complete()
         except OSError as error:
-            raise ResourceError(f"cannot write {self.out}: {error.strerror}; nothing was left there") from error
+            keep, value = True, error
         finally:
             if self._shard is not None:
                 self._shard.abandon()
-            shutil.rmtree(self._tmp, ignore_errors=True)
+            self._unfinished.leave(keep=keep)
+        if isinstance(value, OSError):
+            raise ResourceError(
+                f"cannot write {self.out}: {value.strerror}; make room and give the same command: packing continues"
+            ) from value
+
+    @property
+    def _unfinished(self) -> Unfinished:
+        assert self._under_way is not None, "used outside of its `with`"
+        return self._under_way
 
     def _complete(self) -> None:
-        if not self._rows:
+        if not self._count:
             raise DataError("no image could be packed; see the reasons above or give another source")
         if self._shard is not None:
             self._finish_shard()
-        buffer = io.BytesIO()
-        np.save(buffer, np.frombuffer(self._rows, INDEX_DTYPE), allow_pickle=False)
-        _write_durably(self._tmp / "index.npy", buffer.getvalue())
-        self._header["count"] = len(self._rows) // INDEX_DTYPE.itemsize
-        self._header["shards"] = self._shards
-        self._header["index_sha256"] = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        pack = self._unfinished.pack
+        lines = (json.dumps(line).encode("ascii") + b"\n" for line in self.all_refusals())
+        _write_durably(pack / "refused.jsonl", lines)
+        self._header["count"] = self._count
+        self._header["shards"] = self._unfinished.shards
+        blocks = (block.tobytes() for block in self.rows())
+        self._header["index_sha256"] = _write_durably(pack / "index.npy", [_npy_header(self._count)], blocks)
         self._header["fingerprint"] = fingerprint_of(self._header)
-        _write_durably(self._tmp / "manifest.json", json.dumps(self._header, indent=1).encode("ascii"))
-        flush_directory(self._tmp)
+        _write_durably(pack / "manifest.json", [json.dumps(self._header, indent=1).encode("ascii")])
+        flush_directory(pack)
         refuse_existing(self.out)
-        self._tmp.rename(self.out)
+        pack.rename(self.out)
         flush_directory(self.out.parent)
 
     def _finish_shard(self) -> None:
         assert self._shard is not None
-        self._shards.append(self._shard.finish())
-        self._shard = None
+        shard, self._shard = self._shard, None
+        self._unfinished.note(shard.finish(), {"last_id": self._last_id, "caller": self._state()})
 
 
 class _Shard:
@@ -206,8 +247,25 @@ def fingerprint_of(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode("ascii")).hexdigest()
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def _id_of(line: dict[str, Any]) -> str:
+    return line["id"]
+
+
+def _npy_header(count: int) -> bytes:
+    """What `numpy.save` puts before the rows of the index."""
+    buffer = io.BytesIO()
+    facts = {"descr": np.lib.format.dtype_to_descr(INDEX_DTYPE), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(buffer, facts)
+    return buffer.getvalue()
+
+
+def _write_durably(path: Path, *parts: Iterable[bytes]) -> str:
+    """Write all parts, one after the other; returns their sha256."""
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
-        file.write(content)
+        for block in chain(*parts):
+            file.write(block)
+            digest.update(block)
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()

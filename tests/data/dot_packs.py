@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.decode import encode
 from ddpm_lmk.data.records import to_stored_matrix
 from ddpm_lmk.data.shards import SampleRecord, ShardWriter
 from ddpm_lmk.data.spec import DatasetSpec, PairSpacing, unlabelled
+from ddpm_lmk.data.stored import encode
 
 NATIVE = (300, 200)
 DOTS = DatasetSpec(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_lmk.data.decode import RefusedImageError, read_grey, resized, to_square
+from ddpm_lmk.data.decode import RefusedImageError, read_film
+from ddpm_lmk.data.stored import resized, to_square
 
 RAMP = np.add.outer(np.arange(60), 3 * np.arange(40)).astype(np.uint8)  # [60, 40]
 
@@ -13,6 +14,10 @@ def save(path, pixels=RAMP, mode=None, **options):
     image = Image.fromarray(pixels)
     (image.convert(mode) if mode else image).save(path, **options)
     return path
+
+
+def read_grey(path):
+    return read_film(path).pixels
 
 
 # --- decoding

@@ -152,7 +152,7 @@ def test_ceph_images_without_both_labels_are_listed(real_data, tmp_path):
     shutil.copytree(real_data("raw_samples") / "cephalo", tmp_path / "set")
     (tmp_path / "set" / "400_senior" / "002.txt").unlink()
     found = read_cephalometric(tmp_path / "set", convention="paper", annotator="mean")
-    assert found.refused == [{"id": "002", "reason": "no label file in 400_senior"}]
+    assert found.refused == [{"id": "002", "code": "NO_LABEL", "reason": "no label file in 400_senior"}]
 
 
 def test_hand_images_without_a_row_are_listed_and_rows_without_image_ignored(real_data, tmp_path):
@@ -162,7 +162,7 @@ def test_hand_images_without_a_row_are_listed_and_rows_without_image_ignored(rea
     found = read_hand(tmp_path / "set", spacing_pair=None)
     assert splits(found) == {"3142": "train", "3143": "train"}
     np.testing.assert_array_equal(found.samples[0].points[0], [297, 1913])
-    assert found.refused == [{"id": "3128", "reason": "no row in all.csv"}]
+    assert found.refused == [{"id": "3128", "code": "NO_LABEL", "reason": "no row in all.csv"}]
     assert (found.spec.spacing.i, found.spec.spacing.j) == (1, 5)
     assert (found.spec.paper_pair.i, found.spec.paper_pair.j) == (0, 4)
     assert read_hand(tmp_path / "set", spacing_pair=(0, 4)).spec.spacing.i == 0
@@ -200,7 +200,7 @@ def test_the_annotators_pair_agrees_with_the_stated_spacing_of_the_hands(real_da
     assert len(found.samples) == 9
     for sample in found.samples:
         assert found.spec.resolve_spacing(sample.points, None) == pytest.approx(sample.mm_per_px, abs=1e-6)
-    assert found.refused == [{"id": "3128", "reason": "no row in landmarks.csv"}]
+    assert found.refused == [{"id": "3128", "code": "NO_LABEL", "reason": "no row in landmarks.csv"}]
 
 
 def test_a_table_makes_its_own_spec(tmp_path):

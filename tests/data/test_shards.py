@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_lmk.data.decode import encode
 from ddpm_lmk.data.records import member_key, record_from_json, record_to_json, to_stored_matrix
 from ddpm_lmk.data.shards import CorruptSampleError, Manifest, SampleRecord, ShardWriter, verify
 from ddpm_lmk.data.spec import DatasetSpec, FixedSpacing
+from ddpm_lmk.data.stored import encode
 from ddpm_lmk.errors import CheckpointError, DataError, ResourceError, RunConflictError
 
 SPEC = DatasetSpec(name="t", landmark_names=("a", "b"), unit="mm", spacing=FixedSpacing(mm_per_px=0.1))

@@ -1,0 +1,153 @@
+"""The process that decodes: reads jobs from one pipe, answers on another, and can do little else.
+
+It may not use more memory than it was granted, write files, start programs, open connections or unpickle; its parent is
+`isolation`, and it dies with it. Messages are JSON and, in answers, bytes: nothing that came out of a decoder is ever
+interpreted by the parent. Imports are few, because every process pays for them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+
+from ddpm_lmk.data.decode import Film, ReadOptions, RefusedImageError, check_information, film_from_bytes, read_content
+from ddpm_lmk.data.stored import encode, to_square
+
+HEADER = struct.Struct("<II")  # sizes of the JSON and of the bytes that follow it
+_PR_SET_PDEATHSIG = 1
+_FORBIDDEN = ("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "socket.", "pickle.", "ftplib.")
+_RETRY_DELAYS_S = (0.2, 1.0, 3.0)  # a network mount that is back by then costs nothing
+
+Answer = tuple[dict[str, Any], bytes]
+
+
+def answer(job: dict[str, Any]) -> Answer:
+    """Do one job; never raises for what a file may cause, whatever it is.
+
+    A job has `options` and either `phantom` (kind, seed, index, size), or `path` and perhaps `offset` and `size` in it.
+    With `store`, the settings of the stored square, the bytes are an encoded shard member; without, raw pixels.
+    """
+    try:
+        if "phantom" in job:
+            return _drawn(job)
+        film = film_from_bytes(_content(job), ReadOptions(**job["options"]))
+        said = {"facts": film.facts, "mm_per_px": film.mm_per_px, "patient": film.patient}
+        if "store" not in job:
+            return said | _described(film), np.ascontiguousarray(film.pixels).tobytes()
+        native = _native(film.pixels, job["native_size"])
+        return said | {"native": native}, _stored(film, native, job["store"])
+    except RefusedImageError as error:
+        return {"code": error.code, "refused": str(error)}, b""
+    except MemoryError:
+        return {"code": "MEMORY", "refused": "decoding needs more memory than a decoding process may use"}, b""
+    except OSError as error:
+        return {"io_error": error.strerror or type(error).__name__}, b""
+    except Exception as error:  # StopIteration and whatever else a decoder leaks (failures.md, B27)
+        return {"code": "BROKEN", "refused": f"decoding failed ({type(error).__name__})"}, b""
+
+
+def _content(job: dict[str, Any]) -> bytes:
+    for delay in (*_RETRY_DELAYS_S, None):
+        try:
+            return read_content(Path(job["path"]), job.get("offset", 0), job.get("size"))
+        except OSError:
+            if delay is None:
+                raise
+            time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+def _drawn(job: dict[str, Any]) -> Answer:
+    from ddpm_lmk.data.phantom import render
+
+    kind, seed, index, size = job["phantom"]
+    drawn = render(kind, seed, index, size)
+    native = _native(drawn.image, None)
+    said = {"native": native, "points": drawn.points.tolist(), "mm_per_px": drawn.mm_per_px, "facts": None}
+    return said, _stored(Film(drawn.image), native, job["store"])
+
+
+def _described(film: Film) -> dict[str, Any]:
+    """What turns the bytes of the pixels into a film again."""
+    kept = {"full_range": film.full_range, "is_windowed": film.is_windowed}
+    return kept | {"shape": film.pixels.shape, "dtype": film.pixels.dtype.str}
+
+
+def _native(pixels: np.ndarray, stated: tuple[int, int] | None) -> tuple[int, int]:
+    """The size the labels refer to: what the table states, as long as the file has that shape, or the file's own."""
+    height, width = pixels.shape
+    if stated is None:
+        return width, height
+    factor = max(width, height) / max(stated)
+    if any(abs(side - wanted * factor) > 1 for side, wanted in zip((width, height), stated)):
+        shape = "{} x {}".format(*stated)
+        raise RefusedImageError(
+            "SHAPE", f"the file is {width} x {height}, which is not the shape of the stated {shape}"
+        )
+    return stated[0], stated[1]
+
+
+def _stored(film: Film, native: tuple[int, int], store: dict[str, Any]) -> bytes:
+    square = to_square(
+        film.pixels,
+        native,
+        size=store["size"],
+        aspect=store["aspect"],
+        resize=store["filter"],
+        window="full" if film.is_windowed else store["window"],
+        bits=store["bits"],
+        full_range=film.full_range,
+    )
+    check_information(square)
+    return encode(square, store["encoding"], store["quality"])
+
+
+def main() -> None:
+    """Answer the jobs of standard input on standard output, until there are no more; argument: memory in bytes."""
+    # Both move out of a decoder's reach: whatever it prints goes nowhere, as it may quote files.
+    with open(os.dup(0), "rb") as jobs, open(os.dup(1), "wb") as answers:
+        _confine(int(sys.argv[1]))
+        _send(answers, {"ready": True}, b"")
+        while head := jobs.read(4):
+            job = json.loads(jobs.read(int.from_bytes(head, "little")))
+            _send(answers, *answer(job))
+
+
+def _send(answers: BinaryIO, said: dict[str, Any], content: bytes) -> None:
+    text = json.dumps(said).encode("ascii")
+    answers.write(HEADER.pack(len(text), len(content)) + text)
+    answers.write(content)
+    answers.flush()
+
+
+def _confine(memory_bytes: int) -> None:
+    """Give up what decoding does not need; `memory_bytes` come on top of what the process has at its start."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    cv2.setNumThreads(1)
+    sys.dont_write_bytecode = True
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # pipes do not count
+    sys.addaudithook(_forbid)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+
+
+def _forbid(event: str, _arguments: tuple[Any, ...]) -> None:
+    if event.startswith(_FORBIDDEN):
+        raise PermissionError(f"{event} is not for a decoding process")

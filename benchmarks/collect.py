@@ -122,6 +122,54 @@ def train_table(source: Path) -> str:
     return markdown(heads, rows)
 
 
+def save_table(source: Path) -> str:
+    """What a save costs training."""
+    results = [json.loads(path.read_text()) for path in sorted(source.parent.glob("checkpoint_save-*.json"))]
+    heads = ["run file", "checkpoint, MiB", "step, ms", "wait, ms", "wait, % of a step (clock)", "(processor)"]
+    heads += ["without the thread, % of a step", "cost at the interval, % of a step"]
+    rows = [
+        [
+            Path(result["run_file"]).name,
+            result["checkpoint_mib"],
+            f"{result['step_ms']:.0f}",
+            f"{result['wait_ms']:.0f}",
+            f"{result['wait_pct_of_step']:.1f}",
+            f"{result['wait_cpu_pct_of_step']:.1f}",
+            f"{result['without_thread_pct_of_step']:.0f}",
+            f"{result['cost_at_interval_pct_of_step']:.3f}",
+        ]
+        for result in results
+    ]
+    return f"{machine(results[0])}\n\n{markdown(heads, rows)}"
+
+
+def faults_table(source: Path) -> str:
+    """What the campaign about checkpoints did, and how it ended."""
+    result = json.loads(source.read_text())
+    damage, calls = result["damage"], result["system_calls"]
+    kinds = ("flipped", "truncated", "deleted", "emptied", "grown")
+    done = ", ".join(f"{damage[kind]} {kind}" for kind in kinds)
+    disks = ", ".join(f"{row['times']:g}: {'goes on' if row['exit'] == 0 else 'exit 6'}" for row in result["full_disk"])
+    rows = [
+        ["killed at a fail-point of saving", result["failpoints"]["kills"], "all continued with the same bits"],
+        ["killed at a system call of a save", calls["killed"], "all continued with the same bits"],
+        ["a system call of a save refused", calls["refused"], "no step lost, same bits"],
+        ["killed at a random moment", result["random_kills"]["kills"], "all continued with the same bits"],
+        [
+            "newest checkpoint damaged",
+            sum(damage[kind] for kind in kinds),
+            f"{done}; {damage['loaded_silently']} loaded",
+        ],
+        ["disk of so many checkpoints", len(result["full_disk"]), f"{disks}; same bits after room was made"],
+        [
+            "killed while results were written",
+            result["results"]["kills"],
+            f"{result['results']['half_files_seen']} half files",
+        ],
+    ]
+    return f"{machine(result)}\n\n{markdown(['what', 'times', 'outcome'], rows)}"
+
+
 def copied(source: Path) -> str:
     """A table that a report wrote."""
     return source.read_text()
@@ -136,6 +184,8 @@ PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (BENCHMARKS, "pack-phantoms", RESULTS / "pack_phantoms.json", pack_table),
     (BENCHMARKS, "loader", RESULTS / "loader-isbi2015_ceph.json", loader_table),
     (BENCHMARKS, "model", RESULTS / "model_step_tiny_cpu.json", model_table),
+    (BENCHMARKS, "save", RESULTS / "checkpoint_save-pretrain-isbi-cpu.json", save_table),
+    (BENCHMARKS, "faults-checkpoint", RESULTS / "faults_checkpoint.json", faults_table),
     (BENCHMARKS, "train", RESULTS / "train_step-pretrain-isbi-cpu.json", train_table),
 )
 

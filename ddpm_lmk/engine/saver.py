@@ -95,7 +95,7 @@ class HostCopy:
     @torch.no_grad()
     def take(self, tensors: Tensors) -> None:
         """Copy; the caller waits for memory to be read once, where it is. `on_host` must be done with the last one."""
-        sources = {(file, name): value.detach() for file, group in tensors.items() for name, value in group.items()}
+        sources = {(file, name): value for file, group in tensors.items() for name, value in group.items()}
         on_device = [value for value in sources.values() if value.is_cuda]
         try:
             places = {key: torch.empty_like(v) if v.is_cuda else self._buffer(key, v) for key, v in sources.items()}

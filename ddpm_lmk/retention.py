@@ -23,10 +23,15 @@ STEP = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Keep:
-    """The newest `last`, and those at multiples of `every` steps; every=None: no such ones."""
+    """The newest `last`, those at multiples of `every` steps, and the newest at a multiple of `interval`; None: none.
+
+    Signals make checkpoints between the intervals. A run that goes back does so to one at the interval, so the newest
+    of these stays, however often the run was interrupted since.
+    """
 
     last: int
     every: int | None = None
+    interval: int | None = None
 
 
 def step_name(step: int) -> str:
@@ -46,6 +51,8 @@ def kept(steps: Iterable[int], keep: Keep, pinned: Collection[int | None]) -> se
     rules = [newest_first[: keep.last], [step for step in newest_first if step in pinned]]
     if keep.every is not None:
         rules.append([step for step in newest_first if step % keep.every == 0])
+    if keep.interval is not None:
+        rules.append([step for step in newest_first if step % keep.interval == 0][:1])
     return set().union(*rules)
 
 

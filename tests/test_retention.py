@@ -18,6 +18,9 @@ from ddpm_lmk.retention import Keep, kept, retain
         (Keep(1), {10, None}, {10, 60}),
         (Keep(2, every=30), {20}, {20, 30, 50, 60}),
         (Keep(1), {99}, {60}),
+        (Keep(1, interval=25), (), {50, 60}),
+        (Keep(2, interval=60), (), {50, 60}),
+        (Keep(1, interval=70), (), {60}),
         (Keep(9), (), {10, 20, 30, 40, 50, 60}),
     ],
 )

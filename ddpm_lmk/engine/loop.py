@@ -110,7 +110,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
     updater = build_updater(cfg, state, parallel)
     groups = loaders.train.groups(state.step)
     meter = Meter(state, parallel, write=run.metrics, total=pace.total, every=pace.log)
-    saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, pace.keep))
+    saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint))
     stop_level, is_owed = 0.0, False
     _say_class(cfg, state, run, parallel)
 

@@ -151,22 +151,35 @@ def newest_where(directory: Path, is_wanted: Callable[[dict[str, Any]], bool]) -
     return None
 
 
-def save_snapshot(directory: Path, tensors: Tensors, meta: dict[str, Any]) -> Path:
+def save_snapshot(
+    directory: Path, tensors: Tensors, meta: dict[str, Any], *, fence: Callable[[], None] | None = None
+) -> Path:
     """Write weights to use: `model`, and `ema` where there is one, with `meta.json`.
 
-    One that exists for this step is kept, unless it is now `selected` and was not.
+    One that exists for this step is kept, unless it is damaged, or is now `selected` and was not; then it goes when the
+    new one is written.
+
+    Args:
+        fence: see `durable.write_directory`.
 
     Raises:
-        OSError: no space or no rights.
+        OSError: no space or no rights; what was there is untouched.
     """
     path = directory / step_name(meta["step"])
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if path.exists():
-        if snapshot_meta(path).get("selected") or not meta.get("selected"):
-            return path
-        retention.drop(path)
+        with contextlib.suppress(CheckpointError):
+            if snapshot_meta(path).get("selected") or not meta.get("selected"):
+                return path
+
+    def make_way() -> None:
+        if fence is not None:
+            fence()
+        if path.exists():
+            retention.drop(path)
+
     _want_space(directory, tensors)
-    durable.write_directory(path, _serialized(tensors), manifest=META, facts=meta)
+    durable.write_directory(path, _serialized(tensors), manifest=META, facts=meta, fence=make_way)
     return path
 
 

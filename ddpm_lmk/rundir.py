@@ -170,7 +170,7 @@ class RunDir:
     def save_snapshot(self, tensors: Tensors, meta: dict[str, Any]) -> bool:
         """Save weights to use; False, and an event, where the disk refuses."""
         try:
-            path = checkpoint.save_snapshot(self.path / "snapshots", tensors, meta)
+            path = checkpoint.save_snapshot(self.path / "snapshots", tensors, meta, fence=self.want_ours)
         except OSError as error:
             self.event("snapshot.failed", step=meta["step"], reason=str(error))
             return False

@@ -269,6 +269,29 @@ def test_a_snapshot_becomes_the_selected_one_later(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["step-00000010"]
 
 
+def test_a_snapshot_stays_until_the_one_in_its_place_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = snapshot(tmp_path, 10, selected=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "fsync", refuse)
+        with pytest.raises(OSError, match="full"):
+            snapshot(tmp_path, 10)
+    assert not checkpoint.snapshot_meta(path)["selected"]
+    assert load_weights(path, "ema")[0]["w"].item() == 10.5
+
+
+def refuse(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, "full")
+
+
+def test_a_damaged_snapshot_is_written_anew(tmp_path: Path) -> None:
+    path = snapshot(tmp_path, 10)
+    (path / "meta.json").write_text("{")
+    snapshot(tmp_path, 10, selected=False)
+    assert load_weights(path, "ema")[0]["w"].item() == 10.5
+
+
 def test_weights_that_are_not_there_are_not_replaced_by_others(tmp_path: Path) -> None:
     path = snapshot(tmp_path, 10, ema=False)
     with pytest.raises(CheckpointError, match=r"no ema\.safetensors; choose the other with init\.use"):

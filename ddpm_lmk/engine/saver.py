@@ -96,13 +96,15 @@ class HostCopy:
     def take(self, tensors: Tensors) -> None:
         """Copy; the caller waits for memory to be read once, where it is. `on_host` must be done with the last one."""
         sources = {(file, name): value for file, group in tensors.items() for name, value in group.items()}
-        on_device = [value for value in sources.values() if value.is_cuda]
+        on_device = [key for key, value in sources.items() if value.is_cuda]
+        at_home = [key for key, value in sources.items() if not value.is_cuda]
         try:
             places = {key: torch.empty_like(v) if v.is_cuda else self._buffer(key, v) for key, v in sources.items()}
         except torch.OutOfMemoryError:
             log.warning("no device memory for a copy of the state: training waits until it is on the host")
             places = {key: self._buffer(key, value) for key, value in sources.items()}
-        torch._foreach_copy_(list(places.values()), list(sources.values()))
+        for keys in filter(None, (on_device, at_home)):  # one call copies all at once only where all are in one place
+            torch._foreach_copy_([places[key] for key in keys], [sources[key] for key in keys])
         self._files, self._taken = tuple(tensors), places
         self._ready = torch.cuda.current_stream().record_event() if on_device else None
 

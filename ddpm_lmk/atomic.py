@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from ddpm_lmk import privacy
 from ddpm_lmk.errors import ResourceError
 from ddpm_lmk.failpoints import reach
 
@@ -24,7 +25,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             reach("output.begin")
-            with temporary.open("wb") as file:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, privacy.file_mode())
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 reach("output.written")

@@ -60,3 +60,9 @@ class StoppedError(LmkError):
     """Stopped by a signal or a stalled file system after a clean save; the same command continues."""
 
     exit_code = 75
+
+
+class NoProgressError(LmkError):
+    """Lost again and again before the next checkpoint; starting it once more would only repeat that."""
+
+    exit_code = 76

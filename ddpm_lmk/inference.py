@@ -27,6 +27,7 @@ from ddpm_lmk.data.records import SampleRecord
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
+from ddpm_lmk.lifeline import beat
 from ddpm_lmk.loaded import LoadedRun, open_run, pixel_settings
 from ddpm_lmk.tasks import LandmarkTask, Predictions
 
@@ -176,6 +177,7 @@ def predict_split(
     rows: list[tuple[str, Found]] = []
     try:
         for batch in loader:
+            beat("score")
             batch = batch.to(parallel.device)
             with parallel.autocast(cfg.train.precision):
                 predictions = task.predict(model, batch)

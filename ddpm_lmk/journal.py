@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk import atomic
+from ddpm_lmk import atomic, privacy
 
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
@@ -88,7 +88,7 @@ def now() -> str:
 
 def _append_line(path: Path, line: dict[str, Any]) -> None:
     text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, privacy.file_mode())
     try:
         before = os.fstat(descriptor).st_size
         if os.write(descriptor, text) != len(text):

@@ -7,38 +7,24 @@ object of this class on another rank than 0 has the same path and writes nothing
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import socket
 import uuid
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ddpm_lmk import atomic, checkpoint, retention, runfile
+from ddpm_lmk import atomic, checkpoint, claim, retention, runfile
 from ddpm_lmk.checkpoint import Checkpoint, Tensors
-from ddpm_lmk.config import Duration, RunConfig
-from ddpm_lmk.errors import DataError, LmkError, ResourceError, RunConflictError
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.errors import DataError, ResourceError, RunConflictError
 from ddpm_lmk.failpoints import reach
 from ddpm_lmk.journal import Journal, now, parse_line
 from ddpm_lmk.retention import Keep
 
 MOST_FAILED_SAVES = 3
-MAY_CHANGE = (
-    "name",
-    "data.workers",
-    "data.residency",
-    "data.loader",
-    "train.log_every",
-    "train.compare_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.keep_every",
-    "train.snapshot_every",
-)
 
 
 class RunDir:
@@ -74,11 +60,11 @@ class RunDir:
             ResourceError: it cannot be written.
             RunConflictError: it is in use, holds something else, or another run.
         """
-        _make_writable(path)
+        claim.make_writable(path)
         run = cls(path, writes=True)
-        run._take_lock()
+        run._lock = claim.take_lock(path, incarnation=run.incarnation)
         try:
-            run._check_contents(cfg)
+            claim.check_contents(path, cfg)
         except BaseException:
             run.__exit__(None, None, None)
             raise
@@ -130,8 +116,7 @@ class RunDir:
 
     def stored_config(self) -> RunConfig | None:
         """The run file the directory was started with."""
-        path = self.path / "config.yaml"
-        return runfile.load_run(path) if path.is_file() else None
+        return claim.stored_config(self.path)
 
     def save_checkpoint(
         self, tensors: Tensors, facts: dict[str, Any], *, keep: Keep, pinned: Collection[int | None] = ()
@@ -196,76 +181,8 @@ class RunDir:
                 "nothing more is written here, stop one of the two"
             )
 
-    def _take_lock(self) -> None:
-        try:
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = parse_line((self.path / ".lock").read_text()) or {}
-            self.__exit__(None, None, None)
-            raise RunConflictError(
-                f"{self.path} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
-                f"{holder.get('since', '?')}; wait for it, stop it, or use another --out directory"
-            ) from None
-        os.ftruncate(self._lock, 0)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "incarnation": self.incarnation}
-        os.write(self._lock, json.dumps(holder).encode())
-
-    def _check_contents(self, cfg: RunConfig) -> None:
-        others = [entry.name for entry in self.path.iterdir() if not entry.name.startswith((".lock", ".tmp-"))]
-        if not others:
-            return
-        if "config.yaml" not in others:
-            raise RunConflictError(
-                f"{self.path} exists and is not a run (it holds {', '.join(sorted(others)[:3])}); "
-                "use an empty or new --out directory, nothing was changed"
-            )
-        try:
-            stored = self.stored_config()
-        except LmkError as error:
-            raise RunConflictError(
-                f"{self.path} holds a run this version cannot read ({error}); use another --out"
-            ) from None
-        assert stored is not None
-        rows = [row for row in runfile.diff_runs(stored, cfg) if not _may_change(row[0], stored, cfg)]
-        if rows:
-            lines = "; ".join(f"{key}: there {old!r}, here {new!r}" for key, old, new in rows)
-            raise RunConflictError(f"{self.path} holds another run: {lines}; use another --out directory")
-
     def _read_json(self, name: str) -> dict[str, Any] | None:
         try:
             return json.loads((self.path / name).read_text())
         except (OSError, ValueError):
             return None
-
-
-def _make_writable(path: Path) -> None:
-    """Create the directory, and try what saving needs: create, flush, rename, delete."""
-    try:
-        if path.exists() and not path.is_dir():
-            raise ResourceError(f"{path} is a file; wanted a directory for the run")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
-        probe = path / f".tmp-probe-{os.getpid()}"
-        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, b"?")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        renamed = probe.rename(f"{probe}-renamed")
-        renamed.unlink()
-    except OSError as error:
-        raise ResourceError(f"cannot write to {path} ({error.strerror}); choose another --out directory") from None
-
-
-def _may_change(key: str, stored: RunConfig, cfg: RunConfig) -> bool:
-    """May this key differ between a run and its continuation? Only where the weights come out the same."""
-    if key == "train.length":
-        old, new = stored.train.length, cfg.train.length
-        return cfg.optim.schedule == "constant" and _is_longer(old, new)
-    return key in MAY_CHANGE
-
-
-def _is_longer(old: Duration, new: Duration) -> bool:
-    return old.unit == new.unit and new.count >= old.count

@@ -1,4 +1,4 @@
-"""One run from its run file to its results: assemble, fit, evaluate. Also the entry point of a worker process.
+"""One run from its run file to its results: assemble, fit, evaluate.
 
 `starting_state` is the one place that decides where weights come from. A `Workbench` outlives a run: a sweep keeps its
 pixels and its built model there, and only resets the weights between cells.
@@ -6,10 +6,8 @@ pixels and its built model there, and only resets the weights between cells.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +23,7 @@ from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import checksum
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.errors import LaunchError, LmkError
+from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.machine import code_digest, versions
 from ddpm_lmk.models import build_model
@@ -246,21 +244,3 @@ def run_job(job: dict[str, Any]) -> int:
     execute(RunConfig.model_validate(job["config"]), Path(job["out"]), parallel=parallel)
     parallel.close()
     return 0
-
-
-def main(arguments: list[str]) -> int:
-    """Worker process: `python -m ddpm_lmk.runs JOB.json`, alone or under torchelastic; returns the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        return run_job(json.loads(Path(arguments[0]).read_text()))
-    except LmkError as error:
-        # An error all ranks share is told by one; what only another rank met, that rank has to tell.
-        if rank == 0 or not error.is_shared:
-            sys.stderr.write(f"error[{type(error).__name__}]: {'' if rank == 0 else f'rank {rank}: '}{error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.order import keyed_seed
 from ddpm_lmk.diffusion import ddim_sample
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.lifeline import beat
 from ddpm_lmk.tasks import DenoiseTask
 
 NUM_STEPS = 50
@@ -45,7 +46,9 @@ def draw_samples(
         noise = torch.stack([_noise(cfg, number) for number in part]).to(parallel.device)
         steps = min(num_steps, task.schedule.num_timesteps - 1)
         with parallel.autocast(cfg.train.precision):
-            *_, images = ddim_sample(model, task.schedule, noise, num_steps=steps, target=task.cfg.target)
+            for denoised in ddim_sample(model, task.schedule, noise, num_steps=steps, target=task.cfg.target):
+                beat("sample")
+                images = denoised
         drawn |= dict(zip(part, (images.float() * 255).round().byte().cpu().numpy()[:, 0], strict=True))
     model.train(was_training)
     everyone = {number: image for part in parallel.gather(drawn) for number, image in part.items()}

@@ -16,9 +16,22 @@ PACKAGE = ROOT / "ddpm_lmk"
 
 # From the ground up: a module imports its own layer and those before it.
 LAYERS: list[set[str]] = [
-    {"errors", "failpoints", "atomic", "durable", "retention", "journal", "shipped", "console"},
+    {
+        "errors",
+        "privacy",
+        "lifeline",
+        "stop",
+        "failpoints",
+        "atomic",
+        "durable",
+        "retention",
+        "journal",
+        "shipped",
+        "console",
+    },
     {"config", "yamlfile", "machine"},
     {"explain", "runfile"},
+    {"claim"},
     {
         "data",
         "diffusion",
@@ -47,6 +60,7 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 WITHOUT_TORCH = [
     *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli.shards", "cli.results", "console", "launcher"),
     *("sweep", "sweep.run", "sweep.view", "report.page", "shipped", "machine", "retention"),
+    *("launcher.rank", "launcher.watch", "claim", "lifeline", "stop"),
     *("data", "data.spec", "data.raw", "data.shards", "data.order", "data.augment", "data.phantom", "data.pack"),
     *("data.dicom", "data.decode_worker", "data.isolation"),
 ]

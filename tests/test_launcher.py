@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk.errors import ConfigError, LaunchError
-from ddpm_lmk.launcher import Placement, _exit_code, launch, place, run_ranks, visible_gpus
+from ddpm_lmk.launcher import Placement, launch, place, run_ranks, visible_gpus
 
 RANK = """\
 import json, os, pathlib, sys
@@ -102,11 +102,6 @@ def test_rendezvous_port_in_use_is_named() -> None:
             run_ranks(["-c", "pass"], Placement("cpu", 1, nodes=2, rdzv=f"localhost:{port}"))
     with pytest.raises(ConfigError, match="wanted HOST:PORT"):
         run_ranks(["-c", "pass"], Placement("cpu", 1, nodes=2, rdzv="localhost"))
-
-
-def test_own_exit_code_wins_over_ranks_killed_for_it() -> None:
-    assert _exit_code([-15, 7]) == 7
-    assert _exit_code([-9]) == 137
 
 
 def test_placement_reads_as_a_sentence() -> None:

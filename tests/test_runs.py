@@ -264,7 +264,7 @@ def test_tampered_results_are_made_again(tmp_path: Path, pretrained: Path, paral
 def worker(folder: Path, cfg: RunConfig, out: Path, *, rank: int = 0) -> subprocess.CompletedProcess[str]:
     job = folder / "job.json"
     job.write_text(json.dumps({"config": cfg.model_dump(mode="json"), "out": str(out), "device": "cpu"}))
-    command = [sys.executable, "-W", "error::UserWarning", "-m", "ddpm_lmk.runs", str(job)]
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "ddpm_lmk.launcher.rank", str(job)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ddpm_lmk import __version__
+from ddpm_lmk import __version__, privacy
 from ddpm_lmk.cli.results import results_app
 from ddpm_lmk.cli.shards import shards_app
 from ddpm_lmk.console import console, print_table, say
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
+from ddpm_lmk.stop import leaving_at_once
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -42,6 +43,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run directory", show_default="runs/NAME")]
 GpusOption = Annotated[int | None, typer.Option("--gpus", metavar="N", help="use N GPUs of this node")]
 CpuOption = Annotated[int | None, typer.Option("--cpu", metavar="N", help="use N CPU processes")]
+ShareGroupOption = Annotated[bool, typer.Option("--share-group", help="let the group read and write the outputs")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would run, and stop")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="list every setting with type, default and bound")]
 
@@ -54,6 +56,7 @@ class State:
 
 def main() -> None:
     """Entry point of `ddpm-lmk`."""
+    privacy.protect()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -139,6 +142,7 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
         node_rank: Annotated[int, typer.Option(metavar="R", help="number of this node, from 0")] = 0,
         rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="address of node 0")] = None,
         launch: Annotated[Path | None, typer.Option(metavar="FILE", help="launch file; see launch/")] = None,
+        share_group: ShareGroupOption = False,
         dry_run: DryRunOption = False,
         explain: ExplainOption = False,
         diff: Annotated[Path | None, typer.Option(metavar="OTHER.yaml", help="compare with another run file")] = None,
@@ -149,12 +153,15 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
 
         if explain:
             _explain(RunConfig)
+        if share_group:
+            privacy.protect(share_group=True)
         cfg = load_run(_given(run_file, "RUN.yaml"), overrides)
         if diff is not None:
             _diff(cfg, run_file, diff)
         _check_task(cfg, task, run_file)
-        placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
-        _train(cfg, out or Path("runs") / cfg.name, placement, dry_run=dry_run)
+        with leaving_at_once():
+            placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
+            _train(cfg, out or Path("runs") / cfg.name, placement, dry_run=dry_run)
 
 
 _add_training_command(

@@ -30,11 +30,12 @@ from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.ranks import want_same_weights
 from ddpm_lmk.engine.saver import Saver
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.engine.stop import StopRequest, stopped
 from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.errors import ConfigError, DivergedError, ResourceError
+from ddpm_lmk.lifeline import beat
 from ddpm_lmk.retention import Keep
 from ddpm_lmk.rundir import RunDir
+from ddpm_lmk.stop import StopRequest, stopped
 from ddpm_lmk.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
                 meter.validated(figures)
             is_last = is_last or state.patience.is_exhausted
             if is_due(pace.snapshot, state.step) and not is_last:
+                beat("save", step=state.step)
                 with meter.paused():
                     _keep_weights(cfg, task, state, loaders, parallel, run, is_final=False)
             # A checkpoint is where a run goes back to, so none is made in between while updates are left out.
@@ -143,6 +145,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
             if is_saving or is_due(pace.compare, state.step):
                 want_same_weights(state.model, parallel, step=state.step)
             if is_saving:
+                beat("save", step=state.step)
                 with meter.paused():
                     saver.save(state, updater.moments())
                     is_owed = False
@@ -164,6 +167,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
                     with parallel.autocast(cfg.train.precision):
                         losses = task.loss(updater.net, batch)  # [B]
                     total = (losses.float() * batch.weight).sum()
+                    reach_s = time.perf_counter() - begin  # from here on it may wait for other ranks
                     updater.add(total, _divisor(cfg.train.gradient, batch, group))
             seen = updater.finish(stop.level)
             stop_level = seen.stop_level
@@ -182,8 +186,10 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
                 _go_back(state, parallel, run, saver, every=pace.checkpoint)
                 updater.reload()
                 is_owed = True
+            beat("step", step=state.step, reach_s=reach_s)
 
     state.select_best()
+    beat("save", step=state.step)
     _keep_weights(cfg, task, state, loaders, parallel, run, is_final=True)
     return state
 
@@ -200,6 +206,7 @@ def evaluate(
     model.eval()
     parts: list[dict[str, Tensor]] = []
     for batch in loader:
+        beat("evaluate")
         with parallel.autocast(precision):
             parts.append(task.evaluate(model, batch.to(parallel.device)))
     model.train(was_training)

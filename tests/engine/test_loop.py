@@ -21,8 +21,8 @@ from ddpm_lmk.engine import loop
 from ddpm_lmk.engine.loop import evaluate, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.engine.stop import InterruptedRunError
 from ddpm_lmk.errors import ConfigError, DivergedError, ResourceError, StoppedError
+from ddpm_lmk.stop import InterruptedRunError
 from tests.engine.processes import events
 from tests.engine.toy import ToyTask, ToyTrain, ToyValidation, config, everything, fresh_state, pixels, start
 

@@ -1,0 +1,174 @@
+"""Whose a run directory is: can it be written, is anybody working in it, does it hold this run or another one.
+
+The lock is the kernel's (flock): it is free the moment its holder is dead, however it died. Rank 0 holds `.lock` while
+it works; a launcher of several processes holds `.lock-launcher` from before it starts them until it ends, restarts
+included. So a second run is refused before it has started a process, and a rank that has outlived its launcher still
+keeps others out. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ddpm_lmk import lifeline, privacy, runfile
+from ddpm_lmk.config import Duration, RunConfig
+from ddpm_lmk.errors import LmkError, ResourceError, RunConflictError
+from ddpm_lmk.journal import now
+
+LOCK = ".lock"
+LAUNCHER_LOCK = ".lock-launcher"
+MAY_CHANGE = (
+    "name",
+    "data.workers",
+    "data.residency",
+    "data.loader",
+    "train.log_every",
+    "train.compare_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.snapshot_every",
+)
+
+
+@contextmanager
+def hold(path: Path, cfg: RunConfig, *, name: str) -> Iterator[None]:
+    """Keep a directory for a launcher, after all that can be said against it has been said."""
+    make_writable(path)
+    lock = take_lock(path, name)
+    try:
+        refuse_if_held(path, LOCK)
+        check_contents(path, cfg)
+        yield
+    finally:
+        os.close(lock)
+
+
+def make_writable(path: Path) -> None:
+    """Create the directory, and try what saving needs: create, flush, rename, delete; raises `ResourceError`."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise ResourceError(f"{path} is a file; wanted a directory for the run")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=privacy.folder_mode(), exist_ok=True)
+        probe = path / f".tmp-probe-{os.getpid()}"
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT, privacy.file_mode())
+        try:
+            os.write(descriptor, b"?")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        renamed = probe.rename(f"{probe}-renamed")
+        renamed.unlink()
+    except OSError as error:
+        raise ResourceError(f"cannot write to {path} ({error.strerror}); choose another --out directory") from None
+
+
+def take_lock(path: Path, name: str = LOCK, *, incarnation: str | None = None) -> int:
+    """Lock the directory for as long as the returned descriptor is open; raises `RunConflictError`.
+
+    `incarnation` is kept in the lock, so that a holder can see before it writes whether the directory is still its own.
+    """
+    if name == LOCK and lifeline.PARENT not in os.environ:
+        refuse_if_held(path, LAUNCHER_LOCK)
+    descriptor = _open(path, name)
+    if not _try_lock(descriptor, path):
+        os.close(descriptor)
+        raise _in_use(path, name)
+    facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "incarnation": incarnation}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+    return descriptor
+
+
+def refuse_if_held(path: Path, name: str) -> None:
+    """Raise `RunConflictError` where another process holds this lock."""
+    if not (path / name).exists():
+        return
+    descriptor = _open(path, name)
+    try:
+        if not _try_lock(descriptor, path):
+            raise _in_use(path, name)
+    finally:
+        os.close(descriptor)
+
+
+def check_contents(path: Path, cfg: RunConfig) -> None:
+    """Raise `RunConflictError` where the directory holds anything but this run or nothing."""
+    others = [entry.name for entry in path.iterdir() if not entry.name.startswith((LOCK, ".tmp-"))]
+    if not others:
+        return
+    if "config.yaml" not in others:
+        raise RunConflictError(
+            f"{path} exists and is not a run (it holds {', '.join(sorted(others)[:3])}); "
+            "use an empty or new --out directory, nothing was changed"
+        )
+    rows = conflicts(path, cfg)
+    if rows:
+        lines = "; ".join(f"{key}: there {old!r}, here {new!r}" for key, old, new in rows)
+        raise RunConflictError(
+            f"{path} holds another run: {lines}; use another --out directory, or add --fork NEWDIR to go on from its "
+            "newest checkpoint there"
+        )
+
+
+def conflicts(path: Path, cfg: RunConfig) -> list[tuple[str, object, object]]:
+    """Rows (key, there, here) in which the run in `path` differs from `cfg` and may not; raises `RunConflictError`."""
+    try:
+        stored = stored_config(path)
+    except LmkError as error:
+        raise RunConflictError(f"{path} holds a run this version cannot read ({error}); use another --out") from None
+    assert stored is not None
+    return [row for row in runfile.diff_runs(stored, cfg) if not _may_change(row[0], stored, cfg)]
+
+
+def stored_config(path: Path) -> RunConfig | None:
+    """The run file a directory was started with."""
+    file = path / "config.yaml"
+    return runfile.load_run(file) if file.is_file() else None
+
+
+def _open(path: Path, name: str) -> int:
+    return os.open(path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, privacy.file_mode())
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise ResourceError(
+            f"the file system of {path} has no locks ({error.strerror}), so two runs could write there at once; "
+            "mount it with locks (NFS: version 4, or without nolock), or choose another --out directory"
+        ) from None
+    return True
+
+
+def _in_use(path: Path, name: str) -> RunConflictError:
+    try:
+        holder = json.loads((path / name).read_text())
+    except (OSError, ValueError):
+        holder = {}
+    return RunConflictError(
+        f"{path} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
+        f"{holder.get('since', '?')}; wait for it, stop it, or use another --out directory"
+    )
+
+
+def _may_change(key: str, stored: RunConfig, cfg: RunConfig) -> bool:
+    """May this key differ between a run and its continuation? Only where the weights come out the same."""
+    if key == "train.length":
+        old, new = stored.train.length, cfg.train.length
+        return cfg.optim.schedule == "constant" and _is_longer(old, new)
+    return key in MAY_CHANGE
+
+
+def _is_longer(old: Duration, new: Duration) -> bool:
+    return old.unit == new.unit and new.count >= old.count

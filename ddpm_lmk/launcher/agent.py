@@ -1,0 +1,136 @@
+"""The agent of one node: torchelastic's, with a policy of its own.
+
+torchelastic brings the nodes together, starts the ranks and notices when one ends. What is added is when to start again
+(not after an error of ours, not after a stop, and not more than so often without a new checkpoint), that ranks without
+progress are ended, that ranks whose neighbour is lost are not waited for, and that signals are passed on.
+Imports torch; import it late.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+
+from ddpm_lmk.launcher import watch
+from ddpm_lmk.launcher.notes import Notes
+from ddpm_lmk.launcher.placement import Placement
+from ddpm_lmk.lifeline import read_beats
+from ddpm_lmk.stop import SIGNALS
+
+OURS = (2, 3, 4, 5, 6, 7, 8)  # exit codes that another attempt would meet again
+STOPPED = (75, 76, 130)
+SETTLE_S = 10  # for ranks that end by themselves after one of them has
+
+
+class Agent(LocalElasticAgent):
+    """Looks after the ranks of this node.
+
+    Attributes:
+        code: exit code of the run, once it has ended; None where too many restarts made no progress.
+    """
+
+    def __init__(self, spec: WorkerSpec, placement: Placement, pulse: Path, notes: Notes) -> None:
+        super().__init__(spec, logs_specs=DefaultLogsSpecs(log_dir=str(pulse)), shutdown_timeout=SETTLE_S)
+        self.code: int | None = None
+        self.asked = 0  # the signal that asked for a stop
+        self._placement, self._pulse, self._notes = placement, pulse, notes
+        self._told: set[int] = set()
+        self._slow: set[int] = set()
+        self._newest = notes.newest_step()
+        self._oom_kills = watch.count_oom_kills() or 0
+        self._lost_at = 0.0
+        self._ended = signal.SIGTERM  # what ends the ranks that are left
+
+    @property
+    def is_running(self) -> bool:
+        """Are there ranks that can be told to stop?"""
+        return self._worker_group.state == WorkerState.HEALTHY
+
+    def pids(self) -> list[int]:
+        """Process numbers of the ranks of this node."""
+        return [int(worker.id) for worker in self._worker_group.workers if worker.id]
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """Called ten times a second."""
+        self._pass_on_stop()
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.HEALTHY:
+            self._look_after()
+        elif result.state == WorkerState.SUCCEEDED:
+            self.code = 0
+        else:
+            self._decide({rank: failure.exitcode for rank, failure in result.failures.items()})
+        return result
+
+    def _pass_on_stop(self) -> None:
+        if not self.asked:
+            return
+        number = signal.SIGINT if self.asked == signal.SIGINT else signal.SIGTERM
+        for pid in self.pids():
+            if pid not in self._told:
+                self._told.add(pid)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def _look_after(self) -> None:
+        """End ranks that hang, and name the slow ones."""
+        beats = read_beats(self._pulse)
+        if self._lost_at and len(beats) == self._placement.processes and all(beat.step >= 0 for beat in beats):
+            took = time.monotonic() - self._lost_at
+            self._notes.note("ranks.recovered", f"training again after {took:.1f} s", seconds=round(took, 1))
+            self._lost_at = 0.0
+        stalled = watch.find_stalled(beats, self._placement.stall_s)
+        if stalled:
+            files = watch.dump_stacks(self._pulse, beats, self._notes.stacks)
+            text = f"no progress: {'; '.join(map(watch.describe, stalled))}; stacks in {self._notes.stacks}"
+            self._notes.note("ranks.stalled", text, ranks=[b.rank for b in stalled], stacks=[f.name for f in files])
+            self._lost_at = time.monotonic()
+            watch.kill(self.pids())
+        for beat, times in watch.find_stragglers(beats):
+            if beat.rank not in self._slow:
+                self._slow.add(beat.rank)
+                text = f"rank {beat.rank} is slow: the others wait for it, {times:.1f} times the usual time per step"
+                self._notes.note("rank.slow", text, rank=beat.rank, times_median=round(times, 2))
+
+    def _decide(self, codes: dict[int, int]) -> None:
+        """After the first rank has ended with an error: start again, or end with which code?"""
+        found = list(codes.values())
+        known = next((code for code in found if code in OURS + STOPPED), None)
+        if self.asked and (known in STOPPED or all(map(_is_signalled, found))):
+            known = 130 if self.asked == signal.SIGINT else 75
+        self._ended = signal.SIGTERM if known is not None or self.asked else signal.SIGKILL
+        if known is not None:
+            self.code, self._remaining_restarts = known, 0
+            return
+        self._lost_at = self._lost_at or time.monotonic()
+        oom_kills, before = watch.count_oom_kills() or 0, self._oom_kills
+        self._oom_kills = oom_kills
+        newest = self._notes.newest_step()
+        if newest > self._newest:
+            self._newest, self._remaining_restarts = newest, self._placement.restarts
+        left = self._remaining_restarts
+        causes = "; ".join(f"rank {r} {watch.cause_of(c, oom_kills=oom_kills - before)}" for r, c in codes.items())
+        then = f"starting again from the last checkpoint, {left} restarts left" if left else "giving up"
+        self._notes.note("ranks.lost", f"{causes}; {then}", exit_codes={str(r): c for r, c in codes.items()})
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(self._ended, timeout=SETTLE_S)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        watch.forget(self._pulse)
+        self._told.clear()
+        self._slow.clear()
+        return super()._start_workers(worker_group)
+
+
+def _is_signalled(code: int) -> bool:
+    """Was a process ended by a signal that asks for a stop, before or after Python could take it?"""
+    return -code in SIGNALS or code - 128 in SIGNALS

@@ -1,0 +1,136 @@
+"""How many processes a run uses, on which device and nodes, and how they are looked after."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ddpm_lmk.config import Section
+from ddpm_lmk.errors import ConfigError, LaunchError
+from ddpm_lmk.runfile import load_yaml, validate
+from ddpm_lmk.stop import DEFAULT_GRACE_S
+
+Device = Literal["cpu", "cuda"]
+
+RESTARTS = 3
+STALL_S = 60.0
+RENDEZVOUS_S = 300
+
+
+class LaunchFile(Section):
+    """A launch file: where a run happens, never what it does."""
+
+    device: Device = Field(description="cpu (gloo) or cuda (NCCL)")
+    processes: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="processes on each node")
+    nodes: Annotated[int, Field(ge=1)] = Field(1, description="nodes; more than one needs --node-rank and --rdzv")
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        RESTARTS, description="restarts after lost or stalled processes without a new checkpoint in between"
+    )
+    stall_s: Annotated[float, Field(gt=0)] = Field(
+        STALL_S, description="seconds without a step after which processes count as stalled; at least 10 median steps"
+    )
+    grace_s: Annotated[float, Field(ge=5)] = Field(
+        DEFAULT_GRACE_S, description="seconds from a signal to the end of the last process"
+    )
+    rendezvous_s: Annotated[int, Field(ge=5)] = Field(
+        RENDEZVOUS_S, description="seconds that nodes wait for one another"
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Processes per node, nodes and device of one launch, and the patience it has with them (see `LaunchFile`)."""
+
+    device: Device
+    processes: int
+    nodes: int = 1
+    node_rank: int = 0
+    rdzv: str | None = None
+    restarts: int = RESTARTS
+    stall_s: float = STALL_S
+    grace_s: float = DEFAULT_GRACE_S
+    rendezvous_s: int = RENDEZVOUS_S
+
+    def __str__(self) -> str:
+        where = "GPU" if self.device == "cuda" else "CPU process"
+        count = f"{self.processes} {where}" + ("es" if where.endswith("s") else "s") * (self.processes > 1)
+        return count if self.nodes == 1 else f"{count} on each of {self.nodes} nodes"
+
+
+def place(
+    *,
+    gpus: int | None = None,
+    cpu: int | None = None,
+    nodes: int | None = None,
+    node_rank: int = 0,
+    rdzv: str | None = None,
+    launch_file: Path | None = None,
+) -> Placement:
+    """Decide the placement: command line, else launch file, else one GPU if there is one, else one CPU process.
+
+    Raises:
+        ConfigError: settings that contradict one another.
+        LaunchError: fewer GPUs are visible than asked for.
+    """
+    if gpus is not None and cpu is not None:
+        raise ConfigError("--gpus and --cpu contradict one another; give one of them")
+    file = None
+    if launch_file is not None:
+        file = validate(LaunchFile, load_yaml(launch_file), source=str(launch_file))
+    if gpus is not None or cpu is not None:
+        device: Device = "cpu" if gpus is None else "cuda"
+        processes = (gpus if gpus is not None else cpu) or 0
+    elif file is not None:
+        device, processes = file.device, file.processes
+    else:
+        device, processes = ("cuda" if visible_gpus() else "cpu"), 1
+    patience = {} if file is None else file.model_dump(exclude={"device", "processes", "nodes"})
+    placement = Placement(device, processes, nodes or (file.nodes if file else 1), node_rank, rdzv, **patience)
+    check_placement(placement)
+    return placement
+
+
+def check_placement(placement: Placement) -> None:
+    """Refuse what cannot be started here; raises `ConfigError` and `LaunchError` as `place` does."""
+    if placement.processes < 1 or placement.nodes < 1:
+        raise ConfigError(f"wanted at least 1 process on 1 node, found {placement.processes} on {placement.nodes}")
+    if placement.nodes > 1 and placement.rdzv is None:
+        raise ConfigError(f"--nodes {placement.nodes} needs --rdzv HOST:PORT of the first node, the same on every node")
+    if not 0 <= placement.node_rank < placement.nodes:
+        raise ConfigError(
+            f"--node-rank {placement.node_rank} must be in 0..{placement.nodes - 1} for {placement.nodes} nodes"
+        )
+    if placement.device == "cuda" and visible_gpus() < placement.processes:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise LaunchError(
+            f"asked for {placement.processes} GPUs, visible {visible_gpus()} (CUDA_VISIBLE_DEVICES: {visible}); "
+            f"ask for fewer, use --cpu N to run on the CPU, or see `ddpm-lmk doctor`"
+        )
+
+
+def visible_gpus() -> int:
+    """CUDA devices this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def split_address(rdzv: str) -> tuple[str, int]:
+    """Host and port of `--rdzv`; raises `ConfigError`."""
+    host, _, port = rdzv.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--rdzv {rdzv!r}; wanted HOST:PORT of the first node, e.g. node0:29400")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Does this name stand for the machine itself, so that all nodes are on it?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,55 @@
+"""A rank of a run: `python -m ddpm_lmk.launcher.rank JOB.json`, started by the launcher.
+
+Ties itself to its launcher before anything else, so that neither a launcher that dies nor a signal that comes while
+torch is being imported finds it unprepared; then does the job as `runs` does it in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from ddpm_lmk import lifeline, privacy, stop
+from ddpm_lmk.errors import LmkError, StoppedError
+
+
+def main(arguments: list[str]) -> int:
+    """Do the job in the file; returns the exit code."""
+    parent = os.environ.get(lifeline.PARENT)
+    if parent is not None:
+        lifeline.die_with_parent(int(parent))
+    rank = int(os.environ.get("RANK", "0"))
+    privacy.protect()
+    lifeline.start_pulse(rank)
+    with stop.leaving_at_once():
+        code = _do(Path(arguments[0]), rank)
+    # Threads and communicators of a run that failed may wait for ever for ranks that are gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    return code
+
+
+def _do(path: Path, rank: int) -> int:
+    try:
+        from ddpm_lmk import runs
+
+        return runs.run_job(json.loads(path.read_text()))
+    except LmkError as error:
+        # An error all ranks share is told by one; what only another rank met, that rank has to tell.
+        if rank == 0 or not (error.is_shared or isinstance(error, StoppedError)):
+            stop.say(f"error[{type(error).__name__}]: {'' if rank == 0 else f'rank {rank}: '}{error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return stop.InterruptedRunError.exit_code
+    except Exception:
+        stop.say(f"rank {rank}:\n{traceback.format_exc()}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

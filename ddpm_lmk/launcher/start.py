@@ -1,0 +1,229 @@
+"""Starting the processes of a run on this node, and waiting for them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm_lmk import claim, lifeline, stop
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.errors import LaunchError, NoProgressError, StoppedError
+from ddpm_lmk.launcher import placement as places
+from ddpm_lmk.launcher import watch
+from ddpm_lmk.launcher.notes import Notes
+from ddpm_lmk.launcher.placement import Device, Placement, check_placement, is_loopback, split_address
+
+if TYPE_CHECKING:
+    from ddpm_lmk.launcher.agent import Agent
+
+
+def launch(
+    job: dict[str, Any],
+    *,
+    processes: int,
+    device: Device,
+    nodes: int = 1,
+    node_rank: int = 0,
+    rdzv: str | None = None,
+    restarts: int = places.RESTARTS,
+    stall_s: float = places.STALL_S,
+    grace_s: float = stop.DEFAULT_GRACE_S,
+    rendezvous_s: int = places.RENDEZVOUS_S,
+) -> int:
+    """Run a job ({"config": resolved run, "out": directory, ...}) and return its exit code.
+
+    In one process errors are raised here; of several, the first rank that failed gives the code.
+
+    Raises:
+        RunConflictError, ResourceError: the directory is in use, another run, or cannot be written.
+        NoProgressError: ranks were lost too often without a new checkpoint in between.
+    """
+    placement = Placement(device, processes, nodes, node_rank, rdzv, restarts, stall_s, grace_s, rendezvous_s)
+    check_placement(placement)
+    job = {**job, "device": device}
+    with stop.leaving_at_once(), _environment({stop.GRACE: str(grace_s)}):
+        if processes == 1 and nodes == 1:
+            return _run_here(job)
+        out = Path(job["out"])
+        if node_rank != 0:
+            return _run_apart(job, placement, out)
+        with claim.hold(out, RunConfig.model_validate(job["config"]), name=claim.LAUNCHER_LOCK):
+            return _run_apart(job, placement, out)
+
+
+def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = None) -> int:
+    """Start `python ARGUMENTS` once per rank of this node through torchelastic and wait; returns the exit code.
+
+    A rank that dies takes the others with it, and all are started again, unless it ended with a code of ours. Ctrl-C
+    gives 130, SIGTERM, SIGUSR1 and SIGHUP give 75, after the ranks were told and had time to save.
+
+    Raises:
+        NoProgressError: `placement.restarts` restarts in a row brought no new checkpoint in `out`.
+        LaunchError: the nodes do not find one another. StoppedError: they have lost one another.
+    """
+    agents: list[Agent] = []
+    pulse = Path(tempfile.mkdtemp(prefix="ddpm-lmk-"))
+
+    def leave() -> None:
+        watch.kill([pid for agent in agents for pid in agent.pids()])
+        shutil.rmtree(pulse, ignore_errors=True)
+
+    def ask(number: int) -> None:
+        if agents and agents[0].is_running:
+            agents[0].asked = number
+            return
+        leave()  # nothing is trained between two starts, so there is nothing to save
+        stop.say(f"error[StoppedError]: {stop.asked_to_leave(number)}")
+        os._exit(stop.code_of(number))
+
+    try:
+        with (
+            stop.StopRequest(on_first=ask, before_leaving=leave, within_s=placement.grace_s, raises=False),
+            _environment(_for_ranks(placement, pulse)),
+            _silent_log(),
+        ):
+            return _run_agent(arguments, placement, pulse, Notes(out, node_rank=placement.node_rank), agents)
+    finally:
+        shutil.rmtree(pulse, ignore_errors=True)
+
+
+def _run_agent(arguments: list[str], placement: Placement, pulse: Path, notes: Notes, agents: list[Agent]) -> int:
+    """From the rendezvous to the end; the agent is put into `agents` as soon as there is one."""
+    from torch.distributed.elastic import rendezvous
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+
+    from ddpm_lmk.launcher.agent import Agent
+
+    handler = None
+    try:
+        handler = _meet(placement)
+        spec = WorkerSpec(
+            role="ddpm-lmk",
+            local_world_size=placement.processes,
+            rdzv_handler=handler,
+            entrypoint=sys.executable,
+            args=tuple(arguments),
+            max_restarts=placement.restarts,
+            monitor_interval=0.1,
+            local_addr="127.0.0.1" if _is_alone(placement) else None,
+        )
+        agents.append(Agent(spec, placement, pulse, notes))
+        agents[0].run()
+    except rendezvous.RendezvousClosedError:
+        raise StoppedError("another node has ended this run and says why; the same command continues") from None
+    except rendezvous.RendezvousError as error:
+        kind = StoppedError if agents else LaunchError
+        raise kind(
+            f"no contact with {placement.nodes} nodes at {placement.rdzv} within {placement.rendezvous_s} s "
+            f"({type(error).__name__}); start the same command on every node, the run continues"
+        ) from None
+    finally:
+        if handler is not None:
+            handler.shutdown()
+    code = agents[0].code
+    if code is None:
+        raise NoProgressError(
+            f"{placement.restarts} restarts brought no new checkpoint; see the lines above, and do not start it again "
+            "before the cause is found"
+        )
+    return code
+
+
+def _meet(placement: Placement) -> Any:
+    """The rendezvous of all nodes; the first one keeps it."""
+    import torch.distributed.elastic.rendezvous.registry as registry
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    shared = placement.rdzv is not None
+    if placement.rdzv is not None and placement.node_rank == 0:
+        check_port(placement.rdzv)
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=placement.rdzv or "127.0.0.1:0",
+        run_id=f"ddpm-lmk-{placement.rdzv}" if shared else uuid.uuid4().hex,
+        min_nodes=placement.nodes,
+        max_nodes=placement.nodes,
+        local_addr="127.0.0.1" if _is_alone(placement) else None,
+        is_host=placement.node_rank == 0,
+        join_timeout=placement.rendezvous_s,
+        read_timeout=placement.rendezvous_s,
+    )
+    return registry.get_rendezvous_handler(parameters)
+
+
+def check_port(rdzv: str) -> None:
+    """The first node listens on the port of `--rdzv`, so it must be free; raises `LaunchError`."""
+    _, port = split_address(rdzv)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise LaunchError(f"port {port} of --rdzv {rdzv} cannot be used ({error.strerror}); take another") from None
+
+
+def _is_alone(placement: Placement) -> bool:
+    """Are all nodes this machine? Then its own name need not be known to anybody."""
+    return placement.rdzv is None or is_loopback(split_address(placement.rdzv)[0])
+
+
+def _run_here(job: dict[str, Any]) -> int:
+    from ddpm_lmk import runs
+
+    return runs.run_job(job)
+
+
+def _run_apart(job: dict[str, Any], placement: Placement, out: Path) -> int:
+    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-") as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job))
+        return run_ranks(["-m", "ddpm_lmk.launcher.rank", str(path)], placement, out=out)
+
+
+def _for_ranks(placement: Placement, pulse: Path) -> dict[str, str]:
+    """Environment of the ranks; the first three hold whatever the user's says, the others are defaults."""
+    wanted = {lifeline.PARENT: str(os.getpid()), lifeline.PULSE: str(pulse), stop.GRACE: str(placement.grace_s)}
+    defaults = {
+        # Restarted ranks would read the addresses of the dead ones from the shared store (pytorch#135712).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // placement.processes)),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # else DDP remarks at every start that no parameter is unused
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "",  # signals are ours
+    }
+    return wanted | {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+@contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    """Set variables for the time of a block."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _silent_log() -> Iterator[None]:
+    """The log of torchelastic is kept to itself: the ranks and the agent say what went wrong."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)

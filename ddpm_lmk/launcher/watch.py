@@ -1,0 +1,132 @@
+"""Looking after ranks: who makes no progress, who is slow, why one was lost, and what its threads were at.
+
+It reads the signs that ranks leave (`lifeline`) and does not know how they were started. The limit for a sign follows
+from the pace of its own phase: an evaluation is compared with itself, not with steps.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ddpm_lmk.lifeline import DUMP_SIGNAL, REACHES, Beat
+
+TIMES_MEDIAN = 10  # of the usual interval without a sign: it hangs
+FEW_INTERVALS = 3  # below, the pace of a phase is not known: loading data, compiling, a first evaluation
+TIMES_UNKNOWN = 30
+STRAGGLER = 1.5  # times the median of all ranks
+DUMP_S = 2.0
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def limit_s(beat: Beat, stall_s: float) -> float:
+    """Seconds after `beat` within which the next one must come."""
+    if beat.count < FEW_INTERVALS:
+        return TIMES_UNKNOWN * stall_s
+    return max(stall_s, TIMES_MEDIAN * beat.interval_s)
+
+
+def find_stalled(beats: Sequence[Beat], stall_s: float) -> list[Beat]:
+    """The ranks that are overdue; one that hangs makes the others wait, so these may be all."""
+    return [beat for beat in beats if beat.age_s > limit_s(beat, stall_s)]
+
+
+def find_stragglers(beats: Sequence[Beat]) -> list[tuple[Beat, float]]:
+    """Ranks that let the others wait, with their share of the median: over 1.5 times as long in the last 100 steps."""
+    if len(beats) < 2 or any(beat.reaches < REACHES for beat in beats):
+        return []
+    middle = statistics.median_low([beat.reach_s for beat in beats])
+    return [(beat, beat.reach_s / middle) for beat in beats if middle > 0 and beat.reach_s > STRAGGLER * middle]
+
+
+def describe(beat: Beat) -> str:
+    """What is known of a rank, in words."""
+    state = {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a device"}
+    at = f"step {beat.step}" if beat.step >= 0 else beat.phase
+    found = state.get(process_state(beat.pid), "")
+    return f"rank {beat.rank} (process {beat.pid}{found}) at {at}, {beat.age_s:.0f} s ago"
+
+
+def process_state(pid: int) -> str:
+    """The letter of the kernel for a process: R, S, D, T, Z; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def dump_stacks(folder: Path, beats: Sequence[Beat], target: Path) -> list[Path]:
+    """Have all ranks write the stacks of their threads, and keep them as files under `target`."""
+    for beat in beats:
+        _signal(beat.pid, DUMP_SIGNAL)
+        _signal(beat.pid, signal.SIGCONT)  # one that was stopped writes nothing until it is let go
+    limit = time.monotonic() + DUMP_S
+    files = [folder / f"stacks-{beat.rank}" for beat in beats]
+    while time.monotonic() < limit and not all(file.is_file() and file.stat().st_size for file in files):
+        time.sleep(0.05)
+    kept = []
+    for beat, file in zip(beats, files):
+        text = file.read_text() if file.is_file() else ""
+        with suppress(OSError):
+            target.mkdir(exist_ok=True)
+            path = target / f"{int(time.time())}-rank{beat.rank}.txt"
+            path.write_text(f"{describe(beat)}\n{text or 'no stack: the process did not answer'}\n")
+            path.chmod(0o600)
+            kept.append(path)
+    return kept
+
+
+def kill(pids: Sequence[int]) -> None:
+    """End processes and everything in their groups at once."""
+    for pid in pids:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        _signal(pid, signal.SIGKILL)
+
+
+def forget(folder: Path) -> None:
+    """Remove the signs of ranks that are gone."""
+    for path in folder.iterdir():
+        if path.name.startswith(("rank-", "stacks-")):
+            path.unlink(missing_ok=True)
+
+
+def count_oom_kills(root: Path = CGROUP) -> int | None:
+    """How often the kernel killed a process of this container for want of memory; None where it does not say."""
+    for name, key in (("memory.events", "oom_kill"), ("memory/memory.oom_control", "oom_kill")):
+        for path in (_own_group(root) / name, root / name):
+            with suppress(OSError, ValueError):
+                facts = dict(line.split() for line in path.read_text().splitlines())
+                if key in facts:
+                    return int(facts[key])
+    return None
+
+
+def cause_of(code: int, *, oom_kills: int) -> str:
+    """Why a process that exited with `code` is gone, in words; `oom_kills` is how much their count has grown."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    if code != -signal.SIGKILL:
+        return f"was ended by {name}"
+    if oom_kills > 0:
+        return "was killed by the kernel for want of memory; use a smaller train.micro_batch or fewer data.workers"
+    return f"was killed ({name}), not for want of memory as far as the kernel says"
+
+
+def _own_group(root: Path) -> Path:
+    try:
+        own = Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2]
+    except (OSError, IndexError):
+        return root
+    return root / own.strip().lstrip("/")
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)

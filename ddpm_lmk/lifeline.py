@@ -1,0 +1,121 @@
+"""What ties a process to the launcher that started it: it dies with it, and it tells it that it lives.
+
+A rank writes a short record over itself at every sign of progress (a step, a batch of an evaluation). The launcher
+reads the records; a rank that has stopped writing hangs. Times are of the monotonic clock, which all processes of a
+machine share and which nobody sets back. Without a launcher nothing is written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import statistics
+import struct
+import time
+import zlib
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+PARENT = "DDPM_LMK_PARENT"  # environment: process number of the launcher
+PULSE = "DDPM_LMK_PULSE"  # environment: folder of the records
+DUMP_SIGNAL = signal.SIGUSR2  # makes a rank write the stacks of its threads, even when it hangs in C
+ORPHANED = 75
+PR_SET_PDEATHSIG = 1
+RECORD = struct.Struct("<16sqqdddqq")
+INTERVALS = 64  # between signs of one kind, for their median
+REACHES = 100  # steps over which ranks are compared
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The last sign of a rank."""
+
+    rank: int
+    pid: int
+    phase: str  # start, step, evaluate, save, score or sample
+    step: int
+    at: float  # monotonic seconds
+    interval_s: float  # median time between signs of this phase
+    count: int  # intervals seen in this phase, at most 64
+    reach_s: float  # median time from the start of a step to where it waits for the others
+    reaches: int  # steps in that median, at most 100
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since this sign."""
+        return time.monotonic() - self.at
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGKILL when `parent` goes, so that no orphan trains on (Linux); call it first thing."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(ORPHANED)
+
+
+class Pulse:
+    """Writes the record of this rank."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._rank = rank
+        self._file = os.open(folder / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._intervals: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=INTERVALS))
+        self._reaches: deque[float] = deque(maxlen=REACHES)
+        self._last = ("", 0.0)
+        self._stacks = (folder / f"stacks-{rank}").open("w")
+        faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
+
+    def beat(self, phase: str, step: int, reach_s: float | None) -> None:
+        """Write one sign."""
+        now = time.monotonic()
+        intervals = self._intervals[phase]
+        if self._last[0] == phase:
+            intervals.append(now - self._last[1])
+        if reach_s is not None:
+            self._reaches.append(reach_s)
+        self._last = (phase, now)
+        middle, reach = (statistics.median(values) if values else 0.0 for values in (intervals, self._reaches))
+        fields = (phase.encode(), os.getpid(), step, now, middle, reach, len(intervals), len(self._reaches))
+        record = RECORD.pack(*fields)
+        os.pwrite(self._file, record + struct.pack("<L", zlib.crc32(record)), 0)
+
+
+_pulse: Pulse | None = None
+
+
+def start_pulse(rank: int) -> None:
+    """Begin to write signs, where a launcher asks for them."""
+    global _pulse
+    folder = os.environ.get(PULSE)
+    if folder:
+        _pulse = Pulse(Path(folder), rank)
+        beat("start")
+
+
+def beat(phase: str, *, step: int = -1, reach_s: float | None = None) -> None:
+    """A sign of progress.
+
+    Args:
+        phase: what is going on; only signs of one phase are compared with one another.
+        reach_s: of a finished step, the seconds until this rank began to wait for the others.
+    """
+    if _pulse is not None:
+        _pulse.beat(phase, step, reach_s)
+
+
+def read_beats(folder: Path) -> list[Beat]:
+    """The last sign of every rank, in rank order; one that is being written is left out."""
+    beats = []
+    for path in folder.glob("rank-*"):
+        content = path.read_bytes()
+        record = content[: RECORD.size]
+        if len(content) != RECORD.size + 4 or struct.pack("<L", zlib.crc32(record)) != content[RECORD.size :]:
+            continue
+        phase, pid, step, at, interval_s, reach_s, count, reaches = RECORD.unpack(record)
+        name = phase.rstrip(b"\0").decode()
+        rank = int(path.name.removeprefix("rank-"))
+        beats.append(Beat(rank, pid, name, step, at, interval_s, count, reach_s, reaches))
+    return sorted(beats, key=lambda sign: sign.rank)

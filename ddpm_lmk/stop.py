@@ -1,0 +1,176 @@
+"""Being asked to stop: a signal sets a flag, the loop agrees on it, saves and leaves.
+
+SIGTERM, SIGUSR1 and SIGHUP come from schedulers and closed terminals, SIGINT from a keyboard. A launcher passes on what
+it gets, so one request can arrive twice within moments; only a signal that comes later than that means "at once", and
+then nothing is saved. What does not come to its end within the time of grace is not saved: the last checkpoint counts.
+
+Signals are read by a thread, so that a main thread which waits in C for another rank, or for a disk, cannot delay them.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from ddpm_lmk.errors import StoppedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+SAME_REQUEST_S = 1.0
+GRACE = "DDPM_LMK_GRACE_S"  # environment: seconds from a signal to the end of the last process
+DEFAULT_GRACE_S = 25.0
+MARGIN_S = 4.0  # by which ranks leave before their launcher does
+
+
+class InterruptedRunError(StoppedError):
+    """Stopped by Ctrl-C after a clean save."""
+
+    exit_code = 130
+
+
+def code_of(number: int) -> int:
+    """Exit code after the signal `number`."""
+    return (InterruptedRunError if number == signal.SIGINT else StoppedError).exit_code
+
+
+def grace_s() -> float:
+    """Seconds from a signal to the end of the last process."""
+    return float(os.environ.get(GRACE, DEFAULT_GRACE_S))
+
+
+class StopRequest:
+    """Catches signals while a `with` block runs in the main thread; elsewhere signals do what they always did.
+
+    Args:
+        on_first: called, in another thread, with the first signal.
+        before_leaving: called, in another thread, before this process ends without saving.
+        within_s: seconds from the first signal to such an end.
+        raises: does a block that ends well in spite of a signal raise `StoppedError`?
+    """
+
+    def __init__(
+        self,
+        *,
+        on_first: Callable[[int], None] | None = None,
+        before_leaving: Callable[[], None] | None = None,
+        within_s: float | None = None,
+        raises: bool = True,
+    ) -> None:
+        self.signal = 0
+        self._on_first, self._before_leaving = on_first, before_leaving
+        self._within_s = grace_s() - MARGIN_S if within_s is None else within_s
+        self._raises = raises
+        self._told_at: float | None = None  # of the first signal, in the thread
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._inlet, self._outlet = os.pipe()
+            os.set_blocking(self._outlet, False)
+            self._wakeup_before = signal.set_wakeup_fd(self._outlet, warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+            self._thread.start()
+            self._before = {number: signal.signal(number, self._mark) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._outlet, b"\0")
+        self._thread.join()
+        os.close(self._inlet)
+        os.close(self._outlet)
+        self._before = {}
+        if self.signal and error is None and self._raises:
+            raise asked_to_leave(self.signal)
+
+    @property
+    def level(self) -> float:
+        """0: go on; 1: a scheduler asks; 2: a keyboard asks. The largest of all ranks decides."""
+        return 0.0 if not self.signal else 2.0 if self.signal == signal.SIGINT else 1.0
+
+    def _mark(self, number: int, frame: FrameType | None) -> None:
+        """In the main thread, between two instructions: the flag is up before the next one."""
+        self.signal = self.signal or number
+
+    def _listen(self) -> None:
+        """In the thread: the same flag even when the main thread waits in C, and everything that has to be in time."""
+        while True:
+            left_s = None if self._told_at is None else max(0.0, self._told_at + self._within_s - time.monotonic())
+            if not select.select([self._inlet], [], [], left_s)[0]:
+                say(f"not saved within {self._within_s:.0f} s; the same command continues from the last checkpoint")
+                self._leave(code_of(self.signal))
+            for number in os.read(self._inlet, 64):
+                if number == 0:
+                    return
+                if number in SIGNALS:
+                    self._hear(number)
+
+    def _hear(self, number: int) -> None:
+        now = time.monotonic()
+        if self._told_at is None:
+            self._told_at, self.signal = now, self.signal or number
+            if self._on_first is not None:
+                self._on_first(number)
+        elif now - self._told_at > SAME_REQUEST_S:
+            self._leave(128 + number)
+
+    def _leave(self, code: int) -> None:
+        if self._before_leaving is not None:
+            self._before_leaving()
+        os._exit(code)
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Outside of training there is nothing to save: a signal ends the process with the code of a stop.
+
+    A `StopRequest` inside of the block takes over for as long as it lasts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _leave_at_once) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stopped(level: float, *, step: int, where: str) -> StoppedError:
+    """The error that ends a run stopped at `step`, after its state was saved in `where`."""
+    kind, what = (InterruptedRunError, "interrupted") if level == 2.0 else (StoppedError, "asked to stop")
+    error = kind(f"{what} after step {step}; saved in {where}, the same command continues")
+    error.is_shared = True
+    return error
+
+
+def asked_to_leave(number: int) -> StoppedError:
+    """The error of a process that was asked to stop where there is nothing to save."""
+    kind = InterruptedRunError if number == signal.SIGINT else StoppedError
+    error = kind(f"{signal.Signals(number).name} outside of training; the same command continues")
+    error.is_shared = True
+    return error
+
+
+def say(text: str) -> None:
+    """One line on standard error, without a lock that the main thread may hold."""
+    os.write(2, f"{text}\n".encode())
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        say(f"error[{StoppedError.__name__}]: {asked_to_leave(number)}")
+    os._exit(code_of(number))

@@ -25,7 +25,7 @@ DUMP_SIGNAL = signal.SIGUSR2  # makes a rank write the stacks of its threads, ev
 ORPHANED = 75
 PR_SET_PDEATHSIG = 1
 RECORD = struct.Struct("<16sqqdddqq")
-INTERVALS = 64  # between signs of one kind, for their median
+INTERVALS = 64  # after signs of one phase, for their median
 REACHES = 100  # steps over which ranks are compared
 
 
@@ -38,8 +38,8 @@ class Beat:
     phase: str  # start, step, evaluate, save, score or sample
     step: int
     at: float  # monotonic seconds
-    interval_s: float  # median time between signs of this phase
-    count: int  # intervals seen in this phase, at most 64
+    interval_s: float  # median time from a sign of this phase to the next sign
+    count: int  # of such times seen, at most 64
     reach_s: float  # median time from the start of a step to where it waits for the others
     reaches: int  # steps in that median, at most 100
 
@@ -64,16 +64,16 @@ class Pulse:
         self._file = os.open(folder / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._intervals: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=INTERVALS))
         self._reaches: deque[float] = deque(maxlen=REACHES)
-        self._last = ("", 0.0)
+        self._last: tuple[str, float] | None = None
         self._stacks = (folder / f"stacks-{rank}").open("w")
         faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
 
     def beat(self, phase: str, step: int, reach_s: float | None) -> None:
         """Write one sign."""
         now = time.monotonic()
+        if self._last is not None:
+            self._intervals[self._last[0]].append(now - self._last[1])
         intervals = self._intervals[phase]
-        if self._last[0] == phase:
-            intervals.append(now - self._last[1])
         if reach_s is not None:
             self._reaches.append(reach_s)
         self._last = (phase, now)

@@ -47,7 +47,9 @@ class Agent(LocalElasticAgent):
         self._newest = notes.newest_step()
         self._oom_kills = watch.count_oom_kills() or 0
         self._lost_at = 0.0
-        self._ended = signal.SIGTERM  # what ends the ranks that are left
+        self._failed: dict[int, int] = {}  # exit codes of the first ranks that ended with an error
+        self._failed_at = 0.0
+        self._is_stalled = False
 
     @property
     def is_running(self) -> bool:
@@ -61,14 +63,39 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Called ten times a second."""
         self._pass_on_stop()
+        failed = {rank: code for rank, code in self._ended().items() if code != 0}
+        if failed and not self._failed:
+            self._failed, self._failed_at = failed, time.monotonic()
+        if self._failed and not self._have_settled():
+            return RunResult(state=WorkerState.HEALTHY)
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY:
             self._look_after()
         elif result.state == WorkerState.SUCCEEDED:
             self.code = 0
         else:
-            self._decide({rank: failure.exitcode for rank, failure in result.failures.items()})
+            self._decide(self._failed)
         return result
+
+    def _ended(self) -> dict[int, int]:
+        """Exit codes of the ranks that have ended, without taking them from torchelastic."""
+        codes = {}
+        for worker in self._worker_group.workers:
+            with suppress(ChildProcessError):
+                found = os.waitid(os.P_PID, int(worker.id), os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if found is not None:
+                    is_exit = found.si_code == os.CLD_EXITED
+                    codes[worker.global_rank] = found.si_status if is_exit else -found.si_status
+        return codes
+
+    def _have_settled(self) -> bool:
+        """After an error of ours or a stop the others end by themselves; after a loss they would wait for ever."""
+        known = next((code for code in self._failed.values() if code in OURS + STOPPED), None)
+        if len(self._ended()) == len(self._worker_group.workers):
+            return True
+        if known is None or time.monotonic() - self._failed_at > SETTLE_S:
+            watch.kill(self.pids())
+        return False
 
     def _pass_on_stop(self) -> None:
         if not self.asked:
@@ -88,11 +115,12 @@ class Agent(LocalElasticAgent):
             self._notes.note("ranks.recovered", f"training again after {took:.1f} s", seconds=round(took, 1))
             self._lost_at = 0.0
         stalled = watch.find_stalled(beats, self._placement.stall_s)
-        if stalled:
+        if stalled and not self._is_stalled:
+            who = "; ".join(map(watch.describe, stalled))
             files = watch.dump_stacks(self._pulse, beats, self._notes.stacks)
-            text = f"no progress: {'; '.join(map(watch.describe, stalled))}; stacks in {self._notes.stacks}"
+            text = f"no progress: {who}; stacks in {self._notes.stacks}; ending them"
             self._notes.note("ranks.stalled", text, ranks=[b.rank for b in stalled], stacks=[f.name for f in files])
-            self._lost_at = time.monotonic()
+            self._lost_at, self._is_stalled = time.monotonic(), True
             watch.kill(self.pids())
         for beat, times in watch.find_stragglers(beats):
             if beat.rank not in self._slow:
@@ -106,7 +134,6 @@ class Agent(LocalElasticAgent):
         known = next((code for code in found if code in OURS + STOPPED), None)
         if self.asked and (known in STOPPED or all(map(_is_signalled, found))):
             known = 130 if self.asked == signal.SIGINT else 75
-        self._ended = signal.SIGTERM if known is not None or self.asked else signal.SIGKILL
         if known is not None:
             self.code, self._remaining_restarts = known, 0
             return
@@ -118,15 +145,15 @@ class Agent(LocalElasticAgent):
             self._newest, self._remaining_restarts = newest, self._placement.restarts
         left = self._remaining_restarts
         causes = "; ".join(f"rank {r} {watch.cause_of(c, oom_kills=oom_kills - before)}" for r, c in codes.items())
+        causes = "ended for want of progress" if self._is_stalled else causes
         then = f"starting again from the last checkpoint, {left} restarts left" if left else "giving up"
         self._notes.note("ranks.lost", f"{causes}; {then}", exit_codes={str(r): c for r, c in codes.items()})
-
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self._shutdown(self._ended, timeout=SETTLE_S)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         watch.forget(self._pulse)
         self._told.clear()
+        self._failed = {}
+        self._is_stalled = False
         self._slow.clear()
         return super()._start_workers(worker_group)
 

@@ -18,16 +18,18 @@ from ddpm_lmk.lifeline import DUMP_SIGNAL, REACHES, Beat
 
 TIMES_MEDIAN = 10  # of the usual interval without a sign: it hangs
 FEW_INTERVALS = 3  # below, the pace of a phase is not known: loading data, compiling, a first evaluation
-TIMES_UNKNOWN = 30
+TIMES_UNKNOWN = 10
+TIMES_START = 30
 STRAGGLER = 1.5  # times the median of all ranks
 DUMP_S = 2.0
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def limit_s(beat: Beat, stall_s: float) -> float:
     """Seconds after `beat` within which the next one must come."""
     if beat.count < FEW_INTERVALS:
-        return TIMES_UNKNOWN * stall_s
+        return (TIMES_START if beat.phase == "start" else TIMES_UNKNOWN) * stall_s
     return max(stall_s, TIMES_MEDIAN * beat.interval_s)
 
 
@@ -96,14 +98,13 @@ def forget(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def count_oom_kills(root: Path = CGROUP) -> int | None:
+def count_oom_kills(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> int | None:
     """How often the kernel killed a process of this container for want of memory; None where it does not say."""
-    for name, key in (("memory.events", "oom_kill"), ("memory/memory.oom_control", "oom_kill")):
-        for path in (_own_group(root) / name, root / name):
-            with suppress(OSError, ValueError):
-                facts = dict(line.split() for line in path.read_text().splitlines())
-                if key in facts:
-                    return int(facts[key])
+    for path in _memory_files(root, membership):
+        with suppress(OSError, ValueError):
+            facts = dict(line.split() for line in path.read_text().splitlines())
+            if "oom_kill" in facts:
+                return int(facts["oom_kill"])
     return None
 
 
@@ -119,12 +120,17 @@ def cause_of(code: int, *, oom_kills: int) -> str:
     return f"was killed ({name}), not for want of memory as far as the kernel says"
 
 
-def _own_group(root: Path) -> Path:
-    try:
-        own = Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2]
-    except (OSError, IndexError):
-        return root
-    return root / own.strip().lstrip("/")
+def _memory_files(root: Path, membership: Path) -> list[Path]:
+    """Where the memory controller may count, first for this process's own group: version 2, then version 1."""
+    found = []
+    with suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            if controllers == "":
+                found += [root / own.lstrip("/") / "memory.events"]
+            elif "memory" in controllers.split(","):
+                found += [root / "memory" / own.lstrip("/") / "memory.oom_control"]
+    return [*found, root / "memory.events", root / "memory" / "memory.oom_control"]
 
 
 def _signal(pid: int, number: int) -> None:

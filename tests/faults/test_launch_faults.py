@@ -1,0 +1,64 @@
+"""A run of two processes is hurt in every way: it goes on by itself, or says how to go on (failures.md C5-C10, A9)."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Started, are_gone, events, newest_checkpoint, steps_done, write_run
+
+pytestmark = pytest.mark.distributed
+
+LAUNCH = {"device": "cpu", "processes": 2, "stall_s": 4}
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, packed_phantoms: Path) -> Path:
+    return write_run(tmp_path, packed_phantoms, length="100000 steps", checkpoint_every="15 steps", log_every="1 steps")
+
+
+def start(run_file: Path, out: Path, *words: object) -> Started:
+    return Started([run_file, *words], out, launch=LAUNCH)
+
+
+def test_lost_and_stopped_ranks_are_replaced_and_a_signal_saves(run_file: Path, tmp_path: Path) -> None:
+    """One launch: a rank is killed, a rank is stopped, a second writer comes, the scheduler asks to stop."""
+    out = tmp_path / "run"
+    run = start(run_file, out)
+    run.until(lambda: newest_checkpoint(out))
+    first = run.ranks()
+    first[1].kill()
+    assert run.until(lambda: events(out, "ranks.recovered")) < 60
+    assert are_gone([rank.pid for rank in first])
+    lost = events(out, "ranks.lost")[0]
+    assert "was killed (SIGKILL)" in lost["message"]
+    assert "starting again from the last checkpoint" in lost["message"]
+
+    done = steps_done(out)
+    run.until(lambda: steps_done(out) > done + 4 and steps_done(out) % 15 in range(3, 8))  # far from a save
+    second = run.ranks()
+    second[0].send_signal(signal.SIGSTOP)
+    run.until(lambda: len(events(out, "ranks.recovered")) == 2)
+    stalled = events(out, "ranks.stalled")[-1]
+    assert f"(process {second[0].pid}, stopped by a signal)" in stalled["message"]
+    stacks = [(out / "stacks" / name).read_text() for name in stalled["stacks"]]
+    assert len(stacks) == 2
+    assert all("most recent call first" in text for text in stacks)
+    assert are_gone([rank.pid for rank in second])
+
+    began = time.monotonic()
+    late = start(run_file, out)
+    assert late.wait(60) == 7
+    assert f"in use by process {run.process.pid} on " in late.said.read_text()
+    assert "since 20" in late.said.read_text()
+    waited = time.monotonic() - began
+
+    last = run.ranks()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait(25) == 75
+    assert are_gone([rank.pid for rank in last])
+    assert run.said.read_text().count("the same command continues") == 1
+    assert waited < 20  # five seconds on a machine that has nothing else to do

@@ -25,6 +25,7 @@ from ddpm_lmk.engine.ranks import checksum
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.inference import evaluate_split
+from ddpm_lmk.lifeline import beat
 from ddpm_lmk.machine import code_digest, versions
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
@@ -241,6 +242,7 @@ def _conclude(
 def run_job(job: dict[str, Any]) -> int:
     """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda"}); returns 0."""
     parallel = Parallel(job.get("device", "auto"))
+    beat("setup")
     execute(RunConfig.model_validate(job["config"]), Path(job["out"]), parallel=parallel)
     parallel.close()
     return 0

@@ -74,18 +74,23 @@ class Agent(LocalElasticAgent):
         elif result.state == WorkerState.SUCCEEDED:
             self.code = 0
         else:
-            self._decide(self._failed)
+            # One that failed since the look above was found by torchelastic, which then ended the others itself.
+            found = {rank: failure.exitcode for rank, failure in result.failures.items()}
+            self._decide(self._failed or dict(list(found.items())[:1]))
         return result
 
     def _ended(self) -> dict[int, int]:
         """Exit codes of the ranks that have ended, without taking them from torchelastic."""
         codes = {}
         for worker in self._worker_group.workers:
-            with suppress(ChildProcessError):
+            try:
                 found = os.waitid(os.P_PID, int(worker.id), os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if found is not None:
-                    is_exit = found.si_code == os.CLD_EXITED
-                    codes[worker.global_rank] = found.si_status if is_exit else -found.si_status
+            except ChildProcessError:
+                codes[worker.global_rank] = 0  # torchelastic has taken it before any had failed, so it ended well
+                continue
+            if found is not None:
+                is_exit = found.si_code == os.CLD_EXITED
+                codes[worker.global_rank] = found.si_status if is_exit else -found.si_status
         return codes
 
     def _have_settled(self) -> bool:
@@ -109,13 +114,15 @@ class Agent(LocalElasticAgent):
 
     def _look_after(self) -> None:
         """End ranks that hang, and name the slow ones."""
+        if self._is_stalled:
+            return  # they are being ended
         beats = read_beats(self._pulse)
         if self._lost_at and len(beats) == self._placement.processes and all(beat.step >= 0 for beat in beats):
             took = time.monotonic() - self._lost_at
             self._notes.note("ranks.recovered", f"training again after {took:.1f} s", seconds=round(took, 1))
             self._lost_at = 0.0
         stalled = watch.find_stalled(beats, self._placement.stall_s)
-        if stalled and not self._is_stalled:
+        if stalled:
             who = "; ".join(map(watch.describe, stalled))
             files = watch.dump_stacks(self._pulse, beats, self._notes.stacks)
             text = f"no progress: {who}; stacks in {self._notes.stacks}; ending them"

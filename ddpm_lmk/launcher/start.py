@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -81,6 +82,7 @@ def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = 
     def ask(number: int) -> None:
         if agents and agents[0].is_running:
             agents[0].asked = number
+            stop.say(f"launcher: {signal.Signals(number).name}, the ranks are told to save and leave")
             return
         leave()  # nothing is trained between two starts, so there is nothing to save
         stop.say(f"error[StoppedError]: {stop.asked_to_leave(number)}")

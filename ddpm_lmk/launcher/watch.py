@@ -17,9 +17,9 @@ from pathlib import Path
 from ddpm_lmk.lifeline import DUMP_SIGNAL, REACHES, Beat
 
 TIMES_MEDIAN = 10  # of the usual interval without a sign: it hangs
-FEW_INTERVALS = 3  # below, the pace of a phase is not known: loading data, compiling, a first evaluation
+FEW_INTERVALS = 3  # below, the pace of a phase is not known: joining the group, a first evaluation
 TIMES_UNKNOWN = 10
-TIMES_START = 30
+TIMES_SETUP = 30  # loading data, compiling
 STRAGGLER = 1.5  # times the median of all ranks
 DUMP_S = 2.0
 CGROUP = Path("/sys/fs/cgroup")
@@ -29,7 +29,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 def limit_s(beat: Beat, stall_s: float) -> float:
     """Seconds after `beat` within which the next one must come."""
     if beat.count < FEW_INTERVALS:
-        return (TIMES_START if beat.phase == "start" else TIMES_UNKNOWN) * stall_s
+        return (TIMES_SETUP if beat.phase == "setup" else TIMES_UNKNOWN) * stall_s
     return max(stall_s, TIMES_MEDIAN * beat.interval_s)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddpm_lmk import atomic, scoring
+from ddpm_lmk import atomic, leakage, scoring
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.batch import Batch
@@ -107,6 +107,7 @@ def evaluate_split(
             "labels": {"training": len(shots.rows), "validation": _count_validation(cfg)},
             "train": None if train is None else dict(train),
             "pixels": pixel_settings(corpus.manifest),
+            "leakage": leakage.of_score(cfg.init.weights, corpus, shots),
         }
         return _score_and_write(task.spec, found, corpus, shape, out, facts)
 
@@ -141,7 +142,16 @@ def evaluate_run(
     kept = ("name", "seed", "draw", "shots", "start", "labels", "train", "pixels")
     facts = {key: loaded.results.get(key) for key in kept}
     facts |= {"dataset": corpus.manifest.dataset, "spec": spec.name, "split": split, "run": str(loaded.path)}
+    facts["leakage"] = leakage.of_score(loaded.cfg.init.weights, corpus, _training_films(loaded))
     return _score_and_write(spec, found, corpus, _shape_of(loaded), Path(out), facts)
+
+
+def _training_films(loaded: LoadedRun) -> Corpus | None:
+    """The labelled films a run learnt from, where they are still there."""
+    try:
+        return training_corpora(loaded.cfg)[0]
+    except DataError:
+        return None
 
 
 def _shape_of(loaded: LoadedRun) -> np.ndarray:

@@ -6,6 +6,7 @@ pixels and its built model there, and only resets the weights between cells.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ddpm_lmk import leakage
 from ddpm_lmk.checkpoint import load_checkpoint, load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
@@ -33,6 +35,8 @@ from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.sampling import draw_samples, to_png
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("ddpm-lmk", "torch", "accelerate", "numpy", "safetensors")
 
@@ -90,6 +94,8 @@ def execute(
             state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
             _want_same_everywhere(cfg, loaders, state, parallel)
             parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, parent)))
+            if cfg.task.kind == "denoise":
+                parallel.on_main(lambda: _note_left_out(cfg, run))
             run.journal.rewind_metrics(state.step)
             fit(cfg, task, state, loaders, parallel, run)
             results = _conclude(cfg, task, state, loaders, parallel, run, workbench)
@@ -117,6 +123,17 @@ def starting_state(
         if newest is not None:
             state.load(load_checkpoint(newest), load_all=load_all)
     return state, parent
+
+
+def _note_left_out(cfg: RunConfig, run: RunDir) -> None:
+    """Write what is not trained on, and why, and say so in one line."""
+    found = leakage.summary(leakage.write_record(cfg, run.path))
+    run.event("data.compared", **found)
+    if found["leaks"] or found["copies"]:
+        log.warning(
+            "%d images are left out, of %d in protected splits and %d copies; %s says which",
+            *(found["left_out"], found["leaks"], found["copies"], run.path / leakage.FILE_NAME),
+        )
 
 
 def _newest_path(run: RunDir) -> Path | None:
@@ -236,6 +253,7 @@ def _conclude(
         "start": cfg.init.model_dump(mode="json"),
         "train": {**train, **{key: learnt.get(key) for key in ("loss", "images_per_s", "data_wait")}},
         "validation": validated.get("validation"),
+        "leakage": parallel.on_main(lambda: leakage.summary(leakage.read_record(run.path))),
     }
 
 

@@ -45,7 +45,7 @@ LAYERS: list[set[str]] = [
         "overlay",
         "launcher",
     },
-    {"tasks"},
+    {"tasks", "leakage"},
     {"sweep"},
     {"engine", "rundir"},
     {"sampling", "loaded", "inference", "predict", "export"},

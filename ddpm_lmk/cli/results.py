@@ -15,6 +15,9 @@ from ddpm_lmk.errors import ConfigError
 results_app = typer.Typer()
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="run directory or snapshot", show_default=False)]
+AcknowledgeOption = Annotated[
+    bool, typer.Option("--acknowledge-leakage", help="show scores on images that pre-training saw, with a remark")
+]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: a GPU if there is one")]
 
 
@@ -25,12 +28,16 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="split that is scored")] = "test",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="RUN/evaluate-SPLIT")] = None,
     device: DeviceOption = "auto",
+    acknowledge_leakage: AcknowledgeOption = False,
 ) -> None:
     """Score a finished run on a split of any packed set with the same landmarks."""
     from ddpm_lmk.inference import evaluate_run
+    from ddpm_lmk.leakage import refuse_seen
 
     folder = out or run_dir / f"evaluate-{split}"
     results = evaluate_run(run_dir, data=data, split=split, out=folder, device=device)
+    for line in refuse_seen([results], acknowledged=acknowledge_leakage):
+        typer.echo(line)
     for protocol, scores in results["protocols"].items():
         shape = results["mean_shape"][protocol]
         typer.echo(f"{protocol}: MRE {scores['mre']:.3f} {scores['unit']} (mean shape {shape['mre']:.3f})")
@@ -99,11 +106,12 @@ def import_weights(
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="runs and sweeps", show_default=False)],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="self-contained HTML")] = Path("report.html"),
+    acknowledge_leakage: AcknowledgeOption = False,
 ) -> None:
     """Tables, curves and overlays of finished runs in one HTML file, with CSV and Markdown beside it."""
     from ddpm_lmk.report.page import write_report
 
-    for path in write_report(folders, out):
+    for path in write_report(folders, out, acknowledge_leakage=acknowledge_leakage):
         typer.echo(str(path))
 
 

@@ -171,6 +171,51 @@ def index(folder: ShardsArgument) -> None:
 
 
 @shards_app.command()
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="packs, as data.path of a run would name them")
+    ],
+    protect: Annotated[
+        list[Path] | None, typer.Option("--protect", metavar="DIR", help="as data.protect; repeatable")
+    ] = None,
+    splits: Annotated[list[str] | None, typer.Option("--split", help="as data.splits; repeatable")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="what was found, as JSON")] = None,
+) -> None:
+    """Find what pre-training would leave out: images of test sets, of their patients, and copies."""
+    from ddpm_lmk.atomic import write_json
+    from ddpm_lmk.config import DataConfig
+    from ddpm_lmk.console import print_table
+    from ddpm_lmk.data.leaks import exclusion
+    from ddpm_lmk.data.manifest import Manifest
+    from ddpm_lmk.data.prints import keep_prints
+
+    for folder in [*folders, *(protect or [])]:
+        keep_prints(Manifest.open(folder))
+    data = DataConfig(
+        path=tuple(map(str, folders)), protect=tuple(map(str, protect or ())), splits=tuple(splits or ("train",))
+    )
+    record = exclusion([Manifest.open(folder) for folder in folders], data).record
+    print_table(("", "images", *record["leaks"]), compare_rows(record))
+    typer.echo(f"{record['left_out']} images would be left out of pre-training")
+    if out is not None:
+        write_json(out, record)
+        typer.echo(str(out))
+
+
+def compare_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What was compared, and what was found, as lines of a table."""
+    rows: list[tuple[str, ...]] = [
+        (f"{part.replace('_', ' ')}: {facts['dataset']} {', '.join(facts['splits'])}", str(facts["images"]), "", "", "")
+        for part in ("trained_on", "protected")
+        for facts in record[part]
+    ]
+    for what, name in (("leaks", "also in a protected split"), ("copies", "copies of an earlier one")):
+        counts = record[what]
+        rows.append((name, str(sum(counts.values())), *map(str, counts.values())))
+    return rows
+
+
+@shards_app.command()
 def show(
     folder: ShardsArgument,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="./show-NAME")] = None,

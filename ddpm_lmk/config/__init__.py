@@ -91,6 +91,10 @@ class RunConfig(Section):
             raise ValueError(
                 "data.shots is for labelled training (task landmarks); pre-training uses every image of data.splits"
             )
+        if self.task.kind == "landmarks" and self.data.protect:
+            raise ValueError(
+                "data.protect is for pre-training (task denoise); a fine-tuning run trains on one set's splits"
+            )
         if self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)):
             raise ValueError(
                 f"data.image_size={self.data.image_size} must be a multiple of "

@@ -41,6 +41,16 @@ class DataConfig(Section):
     splits: tuple[str, ...] = Field(
         ("train",), min_length=1, description="splits trained on (the paper pre-trains on train and val)"
     )
+    protect: tuple[str, ...] = Field(
+        (), description="labelled packs whose held-out splits pre-training must not see, beside those of its own packs"
+    )
+    leaks: Literal["leave_out", "keep"] = Field(
+        "leave_out",
+        description="pre-training images that are in a protected split too: same pixels, near copy, or same patient",
+    )
+    copies: Literal["leave_out", "keep"] = Field(
+        "leave_out", description="pre-training images that repeat an earlier one of the pool: same pixels or near copy"
+    )
     validation_split: str | None = Field(
         None, description="labelled split for early stopping and choice of weights; null: no validation labels are used"
     )
@@ -68,7 +78,7 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = Field(0.001, description="share of undecodable samples after which the run stops")
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 
-    @field_validator("path", "splits", mode="before")
+    @field_validator("path", "splits", "protect", mode="before")
     @classmethod
     def _one_is_enough(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value

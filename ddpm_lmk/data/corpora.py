@@ -19,6 +19,7 @@ import numpy as np
 
 from ddpm_lmk.config import DataConfig, RunConfig
 from ddpm_lmk.data.augment import Floats, compose, resize_matrix
+from ddpm_lmk.data.leaks import exclusion
 from ddpm_lmk.data.order import few_shot_rows
 from ddpm_lmk.data.rows import ByShard, ListedRows, SplitRows
 from ddpm_lmk.data.shards import CorruptSampleError, Manifest, SampleRecord, to_stored_matrix
@@ -167,7 +168,7 @@ def with_retries(read: Callable[[int], Result], row: int) -> Result:
 
 
 def training_corpora(cfg: RunConfig) -> list[Corpus]:
-    """The rows trained on: all of `data.splits` for a pool, the labelled shots of one set for landmarks.
+    """The rows trained on: for a pool `data.splits` less leaks and copies, for landmarks the labelled shots of one set.
 
     Raises:
         ConfigError: a split is trained on and scored, several folders for landmarks, more shots than images.
@@ -177,7 +178,7 @@ def training_corpora(cfg: RunConfig) -> list[Corpus]:
     for key, split in (("data.validation_split", data.validation_split), ("evaluate.split", cfg.evaluate.split)):
         if split in data.splits:
             raise ConfigError(f"{key}={split} is also in data.splits, so it would be trained on; use another split")
-    corpora = _open_splits(data, data.splits, labelled=labelled)
+    corpora = _open_splits(data, data.splits, labelled=labelled, is_pool=not labelled)
     if labelled:
         corpus = corpora[0]
         corpus.keep(few_shot_rows(np.asarray(corpus.rows), corpus.manifest.dataset, data.shots, data.draw, cfg.seed))
@@ -195,8 +196,11 @@ def fingerprint(corpora: Sequence[Corpus]) -> str:
     return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
 
 
-def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool) -> list[Corpus]:
-    """In a pool, a set may lack some of the splits, but each split must be in one of the sets."""
+def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_pool: bool = False) -> list[Corpus]:
+    """In a pool, a set may lack some of the splits, but each split must be in one of the sets.
+
+    `is_pool`: images are learnt from without labels, so leaks and copies are left out (see `leaks`).
+    """
     if labelled and len(data.path) > 1:
         raise ConfigError(
             f"data.path has {len(data.path)} folders; task landmarks learns from one, pools are for denoise"
@@ -209,17 +213,28 @@ def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool) -> 
         if not any(split in manifest.splits for manifest in manifests):
             there = "; ".join(f"{manifest.root}: {', '.join(manifest.splits)}" for manifest in manifests)
             raise DataError(f"there is no split {split!r} (there are {there}); change data.splits or evaluate.split")
-    return [_open_one(manifest, splits, data.image_size, labelled=labelled) for manifest in manifests]
+    left_out = exclusion(manifests, data).rows if is_pool else [None] * len(manifests)
+    return [
+        _open_one(manifest, splits, data.image_size, labelled=labelled, without=rows)
+        for manifest, rows in zip(manifests, left_out, strict=True)
+    ]
 
 
-def _open_one(manifest: Manifest, splits: Sequence[str], image_size: int, *, labelled: bool) -> Corpus:
+def _open_one(
+    manifest: Manifest, splits: Sequence[str], image_size: int, *, labelled: bool, without: np.ndarray | None
+) -> Corpus:
     wanted = [split for split in splits if split in manifest.splits]
     names = ", ".join(splits)
     if not wanted:
         raise DataError(f"{manifest.root} has none of the splits {names}; it has {', '.join(manifest.splits)}")
     if labelled and manifest.spec.num_landmarks == 0:
         raise DataError(f"{manifest.root} is packed without landmarks; task landmarks needs a labelled set")
-    corpus = Corpus(manifest, manifest.rows(wanted), image_size, labelled=labelled)
+    corpus = Corpus(manifest, manifest.rows(wanted, without=without), image_size, labelled=labelled)
+    if len(corpus.rows) == 0 and without is not None and len(without):
+        raise DataError(
+            f"{manifest.root}: all {len(without)} images of {names} are in protected splits or other packs too; "
+            "take it out of data.path, or see data.leaks and data.copies"
+        )
     if len(corpus.rows) == 0:
         raise DataError(f"{manifest.root} has no {'labelled ' if labelled else ''}image in {names}; pack some")
     return corpus

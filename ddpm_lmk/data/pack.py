@@ -25,7 +25,9 @@ from ddpm_lmk.data.decoding import Packed, Refused, available_cores, decoded
 from ddpm_lmk.data.digests import DigestSet
 from ddpm_lmk.data.ids import KeyedIds, open_key, write_map
 from ddpm_lmk.data.labels import Labels
+from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack_settings import PackSettings, checked_settings
+from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.raw import Convention, Kind, RawDataset, RawSample, read_dicom_tree, read_folder, read_phantom
 from ddpm_lmk.data.raw_public import read_cephalometric, read_chest, read_hand
 from ddpm_lmk.data.records import Aspect, Encoding
@@ -141,6 +143,7 @@ def pack(
     if id_map is not None:
         _write_map(Path(id_map), found)
     summary = _write(found, settings, out, available_cores() if workers is None else workers, progress)
+    write_prints(Manifest.open(out))
     summary.seconds = time.perf_counter() - started
     return summary
 

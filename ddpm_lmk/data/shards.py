@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm_lmk.data.manifest import Manifest
+from ddpm_lmk.data.prints import FILE_NAME as PRINTS
 from ddpm_lmk.data.records import EXTENSIONS, INDEX_DTYPE, CorruptSampleError, SampleRecord, to_stored_matrix
 from ddpm_lmk.data.writer import ShardWriter
 from ddpm_lmk.errors import CheckpointError, DataError
@@ -117,4 +118,4 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _expected_files(manifest: Manifest) -> set[str]:
-    return {"manifest.json", "index.npy", "refused.jsonl"} | {shard["name"] for shard in manifest.shards}
+    return {"manifest.json", "index.npy", "refused.jsonl", PRINTS} | {shard["name"] for shard in manifest.shards}

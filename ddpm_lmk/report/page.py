@@ -20,6 +20,7 @@ from ddpm_lmk import atomic
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import DataError
+from ddpm_lmk.leakage import refuse_seen
 from ddpm_lmk.overlay import draw_overlay, encode_jpeg, to_uint8
 from ddpm_lmk.report import figures, html
 from ddpm_lmk.report.data import PROTOCOLS, Run, Study, collect, paper_tables, parent_of
@@ -31,17 +32,20 @@ FEATURED = 3  # numbers of labels shown in the cumulative error curve
 OVERLAY_SIDE = 760
 
 
-def write_report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
+def write_report(folders: Sequence[str | Path], out: str | Path, *, acknowledge_leakage: bool = False) -> list[Path]:
     """Write `out` (HTML), and beside it the same name with .csv and .md; returns the three paths.
 
     Args:
         folders: sweep folders and run directories, finished or under way; only finished runs count.
+        acknowledge_leakage: write the report although pre-training saw films that are scored; it says so.
 
     Raises:
-        DataError: a folder is neither, or nothing in them is finished.
+        DataError: a folder is neither, nothing in them is finished, or there is leakage that is not acknowledged.
     """
     out = Path(out)
     studies = collect([Path(folder) for folder in folders])
+    for study in studies:
+        refuse_seen([run.results for run in study.runs], acknowledged=acknowledge_leakage)
     paths = [out, out.with_suffix(".csv"), out.with_suffix(".md")]
     title = f"Landmarks from few labels: {', '.join(dict.fromkeys(study.dataset for study in studies))}"
     atomic.write_text(paths[0], html.page(title, "".join(_section(study) for study in studies) + _footer()))
@@ -55,6 +59,7 @@ def _section(study: Study) -> str:
     best = study.best_start(max(study.shots))
     parts = [
         _header(study),
+        _stamp(study),
         html.cards(study),
         "<h2>Scores</h2>",
         f'<p class="note">{_explanation(study)}</p>',
@@ -81,6 +86,12 @@ def _header(study: Study) -> str:
         f"<p>{escape(html.verdict(study))} {runs}, scored on the {study.num_images} images of split "
         f"“{escape(study.split)}”.</p></header>"
     )
+
+
+def _stamp(study: Study) -> str:
+    """What has to be said about leakage before any number is."""
+    lines = refuse_seen([run.results for run in study.runs], acknowledged=True)
+    return "".join(f'<p class="stamp">{escape(line)}</p>' for line in lines)
 
 
 def _explanation(study: Study) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ddpm_lmk import atomic
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.leakage import refuse_seen
 from ddpm_lmk.report.data import PROTOCOLS, Spread, Study
 
 
@@ -42,7 +43,9 @@ def markdown_table(study: Study, *, with_paper: bool = True) -> str:
             cells.append("–" if score is None else _plain(score.mre))
             cells.append("–" if score is None else " / ".join(f"{score.sdr[key][0]:.1f}" for key in keys[name]))
         lines.append("| " + " | ".join(cells) + " |")
-    return f"**{study.dataset}**, {study.num_images} images of split {study.split}\n\n" + "\n".join(lines) + "\n"
+    remarks = "".join(f"{line}\n\n" for line in refuse_seen([run.results for run in study.runs], acknowledged=True))
+    head = f"**{study.dataset}**, {study.num_images} images of split {study.split}\n\n"
+    return head + remarks + "\n".join(lines) + "\n"
 
 
 def _plain(value: Spread) -> str:

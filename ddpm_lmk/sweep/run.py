@@ -246,6 +246,8 @@ def flat_scores(results: dict[str, Any]) -> dict[str, Any]:
     """The headline numbers of a results.json as one flat row."""
     row: dict[str, Any] = {"dataset": results["dataset"], "split": results["split"], "images": results["num_images"]}
     row |= {f"labels_{kind}": count for kind, count in results["labels"].items()}
+    for stage, leak in results.get("leakage", {}).items():
+        row[f"leaked_{stage}_images"] = leak.get("images")
     for protocol, scores in results["protocols"].items():
         row |= {f"{protocol}_{key}": scores[key] for key in ("unit", "mre", "median", "failed")}
         row |= {f"{protocol}_sdr_{threshold}": rate for threshold, rate in scores["sdr"].items()}

@@ -154,6 +154,11 @@ def faults_table(source: Path) -> str:
         ["killed at a fail-point of saving", result["failpoints"]["kills"], "all continued with the same bits"],
         ["killed at a system call of a save", calls["killed"], "all continued with the same bits"],
         ["a system call of a save refused", calls["refused"], "no step lost, same bits"],
+        [
+            "killed with two processes, continued with one",
+            result["two_processes"]["kills"],
+            "the same bits, class exact",
+        ],
         ["killed at a random moment", result["random_kills"]["kills"], "all continued with the same bits"],
         [
             "newest checkpoint damaged",

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ddpm_lmk import failpoints
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
@@ -50,6 +51,8 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
     cfg, out = RunConfig.model_validate(job["config"]), Path(job["out"])
     task = ToyTask(cfg.seed, frozenset(job.get("bad_positions", ())))
     largest_file = job.get("largest_file")
+    if "failpoint" in job:
+        failpoints.arm(job["failpoint"])
 
     def after_step(model: torch.nn.Module, step: int) -> None:
         if step == job.get("kill_at"):

@@ -23,6 +23,7 @@ from typing import Any
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.failpoints import POINTS
 from ddpm_lmk.machine import hardware, versions
+from tests.engine import processes
 from tests.faults import disk, outputs, syscalls
 from tests.faults.forge import ROOT, Forge
 from tests.faults.saving import Outcome, continues, damage_all, good_steps, job, kill_often, undisturbed
@@ -90,6 +91,19 @@ def every_size(forge: Forge, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def two_processes(forge: Forge, folder: Path) -> dict[str, int]:
+    """Two processes in class `exact`, rank 0 killed in its second save; one process goes on, to the same bits."""
+    wanted = undisturbed(forge, folder, exactness="exact")
+    places = ("save.begin", "directory.file:8", "directory.renamed:2", "retain.renamed")
+    for place in places:
+        work = job(folder / place.replace(":", "-"), exactness="exact")
+        ranks = processes.launch(folder, [work | {"failpoint": place}], world=2)
+        codes, said = processes.wait(ranks, timeout=120)
+        assert codes[0] == -signal.SIGKILL, said
+        continues(forge, work, wanted)
+    return {"kills": len(places), "continued_bit_exact_by_one_process": len(places)}
+
+
 def every_damage(forge: Forge, folder: Path) -> dict[str, int]:
     """200 flipped bits, 50 truncations, and the blunt kinds; each has to be found out."""
     work = job(folder / "run")
@@ -110,6 +124,7 @@ def campaign(folder: Path, say: Callable[[str], Any]) -> dict[str, Any]:
             "full_disk": lambda place: every_size(forge, place),
             "results": lambda place: every_output(forge, place, phantoms),
             "random_kills": lambda place: {"kills": kill_often(forge, place, wanted, kills=100, seed=3)},
+            "two_processes": lambda place: two_processes(forge, place),
             "failpoints": lambda place: every_failpoint(forge, place, wanted),
             "system_calls": lambda place: every_call(forge, place / "calls", wanted),
         }

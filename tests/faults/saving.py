@@ -29,9 +29,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def job(out: Path, **more: Any) -> dict[str, Any]:
+def job(out: Path, *, exactness: str = "ordered", **more: Any) -> dict[str, Any]:
     """Twelve steps, four checkpoints of which the newest is kept, best weights, and a rule that changes the rate."""
-    cfg = config(train=SETTINGS, data={"validation_split": "val"}, optim={"plateau": {"patience": 0}})
+    cfg = config(
+        train=SETTINGS | {"exactness": exactness}, data={"validation_split": "val"}, optim={"plateau": {"patience": 0}}
+    )
     return {"config": cfg.model_dump(mode="json"), "out": str(out), **more}
 
 

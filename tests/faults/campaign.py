@@ -69,7 +69,7 @@ def every_call(forge: Forge, folder: Path, wanted: Outcome) -> dict[str, Any]:
 
 def every_output(forge: Forge, folder: Path, phantoms: Path) -> dict[str, int]:
     """Kill at each stage of each whole file a run writes."""
-    wanted = outputs.undisturbed(phantoms, folder / "undisturbed")
+    wanted = outputs.undisturbed(forge, phantoms, folder / "undisturbed")
     hits = 0
     for name in POINTS:
         for visit in range(1, 99) if name.startswith("output.") else ():

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.runs import execute
 from tests.faults.forge import Forge
 
 NETWORK = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8}
@@ -53,10 +52,9 @@ def interrupt(forge: Forge, work: dict[str, Any], failpoint: str, wanted: dict[s
     return code != 0
 
 
-def undisturbed(phantoms: Path, out: Path) -> dict[str, Any]:
+def undisturbed(forge: Forge, phantoms: Path, out: Path) -> dict[str, Any]:
     """What a run nothing happens to leaves."""
-    work = job(phantoms, out)
-    execute(RunConfig.model_validate(work["config"]), out, device="cpu")
+    forge.finish(job(phantoms, out), whole=True)
     return visible(out)
 
 

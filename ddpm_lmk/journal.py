@@ -1,4 +1,5 @@
-"""What a run writes line by line: `events.jsonl` for what happened, `metrics.jsonl` for what was measured.
+"""What a run writes line by line: `events.jsonl` for what happened, `metrics.jsonl` for what was measured,
+`quarantine.jsonl` for samples that cannot be read.
 
 A line is written whole or not at all, also by two threads at once. A full disk costs lines and never the run: lost ones
 are counted, and told in the next line that fits.
@@ -10,6 +11,7 @@ import errno
 import json
 import os
 import threading
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from ddpm_lmk import atomic, privacy
 
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
+QUARANTINE = "quarantine.jsonl"
 
 
 class Journal:
-    """The two files of lines in the run directory `folder`; one that does not write ignores what it is given."""
+    """The files of lines in the run directory `folder`; one that does not write ignores what it is given."""
 
     def __init__(self, folder: Path, *, writes: bool) -> None:
         self._folder = folder
@@ -37,13 +40,18 @@ class Journal:
         """Add a line to `metrics.jsonl`."""
         self._append(METRICS, line)
 
+    def quarantine(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Add a line to `quarantine.jsonl` for each sample."""
+        for entry in entries:
+            self._append(QUARANTINE, entry)
+
     def rewind_metrics(self, step: int) -> None:
         """Drop lines after `step`, which a continued run will write again, and a torn last line."""
-        path = self._folder / METRICS
-        if not self._writes or not path.is_file():
-            return
-        lines = [line for line in read_lines(path) if line["step"] <= step]
-        atomic.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self._rewind(METRICS, step)
+
+    def rewind_quarantine(self, step: int) -> list[dict[str, Any]]:
+        """The same for bad samples; returns those that stay."""
+        return self._rewind(QUARANTINE, step)
 
     def last_metrics(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The last line about training and the last about validation; empty where there is none."""
@@ -51,6 +59,14 @@ class Journal:
         learnt: dict[str, Any] = next((line for line in newest_first if "loss" in line), {})
         validated: dict[str, Any] = next((line for line in newest_first if "validation" in line), {})
         return learnt, validated
+
+    def _rewind(self, name: str, step: int) -> list[dict[str, Any]]:
+        path = self._folder / name
+        if not self._writes or not path.is_file():
+            return []
+        lines = [line for line in read_lines(path) if line["step"] <= step]
+        atomic.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return lines
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if not self._writes:

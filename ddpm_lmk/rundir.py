@@ -1,8 +1,8 @@
 """A run directory: who may work in it, whether it is the same run, and everything a run writes by line or by folder.
 
-`RUN/.lock config.yaml run.json events.jsonl metrics.jsonl checkpoints/ snapshots/ results.json done.json`. One process
-holds the lock. A directory is continued when it holds the same run; another run is refused with a key-by-key diff. An
-object of this class on another rank than 0 has the same path and writes nothing.
+`RUN/.lock config.yaml run.json events.jsonl metrics.jsonl quarantine.jsonl checkpoints/ snapshots/ results.json
+done.json`. One process holds the lock. A directory is continued when it holds the same run; another run is refused with
+a key-by-key diff. An object of this class on another rank than 0 has the same path and writes nothing.
 """
 
 from __future__ import annotations
@@ -113,6 +113,10 @@ class RunDir:
             {"config_hash": runfile.config_hash(cfg), "results_sha256": digest, "finished": now()},
         )
         self.event("run.finished")
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says about the run that is continued here; empty for a new one."""
+        return self._read_json("run.json") or {}
 
     def stored_config(self) -> RunConfig | None:
         """The run file the directory was started with."""

@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from ddpm_lmk import leakage
 from ddpm_lmk.checkpoint import load_checkpoint, load_weights
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.console import say
 from ddpm_lmk.data import open_loader
+from ddpm_lmk.data.backend import choose_backend
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import checksum
@@ -88,7 +91,7 @@ def execute(
         finished = parallel.on_main(lambda: run.results(cfg))
         if finished is not None:
             return finished
-        with _open_loaders(cfg, parallel, workbench) as loaders:
+        with _open_loaders(cfg, parallel, workbench, run) as loaders:
             with parallel.together():
                 task = build_task(cfg, loaders.train.spec)
             state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
@@ -156,18 +159,23 @@ def _load_parent(cfg: RunConfig, task: Task, model: nn.Module) -> dict[str, Any]
 
 
 @contextmanager
-def _open_loaders(cfg: RunConfig, parallel: Parallel, workbench: Workbench) -> Iterator[Loaders]:
+def _open_loaders(cfg: RunConfig, parallel: Parallel, workbench: Workbench, run: RunDir) -> Iterator[Loaders]:
     place: dict[str, Any] = {
         "rank": parallel.rank,
         "world": parallel.world,
         "device": str(parallel.device),
         "cache": workbench.cache,
     }
+    before = run.facts().get("loader")
+    backend = parallel.on_main(lambda: choose_backend(cfg, device=parallel.device, world=parallel.world, before=before))
+    place["backend"] = backend.name
+    if parallel.is_main:
+        say(f"loader={backend.name} ({backend.reason})")
     with parallel.together():
         train = open_loader(cfg, stage="train", **place)
         split = cfg.data.validation_split
         validation = None if split is None else open_loader(cfg, stage="evaluate", split=split, **place)
-    loaders = Loaders(train, validation)
+    loaders = Loaders(train, validation, backend)
     try:
         yield loaders
     finally:
@@ -208,6 +216,7 @@ def _facts(cfg: RunConfig, loaders: Loaders, parallel: Parallel, parent: dict[st
         "fingerprint": loaders.train.fingerprint,
         "num_images": loaders.train.num_images,
         "parent": parent,
+        "loader": None if loaders.backend is None else asdict(loaders.backend),
         "exactness": cfg.train.exactness,
         "code": code_digest(),
         "versions": versions(*PACKAGES),

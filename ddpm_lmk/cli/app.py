@@ -143,6 +143,7 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
         rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="address of node 0")] = None,
         launch: Annotated[Path | None, typer.Option(metavar="FILE", help="launch file; see launch/")] = None,
         share_group: ShareGroupOption = False,
+        loader: Annotated[str | None, typer.Option(metavar="auto|torch|dali", help="short for data.loader=")] = None,
         dry_run: DryRunOption = False,
         explain: ExplainOption = False,
         diff: Annotated[Path | None, typer.Option(metavar="OTHER.yaml", help="compare with another run file")] = None,
@@ -155,7 +156,8 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
             _explain(RunConfig)
         if share_group:
             privacy.protect(share_group=True)
-        cfg = load_run(_given(run_file, "RUN.yaml"), overrides)
+        short = [] if loader is None else [f"data.loader={loader}"]
+        cfg = load_run(_given(run_file, "RUN.yaml"), [*(overrides or []), *short])
         if diff is not None:
             _diff(cfg, run_file, diff)
         _check_task(cfg, task, run_file)

@@ -68,7 +68,10 @@ class DataConfig(Section):
     residency: Literal["auto", "stream", "ram", "device"] = Field(
         "auto", description="where pixels live: encoded shards, decoded in memory, or decoded on the device"
     )
-    loader: Literal["auto", "torch"] = Field("auto", description="loader backend")
+    loader: Literal["auto", "torch", "dali"] = Field(
+        "auto",
+        description="what decodes and warps; auto: torch on the CPU, on a GPU the faster in a second of streaming",
+    )
     workers: Annotated[int, Field(ge=0, le=256)] = Field(
         2, description="decoding threads per process; 0 decodes in the training thread"
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     from ddpm_lmk.config import RunConfig
+    from ddpm_lmk.data.backend import Name
     from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
 
 
@@ -19,6 +20,7 @@ def open_loader(
     device: Any = ...,
     split: None = ...,
     cache: dict[Any, Any] | None = ...,
+    backend: Name | None = ...,
 ) -> TrainLoader: ...
 
 
@@ -32,6 +34,7 @@ def open_loader(
     device: Any = ...,
     split: str | None = ...,
     cache: dict[Any, Any] | None = ...,
+    backend: Name | None = ...,
 ) -> EvalLoader: ...
 
 
@@ -44,6 +47,7 @@ def open_loader(
     device: Any = "cpu",
     split: str | None = None,
     cache: dict[Any, Any] | None = None,
+    backend: Name | None = None,
 ) -> TrainLoader | EvalLoader:
     """Open the data of a run for one process.
 
@@ -55,15 +59,22 @@ def open_loader(
         device: where batches are wanted (a torch device or its name).
         split: the split to evaluate; None: `evaluate.split`.
         cache: keeps decoded pixels for the next loader of the same data; the caller owns it.
+        backend: what `backend.choose_backend` said, so that all loaders and ranks of a run have the same; None: ask it.
 
     Raises:
         ConfigError: the run cannot be honoured (world size, shots, overlapping splits, several labelled folders).
-        DataError: the data is missing, empty, without labels, or broken beyond `data.max_bad_fraction`.
+        DataError: the data is missing, empty or without labels.
+        LaunchError: DALI is asked for and not installed.
         ResourceError: the pixels do not fit where `data.residency` wants them.
         StoppedError: the file system does not answer.
     """
-    from ddpm_lmk.data.torch_loader import open_evaluation, open_training
+    import torch
 
+    from ddpm_lmk.data.backend import choose_backend
+    from ddpm_lmk.data.torch_loader import Seat, open_evaluation, open_training
+
+    chosen = backend or choose_backend(cfg, device=device, world=world).name
+    seat = Seat(rank, world, torch.device(device), chosen)
     if stage == "train":
-        return open_training(cfg, rank=rank, world=world, device=device, cache=cache)
-    return open_evaluation(cfg, split=split, rank=rank, world=world, device=device, cache=cache)
+        return open_training(cfg, seat, cache)
+    return open_evaluation(cfg, seat, cache, split=split)

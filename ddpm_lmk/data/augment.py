@@ -6,6 +6,7 @@ pixels and the points alike. Pixel centres are at integers, so a square of side 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -65,7 +66,7 @@ def draw_changes(cfg: AugmentConfig, seed: int, positions: np.ndarray, size: int
         factors=1 + signed[:, [4, second]] * cfg.scale,
     )
     return Changes(
-        matrix=matrix,
+        matrix=snapped(matrix, size),
         is_moved=chosen & (cfg.shift > 0 or cfg.rotate_deg > 0 or cfg.scale > 0),
         gamma=np.exp(signed[:, 8] * cfg.gamma),
         contrast=1 + signed[:, 7] * cfg.contrast,
@@ -97,6 +98,19 @@ def about_centre(size: int, *, shift_px: Floats, angle: Floats, factors: Floats)
     linear = rotation * factors[:, None, :]
     offset = centre + shift_px - linear @ centre
     return np.concatenate([linear, offset[:, :, None]], axis=2)
+
+
+def snapped(matrix: Floats, size: int) -> Floats:
+    """`matrix` `[P, 2, 3]`, moved by less than 0.01 px inside `size` px so that its inverse lies on a binary grid.
+
+    DALI adds up the coordinates of a row in float32. On this grid every sum is exact, and the largest difference
+    between the backends falls from 0.17 to 0.0001 grey levels of 255 (noise at 256 px); torch gains a digit, too.
+    """
+    back = invert(matrix)
+    quantum = 2.0 ** (math.ceil(math.log2(2 * size)) - 24)  # float32 keeps 24 bits; coordinates stay below 2 * size
+    linear = np.round(back[..., :2] / (2 * quantum)) * (2 * quantum)
+    offset = np.round(back[..., 2:] / quantum) * quantum
+    return invert(np.concatenate([linear, offset], axis=-1))
 
 
 def resize_matrix(old: int, new: int) -> Floats:

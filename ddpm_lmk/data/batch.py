@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_lmk.data.quarantine import BadSample
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -59,8 +61,10 @@ class Group:
         size: images of the step over all ranks; what the summed loss is divided by.
         micro_batches: this rank's micro-batches, the same number and shape on every rank.
         wait_s: seconds the caller waited for the data.
+        bad: samples this rank met that could not be read and were replaced.
     """
 
     size: int
     micro_batches: list[Batch]
     wait_s: float
+    bad: tuple[BadSample, ...] = ()

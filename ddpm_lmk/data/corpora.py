@@ -11,8 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -28,7 +27,6 @@ from ddpm_lmk.errors import ConfigError, DataError, StoppedError
 log = logging.getLogger(__name__)
 
 RETRY_DELAYS_S = (0.2, 1.0, 3.0, 6.0)  # a network mount that is back within ten seconds costs nothing
-_BUDGET_FLOOR = 10  # bad samples that are always tolerated (failures.md, B26)
 
 Result = TypeVar("Result")
 
@@ -100,48 +98,6 @@ class Corpus:
         except Exception as error:  # a decoder may leak anything, StopIteration included (failures.md, B27)
             raise CorruptSampleError(f"row {row} of {self.manifest.root}: {type(error).__name__}: {error}") from error
         return pixels
-
-
-class Quarantine:
-    """Samples that could not be read, each once; stops the run when they are too many."""
-
-    def __init__(self, corpora: Sequence[Corpus], max_bad_fraction: float) -> None:
-        self.entries: list[dict[str, Any]] = []
-        self._corpora, self._fraction = corpora, max_bad_fraction
-        self._num_images = sum(len(corpus.rows) for corpus in corpora)
-        self._seen: set[tuple[int, int]] = set()
-        self._lock = Lock()
-
-    def add(self, corpus: int, row: int, reason: str) -> None:
-        """Record a bad sample.
-
-        Raises:
-            DataError: more than max(10, max_bad_fraction) are bad, or a whole shard of more than 10 samples is.
-        """
-        with self._lock:
-            if (corpus, row) in self._seen:
-                return
-            self._seen.add((corpus, row))
-            manifest = self._corpora[corpus].manifest
-            self.entries.append({"dataset": manifest.dataset, "row": row, "reason": reason})
-            log.warning("sample left out: %s", reason)
-            if len(self.entries) > max(_BUDGET_FLOOR, self._fraction * self._num_images):
-                raise DataError(
-                    f"{len(self.entries)} of {self._num_images} samples cannot be read (data.max_bad_fraction="
-                    f"{self._fraction:g}), last: {reason}; run `ddpm-lmk shards verify` and pack again"
-                )
-            self._check_shard(corpus, row)
-
-    def _check_shard(self, corpus: int, row: int) -> None:
-        used, manifest = self._corpora[corpus].rows, self._corpora[corpus].manifest
-        shard = int(manifest.shard_of(row))
-        first, end = manifest.starts[shard : shard + 2].tolist()
-        bad = sum(1 for c, r in self._seen if c == corpus and first <= r < end)
-        if bad <= _BUDGET_FLOOR:
-            return
-        rows = np.asarray(used.within(first, end) if isinstance(used, SplitRows) else used)
-        if bad == int(((rows >= first) & (rows < end)).sum()):
-            raise DataError(f"shard {shard} of {manifest.root} is wholly bad; restore it or pack again")
 
 
 def with_retries(read: Callable[[int], Result], row: int) -> Result:

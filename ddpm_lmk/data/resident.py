@@ -1,8 +1,8 @@
 """Where the pixels of a run live: decoded as they are needed, or once, in memory or on the device.
 
-Both kinds answer the same two calls: `fetch` names a sample's pixels or says that they are corrupt, `stack` turns what
-was fetched into one tensor on the device. So the loader does not know which kind it has, and the batches are the same.
-16-bit pixels travel as int16 bits.
+Both kinds answer the same two calls, as `DaliPixels` does: `fetch` names a sample's pixels or says that they are
+corrupt, `images` turns what was fetched into network input on the device. So the loader does not know which kind it
+has, and the batches are the same. 16-bit pixels travel as int16 bits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
+from ddpm_lmk.data.augment import Changes
 from ddpm_lmk.data.corpora import Corpus
 from ddpm_lmk.data.shards import CorruptSampleError
+from ddpm_lmk.data.warp import Intensity, develop
 from ddpm_lmk.errors import ResourceError
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,24 @@ _SHARE_OF_MEMORY = 0.5
 _CHUNK = 4096  # images decoded between copies to a device
 
 
-class StreamPixels:
+class _TorchPixels:
+    """What both kinds do with the pixels they stacked."""
+
+    def stack(self, fetched: Sequence[Any]) -> Tensor:
+        """`[B, S, S]` uint8 or int16 on the device."""
+        raise NotImplementedError
+
+    def images(
+        self, fetched: Sequence[Any], changes: Changes, *, seed: int, positions: np.ndarray, intensity: Intensity
+    ) -> Tensor:
+        """Network input `[B, 1, S, S]` float32 in [0, 1], channels-last, on the device."""
+        return develop(self.stack(fetched), changes, seed=seed, positions=positions, intensity=intensity)
+
+    def close(self) -> None:
+        """Nothing is held that another loader of the same data would not want."""
+
+
+class StreamPixels(_TorchPixels):
     """Reads and decodes every sample when it is due."""
 
     def __init__(self, corpora: Sequence[Corpus], device: torch.device) -> None:
@@ -49,7 +68,7 @@ class StreamPixels:
         return pixels.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else pixels
 
 
-class ResidentPixels:
+class ResidentPixels(_TorchPixels):
     """Decoded once, kept as one tensor in memory or on the device; rows can be added, for the next run of a sweep."""
 
     def __init__(self, corpora: Sequence[Corpus], home: torch.device, device: torch.device) -> None:
@@ -120,7 +139,7 @@ def open_pixels(
     Raises:
         ResourceError: they do not fit where they were asked to be.
     """
-    chosen = _choose(corpora, residency, device, world)
+    chosen = choose_residency(corpora, residency, device, world)
     log.info("pixels: %s (data.residency=%s, %.2f GiB decoded)", chosen, residency, _bytes(corpora) / 2**30)
     if chosen == "stream":
         return StreamPixels(corpora, device), chosen
@@ -140,7 +159,8 @@ def needs_16_bits(corpora: Sequence[Corpus]) -> bool:
     return any(corpus.manifest.bits == 16 for corpus in corpora)
 
 
-def _choose(corpora: Sequence[Corpus], wanted: str, device: torch.device, world: int) -> Residency:
+def choose_residency(corpora: Sequence[Corpus], wanted: str, device: torch.device, world: int) -> Residency:
+    """Where the pixels will live; "auto" means where they fit. Raises ResourceError as `open_pixels`."""
     if wanted == "stream":
         return "stream"
     need = _bytes(corpora)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,50 +18,54 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.augment import Changes, compose, draw_changes, invert, move, no_changes
+from ddpm_lmk.data.backend import Name
 from ddpm_lmk.data.batch import Batch, Group
-from ddpm_lmk.data.corpora import Corpus, Facts, Quarantine, evaluation_corpora, fingerprint, training_corpora
+from ddpm_lmk.data.corpora import Corpus, Facts, evaluation_corpora, fingerprint, training_corpora
+from ddpm_lmk.data.dali_loader import DaliPixels
 from ddpm_lmk.data.order import GroupPlan, SampleOrder, keyed_uniform
+from ddpm_lmk.data.prefetch import ahead
+from ddpm_lmk.data.quarantine import BadSample, Quarantine
 from ddpm_lmk.data.resident import Residency, ResidentPixels, StreamPixels, open_pixels
 from ddpm_lmk.data.shards import CorruptSampleError, SampleRecord
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.data.warp import develop
 from ddpm_lmk.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-_PREFETCH = 2  # groups, or evaluation batches, made ahead of the one in use
 _SUBSTITUTES = 16  # tries at finding a readable sample for a position
 
-Request = TypeVar("Request")
 Made = TypeVar("Made")
 Place = tuple[int, int]  # corpus, row
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Which of the processes this is, and the device it works on."""
+    """Which of the processes this is, the device it works on, and what works on the pixels."""
 
     rank: int
     world: int
     device: torch.device
+    backend: Name
 
 
 class _Loader:
     """What training and evaluation share: samples at places become a batch on the device."""
 
-    def __init__(self, cfg: RunConfig, corpora: Sequence[Corpus], seat: Seat, cache: dict[Any, Any] | None) -> None:
+    def __init__(
+        self, cfg: RunConfig, corpora: Sequence[Corpus], seat: Seat, cache: dict[Any, Any] | None, *, largest: int
+    ) -> None:
+        """`largest`: most images of a batch."""
         assert 0 <= seat.rank < seat.world
         self._cfg, self._corpora, self._seat = cfg, corpora, seat
         self._decoders = ThreadPoolExecutor(cfg.data.workers, "decode") if cfg.data.workers else None
-        self.residency: Residency
-        self._pixels: StreamPixels | ResidentPixels
+        self.residency: Residency = "stream"
+        self._pixels: StreamPixels | ResidentPixels | DaliPixels
+        workers = cfg.data.workers
+        if seat.backend == "dali":
+            self._pixels = DaliPixels(corpora, seat.device, workers=workers, largest=largest)
+            return
         self._pixels, self.residency = open_pixels(
-            corpora,
-            cfg.data.residency,
-            device=seat.device,
-            workers=cfg.data.workers,
-            world=seat.world,
-            cache=cache,
+            corpora, cfg.data.residency, device=seat.device, workers=workers, world=seat.world, cache=cache
         )
 
     @property
@@ -90,29 +92,13 @@ class _Loader:
         """Stop the decoding threads; the loader cannot be used afterwards."""
         if self._decoders is not None:
             self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._pixels.close()
 
     def _map(self, function: Callable[..., Made], *columns: Iterable[Any]) -> list[Made]:
         return list((self._decoders.map if self._decoders is not None else map)(function, *columns))
 
-    def _ahead(self, make: Callable[[Request], Made], requests: Iterator[Request]) -> Iterator[tuple[Made, float]]:
-        """`make` of every request, in order and in a thread that runs ahead, and the seconds waited for it."""
-        if self._cfg.data.workers == 0:
-            for request in requests:
-                began = time.perf_counter()
-                yield make(request), time.perf_counter() - began
-            return
-        with ThreadPoolExecutor(1, "prefetch") as thread:
-            pending = deque(thread.submit(make, request) for request in itertools.islice(requests, _PREFETCH))
-            try:
-                while pending:
-                    began = time.perf_counter()
-                    made = pending.popleft().result()
-                    waited = time.perf_counter() - began
-                    pending.extend(thread.submit(make, request) for request in itertools.islice(requests, 1))
-                    yield made, waited
-            finally:
-                for future in pending:
-                    future.cancel()
+    def _ahead(self, make: Callable[[Any], Made], requests: Iterator[Any]) -> Iterator[tuple[Made, float]]:
+        return ahead(make, requests, in_thread=self._cfg.data.workers > 0)
 
     def _batch(
         self,
@@ -122,8 +108,9 @@ class _Loader:
         weights: np.ndarray,
         changes: Changes,
     ) -> Batch:
-        raw = self._pixels.stack(fetched)
-        images = develop(raw, changes, seed=self._cfg.seed, positions=positions, intensity=self._cfg.data.intensity)
+        images = self._pixels.images(
+            fetched, changes, seed=self._cfg.seed, positions=positions, intensity=self._cfg.data.intensity
+        )
         facts = [self._corpora[corpus].facts(row) for corpus, row in places]
         to_image = compose(changes.matrix, np.stack([fact.to_network for fact in facts]))
         batch = Batch(
@@ -144,7 +131,7 @@ class TrainLoader(_Loader):
 
     Attributes:
         plan: where each step starts and how many images it takes.
-        quarantine: one dict per sample that could not be read: dataset, row, reason.
+        quarantine: the samples that cannot be read; who takes the groups merges what they bring (`Group.bad`).
     """
 
     def __init__(
@@ -156,49 +143,46 @@ class TrainLoader(_Loader):
         *,
         plan: GroupPlan,
     ) -> None:
-        super().__init__(cfg, corpora, seat, cache)
+        super().__init__(cfg, corpora, seat, cache, largest=cfg.train.micro_batch or -(-plan.largest // seat.world))
         self.plan = plan
         self._order = SampleOrder(cfg.seed, [c.by_shard for c in corpora], cfg.data.weights, cfg.data.shuffle_window)
-        self._quarantine = Quarantine(corpora, cfg.data.max_bad_fraction)
-        if isinstance(self._pixels, ResidentPixels):
-            for corpus, row, reason in self._pixels.bad_among(corpora):
-                self._quarantine.add(corpus, row, reason)
-
-    @property
-    def quarantine(self) -> list[dict[str, Any]]:
-        """Samples this rank met and could not read."""
-        return self._quarantine.entries
+        self.quarantine = Quarantine(corpora, cfg.data.max_bad_fraction)
 
     def groups(self, start_step: int = 0) -> Generator[Group, None, None]:
         """Yield this rank's part of every group from `start_step` on, without end.
 
         Raises:
-            DataError: too many samples cannot be read. StoppedError: the file system does not answer.
+            DataError: a position has no readable sample. StoppedError: the file system does not answer.
         """
-        for (step, micro_batches), waited in self._ahead(self._make, itertools.count(start_step)):
-            yield Group(self.plan.size(step), micro_batches, waited)
+        found: list[BadSample] = []  # known before the first group: what decoding everything brought up
+        if isinstance(self._pixels, ResidentPixels):
+            found = [BadSample(*bad) for bad in self._pixels.bad_among(self._corpora)]
+        for (step, micro_batches, bad), waited in self._ahead(self._make, itertools.count(start_step)):
+            yield Group(self.plan.size(step), micro_batches, waited, tuple(found + bad))
+            found = []
 
-    def _make(self, step: int) -> tuple[int, list[Batch]]:
+    def _make(self, step: int) -> tuple[int, list[Batch], list[BadSample]]:
         positions, weights, micro = self.plan.share(step, self._seat.rank, self._seat.world)
         found = self._map(self._find, positions.tolist(), *(axis.tolist() for axis in self._order.at(positions)))
         batches = []
         for begin in range(0, len(positions), micro):
             part = slice(begin, begin + micro)
             changes = draw_changes(self._cfg.data.augment, self._cfg.seed, positions[part], self._cfg.data.image_size)
-            places, fetched = zip(*found[part], strict=True)
+            places, fetched, _ = zip(*found[part], strict=True)
             batches.append(self._batch(places, fetched, positions[part], weights[part], changes))
-        return step, batches
+        return step, batches, [bad for _, _, met in found for bad in met]
 
-    def _find(self, position: int, corpus: int, row: int) -> tuple[Place, Any]:
+    def _find(self, position: int, corpus: int, row: int) -> tuple[Place, Any, list[BadSample]]:
         """The sample at a position, or the first readable substitute: a function of the position and the bytes."""
+        met: list[BadSample] = []
         for candidate in itertools.chain([row], self._substitutes(position, corpus)):
             try:
-                return (corpus, candidate), self._pixels.fetch(corpus, candidate)
+                return (corpus, candidate), self._pixels.fetch(corpus, candidate), met
             except CorruptSampleError as error:
-                self._quarantine.add(corpus, candidate, str(error))
+                met.append(BadSample(corpus, candidate, str(error)))
         raise DataError(
             f"{self._corpora[corpus].manifest.root}: none of {_SUBSTITUTES + 1} samples drawn for position {position} "
-            "can be read; run `ddpm-lmk shards verify` and pack again"
+            f"can be read, last: {met[-1].reason}; run `ddpm-lmk shards verify` and pack again"
         )
 
     def _substitutes(self, position: int, corpus: int) -> Iterator[int]:
@@ -214,6 +198,9 @@ class EvalLoader(_Loader):
     Every rank has the same number of batches of the same shape. A sample that cannot be read raises DataError: a score
     over fewer images is another score.
     """
+
+    def __init__(self, cfg: RunConfig, corpora: Sequence[Corpus], seat: Seat, cache: dict[Any, Any] | None) -> None:
+        super().__init__(cfg, corpora, seat, cache, largest=cfg.evaluate.batch)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch, _ in self._ahead(self._make, iter(self._parts())):
@@ -240,35 +227,25 @@ class EvalLoader(_Loader):
         return self._batch(places, fetched, positions, weights, no_changes(len(positions)))
 
 
-def open_training(
-    cfg: RunConfig, *, rank: int, world: int, device: torch.device | str, cache: dict[Any, Any] | None
-) -> TrainLoader:
+def open_training(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None) -> TrainLoader:
     """See `ddpm_lmk.data.open_loader`."""
     corpora = training_corpora(cfg)
     count = sum(len(corpus.rows) for corpus in corpora)
     train = cfg.train
     # The paper leaves out a part of a micro-batch in pre-training, but uses every labelled image (paper.md, 2 and 3).
     plan = GroupPlan(count, train.group_size, train.micro_batch, train.windows, drop_last=cfg.task.kind == "denoise")
-    plan.check_world(world)
+    plan.check_world(seat.world)
     if count < plan.largest:
         log.warning("%d images are fewer than train.group_size=%d: groups repeat them", count, train.group_size)
-    return TrainLoader(cfg, corpora, Seat(rank, world, torch.device(device)), cache, plan=plan)
+    return TrainLoader(cfg, corpora, seat, cache, plan=plan)
 
 
-def open_evaluation(
-    cfg: RunConfig,
-    *,
-    split: str | None,
-    rank: int,
-    world: int,
-    device: torch.device | str,
-    cache: dict[Any, Any] | None,
-) -> EvalLoader:
+def open_evaluation(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None, *, split: str | None) -> EvalLoader:
     """See `ddpm_lmk.data.open_loader`."""
     wanted = split or cfg.evaluate.split
     if wanted is None:
         raise ConfigError("evaluate.split is null, so there is nothing to evaluate; name a split")
-    return EvalLoader(cfg, evaluation_corpora(cfg, wanted), Seat(rank, world, torch.device(device)), cache)
+    return EvalLoader(cfg, evaluation_corpora(cfg, wanted), seat, cache)
 
 
 def _moved_points(facts: Sequence[Facts], to_image: np.ndarray) -> torch.Tensor | None:

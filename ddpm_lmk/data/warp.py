@@ -26,15 +26,12 @@ def develop(raw: Tensor, changes: Changes, *, seed: int, positions: np.ndarray, 
     Order, as the paper's: move, then scale to [0, 1]; after that gamma, contrast, brightness, noise, and a clamp.
     """
     images = warp(_as_float(raw)[:, None].contiguous(memory_format=torch.channels_last), changes)
-    is_toned = changes.is_toned
-    for part in [slice(i, i + 1) for i in range(len(raw))] if raw.device.type == "cpu" else [slice(None)]:
+    for part in _parts(images):
         if intensity == "per_image":
             _stretch(images[part])
         else:
             images[part] /= 255.0 if raw.dtype == torch.uint8 else 65535.0
-        if is_toned[part].any():
-            images[part] = _tone(images[part], changes[part], seed, positions[part])
-    return images
+    return tone(images, changes, seed=seed, positions=positions)
 
 
 def warp(images: Tensor, changes: Changes) -> Tensor:
@@ -49,6 +46,20 @@ def warp(images: Tensor, changes: Changes) -> Tensor:
         return images
     index = torch.from_numpy(moved).to(images.device)
     return images.index_copy_(0, index, _sample(images.index_select(0, index), columns, rows))
+
+
+def tone(images: Tensor, changes: Changes, *, seed: int, positions: np.ndarray) -> Tensor:
+    """Change intensities of `images` `[B, 1, S, S]` in [0, 1], in place; those that keep theirs are not touched."""
+    is_toned = changes.is_toned
+    for part in _parts(images):
+        if is_toned[part].any():
+            images[part] = _tone(images[part], changes[part], seed, positions[part])
+    return images
+
+
+def _parts(images: Tensor) -> list[slice]:
+    """One by one on the CPU, all at once elsewhere."""
+    return [slice(i, i + 1) for i in range(len(images))] if images.device.type == "cpu" else [slice(None)]
 
 
 def _sampling_axes(matrix: np.ndarray, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

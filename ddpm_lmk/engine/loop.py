@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ddpm_lmk.checkpoint import load_checkpoint, newest_where
 from ddpm_lmk.config import Duration, RunConfig
+from ddpm_lmk.data.backend import Backend
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
 from ddpm_lmk.engine.exactness import MEANING, kernels
@@ -30,6 +30,7 @@ from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.ranks import want_same_weights
 from ddpm_lmk.engine.saver import Saver
 from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.supply import DRY, Supply
 from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.errors import ConfigError, DivergedError, ResourceError
 from ddpm_lmk.lifeline import beat
@@ -43,10 +44,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaders:
-    """Where groups and validation batches come from."""
+    """Where groups and validation batches come from, and what works on their pixels."""
 
     train: TrainLoader
     validation: EvalLoader | None = None
+    backend: Backend | None = None
 
     def close(self) -> None:
         """Stop prefetching."""
@@ -100,7 +102,8 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
     """Train `state` to the end of the run; what is kept on the way and at the end goes to `run`.
 
     Raises:
-        StoppedError: a signal, and the state is saved; or no memory after steps that fitted, and it cannot be.
+        StoppedError: a signal or a file system that stays away (saved), or no memory after steps that fitted (not).
+        DataError: too many samples cannot be read; the state is saved.
         DivergedError: numbers that are not finite or spikes, again after going back once; or ranks that differ.
         ResourceError: the disk refused three checkpoints in a row, or the final weights; no memory from the start.
     """
@@ -109,7 +112,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
     _warn(state.ema.warning(pace.total), run, parallel)
     state.model.train()
     updater = build_updater(cfg, state, parallel)
-    groups = loaders.train.groups(state.step)
+    supply = Supply(loaders.train, parallel, run, start=state.step)
     meter = Meter(state, parallel, write=run.metrics, total=pace.total, every=pace.log)
     saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint))
     stop_level, is_owed = 0.0, False
@@ -120,7 +123,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
         kernels(cfg.train.exactness, parallel.device),
         MemoryWatch(cfg, task, state, parallel),
         meter,
-        closing(groups),
+        supply,
         saver,
     ):
         while True:
@@ -151,14 +154,14 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
                     is_owed = False
                 if stop_level:
                     where = str(run.path) if saver.wait() else "no place (disk full)"
+                    supply.leave(step=state.step, where=where)
                     raise stopped(stop_level, step=state.step, where=where)
             if is_last:
                 break
 
             # One optimizer step: the micro-batches of a group, one reduction, one update.
             begin = time.perf_counter()
-            group = next(groups)
-            wait_s = time.perf_counter() - begin
+            group, wait_s = supply.take()
             lr = rate(state.step) * state.plateau.factor
             set_learning_rate(state.optimizer, lr)
             for number, batch in enumerate(group.micro_batches):
@@ -169,8 +172,11 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
                     total = (losses.float() * batch.weight).sum()
                     reach_s = time.perf_counter() - begin  # from here on it may wait for other ranks
                     updater.add(total, _divisor(cfg.train.gradient, batch, group))
-            seen = updater.finish(stop.level)
-            stop_level = seen.stop_level
+            seen = updater.finish(max(stop.level, supply.level))
+            if seen.stop_level == DRY:  # a rank has no group: this step never was
+                stop_level = DRY
+                updater.clear()
+                continue
             state.step += 1
             state.images += group.size
             reason = state.judge(loss=seen.loss / group.size, norm=seen.norm)
@@ -181,6 +187,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
             else:
                 run.event("update.skipped", step=state.step, reason=reason, in_a_row=state.health.in_a_row)
             updater.clear()
+            stop_level = supply.settle(seen.stop_level, step=state.step)
             meter.step(seen, size=group.size, wait_s=wait_s, is_skipped=reason is not None, lr=lr)
             if state.scale.is_lost or state.health.trouble:
                 _go_back(state, parallel, run, saver, every=pace.checkpoint)
@@ -205,10 +212,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     parts: list[dict[str, Tensor]] = []
-    for batch in loader:
-        beat("evaluate")
-        with parallel.autocast(precision):
-            parts.append(task.evaluate(model, batch.to(parallel.device)))
+    with parallel.together():
+        for batch in loader:
+            beat("evaluate")
+            with parallel.autocast(precision):
+                parts.append(task.evaluate(model, batch.to(parallel.device)))
     model.train(was_training)
     columns = {key: torch.stack([part[key] for part in parts]).tolist() for key in (parts[0] if parts else ())}
     sums: dict[str, float] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.records import to_stored_matrix
+from ddpm_lmk.data.records import Encoding, to_stored_matrix
 from ddpm_lmk.data.shards import SampleRecord, ShardWriter
 from ddpm_lmk.data.spec import DatasetSpec, PairSpacing, unlabelled
 from ddpm_lmk.data.stored import encode
@@ -29,14 +29,16 @@ def pack_dots(
     labels: bool = True,
     unlabelled_ids: tuple[str, ...] = (),
     seed: int = 0,
+    encoding: Encoding = "raw",
+    noise: float = 0.02,
 ) -> Path:
-    """Write a pack with `counts` images per split, four images a shard."""
+    """Write a pack with `counts` images per split, four raw images a shard."""
     rng = np.random.default_rng(seed)
     spec = DOTS if labels else unlabelled(out.name)
     common: dict[str, Any] = {"dataset": out.name, "spec": spec, "splits": tuple(counts), "bits": bits, "settings": {}}
     image_bytes = size * size * bits // 8
     with ShardWriter(
-        out, **common, encoding="raw", stored_size=size, aspect="squeeze", shard_bytes=4 * image_bytes
+        out, **common, encoding=encoding, stored_size=size, aspect="squeeze", shard_bytes=4 * image_bytes
     ) as writer:
         for sample_id, split in sorted(
             (f"{split}-{i:03d}", split) for split, count in counts.items() for i in range(count)
@@ -47,13 +49,14 @@ def pack_dots(
             record = SampleRecord(
                 sample_id, out.name, split, points if has_label else None, NATIVE, None, None, to_stored
             )
-            writer.add(record, encode(_draw(points @ to_stored[:, :2].T + to_stored[:, 2], size, bits, rng), "raw", 90))
+            image = _draw(points @ to_stored[:, :2].T + to_stored[:, 2], size, bits, rng, noise)
+            writer.add(record, encode(image, encoding, 90))
     return out
 
 
-def _draw(stored_points: np.ndarray, size: int, bits: int, rng: np.random.Generator) -> np.ndarray:
+def _draw(stored_points: np.ndarray, size: int, bits: int, rng: np.random.Generator, noise: float) -> np.ndarray:
     y, x = np.mgrid[:size, :size]
-    image = rng.uniform(0, 0.02, (size, size))
+    image = rng.uniform(0, noise, (size, size))
     for px, py in stored_points:
         image += np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * (size / 32) ** 2))
     top = 2**bits - 1

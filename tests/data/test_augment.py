@@ -75,8 +75,8 @@ def test_draws_stay_inside_their_bounds_and_fill_them():
     bounds = ((factors - 1, 0.1), (angles, 2), (shift[:, 0], 2), (shift[:, 1], 2), (changes.brightness, 0.2))
     bounds += ((changes.contrast - 1, 0.3), (np.log(changes.gamma), 0.4), (2 * changes.noise_std - 0.05, 0.05))
     for values, bound in bounds:
-        assert 0.99 * bound < values.max() <= bound + 1e-9
-        assert 0.99 * bound < -values.min() <= bound + 1e-9
+        assert 0.99 * bound < values.max() <= bound + 1e-3  # matrices are snapped to a grid
+        assert 0.99 * bound < -values.min() <= bound + 1e-3
 
 
 def test_shared_scale_keeps_the_shape_and_independent_scale_does_not():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.augment import draw_changes
+from ddpm_lmk.data.backend import choose_backend
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.shards import Manifest
-from ddpm_lmk.errors import ConfigError, DataError
+from ddpm_lmk.errors import ConfigError, DataError, LaunchError
 from tests.data.dot_packs import NATIVE, pack_dots, run_config
 
 MOVES = {"probability": 0.7, "shift": 0.05, "rotate_deg": 10, "scale": 0.1, "gamma": 0.2, "noise": 0.02}
@@ -224,6 +226,15 @@ def test_auto_keeps_small_data_in_memory_and_says_so(pack, caplog):
     with caplog.at_level("INFO", logger="ddpm_lmk"):
         assert open_loader(run_config(pack), stage="train").residency == "ram"
     assert "pixels: ram" in caplog.text
+
+
+def test_without_dali_auto_takes_torch_and_asking_for_it_names_the_extra(pack, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # as if it were not installed
+    chosen = choose_backend(run_config(pack), device="cuda")
+    assert (chosen.name, chosen.reason) == ("torch", "DALI is not installed (extra dali)")
+    with pytest.raises(LaunchError, match=r"pip install 'ddpm-lmk\[dali\]'") as caught:
+        open_loader(run_config(pack, data={"loader": "dali"}), stage="train")
+    assert caught.value.exit_code == 5
 
 
 @pytest.mark.parametrize(

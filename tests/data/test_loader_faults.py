@@ -10,13 +10,19 @@ import pytest
 
 from ddpm_lmk.data import corpora, open_loader
 from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data.torch_loader import TrainLoader
 from ddpm_lmk.errors import DataError, StoppedError
 from tests.data.dot_packs import corrupt, pack_dots, run_config
 
 
-def ids(loader, count: int) -> list[str]:
-    groups = itertools.islice(loader.groups(0), count)
-    return [name for group in groups for batch in group.micro_batches for name in batch.ids]
+def ids(loader: TrainLoader, count: int) -> list[str]:
+    """Names of the samples of the first groups; bad ones are listed as the training loop does it."""
+    names = []
+    for step, group in enumerate(itertools.islice(loader.groups(0), count), start=1):
+        names += [name for batch in group.micro_batches for name in batch.ids]
+        loader.quarantine.merge(group.bad, step=step)
+        loader.quarantine.check()
+    return names
 
 
 @pytest.mark.parametrize("residency", ["stream", "ram", "device"])
@@ -31,8 +37,8 @@ def test_a_corrupt_sample_is_replaced_by_the_same_neighbour_everywhere_and_liste
     changed = [(old, new) for old, new in zip(clean, streams[0], strict=True) if old != new]
     assert {old for old, _ in changed} == {"train-003", "train-008"}
     assert not {new for _, new in changed} & {"train-003", "train-008"}
-    assert sorted(entry["row"] for entry in loaders[0].quarantine) == bad
-    assert "sha256" in loaders[0].quarantine[0]["reason"]
+    assert sorted(entry["row"] for entry in loaders[0].quarantine.entries) == bad
+    assert "sha256" in loaders[0].quarantine.entries[0]["reason"]
 
 
 def test_labels_follow_the_substitute(tmp_path):
@@ -98,7 +104,7 @@ def test_a_file_system_that_comes_back_changes_nothing(flaky_pack, workers):
     FlakyManifest.failures = 4
     assert ids(loader, 2) == wanted
     assert FlakyManifest.failures == 0
-    assert loader.quarantine == []
+    assert loader.quarantine.entries == []
 
 
 def test_a_file_system_that_stays_away_stops_the_run_resumably(flaky_pack):
@@ -110,7 +116,7 @@ def test_a_file_system_that_stays_away_stops_the_run_resumably(flaky_pack):
     finally:
         FlakyManifest.failures = 0
     assert caught.value.exit_code == 75
-    assert loader.quarantine == []
+    assert loader.quarantine.entries == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -126,5 +132,5 @@ def test_a_decoder_that_leaks_stop_iteration_does_not_end_the_stream(tmp_path, m
     monkeypatch.setattr(Manifest, "decode_bytes", leaky)
     loader = open_loader(run_config(pack, data={"residency": "stream", "workers": workers}), stage="train")
     assert len(ids(loader, 3)) == 24
-    assert [entry["row"] for entry in loader.quarantine] == [4]
-    assert "StopIteration" in loader.quarantine[0]["reason"]
+    assert [entry["row"] for entry in loader.quarantine.entries] == [4]
+    assert "StopIteration" in loader.quarantine.entries[0]["reason"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.order import GroupPlan, SampleOrder, keyed_uniform
+from ddpm_lmk.data.quarantine import Quarantine
 from ddpm_lmk.data.rows import ListedRows
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.engine.loop import Loaders
@@ -119,6 +120,7 @@ class ToyTrain:
         self.cfg, self.rank, self.world, self.num_images = cfg, rank, world, num_images
         train = cfg.train
         self.plan = GroupPlan(num_images, train.group_size, train.micro_batch, train.windows, drop_last=False)
+        self.quarantine = Quarantine([], 0.0)
         self.order = SampleOrder(cfg.seed, [ListedRows(np.arange(num_images), np.zeros(num_images, int))], None, 1)
 
     def groups(self, start_step: int) -> Iterator[Group]:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ddpm_lmk import durable, retention, tensorfile
+from ddpm_lmk import durable, privacy, retention, tensorfile
 from ddpm_lmk.durable import Content, DamagedError, OtherFormatError
 from ddpm_lmk.errors import CheckpointError, ResourceError
 from ddpm_lmk.failpoints import reach
@@ -78,7 +78,7 @@ def save_checkpoint(
         OSError: no space or no rights; earlier checkpoints are untouched.
     """
     path = directory / step_name(state["step"])
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.mkdir(parents=True, exist_ok=True, mode=privacy.folder_mode())
     reach("save.begin")
     if path.exists():
         return path  # the same step of the same run: verified when it was loaded, or written by this process
@@ -166,7 +166,7 @@ def save_snapshot(
         OSError: no space or no rights; what was there is untouched.
     """
     path = directory / step_name(meta["step"])
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.mkdir(parents=True, exist_ok=True, mode=privacy.folder_mode())
     if path.exists():
         with contextlib.suppress(CheckpointError):
             if snapshot_meta(path).get("selected") or not meta.get("selected"):

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ddpm_lmk import privacy
 from ddpm_lmk.failpoints import reach
 
 FORMAT = 1
@@ -66,7 +67,7 @@ def write_directory(
     """
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        temporary.mkdir(parents=True, mode=0o700)
+        temporary.mkdir(parents=True, mode=privacy.folder_mode())
         reach("directory.made")
         listed = {}
         for name, content in files:
@@ -156,7 +157,7 @@ def flush_directory(path: Path) -> None:
 def _write_and_flush(path: Path, content: Content) -> dict[str, Any]:
     """Write a new file, and say its size and sha256."""
     hashed, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, privacy.file_mode())
     with os.fdopen(descriptor, "wb") as file:
         for piece in content:
             for begin in range(0, len(piece), PART):

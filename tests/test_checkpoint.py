@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ddpm_lmk import checkpoint, durable, retention
+from ddpm_lmk import checkpoint, durable, privacy, retention
 from ddpm_lmk.checkpoint import load_latest, load_weights, save_checkpoint, save_snapshot
 from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
 
@@ -44,6 +44,21 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
         "optim.safetensors",
         "state.json",
     ]
+
+
+@pytest.mark.parametrize(("shared", "modes"), [("0", (0o700, 0o600)), ("1", (0o770, 0o660))])
+def test_a_checkpoint_is_for_its_owner_unless_the_run_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str, modes: tuple[int, int]
+) -> None:
+    monkeypatch.setenv(privacy.SHARE, shared)
+    before = os.umask(0)
+    try:
+        save(tmp_path / "checkpoints", 1)
+    finally:
+        os.umask(before)
+    path = tmp_path / "checkpoints" / "step-00000001"
+    assert {folder.stat().st_mode & 0o777 for folder in (path, path.parent)} == {modes[0]}
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {modes[1]}
 
 
 def test_there_is_none_in_an_empty_directory(tmp_path: Path) -> None:

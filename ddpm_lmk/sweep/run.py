@@ -31,6 +31,7 @@ from rich.console import Console
 from ddpm_lmk import atomic
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import ConfigError, StoppedError
+from ddpm_lmk.stop import MARGIN_S, SIGNALS, InterruptedRunError, code_of, grace_s
 from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, check_starts, is_done
 from ddpm_lmk.sweep.view import SweepView
 
@@ -61,7 +62,7 @@ class SweepRun:
     events: queue.Queue[tuple[Worker, dict[str, Any]]] = field(default_factory=queue.Queue)
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
-    is_stopping: bool = False
+    asked: int = 0  # the signal that asked for a stop
 
 
 def run_sweep(
@@ -77,19 +78,27 @@ def run_sweep(
     check_starts(sweep)
     run = SweepRun(sweep, Path(out), device, processes)
     (run.out / "cells").mkdir(parents=True, exist_ok=True)
-    run.done |= {cell.name for cell in sweep.cells if is_done(cell_folder(run.out, cell.name), cell)}
+    _see_done(run)
     view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done))
     write_summary(run)
     if _pending(run):
         with _stop_on_signal(run), view:
             _supervise(run, view)
+    _see_done(run)  # another sweep in this folder may have finished some
     write_summary(run)
     view.summary(len(run.done), run.failed)
-    if run.is_stopping:
-        return StoppedError.exit_code
+    if run.asked:
+        return code_of(run.asked)
     if run.failed:
         return SOME_FAILED
     return StoppedError.exit_code if _pending(run) else 0
+
+
+def _see_done(run: SweepRun) -> None:
+    """Look into the folder for cells that are done, whoever did them."""
+    run.done |= {cell.name for cell in run.sweep.cells if is_done(cell_folder(run.out, cell.name), cell)}
+    for name in run.done & run.failed.keys():
+        del run.failed[name]
 
 
 def _pending(run: SweepRun) -> list[Cell]:
@@ -103,10 +112,13 @@ def _supervise(run: SweepRun, view: SweepView) -> None:
     workers = [_start(run, slot, count) for slot in range(count)]
     told_to_stop = 0.0
     while workers:
-        if run.is_stopping and not told_to_stop:
+        if run.asked and not told_to_stop:
             told_to_stop = time.monotonic()
             for worker in workers:
-                worker.process.terminate()
+                worker.process.send_signal(signal.SIGINT if run.asked == signal.SIGINT else signal.SIGTERM)
+        if told_to_stop and time.monotonic() - told_to_stop > grace_s() - MARGIN_S / 2:
+            for worker in workers:
+                worker.process.kill()
         try:
             worker, event = run.events.get(timeout=POLL_S)
         except queue.Empty:
@@ -134,7 +146,7 @@ def _note(run: SweepRun, view: SweepView, worker: Worker, event: dict[str, Any])
 
 def _replace(run: SweepRun, view: SweepView, worker: Worker, code: int, count: int) -> list[Worker]:
     """What follows a worker that has gone: nothing, or its successor when it was lost in the middle of its work."""
-    if code in (0, StoppedError.exit_code) or run.is_stopping:
+    if code in (0, StoppedError.exit_code, InterruptedRunError.exit_code) or run.asked:
         return []
     reason = f"its worker died with exit code {code}; see {log_file(run, worker.slot)}"
     if worker.cell is not None:
@@ -204,14 +216,14 @@ def _environment(device: str, slot: int, count: int) -> dict[str, str]:
 
 @contextmanager
 def _stop_on_signal(run: SweepRun) -> Iterator[None]:
-    """The first SIGINT or SIGTERM lets workers save and end; the second one acts as usual."""
+    """The first signal lets workers save and end; a second one acts as usual, and the workers die with this process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
 
     def stop(number: int, frame: object) -> None:
-        run.is_stopping = True
+        run.asked = number
         for each, handler in previous.items():
             signal.signal(each, handler)
 
@@ -253,7 +265,8 @@ def flat_scores(results: dict[str, Any]) -> dict[str, Any]:
         row |= {f"{protocol}_sdr_{threshold}": rate for threshold, rate in scores["sdr"].items()}
         shape = (results.get("mean_shape") or {}).get(protocol)
         row[f"{protocol}_mean_shape_mre"] = shape["mre"] if shape else None
-    return row | {f"train_{key}": value for key, value in (results.get("train") or {}).items()}
+    train = results.get("train") or {}
+    return row | {f"train_{key}": value for key, value in train.items() if key != "wall_s"}  # the same at every run
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:

@@ -9,11 +9,9 @@ the next one taken.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -21,13 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from ddpm_lmk import atomic
+from ddpm_lmk import atomic, lifeline, privacy, stop
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.sweep.plan import Cell, cell_folder, is_done
-
-PR_SET_PDEATHSIG = 1
 
 
 class Reporter:
@@ -44,11 +40,18 @@ class Reporter:
 
 
 def main() -> int:
-    """Read the job, work, return the exit code: 0, or 75 when stopped by a signal."""
+    """Read the job, work, return the exit code: 0, or 75 or 130 when stopped by a signal."""
     report = Reporter(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # whatever prints goes to the log
     job = json.load(sys.stdin)
-    die_with_parent(job["parent"])
+    lifeline.die_with_parent(job["parent"])
+    privacy.protect()
+    with stop.leaving_at_once():
+        return _pull(job, report)
+
+
+def _pull(job: dict[str, Any], report: Reporter) -> int:
+    """Take one cell after the other."""
     from ddpm_lmk.runs import Workbench  # torch, paid once per worker
 
     workbench = Workbench()
@@ -57,9 +60,9 @@ def main() -> int:
         cell = Cell(**{**fields, "cfg": RunConfig.model_validate(fields["cfg"])})
         try:
             _work_on(cell, out, job, workbench, report)
-        except StoppedError:
+        except StoppedError as stopped:
             report("stopped", cell=cell.name)
-            return StoppedError.exit_code
+            return stopped.exit_code
     return 0
 
 
@@ -79,8 +82,8 @@ def _work_on(cell: Cell, out: Path, job: dict[str, Any], workbench: Any, report:
         started = time.monotonic()
         try:
             _execute(cell, out, job, workbench)
-        except (StoppedError, KeyboardInterrupt):
-            raise StoppedError(f"{cell.name} was stopped; the same command continues it") from None
+        except StoppedError:
+            raise
         except Exception as error:  # a cell that fails, for whatever reason, must not stop the others
             traceback.print_exc()
             atomic.write_json(failure, {"session": job["session"], **describe(error)})
@@ -116,13 +119,6 @@ def try_lock(path: Path) -> Iterator[bool]:
         yield False
     finally:
         os.close(descriptor)
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGTERM when the parent goes, so that no orphan keeps writing (Linux)."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        sys.exit(StoppedError.exit_code)
 
 
 if __name__ == "__main__":

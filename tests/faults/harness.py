@@ -33,6 +33,7 @@ class Started:
         self, words: Sequence[object], out: Path, *, launch: dict[str, Any] | None = None, **environment: str
     ) -> None:
         self.out = out
+        self.tree: list[psutil.Process] = []
         self.said = out.with_name(f"{out.name}-said-{time.monotonic_ns()}.txt")
         if launch is not None:
             file = self.said.with_suffix(".yaml")

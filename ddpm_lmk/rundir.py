@@ -82,7 +82,7 @@ class RunDir:
         if before is not None and before.get("fingerprint") != facts["fingerprint"]:
             raise DataError(
                 f"dataset changed since {self.path} was started: was {before.get('fingerprint')}, now "
-                f"{facts['fingerprint']}; restore the data or use another --out directory"
+                f"{facts['fingerprint']}; restore it, or add --fork NEWDIR to go on there with the new data"
             )
         self._config_hash = runfile.config_hash(cfg)
         # The run file comes first: without it a directory that holds anything is no run, and a killed start would stay.

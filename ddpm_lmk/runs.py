@@ -29,6 +29,7 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import checksum
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import LaunchError
+from ddpm_lmk.fork import bring_checkpoint
 from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.machine import code_digest, versions
@@ -77,8 +78,12 @@ def execute(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     parallel: Parallel | None = None,
     workbench: Workbench | None = None,
+    fork: Path | None = None,
 ) -> dict[str, Any]:
     """Do a run in the directory `out`, or what is left of it, and return its results, on every rank.
+
+    Args:
+        fork: directory of another run, whose newest checkpoint a new run begins with.
 
     Raises:
         LmkError: on all ranks alike where it is found before training; see `rundir`, `data` and `engine.loop`.
@@ -91,12 +96,13 @@ def execute(
         finished = parallel.on_main(lambda: run.results(cfg))
         if finished is not None:
             return finished
+        forked = None if fork is None else parallel.on_main(lambda: bring_checkpoint(fork, run.path))
         with _open_loaders(cfg, parallel, workbench, run) as loaders:
             with parallel.together():
                 task = build_task(cfg, loaders.train.spec)
             state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
             _want_same_everywhere(cfg, loaders, state, parallel)
-            parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, parent)))
+            parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, forked or parent)))
             if cfg.task.kind == "denoise":
                 parallel.on_main(lambda: _note_left_out(cfg, run))
             run.journal.rewind_metrics(state.step)
@@ -270,6 +276,7 @@ def run_job(job: dict[str, Any]) -> int:
     """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda"}); returns 0."""
     parallel = Parallel(job.get("device", "auto"))
     beat("setup")
-    execute(RunConfig.model_validate(job["config"]), Path(job["out"]), parallel=parallel)
+    fork = Path(job["fork"]) if job.get("fork") else None
+    execute(RunConfig.model_validate(job["config"]), Path(job["out"]), parallel=parallel, fork=fork)
     parallel.close()
     return 0

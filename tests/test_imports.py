@@ -47,7 +47,7 @@ LAYERS: list[set[str]] = [
     },
     {"tasks", "leakage"},
     {"sweep"},
-    {"engine", "rundir"},
+    {"engine", "rundir", "fork"},
     {"sampling", "loaded", "inference", "predict", "export"},
     {"runs", "plan", "doctor"},
     {"report"},

@@ -276,3 +276,35 @@ def test_a_worker_process_runs_a_job_and_tells_an_error_in_one_line(tmp_path: Pa
     assert refused.returncode == 7
     assert refused.stderr.startswith("error[")
     assert refused.stderr.count("\n") == 1
+
+
+def test_a_fork_goes_on_from_the_checkpoint_of_another_run_and_leaves_it_alone(
+    tmp_path: Path, pretraining: Maker, parallel: Parallel
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    execute(pretraining(train={"checkpoint_every": 1}), old, parallel=parallel)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    changed = pretraining(train={"length": 5}, optim={"lr": 0.5}, seed=7)
+    with pytest.raises(RunConflictError, match="add --fork NEWDIR"):
+        execute(changed, old, parallel=parallel)
+    results = execute(changed, new, parallel=parallel, fork=old)
+    assert results["train"]["steps"] == 5
+    lines = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [4, 5]
+    assert {line["lr"] for line in lines if "loss" in line} == {0.5}
+    parent = json.loads((new / "run.json").read_text())["parent"]
+    assert parent == {"path": str(old), "use": "state", "step": 3, "loaded": "fork"}
+    after = {path: path.read_bytes() for path in before}
+    assert after == before or {path.name for path in before if after[path] != before[path]} <= {".lock"}
+    assert execute(changed, new, parallel=parallel, fork=old)["train"]["steps"] == 5, "the same command is no new fork"
+
+
+def test_a_fork_of_nothing_and_of_another_network_is_refused(
+    tmp_path: Path, pretraining: Maker, parallel: Parallel
+) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint in .* to go on from"):
+        execute(pretraining(), tmp_path / "new", parallel=parallel, fork=tmp_path / "nothing")
+    execute(pretraining(), tmp_path / "old", parallel=parallel)
+    wider = pretraining(model=NETWORK | {"width": 16})
+    with pytest.raises(CheckpointError):
+        execute(wider, tmp_path / "wide", parallel=parallel, fork=tmp_path / "old")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ddpm_lmk import __version__, privacy
+from ddpm_lmk.cli.launch import launch_app
 from ddpm_lmk.cli.results import results_app
 from ddpm_lmk.cli.shards import shards_app
 from ddpm_lmk.console import console, print_table, say
@@ -43,6 +44,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run directory", show_default="runs/NAME")]
 GpusOption = Annotated[int | None, typer.Option("--gpus", metavar="N", help="use N GPUs of this node")]
 CpuOption = Annotated[int | None, typer.Option("--cpu", metavar="N", help="use N CPU processes")]
+ForkOption = Annotated[
+    Path | None,
+    typer.Option("--fork", metavar="NEWDIR", help="go on there from the newest checkpoint of --out"),
+]
 ShareGroupOption = Annotated[bool, typer.Option("--share-group", help="let the group read and write the outputs")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would run, and stop")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="list every setting with type, default and bound")]
@@ -142,6 +147,7 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
         node_rank: Annotated[int, typer.Option(metavar="R", help="number of this node, from 0")] = 0,
         rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="address of node 0")] = None,
         launch: Annotated[Path | None, typer.Option(metavar="FILE", help="launch file; see launch/")] = None,
+        fork: ForkOption = None,
         share_group: ShareGroupOption = False,
         loader: Annotated[str | None, typer.Option(metavar="auto|torch|dali", help="short for data.loader=")] = None,
         dry_run: DryRunOption = False,
@@ -163,7 +169,7 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
         _check_task(cfg, task, run_file)
         with leaving_at_once():
             placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
-            _train(cfg, out or Path("runs") / cfg.name, placement, dry_run=dry_run)
+            _train(cfg, out or Path("runs") / cfg.name, placement, fork=fork, dry_run=dry_run)
 
 
 _add_training_command(
@@ -204,6 +210,7 @@ def sweep(
 
 app.add_typer(results_app)
 app.add_typer(shards_app)
+app.add_typer(launch_app, name="launch")
 
 
 def _given(path: Path | None, name: str) -> Path:
@@ -219,7 +226,8 @@ def _check_task(cfg: RunConfig, wanted: TaskKind, run_file: Path | None) -> None
         raise ConfigError(f"{run_file} has task.kind={cfg.task.kind}, not {wanted}; use `ddpm-lmk {other} {run_file}`")
 
 
-def _train(cfg: RunConfig, out: Path, placement: Placement, *, dry_run: bool) -> None:
+def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None, dry_run: bool) -> None:
+    """With `fork`, `out` is where the run comes from and `fork` where it goes on."""
     from ddpm_lmk.data.order import GroupPlan
     from ddpm_lmk.launcher import launch
 
@@ -231,8 +239,9 @@ def _train(cfg: RunConfig, out: Path, placement: Placement, *, dry_run: bool) ->
 
         print_table(("", ""), plan_run(cfg, placement, out))
         return
+    job = {"config": cfg.model_dump(mode="json"), "out": str(fork or out), "fork": None if fork is None else str(out)}
+    out = fork or out
     say(f"{cfg.name}: {placement}, {out}")
-    job = {"config": cfg.model_dump(mode="json"), "out": str(out)}
     code = launch(job, **asdict(placement))
     if code == 0:
         typer.echo(f"{out / 'results.json'}")

@@ -6,14 +6,14 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ddpm_lmk.config import Section
 from ddpm_lmk.errors import ConfigError, LaunchError
 from ddpm_lmk.runfile import load_yaml, validate
-from ddpm_lmk.stop import DEFAULT_GRACE_S
+from ddpm_lmk.stop import DEFAULT_GRACE_S, grace_s
 
 Device = Literal["cpu", "cuda"]
 
@@ -81,7 +81,7 @@ def place(
         raise ConfigError("--gpus and --cpu contradict one another; give one of them")
     file = None
     if launch_file is not None:
-        file = validate(LaunchFile, load_yaml(launch_file), source=str(launch_file))
+        file = read_launch_file(launch_file)
     if gpus is not None or cpu is not None:
         device: Device = "cpu" if gpus is None else "cuda"
         processes = (gpus if gpus is not None else cpu) or 0
@@ -89,10 +89,17 @@ def place(
         device, processes = file.device, file.processes
     else:
         device, processes = ("cuda" if visible_gpus() else "cpu"), 1
-    patience = {} if file is None else file.model_dump(exclude={"device", "processes", "nodes"})
+    patience: dict[str, Any] = {"grace_s": grace_s()}
+    if file is not None:
+        patience |= file.model_dump(exclude={"device", "processes", "nodes"}, exclude_unset=True)
     placement = Placement(device, processes, nodes or (file.nodes if file else 1), node_rank, rdzv, **patience)
     check_placement(placement)
     return placement
+
+
+def read_launch_file(path: Path) -> LaunchFile:
+    """Read and check a launch file; raises `ConfigError`."""
+    return validate(LaunchFile, load_yaml(path), source=str(path))
 
 
 def check_placement(placement: Placement) -> None:

@@ -1,0 +1,79 @@
+"""`ddpm-lmk launch ...`: writing what another system starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddpm_lmk.errors import ConfigError
+
+launch_app = typer.Typer(help="Write what a cluster starts.", no_args_is_help=True)
+
+
+@launch_app.callback()
+def _launch() -> None:
+    """Keeps the name of the only command below on the command line."""
+
+
+@launch_app.command("slurm")
+def slurm(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="run file; see configs/")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value", help="settings that win over the file")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="GPUs of each node")] = None,
+    cpu: Annotated[int | None, typer.Option("--cpu", metavar="N", help="CPU processes on each node")] = None,
+    launch: Annotated[Path | None, typer.Option(metavar="FILE", help="launch file instead; see launch/")] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", metavar="M", min=1, help="number of nodes")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run directory, seen by all nodes")] = None,
+    script: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where to write it", show_default="NAME.sbatch")
+    ] = None,
+    time: Annotated[
+        str, typer.Option(metavar="HH:MM:SS", help="time limit of one job; the run goes on in the next")
+    ] = "24:00:00",
+    cpus_per_task: Annotated[int, typer.Option(metavar="N", min=1, help="cores of each node")] = 8,
+    grace: Annotated[
+        int, typer.Option(metavar="SECONDS", min=10, help="time to save in before the nodes are taken")
+    ] = 120,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="as in sbatch")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="as in sbatch")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="hand it to sbatch as well")] = False,
+) -> None:
+    """Write (and submit) a batch script that saves and queues itself again when it is preempted."""
+    from ddpm_lmk.launcher import slurm as writer
+    from ddpm_lmk.launcher.placement import read_launch_file
+    from ddpm_lmk.runfile import load_run
+
+    if (gpus is not None) + (cpu is not None) + (launch is not None) != 1:
+        raise ConfigError("give one of --gpus N, --cpu N and --launch FILE: what each node has to start")
+    file = None if launch is None else read_launch_file(launch)
+    cfg = load_run(run_file, overrides or [])
+    on_gpus = (file.processes if file.device == "cuda" else 0) if file is not None else gpus or 0
+    verb = {"denoise": "pretrain", "landmarks": "finetune"}[cfg.task.kind]
+    folder = (out or Path("runs") / cfg.name).absolute()
+    words = writer.command(
+        verb,
+        run_file.absolute(),
+        overrides or [],
+        gpus=on_gpus,
+        cpu=cpu or 0,
+        out=folder,
+        launch=None if launch is None else launch.absolute(),
+    )
+    job = writer.Job(
+        name=cfg.name,
+        command=words,
+        nodes=nodes or (file.nodes if file is not None else 1),
+        gpus_per_node=on_gpus,
+        cpus_per_task=cpus_per_task,
+        time=time,
+        grace_s=grace,
+        partition=partition,
+        account=account,
+    )
+    path = script or Path(f"{cfg.name}.sbatch")
+    writer.write_script(job, path)
+    typer.echo(writer.submit(path) if submit else f"{path}: submit it with `sbatch {path}`")

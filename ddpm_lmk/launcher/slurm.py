@@ -1,0 +1,147 @@
+"""The batch script of a Slurm cluster: one task per node, saved and queued again when it is preempted.
+
+The scheduler sends SIGUSR1 to the script some time before it takes the nodes away (`--signal=B:USR1@SECONDS`), or
+SIGTERM when it preempts; the script passes it on, the run saves and ends with 75, and the script puts itself back into
+the queue. Any other code ends the job: 76 above all, since a run without progress would only burn its allocation.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm_lmk import atomic
+from ddpm_lmk.errors import ConfigError, LaunchError
+
+FIRST_PORT, PORTS = 20000, 20000
+SPARE_S = 30  # between the run's own grace and the moment the scheduler takes the nodes
+
+SCRIPT = """\
+#!/bin/bash
+# {title}
+# Written by `ddpm-lmk launch slurm`; submit with `sbatch {script}`. The same script continues the run.
+{directives}
+set -uo pipefail
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$(( {first_port} + SLURM_JOB_ID % {ports} ))
+export head port
+export DDPM_LMK_GRACE_S={grace_s}  # seconds from a signal to the end of the last process
+
+# One task per node; each starts the processes of its node and looks after them.
+srun --kill-on-bad-exit=0 bash -c {task} &
+step=$!
+
+# A signal before the end of the time limit, or of a preemption, goes to all tasks. It also ends a `wait`: wait again.
+pass_on() {{ asked=1; echo "asked to stop: the run saves and is queued again" >&2; kill -USR1 "$step" 2>/dev/null; }}
+trap pass_on USR1 TERM
+
+asked=0; code=0
+wait "$step" || code=$?
+while [ "$asked" = 1 ]; do
+    asked=0; code=0
+    wait "$step" || code=$?
+done
+
+case $code in
+    0) ;;
+    75) scontrol requeue "$SLURM_JOB_ID" ;;
+    76) echo "no progress in several restarts: not queued again" >&2 ;;
+    *) echo "ended with exit code $code: not queued again" >&2 ;;
+esac
+exit "$code"
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm has to know."""
+
+    name: str
+    command: tuple[str, ...]  # of one node, without its place among the others
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int = 8
+    time: str = "24:00:00"
+    grace_s: int = 120
+    partition: str | None = None
+    account: str | None = None
+    log: str = "%x-%j.log"
+
+
+def write_script(job: Job, path: Path) -> None:
+    """Write the batch script of `job`.
+
+    Raises:
+        ConfigError: a time that Slurm does not know.
+        ResourceError: the place cannot be written.
+    """
+    if not re.fullmatch(r"(\d+-)?\d{1,3}(:\d{2}){0,2}", job.time):
+        raise ConfigError(f"--time {job.time!r}; wanted MINUTES, HH:MM:SS or D-HH:MM:SS as Slurm reads them")
+    for option, word in (("--partition", job.partition), ("--account", job.account), ("--log", job.log)):
+        if word is not None and not re.fullmatch(r"[\w.,%/+=@-]+", word):
+            raise ConfigError(f"{option} {word!r}; wanted a word without spaces and quotes")
+    script = SCRIPT.format(
+        title=f"{job.name}: {job.nodes} x {_devices(job)}",
+        script=shlex.quote(str(path)),
+        directives="\n".join(f"#SBATCH {line}" for line in _directives(job)),
+        first_port=FIRST_PORT,
+        grace_s=job.grace_s,
+        ports=PORTS,
+        task=shlex.quote(_task(job)),
+    )
+    atomic.write_text(path, script)
+
+
+def submit(path: Path) -> str:
+    """Hand a script to Slurm; returns what `sbatch` says. Raises `LaunchError`."""
+    if shutil.which("sbatch") is None:
+        raise LaunchError(f"there is no sbatch on this machine; copy {path} to a login node and run `sbatch {path}`")
+    done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(f"sbatch refused {path}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def _directives(job: Job) -> list[str]:
+    lines = [
+        f"--job-name={job.name}",
+        f"--nodes={job.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={job.cpus_per_task}",
+        f"--time={job.time}",
+        f"--signal=B:USR1@{job.grace_s + SPARE_S}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={job.log}",
+    ]
+    lines += [f"--gpus-per-node={job.gpus_per_node}"] * bool(job.gpus_per_node)
+    lines += [f"--partition={job.partition}"] * bool(job.partition)
+    return [*lines, *([f"--account={job.account}"] * bool(job.account))]
+
+
+def _devices(job: Job) -> str:
+    return f"{job.gpus_per_node} GPUs" if job.gpus_per_node else f"{job.cpus_per_task} cores"
+
+
+def _task(job: Job) -> str:
+    """The command of one node; what differs between nodes is filled in there."""
+    words = shlex.join(job.command)
+    if job.nodes == 1:
+        return f"exec {words}"
+    return f'exec {words} --nodes {job.nodes} --node-rank "$SLURM_NODEID" --rdzv "$head:$port"'
+
+
+def command(
+    verb: str, run_file: Path, overrides: Sequence[str], *, gpus: int, cpu: int, out: Path, launch: Path | None
+) -> tuple[str, ...]:
+    """`ddpm-lmk VERB RUN.yaml ...` with paths that hold from any folder of the job."""
+    words = ["ddpm-lmk", verb, str(run_file), *overrides, "--out", str(out)]
+    if launch is not None:
+        return (*words, "--launch", str(launch))
+    return (*words, *(("--gpus", str(gpus)) if gpus else ("--cpu", str(cpu))))

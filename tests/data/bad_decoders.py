@@ -1,0 +1,40 @@
+"""A decoding process whose decoder does what the content of a file says: the worst that a decoder can do, for real."""
+
+import os
+import pickle
+import signal
+import subprocess
+import time
+
+from ddpm_lmk.data import decode_worker
+from ddpm_lmk.data.decode import film_from_bytes
+
+
+def decode(data, options):
+    word, _, argument = data.decode("latin-1").partition(" ")
+    if word == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif word == "hang":
+        time.sleep(3600)
+    elif word == "memory":
+        bytearray(3 << 30)
+    elif word == "stop":
+        raise StopIteration
+    elif word == "exit":
+        raise SystemExit(3)
+    elif word == "print":
+        os.write(1, b"nonsense on standard output")
+        raise ValueError("after printing")
+    elif word == "write":
+        with open(argument, "wb") as file:
+            file.write(b"x")
+    elif word == "run":
+        subprocess.run(["touch", argument], check=False)
+    elif word == "unpickle":
+        pickle.loads(pickle.dumps(decode))  # noqa: S301 - to see it refused
+    return film_from_bytes(data, options)
+
+
+def main():
+    decode_worker.film_from_bytes = decode
+    decode_worker.main()

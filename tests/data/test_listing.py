@@ -1,0 +1,76 @@
+"""Names of files are sorted on the disk, and ids of private ones say nothing."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from ddpm_lmk.data import listing
+from ddpm_lmk.data.digests import DigestSet
+from ddpm_lmk.data.ids import open_key, write_map
+from ddpm_lmk.data.listing import Listing, list_files, read_list, walk
+from ddpm_lmk.errors import ConfigError, DataError, ResourceError, RunConflictError
+
+
+def test_any_number_of_names_comes_back_in_order_and_more_than_once(monkeypatch):
+    monkeypatch.setattr(listing, "_SORTED_AT_ONCE", 100)
+    names = [(f"{number * 7919 % 1009:x}é\udcff", f"p{number}\n") for number in range(1009)]
+    listed = Listing(iter(names))
+    assert len(listed) == 1009
+    assert list(listed) == list(listed) == sorted(names)
+
+
+def test_two_files_with_one_id_are_an_error(tmp_path):
+    for name in ("a.png", "a.jpg", "b.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match="1 ids come twice, first 'a'"):
+        list_files(tmp_path, None, lambda path: path.split(".")[0], Counter())
+
+
+def test_hidden_names_are_skipped_links_to_folders_not_followed_and_others_counted(tmp_path):
+    (tmp_path / "sub" / ".hidden").mkdir(parents=True)
+    for name in ("a.PNG", ".b.png", "sub/c.png", "sub/.hidden/d.png", "sub/e.txt", "f"):
+        (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    others = Counter()
+    assert sorted(walk(tmp_path, frozenset({".png"}), others)) == ["a.PNG", "sub/c.png"]
+    assert others == {".txt": 1, "none": 2}
+
+
+def test_a_list_names_its_files(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.png\r\n\n# a remark\nsub/b \xff.png\n")
+    assert list(read_list(tmp_path / "list.txt")) == ["a.png", "sub/b \udcff.png"]
+
+
+def test_a_set_of_digests_knows_what_it_has_seen():
+    digests = [np.random.default_rng(seed).bytes(16) for seed in range(20_000)]
+    seen = DigestSet()
+    assert all(seen.add(digest) for digest in digests)
+    assert not any(seen.add(digest) for digest in digests)
+    assert len(seen) == 20_000
+
+
+def test_a_key_is_made_once_and_decides_the_ids(tmp_path):
+    keys = open_key(tmp_path / "key")
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert open_key(tmp_path / "key").of_path("Doe/1") == keys.of_path("Doe/1")
+    assert open_key(tmp_path / "other").of_path("Doe/1") != keys.of_path("Doe/1")
+    assert keys.of_path("Doe") != keys.of_patient("Doe")
+
+
+def test_a_key_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "key").chmod(0o600)
+    with pytest.raises(ConfigError, match="wanted 64 hexadecimal digits"):
+        open_key(tmp_path / "key")
+    (tmp_path / "link").symlink_to(tmp_path / "key")
+    with pytest.raises(ResourceError, match="name another --id-key"):
+        open_key(tmp_path / "link")
+
+
+def test_the_list_of_ids_is_private_and_never_replaced(tmp_path):
+    write_map(tmp_path / "map.csv", [("0a", 'Doe, "J"\n'), ("0b", "b")])
+    assert (tmp_path / "map.csv").read_text() == 'id,path\n0a,"Doe, ""J""\n"\n0b,b\n'
+    assert (tmp_path / "map.csv").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(RunConflictError, match="is there already"):
+        write_map(tmp_path / "map.csv", [])

@@ -29,6 +29,7 @@ from ddpm_lmk.loaded import open_run
 from ddpm_lmk.predict import predict_images
 from ddpm_lmk.runs import execute
 from ddpm_lmk.tasks import LandmarkTask, Predictions
+from tests.data.dicoms import dataset, to_bytes
 
 SEED = 7  # of the packed phantoms
 
@@ -247,6 +248,26 @@ def test_a_bad_file_is_a_row_with_its_error_and_the_others_are_predicted(landmar
     assert len(rows) == 19 + 3
     with pytest.raises(DataError, match="3 of 4 images could not be read"):
         summary.check()
+
+
+def test_a_dicom_film_is_answered_in_its_own_millimetres(landmark_run: Path, tmp_path: Path) -> None:
+    """The same picture as PNG and as DICOM, black and white exchanged in the file."""
+    (picture,) = write_pictures(tmp_path / "films", 1)
+    pixels = cv2.imread(str(picture), cv2.IMREAD_UNCHANGED)
+    inverted = {"PhotometricInterpretation": "MONOCHROME1", "BurnedInAnnotation": "YES"}
+    film = tmp_path / "films" / "IM0001"
+    film.write_bytes(to_bytes(dataset(65535 - pixels, bits=16, PixelSpacing=[0.25, 0.25], **inverted)))
+    summary = predict_images(landmark_run, [picture, film], tmp_path / "out", device="cpu")
+    assert (summary.predicted, summary.errors) == (2, {})
+    plain, dicom = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    assert (plain["mm_per_px"], dicom["mm_per_px"]) == (None, 0.25)
+    for point, measured in zip(plain["points"], dicom["points"], strict=True):
+        assert (measured["x"], measured["y"]) == (point["x"], point["y"])
+        assert measured["x_mm"] == pytest.approx(0.25 * point["x"], abs=1e-3)
+        assert "x_mm" not in point
+    predict_images(landmark_run, [film], tmp_path / "known", mm_per_px=0.5, device="cpu")
+    assert json.loads((tmp_path / "known" / "predictions.json").read_text())["images"][0]["mm_per_px"] == 0.5
+    assert not any(b"4711" in path.read_bytes() for path in tmp_path.glob("out/**/*") if path.is_file())
 
 
 def test_files_of_one_name_get_overlays_of_their_own(landmark_run: Path, tmp_path: Path) -> None:

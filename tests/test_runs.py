@@ -302,7 +302,7 @@ def test_a_fork_goes_on_from_the_checkpoint_of_another_run_and_leaves_it_alone(
 def test_a_fork_of_nothing_and_of_another_network_is_refused(
     tmp_path: Path, pretraining: Maker, parallel: Parallel
 ) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint in .* to go on from"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* to go on from"):
         execute(pretraining(), tmp_path / "new", parallel=parallel, fork=tmp_path / "nothing")
     execute(pretraining(), tmp_path / "old", parallel=parallel)
     wider = pretraining(model=NETWORK | {"width": 16})

@@ -45,6 +45,7 @@ class Manifest:
         self.settings: dict[str, Any] = header["settings"]
         self.shards: list[dict[str, Any]] = header["shards"]
         self.fingerprint: str = header["fingerprint"]
+        self.refused_sha256: str | None = header.get("refused_sha256")  # None: packed before it was noted
         self.format_version: int = header["format_version"]
         self.index, self.starts, self.per_split = index.rows, index.starts, index.per_split
         self._handles: dict[int, int] = {}

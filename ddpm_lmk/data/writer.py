@@ -174,7 +174,7 @@ class ShardWriter:
             self._finish_shard()
         pack = self._unfinished.pack
         lines = (json.dumps(line).encode("ascii") + b"\n" for line in self.all_refusals())
-        _write_durably(pack / "refused.jsonl", lines)
+        self._header["refused_sha256"] = _write_durably(pack / "refused.jsonl", lines)
         self._header["count"] = self._count
         self._header["shards"] = self._unfinished.shards
         blocks = (block.tobytes() for block in self.rows())

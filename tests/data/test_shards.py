@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.records import member_key, record_from_json, record_to_json, to_stored_matrix
 from ddpm_lmk.data.shards import CorruptSampleError, Manifest, SampleRecord, ShardWriter, verify
 from ddpm_lmk.data.spec import DatasetSpec, FixedSpacing
@@ -149,6 +150,55 @@ def _fails(read, row):
     except CorruptSampleError:
         return True
     return False
+
+
+def test_a_flipped_bit_in_any_file_is_found(tmp_path):
+    """Six hundred bits over manifest, index, prints, refusals and shards, headers and padding included."""
+    folder = write(tmp_path / "set")
+    manifest = Manifest.open(folder)
+    write_prints(manifest)
+    rng = np.random.default_rng(0)
+    missed = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for bit in rng.integers(0, 8 * len(content), 100 if content else 0).tolist():
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            try:
+                if verify(folder).is_good:
+                    missed.append((path.name, bit))
+            except DataError:
+                continue
+        path.write_bytes(content)
+    assert missed == []
+    verify(folder).check()
+
+
+def test_harm_to_padding_is_found_and_said_to_be_harmless(packed, tmp_path):
+    path = damaged(packed, tmp_path) / "shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="every sample is as it was packed"):
+        verify(path.parent).check()
+
+
+def test_a_change_of_the_refusals_is_found(packed, tmp_path):
+    path = damaged(packed, tmp_path) / "refused.jsonl"
+    path.write_text('{"id": "x", "reason": "y"}\n')
+    with pytest.raises(DataError, match=r"refused\.jsonl"):
+        verify(path.parent).check()
+    path.unlink()
+    with pytest.raises(DataError, match=r"refused\.jsonl"):
+        verify(path.parent).check()
+
+
+def test_an_emptied_shard_is_noticed_at_the_start(packed, tmp_path):
+    path = damaged(packed, tmp_path) / "shard-000001.tar"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="has 0 bytes"):
+        Manifest.open(path.parent)
 
 
 def damaged(packed, tmp_path):

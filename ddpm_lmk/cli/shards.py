@@ -217,15 +217,16 @@ def compare_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 
 @shards_app.command()
 def show(
-    folder: ShardsArgument,
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="packs to look at, alone or as a pool")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="./show-NAME")] = None,
-    count: Annotated[int, typer.Option(min=1, max=400, help="images on the contact sheet")] = 24,
+    count: Annotated[int, typer.Option(min=1, max=400, help="images of each pack on the contact sheet")] = 24,
 ) -> None:
-    """A contact sheet with landmarks, and a page of statistics."""
+    """Contact sheets with landmarks, statistics, copies and leaks, and what was refused, as pictures and one page."""
     from ddpm_lmk.console import print_table
     from ddpm_lmk.data.show import show as show_shards
 
-    shown = show_shards(folder, out or Path(f"show-{folder.resolve().name}"), count=count)
+    name = folders[0].resolve().name if len(folders) == 1 else "pool"
+    shown = show_shards(folders, out or Path(f"show-{name}"), count=count)
     print_table(("", ""), shown.lines)
     typer.echo(f"{shown.sheet}\n{shown.page}")
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.shards import Manifest, verify
-from ddpm_lmk.data.show import show
 from ddpm_lmk.errors import ConfigError, DataError, RunConflictError
 
 
@@ -187,15 +186,3 @@ def test_a_landmark_lies_on_what_was_marked(tmp_path):
         record, stored = manifest.read_record(0), manifest.decode(0)
         spot = np.argwhere(stored > 150).mean(0)[::-1]
         np.testing.assert_allclose(record.to_stored @ [*record.points[0], 1], spot, atol=0.3)
-
-
-def test_show_writes_a_sheet_and_one_self_contained_page(tmp_path):
-    pack("hand", "phantom", tmp_path / "out", size=64, counts={"train": 3, "test": 2})
-    shown = show(tmp_path / "out", tmp_path / "look", count=4)
-    sheet = cv2.imread(str(shown.sheet))
-    assert sheet.shape == (258, 4 * 224, 3)
-    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 300
-    page = shown.page.read_text()
-    assert "train 3, test 2" in page
-    assert "http" not in page
-    assert ("images", "5 (train 3, test 2)") in shown.lines

@@ -25,8 +25,8 @@ from ddpm_lmk.data.pack import pack
 from ddpm_lmk.launcher import Placement, run_ranks
 from ddpm_lmk.machine import hardware, versions
 
-WARM_UP = 3  # steps of every run that are not counted
-PHANTOMS, SIDE, GROUP = 32, 64, 8
+WARM_UP = 2  # steps of every run that are not counted
+PHANTOMS, SIDE, GROUP = 16, 64, 8
 VARIANTS: dict[str, dict[str, Any]] = {
     "ordered, whole share": {"exactness": "ordered", "micro_batch": None},
     "ordered, micro_batch 4": {"exactness": "ordered", "micro_batch": 4},
@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ordered, micro_batch 1": {"exactness": "ordered", "micro_batch": 1},
     "exact, micro_batch 1": {"exactness": "exact", "micro_batch": 1},
 }
-MODEL = {"width": 32, "multipliers": [1, 2, 4], "head_dim": 16, "linear_attention": [False, False, True]}
+MODEL = {"width": 24, "multipliers": [1, 2], "head_dim": 16, "linear_attention": [False, True]}
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -26,9 +26,8 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.backend import choose_backend
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.ranks import checksum
+from ddpm_lmk.engine.ranks import checksum, want_same_facts
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.fork import bring_checkpoint
 from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.lifeline import beat
@@ -198,18 +197,7 @@ def _want_same_everywhere(cfg: RunConfig, loaders: Loaders, state: TrainState, p
         "data": loaders.train.fingerprint,
         "start": f"step {state.step}, weights {checksum(state.model).item() % 2**64:016x}",
     }
-    seen = parallel.gather(mine)
-    for key in mine:
-        values = [facts[key] for facts in seen]
-        common = max(values, key=values.count)
-        odd = next((rank for rank, value in enumerate(values) if value != common), None)
-        if odd is not None:
-            error = LaunchError(
-                f"rank {odd} has another {key} than most: {values[odd]}, wanted {common}; "
-                "give all nodes the same installation, run file, data and checkpoints, and start again"
-            )
-            error.is_shared = True
-            raise error
+    want_same_facts(mine, parallel)
 
 
 def _facts(cfg: RunConfig, loaders: Loaders, parallel: Parallel, parent: dict[str, Any] | None) -> dict[str, Any]:

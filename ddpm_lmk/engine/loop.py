@@ -124,6 +124,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
         MemoryWatch(cfg, task, state, parallel),
         meter,
         supply,
+        closing(updater),
         saver,
     ):
         while True:

@@ -32,11 +32,14 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class Parallel:
     """The place of this process among all processes of a run, alone or under the torchelastic environment."""
 
-    def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
+    def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto", *, zero: int = 0) -> None:
         """Join the group that RANK and WORLD_SIZE describe; without them, be the only process.
 
+        Args:
+            zero: ZeRO stage of the launch file; 0 is DDP.
+
         Raises:
-            LaunchError: no CUDA device where one was asked for, or a group of another size than promised.
+            LaunchError: no CUDA device or no DeepSpeed where asked for, or a group of another size than promised.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise LaunchError("asked for a CUDA device, found none; check `ddpm-lmk doctor`, or use --cpu N")
@@ -45,11 +48,14 @@ class Parallel:
         use_cpu = device == "cpu" or not torch.cuda.is_available()
         reduction = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
         self._accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[reduction])
+        self.zero = zero
         self.rank = self._accelerator.process_index
         self.world = self._accelerator.num_processes
         self.device = self._accelerator.device
         if self.world != promised:
             raise LaunchError(f"joined a group of {self.world} processes, wanted WORLD_SIZE={promised}; start it again")
+        if zero:
+            self._want_deepspeed()
 
     @property
     def is_main(self) -> bool:
@@ -61,9 +67,48 @@ class Parallel:
         # DDP reports a search that finds nothing unused, and 1x1 convolutions whose strides it has to normalise.
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")
+        if self.world == 1:  # Accelerate would wrap it all the same where torchelastic started this process
+            return model.to(self.device)
         prepared = self._accelerator.prepare_model(model)
-        assert (self.world > 1) == isinstance(prepared, DistributedDataParallel), "gradients would not be shared"
+        assert isinstance(prepared, DistributedDataParallel), "gradients would not be shared"
         return prepared
+
+    def shard(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        """The DeepSpeed engine around `model`, which leaves each rank a part of the state of `optimizer`.
+
+        DeepSpeed is used directly and not through Accelerate's plugin, which belongs to the process and not to a run,
+        imports transformers, and is silently ignored for a process that was told to use the CPU. The settings that
+        matter are written out: its default for clipping is 1.0, and a group ends where the loop says.
+        """
+        import deepspeed
+
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": self.zero},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**31,
+        }
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        return engine
+
+    def whole(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """The moment `key` of a parameter, gathered from the ranks that `shard` gave parts of it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        value = safe_get_full_optimizer_state(parameter, key)
+        assert value is not None, f"no {key} to gather"
+        return value
+
+    def set_whole(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Hand out the parts of a parameter, or of its moment `key`, to the ranks that keep them."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
 
     def release(self) -> None:
         """Forget prepared models, so that a process can train many, one after the other."""
@@ -140,6 +185,19 @@ class Parallel:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self._accelerator.wait_for_everyone()
+
+    def _want_deepspeed(self) -> None:
+        """Have DeepSpeed use the group and the kind of device of this process."""
+        if self.world == 1:
+            raise LaunchError("ZeRO shares the optimizer's state among processes, found one; use more, or no zero")
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
+        try:
+            import deepspeed
+        except ImportError:
+            raise LaunchError(
+                "the launch file asks for ZeRO, found no DeepSpeed; pip install 'ddpm-lmk[deepspeed]'"
+            ) from None
+        deepspeed.init_distributed(dist_init_required=False)
 
     def close(self) -> None:
         """Leave the group; call once, at the end of a worker process."""

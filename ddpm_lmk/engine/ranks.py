@@ -1,12 +1,17 @@
-"""Do all ranks have the same weights? They should, bit by bit, whatever the exactness class (failures.md, C11)."""
+"""Do all ranks mean the same run, and have the same weights? Bit by bit, whatever the exactness class.
+
+At the start they compare what they were given (failures.md, A16), on the way their weights (C11).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.errors import DivergedError
+from ddpm_lmk.errors import DivergedError, LaunchError
 
 
 @torch.no_grad()
@@ -18,6 +23,22 @@ def checksum(model: nn.Module) -> Tensor:
     sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
     factors = torch.arange(len(sums), device=sums[0].device) * 2 + 1
     return (torch.stack(sums) * factors).sum()
+
+
+def want_same_facts(mine: Mapping[str, str], parallel: Parallel) -> None:
+    """Raise `LaunchError` on all ranks, naming the first odd one and what it has, unless all have the same facts."""
+    seen = parallel.gather(dict(mine))
+    for key in mine:
+        values = [facts[key] for facts in seen]
+        common = max(values, key=values.count)
+        odd = next((rank for rank, value in enumerate(values) if value != common), None)
+        if odd is not None:
+            error = LaunchError(
+                f"rank {odd} has another {key} than most: {values[odd]}, wanted {common}; "
+                "give all nodes the same installation, run file, data and checkpoints, and start again"
+            )
+            error.is_shared = True
+            raise error
 
 
 def want_same_weights(model: nn.Module, parallel: Parallel, *, step: int) -> None:

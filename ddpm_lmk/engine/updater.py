@@ -28,6 +28,7 @@ from ddpm_lmk.config import ClipConfig, RunConfig
 from ddpm_lmk.engine import tree
 from ddpm_lmk.engine.optim import clip, global_norm, gradients, moments
 from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.errors import ConfigError
 
 if TYPE_CHECKING:
     from ddpm_lmk.engine.parallel import Parallel
@@ -95,6 +96,9 @@ class Updater(ABC):
 
     def reload(self) -> None:
         """Take over weights and moments that were put into the state from outside."""
+
+    def close(self) -> None:
+        """Leave the model as it was found, for another run to use."""
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None: ...
@@ -220,4 +224,12 @@ class Treed(Updater):
 
 def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Updater:
     """The way of the run's exactness class and of the launch file's ZeRO stage."""
+    if parallel.zero:
+        from ddpm_lmk.engine.sharded import Sharded
+
+        if cfg.train.exactness == "exact":
+            raise ConfigError(
+                "train.exactness=exact cannot be kept with ZeRO, which adds in its own order; use ordered"
+            )
+        return Sharded(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
     return (Treed if cfg.train.exactness == "exact" else Averaged)(state, parallel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.engine.toy import config
 pytestmark = pytest.mark.distributed
 
 EXACT: dict[str, Any] = {"lr": 0.05, "clip": {"limit": 0.2}, "plateau": {"patience": 0}}
+BAD = [9]  # the place in the stream of an image whose loss is not a number: in step 2, on the last rank
 SETTINGS: dict[str, Any] = {"length": 6, "group_size": 8, "micro_batch": 1, "windows": "epoch", "checkpoint_every": 2}
 
 
@@ -27,8 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
     for world in (1, 2, 4):
         jobs = [job(folder / f"sgd-{world}", optim={"kind": "sgd", "lr": 0.3})]
-        jobs.append(job(folder / f"exact-{world}", optim=EXACT, exactness="exact"))
+        jobs.append(job(folder / f"exact-{world}", optim=EXACT, exactness="exact", bad_positions=BAD))
+        stop = {} if world == 4 else {"signal_at": 2 * world - 1, "expected": "StoppedError"}
+        jobs.append(job(folder / "moved", optim=EXACT, exactness="exact", bad_positions=BAD, **stop))
         if world == 2:
+            jobs.append(job(folder / "corrupt-2", optim=EXACT, corrupt_at=3, expected="DivergedError"))
             jobs.append(job(folder / "adamw-2", optim={"lr": 0.01}))
             jobs.append(job(folder / "cut-2", optim={"lr": 0.01}, kill_at=5))
             workers = processes.launch(folder, jobs, world=world)
@@ -74,6 +79,26 @@ def test_class_exact_has_the_same_bits_for_any_number_of_processes(folder: Path)
     assert lines[0] == lines[1] == lines[2]
     scores = [processes.scores(folder / f"exact-{world}") for world in (1, 2, 4)]
     assert scores[0] == scores[1] == scores[2]
+
+
+def test_class_exact_has_the_same_bits_when_the_number_changes_on_the_way(folder: Path) -> None:
+    """Stopped after 2 steps in one process and after 4 in two, finished in four."""
+    assert processes.events(folder / "moved").count("run.continued") == 2
+    assert processes.facts(folder / "moved")["digest"] == processes.facts(folder / "exact-1")["digest"]
+    assert processes.facts(folder / "moved")["step"] == 6
+
+
+def test_a_step_that_is_bad_on_one_rank_is_left_out_on_all(folder: Path) -> None:
+    lines = (folder / "exact-2" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "update.skipped" in line] == [2]
+
+
+def test_a_bit_that_changed_on_one_rank_ends_the_run_before_anything_is_saved(folder: Path) -> None:
+    for rank in (0, 1):
+        facts = processes.facts(folder / "corrupt-2", rank)
+        assert facts["code"] == 8
+        assert "all ranks differ from each other after step 4" in facts["said"]
+    assert [path.name for path in (folder / "corrupt-2" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_class_ordered_has_not_so_that_the_test_above_can_fail(folder: Path) -> None:

@@ -17,14 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ddpm_lmk import failpoints
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.ranks import want_same_facts, want_same_weights
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.errors import DataError, LmkError
+from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError
 from ddpm_lmk.stop import SIGNALS
 from tests.engine.toy import ToyTask, everything, start
 
@@ -59,6 +61,8 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == job.get("signal_at"):
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == job.get("corrupt_at") and parallel.rank == 1:
+            flip_a_bit(model)
         if step == job.get("announce_at"):
             arrived = signals_that_arrive()
             sys.stdout.write("there\n")
@@ -76,6 +80,27 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
     unused = [p.grad for n, p in state.model.named_parameters() if "unreached" in n]
     facts = {"digest": digest(state), "seen": task.seen, "step": state.step, "unused_is_none": unused == [None, None]}
     out.with_name(f"{out.name}-rank{parallel.rank}.json").write_text(json.dumps(facts))
+
+
+def flip_a_bit(model: torch.nn.Module) -> None:
+    """What a fault of memory does: the lowest bit of one weight changes."""
+    weight = next(iter(model.parameters())).detach()
+    weight.view(torch.int32)[(0,) * weight.ndim] ^= 1
+
+
+def check_comparisons(parallel: Parallel) -> None:
+    """The last rank has other data, or another bit in its weights: all ranks say so."""
+    last = parallel.world - 1
+    with pytest.raises(LaunchError, match=f"rank {last} has another data than most: theirs, wanted ours"):
+        want_same_facts({"code": "1", "data": "theirs" if parallel.rank == last else "ours"}, parallel)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4)
+    want_same_weights(model, parallel, step=1)
+    if parallel.rank == last:
+        flip_a_bit(model)
+    said = f"of rank {last} differ from the others" if parallel.world > 2 else "of all ranks differ from each other"
+    with pytest.raises(DivergedError, match=said):
+        want_same_weights(model, parallel, step=1)
 
 
 def check_errors(parallel: Parallel) -> None:
@@ -96,11 +121,20 @@ def check_errors(parallel: Parallel) -> None:
 
 def main() -> int:
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    parallel = Parallel("cpu")
+    parallel = Parallel("cpu", zero=jobs[0].get("zero", 0))
     try:
         check_errors(parallel)
+        if parallel.world > 1:
+            check_comparisons(parallel)
         for job in jobs:
-            work(job, parallel)
+            try:
+                work(job, parallel)
+            except LmkError as error:
+                if type(error).__name__ != job.get("expected"):
+                    raise
+                out = Path(job["out"])
+                facts = {"code": error.exit_code, "said": str(error)}
+                out.with_name(f"{out.name}-rank{parallel.rank}.json").write_text(json.dumps(facts))
     except LmkError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

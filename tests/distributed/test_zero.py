@@ -1,0 +1,84 @@
+"""ZeRO stages 1 and 2 on the CPU backend of DeepSpeed, against DDP. The first run on a machine compiles for minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_lmk.checkpoint import load_weights
+from tests.engine import processes
+from tests.engine.toy import config
+
+pytest.importorskip("deepspeed", reason="needs the extra: pip install 'ddpm-lmk[deepspeed]'")
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+TRAIN: dict[str, Any] = {"length": 6, "group_size": 8, "windows": "epoch", "checkpoint_every": 2}
+ADAMW: dict[str, Any] = {"lr": 0.01, "clip": {"limit": 0.2}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw-clipped": {"optim": ADAMW},
+    "adamw-accumulated": {"optim": ADAMW, "micro_batch": 1},
+    "sgd-clipped-by-value": {"optim": {"kind": "sgd", "lr": 0.3, "clip": {"kind": "value", "limit": 0.05}}},
+    "sgd-accumulated": {"optim": {"kind": "sgd", "lr": 0.3}, "micro_batch": 2},
+    "bad-step": {"optim": ADAMW, "micro_batch": 1, "bad_positions": [10]},
+    "bf16": {"optim": ADAMW, "precision": "bf16"},
+    "fp16": {"optim": ADAMW, "precision": "fp16"},
+}
+STOPS = {"signal_at": 1, "expected": "StoppedError"}, {"signal_at": 3, "expected": "StoppedError"}
+
+
+def job(out: Path, *, optim: dict[str, Any], **more: Any) -> dict[str, Any]:
+    train = TRAIN | {key: more.pop(key) for key in ("micro_batch", "precision", "length") if key in more}
+    cfg = config(train=train, optim=optim, data={"validation_split": "val"})
+    return {"config": cfg.model_dump(mode="json"), "out": str(out), "num_images": 13, **more}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every variant with DDP and both stages on two processes, and a run that moves from one to the other."""
+    folder = tmp_path_factory.mktemp("zero")
+    long = {"optim": ADAMW, "micro_batch": 1, "length": 8}
+    processes.run(folder, [job(folder / "moved", **long, **STOPS[0]), job(folder / "stayed", **long)], world=1)
+    for stage in (0, 1, 2):
+        jobs = [job(folder / f"{name}-{stage}", zero=stage, **fields) for name, fields in VARIANTS.items()]
+        if stage == 1:
+            jobs.append(job(folder / "moved", **long, **STOPS[1]))
+        processes.run(folder, jobs, world=2)
+    processes.run(folder, [job(folder / "moved", **long, signal_at=5, expected="StoppedError", zero=2)], world=4)
+    processes.run(folder, [job(folder / "moved", **long)], world=1)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_zero_has_the_losses_of_ddp(folder: Path, name: str, stage: int) -> None:
+    wanted = [loss for loss in processes.losses(folder / f"{name}-0") if loss is not None]
+    found = [loss for loss in processes.losses(folder / f"{name}-{stage}") if loss is not None]
+    assert len(wanted) >= 5
+    assert found == pytest.approx(wanted, rel=1e-2 if "16" in name else 2e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_leaves_out_the_same_step(folder: Path, stage: int) -> None:
+    names = [processes.events(folder / f"bad-step-{s}").count("update.skipped") for s in (0, stage)]
+    assert names == [1, 1]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_has_the_weights_average_and_moments_of_ddp(folder: Path, stage: int) -> None:
+    for use in ("model", "ema"):
+        found, _ = load_weights(folder / f"adamw-clipped-{stage}", use)
+        wanted, _ = load_weights(folder / "adamw-clipped-0", use)
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-3 if "unreached" in name else 1e-5)
+
+
+def test_a_run_moves_from_one_process_to_zero_and_back_with_the_losses_of_one_that_stayed(folder: Path) -> None:
+    """2 steps in one process, 2 with stage 1 on two, 2 with stage 2 on four, 2 in one process."""
+    assert processes.events(folder / "moved").count("run.continued") == 3
+    assert processes.losses(folder / "moved") == pytest.approx(processes.losses(folder / "stayed"), rel=5e-6)
+    found, wanted = load_weights(folder / "moved", "ema")[0], load_weights(folder / "stayed", "ema")[0]
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-3 if "unreached" in name else 1e-5)

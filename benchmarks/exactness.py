@@ -1,11 +1,13 @@
-"""The price of class exact: seconds per step of training against class ordered, on one machine, in one run.
+"""The price of class exact: time per step against class ordered, on one machine, in one run.
 
-    python -m benchmarks.exactness [--processes 1 2] [--rounds 3] [--steps 12] [--out benchmarks/results]
+    python -m benchmarks.exactness [--processes 1 2] [--steps 16] [--out benchmarks/results]
 
-Every number of processes is one launch, in which the variants take turns, `--rounds` times, so that a busy machine is
-busy for all of them. A variant is a short run through `runs.execute` on synthetic chests; its figure is the median over
-rounds of the median step. `ordered` with no micro-batch computes a process's whole share at once, what a user of that
-class would do; with the micro-batch of `exact` it shows what the tree alone costs. Writes `exactness_DEVICE.json`.
+Every number of processes is one launch, in which the variants take turns step by step, so that a machine that is busy
+with other things is busy for all of them. A step is the engine's own: micro-batches of the pre-training task, one
+reduction, one update; no loader, no saving. Figures are medians; `cpu_ms` is the processor time of rank 0, which other
+work on the machine disturbs less than the clock. `ordered, whole share` computes a process's share at once, as a user
+of that class would; with the micro-batch of `exact`, class ordered shows what the tree alone costs. Writes
+`exactness_DEVICE.json`.
 """
 
 from __future__ import annotations
@@ -16,17 +18,23 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.pack import pack
+import torch
+
+from ddpm_lmk.config import DenoiseConfig, RunConfig
+from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.launcher import Placement, run_ranks
 from ddpm_lmk.machine import hardware, versions
 
-WARM_UP = 2  # steps of every run that are not counted
-PHANTOMS, SIDE, GROUP = 16, 64, 8
+if TYPE_CHECKING:
+    from ddpm_lmk.engine.parallel import Parallel
+
+WARM_UP = 3  # steps of each variant that are not counted
+SIDE, GROUP = 64, 8
 VARIANTS: dict[str, dict[str, Any]] = {
     "ordered, whole share": {"exactness": "ordered", "micro_batch": None},
     "ordered, micro_batch 4": {"exactness": "ordered", "micro_batch": 4},
@@ -41,88 +49,123 @@ def main() -> None:
     """Measure for each number of processes and write the result file."""
     options = _options()
     if options.worker:
-        _work(options.worker)
+        _work(options.worker, options.steps)
         return
     result: dict[str, Any] = {
         "benchmark": "exactness",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": "cpu",
         "hardware": hardware(),
-        "threads_per_process": int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
+        "threads_per_process": 1,
         "versions": versions("ddpm-lmk", "torch", "accelerate"),
         "image_size_px": SIDE,
         "group_size_images": GROUP,
         "model": MODEL,
-        "rounds": options.rounds,
-        "steps_counted_per_round": options.steps - WARM_UP,
+        "steps_measured": options.steps,
         "processes": {},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        pack("chest", "phantom", Path(folder) / "chests", counts={"train": PHANTOMS}, size=SIDE)
-        for count in options.processes:
-            job = Path(folder) / f"job-{count}.json"
-            job.write_text(json.dumps({"folder": folder, "rounds": options.rounds, "steps": options.steps}))
-            words = ["-m", "benchmarks.exactness", "--worker", str(job)]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for count in options.processes:
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "found.json"
+            words = ["-m", "benchmarks.exactness", "--worker", str(found), "--steps", str(options.steps)]
             if run_ranks(words, Placement("cpu", count)):
                 raise SystemExit(f"the run with {count} processes failed")
-            result["processes"][str(count)] = _compared(json.loads(job.with_suffix(".out").read_text()))
+            result["processes"][str(count)] = _compared(json.loads(found.read_text()))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "exactness_cpu.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(f"{json.dumps(result['processes'], indent=1)}\n{path}\n")
 
 
-def _compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Median over rounds, and the share by which a variant is slower than the first."""
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
+def _compared(seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """Medians of wall-clock and processor time, and by how much they exceed those of the first variant."""
+    medians = {name: [statistics.median(column) for column in zip(*found)] for name, found in seconds.items()}
     base = medians["ordered, whole share"]
     return {
         name: {
-            "step_ms": round(1000 * median, 2),
-            "step_ms_rounds": [round(1000 * value, 2) for value in seconds[name]],
-            "more_than_whole_share_pct": round(100 * (median / base - 1), 1),
+            "step_ms": round(1000 * wall, 2),
+            "cpu_ms": round(1000 * cpu, 2),
+            "step_more_pct": round(100 * (wall / base[0] - 1), 1),
+            "cpu_more_pct": round(100 * (cpu / base[1] - 1), 1),
         }
-        for name, median in medians.items()
+        for name, (wall, cpu) in medians.items()
     }
 
 
-def _work(path: Path) -> None:
-    """A rank: all variants in turn, each round in the same process."""
+def _work(found: Path, steps: int) -> None:
+    """A rank: one step of each variant in turn, after some that warm up."""
+    from ddpm_lmk.engine.exactness import kernels
     from ddpm_lmk.engine.parallel import Parallel
-    from ddpm_lmk.runs import Workbench, execute
 
-    job = json.loads(path.read_text())
-    parallel, workbench = Parallel("cpu"), Workbench()
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for number in range(job["rounds"]):
-        for name, fields in VARIANTS.items():
-            out = Path(job["folder"]) / f"{parallel.world}-{number}-{name.replace(' ', '')}"
-            cfg = _config(Path(job["folder"]) / "chests", {**fields, "length": job["steps"]})
-            execute(cfg, out, parallel=parallel, workbench=workbench)
-            lines = parallel.on_main((out / "metrics.jsonl").read_text).splitlines()
-            rates = [json.loads(line)["images_per_s"] for line in lines if '"images_per_s"' in line]
-            seconds[name].append(statistics.median(GROUP / rate for rate in rates[WARM_UP:]))
+    parallel = Parallel("cpu")
+    lanes = {name: _Lane(fields, parallel) for name, fields in VARIANTS.items()}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in lanes}
+    for step in range(WARM_UP + steps):
+        for name, lane in lanes.items():
+            with kernels(lane.cfg.train.exactness, parallel.device):
+                parallel.gather(None)  # all ranks begin together
+                wall, cpu = time.perf_counter(), time.process_time()
+                lane.step(step)
+                if step >= WARM_UP:
+                    seconds[name].append([time.perf_counter() - wall, time.process_time() - cpu])
     if parallel.is_main:
-        path.with_suffix(".out").write_text(json.dumps(seconds))
+        found.write_text(json.dumps(seconds))
     parallel.close()
 
 
-def _config(data: Path, train: dict[str, Any]) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "data": {"path": str(data), "image_size": SIDE},
-            "model": MODEL,
-            "task": {"kind": "denoise"},
-            "train": {"group_size": GROUP, "log_every": 1, "checkpoint_every": 10**6, "ema": {"warmup": True}, **train},
-        }
-    )
+class _Lane:
+    """One variant: a model of its own, and its way to update it."""
+
+    def __init__(self, fields: dict[str, Any], parallel: Parallel) -> None:
+        from ddpm_lmk.engine.state import TrainState
+        from ddpm_lmk.engine.updater import build_updater
+        from ddpm_lmk.models import build_model
+        from ddpm_lmk.tasks import DenoiseTask
+
+        train = {"group_size": GROUP, **fields}
+        data = {"path": "none", "image_size": SIDE}
+        self.cfg = RunConfig.model_validate({"data": data, "model": MODEL, "task": {"kind": "denoise"}, "train": train})
+        task = self.cfg.task
+        assert isinstance(task, DenoiseConfig)
+        self._task, self._parallel = DenoiseTask(task, seed=0), parallel
+        model = build_model(self.cfg.model, out_channels=1)
+        self._state = TrainState.fresh(self.cfg, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        self._updater = build_updater(self.cfg, self._state, parallel)
+        share = GROUP // parallel.world
+        self._micro = self.cfg.train.micro_batch or share
+        self._count = share // self._micro
+
+    def step(self, number: int) -> None:
+        """What the loop does in a step, on images that do not matter."""
+        for k in range(self._count):
+            with self._updater.micro_batch(k, of=self._count):
+                losses = self._task.loss(self._updater.net, self._batch(number, k))
+                self._updater.add(losses.sum(), GROUP)
+        self._updater.finish(0.0)
+        self._updater.apply(self.cfg.optim.clip)
+        self._state.ema.update(number + 1)
+        self._updater.clear()
+
+    def _batch(self, number: int, k: int) -> Batch:
+        first = number * GROUP + (self._parallel.rank * self._count + k) * self._micro
+        images = torch.full((self._micro, 1, SIDE, SIDE), 0.5).to(memory_format=torch.channels_last)
+        return Batch(
+            images=images,
+            points=None,
+            to_native=torch.eye(2, 3).expand(self._micro, 2, 3),
+            native_size=torch.full((self._micro, 2), float(SIDE)),
+            mm_per_px=torch.full((self._micro,), torch.nan),
+            positions=torch.arange(first, first + self._micro),
+            weight=torch.ones(self._micro),
+            ids=tuple(map(str, range(self._micro))),
+        )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
     return parser.parse_args()

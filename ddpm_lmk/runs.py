@@ -212,6 +212,7 @@ def _facts(cfg: RunConfig, loaders: Loaders, parallel: Parallel, parent: dict[st
         "parent": parent,
         "loader": None if loaders.backend is None else asdict(loaders.backend),
         "exactness": cfg.train.exactness,
+        "zero": parallel.zero,
         "code": code_digest(),
         "versions": versions(*PACKAGES),
         "hardware": {
@@ -261,8 +262,8 @@ def _conclude(
 
 
 def run_job(job: dict[str, Any]) -> int:
-    """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda"}); returns 0."""
-    parallel = Parallel(job.get("device", "auto"))
+    """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda", "zero": stage})."""
+    parallel = Parallel(job.get("device", "auto"), zero=job.get("zero", 0))
     beat("setup")
     fork = Path(job["fork"]) if job.get("fork") else None
     execute(RunConfig.model_validate(job["config"]), Path(job["out"]), parallel=parallel, fork=fork)

@@ -69,6 +69,16 @@ def test_launch_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
     assert place(launch_file=path, cpu=2) == Placement("cpu", 2)
 
 
+def test_a_launch_file_shares_out_the_optimizer(tmp_path: Path) -> None:
+    path = tmp_path / "launch.yaml"
+    path.write_text("device: cpu\nprocesses: 2\nzero: 2\n")
+    assert place(launch_file=path, cpu=4) == Placement("cpu", 4, zero=2)
+    assert str(place(launch_file=path)) == "2 CPU processes, ZeRO-2"
+    path.write_text("device: cpu\nzero: 3\n")
+    with pytest.raises(ConfigError, match="no moving average of them can be kept; use 2"):
+        place(launch_file=path)
+
+
 def test_launch_file_holds_nothing_of_a_run(tmp_path: Path) -> None:
     path = tmp_path / "launch.yaml"
     path.write_text("device: cpu\nseed: 3\n")

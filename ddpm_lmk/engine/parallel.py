@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -188,15 +189,13 @@ class Parallel:
 
     def _want_deepspeed(self) -> None:
         """Have DeepSpeed use the group and the kind of device of this process."""
+        if find_spec("deepspeed") is None:
+            raise LaunchError("the launch file asks for ZeRO, found no DeepSpeed; pip install 'ddpm-lmk[deepspeed]'")
         if self.world == 1:
-            raise LaunchError("ZeRO shares the optimizer's state among processes, found one; use more, or no zero")
+            raise LaunchError("ZeRO shares the optimizer's state among processes, found one; use more, or zero: 0")
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)
-        try:
-            import deepspeed
-        except ImportError:
-            raise LaunchError(
-                "the launch file asks for ZeRO, found no DeepSpeed; pip install 'ddpm-lmk[deepspeed]'"
-            ) from None
+        import deepspeed
+
         deepspeed.init_distributed(dist_init_required=False)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ddpm_lmk.config import Section
 from ddpm_lmk.errors import ConfigError, LaunchError
@@ -28,6 +28,9 @@ class LaunchFile(Section):
     device: Device = Field(description="cpu (gloo) or cuda (NCCL)")
     processes: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="processes on each node")
     nodes: Annotated[int, Field(ge=1)] = Field(1, description="nodes; more than one needs --node-rank and --rdzv")
+    zero: Annotated[int, Field(ge=0, le=3)] = Field(
+        0, description="DeepSpeed ZeRO: 0 none (DDP), 1 shares out the optimizer's state, 2 its gradients too"
+    )
     restarts: Annotated[int, Field(ge=0)] = Field(
         RESTARTS, description="restarts after lost or stalled processes without a new checkpoint in between"
     )
@@ -40,6 +43,15 @@ class LaunchFile(Section):
     rendezvous_s: Annotated[int, Field(ge=5)] = Field(
         RENDEZVOUS_S, description="seconds that nodes wait for one another"
     )
+
+    @field_validator("zero")
+    @classmethod
+    def _leaves_weights_whole(cls, stage: int) -> int:
+        if stage == 3:
+            raise ValueError(
+                "zero: 3 leaves empty shards in place of weights, so that no moving average of them can be kept; use 2"
+            )
+        return stage
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,12 @@ class Placement:
     stall_s: float = STALL_S
     grace_s: float = DEFAULT_GRACE_S
     rendezvous_s: int = RENDEZVOUS_S
+    zero: int = 0
 
     def __str__(self) -> str:
         where = "GPU" if self.device == "cuda" else "CPU process"
         count = f"{self.processes} {where}" + ("es" if where.endswith("s") else "s") * (self.processes > 1)
+        count += f", ZeRO-{self.zero}" if self.zero else ""
         return count if self.nodes == 1 else f"{count} on each of {self.nodes} nodes"
 
 

@@ -40,6 +40,7 @@ def launch(
     stall_s: float = places.STALL_S,
     grace_s: float = stop.DEFAULT_GRACE_S,
     rendezvous_s: int = places.RENDEZVOUS_S,
+    zero: int = 0,
 ) -> int:
     """Run a job ({"config": resolved run, "out": directory, ...}) and return its exit code.
 
@@ -49,9 +50,9 @@ def launch(
         RunConflictError, ResourceError: the directory is in use, another run, or cannot be written.
         NoProgressError: ranks were lost too often without a new checkpoint in between.
     """
-    placement = Placement(device, processes, nodes, node_rank, rdzv, restarts, stall_s, grace_s, rendezvous_s)
+    placement = Placement(device, processes, nodes, node_rank, rdzv, restarts, stall_s, grace_s, rendezvous_s, zero)
     check_placement(placement)
-    job = {**job, "device": device}
+    job = {**job, "device": device, "zero": zero}
     with stop.leaving_at_once(), _environment({stop.GRACE: str(grace_s)}):
         if processes == 1 and nodes == 1:
             return _run_here(job)

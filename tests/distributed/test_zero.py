@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from ddpm_lmk.checkpoint import load_weights
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.launcher import launch
 from tests.engine import processes
 from tests.engine.toy import config
 
@@ -82,3 +85,19 @@ def test_a_run_moves_from_one_process_to_zero_and_back_with_the_losses_of_one_th
     found, wanted = load_weights(folder / "moved", "ema")[0], load_weights(folder / "stayed", "ema")[0]
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-3 if "unreached" in name else 1e-5)
+
+
+def test_a_launched_run_with_stage_one_is_the_run_of_ddp(tmp_path: Path, packed_phantoms: Path) -> None:
+    """Few-shot training of the real network, through the launcher."""
+    sections: dict[str, Any] = {
+        "data": {"path": str(packed_phantoms), "image_size": 32, "shots": 7},
+        "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
+        "task": {"kind": "landmarks"},
+        "train": {"length": 4, "group_size": 4, "windows": "epoch", "log_every": 1},
+    }
+    job = {"config": RunConfig.model_validate(sections).model_dump(mode="json")}
+    for stage in (0, 1):
+        assert launch({**job, "out": str(tmp_path / f"{stage}")}, processes=2, device="cpu", zero=stage) == 0
+    assert processes.losses(tmp_path / "1") == pytest.approx(processes.losses(tmp_path / "0"), rel=1e-5)
+    assert json.loads((tmp_path / "1" / "run.json").read_text())["zero"] == 1
+    assert (tmp_path / "1" / "results.json").is_file()

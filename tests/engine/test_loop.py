@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ddpm_lmk.engine import loop
 from ddpm_lmk.engine.loop import evaluate, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.errors import ConfigError, DivergedError, ResourceError, StoppedError
+from ddpm_lmk.errors import ConfigError, DivergedError, LaunchError, ResourceError, StoppedError
 from ddpm_lmk.stop import InterruptedRunError
 from tests.engine.processes import events
 from tests.engine.toy import ToyTask, ToyTrain, ToyValidation, config, everything, fresh_state, pixels, start
@@ -207,6 +208,13 @@ def test_a_spike_is_left_out_and_the_run_goes_on(tmp_path: Path, parallel: Paral
     assert max(state.health.losses) < 10, "a spike does not enter the statistics"
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if '"spike"' in line] == [21]
+
+
+def test_zero_needs_deepspeed_and_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(LaunchError, match=r"found no DeepSpeed; pip install 'ddpm-lmk\[deepspeed\]'") as error:
+        Parallel("cpu", zero=1)
+    assert error.value.exit_code == 5
 
 
 @pytest.mark.parametrize("is_early", [True, False])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.rundir import RunDir
 
 Exactness = Literal["exact", "ordered", "none"]
 
@@ -15,6 +19,13 @@ MEANING: dict[Exactness, str] = {
     "ordered": "same samples and noise at any number of processes, bits up to the order of sums",
     "none": "as ordered, and kernels are chosen by speed, so that a repeated run may differ too",
 }
+
+
+def say_class(exactness: Exactness, *, step: int, parallel: Parallel, run: RunDir) -> None:
+    """Tell the class of a run at its start, on the terminal and in its events."""
+    run.event("train.started", step=step, exactness=exactness, processes=parallel.world, zero=parallel.zero)
+    if parallel.is_main:
+        sys.stderr.write(f"exactness={exactness} ({MEANING[exactness]})\n")
 
 
 @contextmanager

@@ -9,8 +9,8 @@ added, and with it the exactness class, is in `updater`.
 from __future__ import annotations
 
 import logging
-import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from ddpm_lmk.config import Duration, RunConfig
 from ddpm_lmk.data.backend import Backend
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
-from ddpm_lmk.engine.exactness import MEANING, kernels
+from ddpm_lmk.engine.exactness import kernels, say_class
 from ddpm_lmk.engine.memory import MemoryWatch
 from ddpm_lmk.engine.meter import Meter
 from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
@@ -116,7 +116,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
     meter = Meter(state, parallel, write=run.metrics, total=pace.total, every=pace.log)
     saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint))
     stop_level, is_owed = 0.0, False
-    _say_class(cfg, state, run, parallel)
+    say_class(cfg.train.exactness, step=state.step, parallel=parallel, run=run)
 
     with (
         StopRequest() as stop,
@@ -292,10 +292,3 @@ def _warn(message: str | None, run: RunDir, parallel: Parallel) -> None:
     if message is not None and parallel.is_main:
         log.warning(message)
         run.event("warning", message=message)
-
-
-def _say_class(cfg: RunConfig, state: TrainState, run: RunDir, parallel: Parallel) -> None:
-    exactness = cfg.train.exactness
-    run.event("train.started", step=state.step, exactness=exactness, processes=parallel.world)
-    if parallel.is_main:
-        sys.stderr.write(f"exactness={exactness} ({MEANING[exactness]})\n")

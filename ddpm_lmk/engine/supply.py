@@ -8,8 +8,10 @@ after a step at which some rank met a new one do the ranks compare lists.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from types import TracebackType
 
 from ddpm_lmk.data.batch import Group
@@ -33,6 +35,7 @@ class Supply:
         """
         self._parallel, self._run, self._quarantine = parallel, run, loader.quarantine
         self._quarantine.recall(parallel.on_main(lambda: run.journal.rewind_quarantine(start)))
+        self._plan, self._step = loader.plan, start
         self._groups: Generator[Group, None, None] = loader.groups(start)
         self._trouble: LmkError | None = None
         began = time.perf_counter()
@@ -54,11 +57,19 @@ class Supply:
             waited_s, self._waited_s = self._waited_s, None
             return self._group, waited_s
         began = time.perf_counter()
+        self._step += 1
         try:
             self._group = next(self._groups)
         except LmkError as error:
-            self._trouble = error
+            self._trouble, self._group = error, self._stand_in()
         return self._group, time.perf_counter() - began
+
+    def _stand_in(self) -> Group:
+        """The group before, with as many micro-batches as the other ranks have in this step."""
+        rank, world, old = self._parallel.rank, self._parallel.world, self._group
+        positions, _, micro = self._plan.share(self._step, rank, world)
+        batches = itertools.islice(itertools.cycle(old.micro_batches), len(positions) // micro)
+        return replace(old, size=self._plan.size(self._step), micro_batches=list(batches))
 
     @property
     def level(self) -> float:

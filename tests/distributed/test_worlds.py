@@ -33,6 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stop = {} if world == 4 else {"signal_at": 2 * world - 1, "expected": "StoppedError"}
         jobs.append(job(folder / "moved", optim=EXACT, exactness="exact", bad_positions=BAD, **stop))
         if world == 2:
+            dry = {"dry_at": 1, "expected": "StoppedError"}
+            jobs.append(job(folder / "dry-2", optim=EXACT, exactness="exact", **dry))
             jobs.append(job(folder / "corrupt-2", optim=EXACT, corrupt_at=3, expected="DivergedError"))
             jobs.append(job(folder / "adamw-2", optim={"lr": 0.01}))
             jobs.append(job(folder / "cut-2", optim={"lr": 0.01}, kill_at=5))
@@ -91,6 +93,14 @@ def test_class_exact_has_the_same_bits_when_the_number_changes_on_the_way(folder
 def test_a_step_that_is_bad_on_one_rank_is_left_out_on_all(folder: Path) -> None:
     lines = (folder / "exact-2" / "events.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "update.skipped" in line] == [2]
+
+
+def test_a_rank_without_its_part_of_a_short_group_lets_none_wait(folder: Path) -> None:
+    """It stands in with the group before, which had other micro-batches, cut to the number of the others'."""
+    for rank in (0, 1):
+        facts = processes.facts(folder / "dry-2", rank)
+        assert facts["code"] == 75
+        assert "the file system does not answer; trained to step 1" in facts["said"]
 
 
 def test_a_bit_that_changed_on_one_rank_ends_the_run_before_anything_is_saved(folder: Path) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ import torch
 
 from ddpm_lmk import failpoints
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.batch import Group
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import want_same_facts, want_same_weights
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError
+from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError, StoppedError
 from ddpm_lmk.stop import SIGNALS
 from tests.engine.toy import ToyTask, everything, start
 
@@ -75,11 +78,23 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
 
     task.after_step = after_step
     state, loaders, run = start(cfg, out, parallel, num_images=job.get("num_images", 6), ballast=job.get("ballast", 0))
+    if "dry_at" in job and parallel.rank == 1:
+        loaders.train.groups = dry(loaders.train.groups, job["dry_at"])
     with run:
         fit(cfg, task, state, loaders, parallel, run)
     unused = [p.grad for n, p in state.model.named_parameters() if "unreached" in n]
     facts = {"digest": digest(state), "seen": task.seen, "step": state.step, "unused_is_none": unused == [None, None]}
     out.with_name(f"{out.name}-rank{parallel.rank}.json").write_text(json.dumps(facts))
+
+
+def dry(groups: Callable[[int], Iterator[Group]], last: int) -> Callable[[int], Iterator[Group]]:
+    """The stream of a rank whose file system goes away when the group of step `last` is wanted."""
+
+    def ending(start: int) -> Iterator[Group]:
+        yield from itertools.islice(groups(start), last - start)
+        raise StoppedError("the file system does not answer")
+
+    return ending
 
 
 def flip_a_bit(model: torch.nn.Module) -> None:

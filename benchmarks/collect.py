@@ -182,6 +182,27 @@ def copied(source: Path) -> str:
 
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
+
+
+def exactness_table(source: Path) -> str:
+    """Milliseconds per step of the exactness classes, by number of processes."""
+    result = json.loads(source.read_text())
+    heads = [
+        "processes",
+        "class",
+        "step, ms",
+        "against whole share",
+        "processor time of a rank, ms",
+        "against whole share",
+    ]
+    rows = [
+        [count, name, f["step_ms"], f"{f['step_more_pct']:+} %", f["cpu_ms"], f"{f['cpu_more_pct']:+} %"]
+        for count, variants in result["processes"].items()
+        for name, f in variants.items()
+    ]
+    return f"{machine(result)}\n\n{markdown(heads, rows)}"
+
+
 PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (README, "isbi", RESULTS / "isbi_cpu" / "report.md", copied),
     (README, "demo", RESULTS / "demo" / "report.md", copied),
@@ -190,6 +211,7 @@ PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (BENCHMARKS, "loader", RESULTS / "loader-isbi2015_ceph.json", loader_table),
     (BENCHMARKS, "model", RESULTS / "model_step_tiny_cpu.json", model_table),
     (BENCHMARKS, "save", RESULTS / "checkpoint_save-pretrain-isbi-cpu.json", save_table),
+    (BENCHMARKS, "exactness", RESULTS / "exactness_cpu.json", exactness_table),
     (BENCHMARKS, "faults-checkpoint", RESULTS / "faults_checkpoint.json", faults_table),
     (BENCHMARKS, "train", RESULTS / "train_step-pretrain-isbi-cpu.json", train_table),
 )

@@ -15,6 +15,7 @@ import cv2
 import pytest
 import torch
 
+from ddpm_lmk import runs
 from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
@@ -94,6 +95,22 @@ def test_run_json_says_what_made_the_run(pretrained: Path) -> None:
     assert facts["hardware"]["processes"] == 1
     assert facts["parent"] is None
     assert len(facts["fingerprint"]) >= 16
+
+
+def test_ranks_compare_code_run_file_data_and_start(
+    tmp_path: Path, pretraining: Maker, parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they do when one differs is tried with real ranks in `distributed/test_worlds`."""
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(runs, "want_same_facts", lambda mine, parallel: seen.append(mine))
+    for length in (1, 2):
+        execute(pretraining(train={"length": length, "checkpoint_every": 1}), tmp_path / "run", parallel=parallel)
+    first, second = seen
+    assert first.keys() == {"code", "torch", "run file", "data", "start"}
+    assert first["start"].startswith("step 0, weights ")
+    assert second["start"].startswith("step 1, weights ")
+    assert (first["code"], first["data"]) == (second["code"], second["data"])
+    assert first["run file"] != second["run file"]
 
 
 def test_finetuning_takes_the_trunk_and_leaves_the_output_layer_to_the_seed(

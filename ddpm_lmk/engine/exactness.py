@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ import torch
 
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.rundir import RunDir
+
+log = logging.getLogger(__name__)
 
 Exactness = Literal["exact", "ordered", "none"]
 
@@ -21,11 +24,21 @@ MEANING: dict[Exactness, str] = {
 }
 
 
+def kept(exactness: Exactness, devices: Sequence[str]) -> Exactness:
+    """The class that can be kept on these devices: two kinds add in different orders (failures.md, A13)."""
+    return "ordered" if exactness == "exact" and len(set(devices)) > 1 else exactness
+
+
 def say_class(exactness: Exactness, *, step: int, parallel: Parallel, run: RunDir) -> None:
-    """Tell the class of a run at its start, on the terminal and in its events."""
-    run.event("train.started", step=step, exactness=exactness, processes=parallel.world, zero=parallel.zero)
+    """Tell the class of a run at its start, on the terminal and in its events; a mixture of devices weakens it."""
+    devices = parallel.gather(parallel.device_name)
+    can = kept(exactness, devices)
+    kinds = sorted(set(devices))
+    run.event("train.started", step=step, exactness=can, processes=parallel.world, zero=parallel.zero, devices=kinds)
     if parallel.is_main:
-        sys.stderr.write(f"exactness={exactness} ({MEANING[exactness]})\n")
+        sys.stderr.write(f"exactness={can} ({MEANING[can]})\n")
+        if can != exactness:
+            log.warning("train.exactness=%s is not kept between %s; this session is %s", exactness, kinds, can)
 
 
 @contextmanager

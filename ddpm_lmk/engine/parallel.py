@@ -24,7 +24,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm_lmk.engine.tree import all_gather
 from ddpm_lmk.errors import LaunchError, LmkError
+from ddpm_lmk.machine import cpu_name
 
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -57,6 +59,11 @@ class Parallel:
             raise LaunchError(f"joined a group of {self.world} processes, wanted WORLD_SIZE={promised}; start it again")
         if zero:
             self._want_deepspeed()
+
+    @property
+    def device_name(self) -> str:
+        """The kind of device this process works on."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
 
     @property
     def is_main(self) -> bool:
@@ -125,7 +132,7 @@ class Parallel:
         """`values` `[K]` of every rank, on the host: K lists of W numbers."""
         table = values.repeat(self.world)
         if self.world > 1:
-            distributed.all_gather_into_tensor(table, values)
+            all_gather(table, values)
         return table.view(self.world, -1).T.tolist()
 
     def sum(self, values: Tensor) -> list[float]:

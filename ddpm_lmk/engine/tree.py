@@ -13,10 +13,17 @@ log2(W) of them and take powers of two only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+# torch 2.13 has the same thing under a new name and warns of the old one.
+all_gather: Callable[[Tensor, Tensor], Any] = getattr(
+    distributed, "all_gather_single", distributed.all_gather_into_tensor
+)
 
 
 @dataclass
@@ -103,5 +110,5 @@ def fold_over_ranks(nodes: list[Node], *, count: int, world: int) -> Tensor:
     places = [place for part in owned for place in part]
     mine = fold([Node(*place, values) for place, values in zip(places, received.split(width), strict=True)])
     total = nodes[0].values
-    distributed.all_gather_into_tensor(total, mine)
+    all_gather(total, mine)
     return total

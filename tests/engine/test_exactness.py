@@ -1,0 +1,73 @@
+"""What a class demands of torch, what it leaves as it was, and what it cannot promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.engine.exactness import kept, kernels
+from ddpm_lmk.engine.loop import fit
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.errors import ConfigError
+from tests.engine.toy import ToyTask, ToyTrain, config, start
+
+
+def test_exact_asks_for_deterministic_kernels_and_leaves_torch_as_it_was() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with kernels("exact", torch.device("cpu")):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.get_num_threads() == 1
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_none_tries_kernels_out_and_ordered_changes_nothing() -> None:
+    with kernels("ordered", torch.device("cpu")):
+        assert not torch.backends.cudnn.benchmark
+        assert not torch.backends.cuda.matmul.allow_tf32
+    with kernels("none", torch.device("cpu")):
+        assert torch.backends.cudnn.benchmark
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_exact_needs_a_micro_batch_that_does_not_depend_on_the_number_of_processes() -> None:
+    with pytest.raises(ValueError, match=r"exactness=exact needs train\.micro_batch"):
+        config(train={"exactness": "exact"})
+    with pytest.raises(ValueError, match=r"train\.compile=false"):
+        config(train={"exactness": "exact", "micro_batch": 1, "compile": True})
+
+
+def test_a_number_of_processes_that_does_not_divide_the_group_is_refused_with_those_that_do() -> None:
+    cfg = config(train={"exactness": "exact", "group_size": 12, "micro_batch": 2})
+    with pytest.raises(ConfigError, match="cannot be shared by 4 processes x micro_batch 2; use 1, 2, 3, 6 processes"):
+        ToyTrain(cfg).plan.check_world(4)
+
+
+def test_two_kinds_of_devices_keep_the_order_only() -> None:
+    assert kept("exact", ["H100", "H100"]) == "exact"
+    assert kept("exact", ["H100", "A100"]) == "ordered"
+    assert kept("none", ["H100", "A100"]) == "none"
+
+
+@pytest.mark.parametrize("exactness", ["exact", "ordered", "none"])
+def test_the_class_is_told_at_the_start_and_kept_in_the_events(
+    exactness: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg: RunConfig = config(train={"length": 1, "micro_batch": 2, "exactness": exactness})
+    parallel = Parallel("cpu")
+    state, loaders, run = start(cfg, tmp_path / "run", parallel)
+    with run:
+        fit(cfg, ToyTask(0), state, loaders, parallel, run)
+    assert f"exactness={exactness} (" in capsys.readouterr().err
+    lines = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+    [started] = [line for line in lines if line["event"] == "train.started"]
+    assert (started["exactness"], started["processes"], started["zero"]) == (exactness, 1, 0)

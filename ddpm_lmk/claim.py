@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "data.workers",
     "data.residency",
     "data.loader",
+    "data.cache_gib",
+    "data.cache_dir",
     "train.log_every",
     "train.compare_every",
     "train.checkpoint_every",

@@ -33,7 +33,8 @@ class DataConfig(Section):
     """Where images come from, which of them are used, and how they reach the device."""
 
     path: tuple[str, ...] = Field(
-        min_length=1, description="folder(s) written by `ddpm-lmk shards pack`; several make a pool"
+        min_length=1,
+        description="folder(s) or URL(s) (http, s3, gs) written by `ddpm-lmk shards pack`; several make a pool",
     )
     weights: tuple[Positive, ...] | None = Field(
         None, description="share of draws per folder; null: by number of images"
@@ -78,6 +79,10 @@ class DataConfig(Section):
     shuffle_window: Annotated[int, Field(ge=1)] = Field(
         16, description="shards whose samples are mixed with one another; reads stay inside the window"
     )
+    cache_gib: NonNegative = Field(
+        64.0, description="copies of remote shards kept on this machine, GiB; under two shuffle windows: read by range"
+    )
+    cache_dir: str | None = Field(None, description="folder of those copies; null: LMK_CACHE, or ~/.cache/ddpm-lmk")
     max_bad_fraction: Fraction = Field(0.001, description="share of undecodable samples after which the run stops")
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,15 +19,13 @@ from ddpm_lmk.config import DataConfig, RunConfig
 from ddpm_lmk.data.augment import Floats, compose, resize_matrix
 from ddpm_lmk.data.leaks import exclusion
 from ddpm_lmk.data.order import few_shot_rows
+from ddpm_lmk.data.remote import CacheSettings
+from ddpm_lmk.data.retries import with_retries
 from ddpm_lmk.data.rows import ByShard, ListedRows, SplitRows
 from ddpm_lmk.data.shards import CorruptSampleError, Manifest, SampleRecord, to_stored_matrix
-from ddpm_lmk.errors import ConfigError, DataError, StoppedError
+from ddpm_lmk.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
-
-RETRY_DELAYS_S = (0.2, 1.0, 3.0, 6.0)  # a network mount that is back within ten seconds costs nothing
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -100,29 +97,6 @@ class Corpus:
         return pixels
 
 
-def with_retries(read: Callable[[int], Result], row: int) -> Result:
-    """Call `read(row)`, again after a pause when the file system fails; that never counts as a corrupt sample.
-
-    Raises:
-        StoppedError: it failed five times.
-    """
-    for delay in (*RETRY_DELAYS_S, None):
-        try:
-            return read(row)
-        except (OSError, DataError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(cause, OSError):
-                raise
-            if delay is None:
-                raise StoppedError(
-                    f"the data cannot be read ({cause.strerror or cause}) after {len(RETRY_DELAYS_S) + 1} tries; "
-                    "give the same command when the file system is back"
-                ) from error
-            log.warning("reading failed (%s), again in %g s", cause.strerror or cause, delay)
-            time.sleep(delay)
-    raise AssertionError("unreachable")
-
-
 def training_corpora(cfg: RunConfig) -> list[Corpus]:
     """The rows trained on: for a pool `data.splits` less leaks and copies, for landmarks the labelled shots of one set.
 
@@ -146,6 +120,12 @@ def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
     return _open_splits(cfg.data, (split,), labelled=cfg.task.kind == "landmarks")
 
 
+def cache_settings(data: DataConfig) -> CacheSettings:
+    """How shards behind a URL are kept on this machine."""
+    folder = None if data.cache_dir is None else Path(data.cache_dir)
+    return CacheSettings(folder, data.cache_gib, data.shuffle_window)
+
+
 def fingerprint(corpora: Sequence[Corpus]) -> str:
     """What the data is: the manifest's own fingerprint, or a digest over those of a pool."""
     prints = [corpus.manifest.fingerprint for corpus in corpora]
@@ -161,7 +141,7 @@ def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_
         raise ConfigError(
             f"data.path has {len(data.path)} folders; task landmarks learns from one, pools are for denoise"
         )
-    manifests = [Manifest.open(path) for path in data.path]
+    manifests = [Manifest.open(path, cache_settings(data)) for path in data.path]
     prints = [manifest.fingerprint for manifest in manifests]
     if len(set(prints)) < len(prints):
         raise ConfigError("data.path names the same packed set twice; use data.weights to draw more from one")

@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_lmk.data.augment import Changes, Floats, invert
-from ddpm_lmk.data.corpora import Corpus, with_retries
+from ddpm_lmk.data.corpora import Corpus
 from ddpm_lmk.data.resident import needs_16_bits
+from ddpm_lmk.data.retries import with_retries
 from ddpm_lmk.data.shards import CorruptSampleError
 from ddpm_lmk.data.warp import Intensity, tone
 from ddpm_lmk.errors import DataError, LaunchError

@@ -9,31 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 from pydantic import ValidationError
 
 from ddpm_lmk.data.index import Index, open_index
+from ddpm_lmk.data.local import LocalShards
 from ddpm_lmk.data.records import Aspect, CorruptSampleError, Encoding, SampleRecord, record_from_json
+from ddpm_lmk.data.remote import CacheSettings, Origin, RemoteShards, fetch_index, fetch_manifest, is_remote
 from ddpm_lmk.data.rows import SplitRows
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.data.writer import FORMAT, FORMAT_VERSION, fingerprint_of
 from ddpm_lmk.errors import DataError
 
-_MAX_OPEN_SHARDS = 256
 _NPY_HEADER = 128
+
+Parsed = TypeVar("Parsed")
 
 
 class Manifest:
     """A folder of shards, opened. Rows are in ascending order of sample id; reading is safe from many threads."""
 
-    def __init__(self, root: Path, header: dict[str, Any], index: Index) -> None:
+    def __init__(self, root: Path, header: dict[str, Any], index: Index, source: LocalShards | RemoteShards) -> None:
         self.root = root
         self.dataset: str = header["dataset"]
         self.spec = DatasetSpec.model_validate(header["spec"])
@@ -48,26 +49,22 @@ class Manifest:
         self.refused_sha256: str | None = header.get("refused_sha256")  # None: packed before it was noted
         self.format_version: int = header["format_version"]
         self.index, self.starts, self.per_split = index.rows, index.starts, index.per_split
-        self._handles: dict[int, int] = {}
-        self._finalizer = weakref.finalize(self, _close_all, self._handles)
+        self._source = source
 
     def __len__(self) -> int:
         return len(self.index)
 
     @classmethod
-    def open(cls, path: str | Path) -> Manifest:
-        """Open a folder written by `shards pack`; checks the header, the index and every shard's presence and size.
+    def open(cls, path: str | Path, cache: CacheSettings | None = None) -> Manifest:
+        """Open a folder or URL written by `shards pack`; checks header, index and every shard's presence and size.
 
         Raises:
             DataError: not such a folder, written by a newer version, or a shard is missing or has another size.
+            StoppedError: a server does not answer. ConfigError, LaunchError, ResourceError: see `remote`.
         """
-        root = Path(path)
-        header = read_header(root)
-        index = open_index(root, header)
-        for shard in header["shards"]:
-            _check_shard_size(root, shard)
+        root, header, index, source = _open_remote(str(path), cache) if is_remote(path) else _open_local(Path(path))
         try:
-            return cls(root, header, index)
+            return cls(root, header, index, source)
         except (KeyError, TypeError, ValidationError) as error:
             raise DataError(f"{root / 'manifest.json'} is damaged ({type(error).__name__}); pack again") from error
 
@@ -98,10 +95,14 @@ class Manifest:
             CorruptSampleError: the bytes changed.
         """
         entry = self.index[row]
-        data = self._read(int(entry["shard"]), int(entry["offset"]), int(entry["size"]))
-        if hashlib.sha256(data).digest()[:16] != entry["sha256"].tobytes():
-            raise CorruptSampleError(f"row {row} of {self.root}: the image is not what was packed (sha256 differs)")
-        return data
+        wanted = entry["sha256"].tobytes()
+
+        def want_same(data: bytes) -> bytes:
+            if hashlib.sha256(data).digest()[:16] != wanted:
+                raise CorruptSampleError(f"row {row} of {self.root}: the image is not what was packed (sha256 differs)")
+            return data
+
+        return self._read(int(entry["shard"]), int(entry["offset"]), int(entry["size"]), want_same)
 
     def read_record(self, row: int) -> SampleRecord:
         """The labels and facts of a row.
@@ -110,8 +111,11 @@ class Manifest:
             CorruptSampleError: the bytes changed.
         """
         entry = self.index[row]
-        data = self._read(int(entry["shard"]), int(entry["json_offset"]), int(entry["json_size"]))
-        return record_from_json(data, size=self.stored_size, aspect=self.aspect)
+
+        def parse(data: bytes) -> SampleRecord:
+            return record_from_json(data, size=self.stored_size, aspect=self.aspect)
+
+        return self._read(int(entry["shard"]), int(entry["json_offset"]), int(entry["json_size"]), parse)
 
     def decode(self, row: int) -> np.ndarray:
         """Pixels of a row, uint8 or uint16 `[H, W]`; read-only where they are stored raw."""
@@ -137,26 +141,52 @@ class Manifest:
 
     def close(self) -> None:
         """Close the shard files."""
-        _close_all(self._handles)
+        self._source.close()
+
+    @property
+    def is_remote(self) -> bool:
+        """Do the shards come over a network?"""
+        return self._source.is_remote
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Say which shards will be read soon."""
+        self._source.expect(shards)
+
+    def _read(self, shard: int, offset: int, size: int, parse: Callable[[bytes], Parsed]) -> Parsed:
+        """What `parse` makes of the bytes; those of a copy are fetched again before they count as corrupt."""
+        try:
+            return parse(self._source.read(shard, offset, size))
+        except CorruptSampleError:
+            again = self._source.read_origin(shard, offset, size)
+            if again is None:
+                raise
+            parsed = parse(again)
+            self._source.forget(shard)
+            return parsed
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Manifest is not sent between processes; open the folder there")
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        handle = self._handles.get(shard)
-        if handle is not None:
-            return os.pread(handle, size, offset)
-        path = self.root / self.shards[shard]["name"]
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; is the folder still there?") from error
-        keep = len(self._handles) < _MAX_OPEN_SHARDS
-        try:
-            return os.pread(handle, size, offset)
-        finally:
-            if not keep or self._handles.setdefault(shard, handle) != handle:
-                os.close(handle)
+
+def _open_local(root: Path) -> tuple[Path, dict[str, Any], Index, LocalShards]:
+    header = read_header(root)
+    index = open_index(root, header)
+    for shard in header["shards"]:
+        _check_shard_size(root, shard)
+    return root, header, index, LocalShards(root, header["shards"])
+
+
+def _open_remote(url: str, cache: CacheSettings | None) -> tuple[Path, dict[str, Any], Index, RemoteShards]:
+    """The folder is the one in the cache that holds manifest, index and copies of shards."""
+    origin, settings = Origin(url), cache or CacheSettings()
+    root = fetch_manifest(origin, settings)
+    header = read_header(root)
+    index = fetch_index(origin, root, lambda: open_index(root, header))
+    for shard in header["shards"]:
+        _check_name(root, shard)
+    source = RemoteShards(origin, header["shards"], root, settings)
+    source.check()
+    return root, header, index, source
 
 
 def read_header(root: Path) -> dict[str, Any]:
@@ -179,17 +209,16 @@ def read_header(root: Path) -> dict[str, Any]:
     return header
 
 
-def _check_shard_size(root: Path, shard: dict[str, Any]) -> None:
+def _check_name(root: Path, shard: dict[str, Any]) -> None:
     if Path(shard["name"]).name != shard["name"]:
         raise DataError(f"{root / 'manifest.json'} names a shard outside its folder; do not use it")
+
+
+def _check_shard_size(root: Path, shard: dict[str, Any]) -> None:
+    _check_name(root, shard)
     path = root / shard["name"]
     if not path.is_file():
         raise DataError(f"shard {path} is missing; restore it or pack again")
     size = path.stat().st_size
     if size != shard["size"]:
         raise DataError(f"shard {path} has {size} bytes, {shard['size']} wanted: cut off or changed; pack again")
-
-
-def _close_all(handles: dict[int, int]) -> None:
-    while handles:
-        os.close(handles.popitem()[1])

@@ -2,7 +2,7 @@
 
 Whether a sample is bad follows from its bytes, and what stands in for it from its position, so a run that is killed and
 continued finds the same ones at the same steps. The list is a report and a count; nothing is decided by reading it. A
-file system that fails makes no sample bad (`corpora.with_retries`).
+file system that fails makes no sample bad (`retries`).
 """
 
 from __future__ import annotations

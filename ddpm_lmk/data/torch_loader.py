@@ -161,7 +161,20 @@ class TrainLoader(_Loader):
             yield Group(self.plan.size(step), micro_batches, waited, tuple(found + bad))
             found = []
 
+    def _expect(self, step: int) -> None:
+        """Have remote shards fetched half a window before they are due: one window is in use while the next comes."""
+        remote = [c for c, corpus in enumerate(self._corpora) if corpus.manifest.is_remote]
+        if not remote:
+            return
+        shards = sum(len(corpus.by_shard.counts) for corpus in self._corpora)
+        half = self._cfg.data.shuffle_window * self.num_images // (2 * shards)
+        corpora, rows = self._order.at(self.plan.start(step) + half + np.arange(self.plan.size(step)))
+        for c in remote:
+            manifest = self._corpora[c].manifest
+            manifest.expect(np.unique(manifest.shard_of(rows[corpora == c])).tolist())
+
     def _make(self, step: int) -> tuple[int, list[Batch], list[BadSample]]:
+        self._expect(step)
         positions, weights, micro = self.plan.share(step, self._seat.rank, self._seat.world)
         found = self._map(self._find, positions.tolist(), *(axis.tolist() for axis in self._order.at(positions)))
         batches = []

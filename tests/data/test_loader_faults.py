@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_lmk.data import corpora, open_loader
+from ddpm_lmk.data import corpora, open_loader, retries
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.data.torch_loader import TrainLoader
 from ddpm_lmk.errors import DataError, StoppedError
@@ -92,7 +92,7 @@ class FlakyManifest(Manifest):
 @pytest.fixture
 def flaky_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(corpora, "Manifest", FlakyManifest)
-    monkeypatch.setattr(corpora, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
     return pack_dots(tmp_path / "dots", {"train": 8, "test": 1})
 
 

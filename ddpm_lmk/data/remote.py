@@ -1,0 +1,256 @@
+"""Packs on a web server or in an object store: any URL that fsspec opens (http, s3, gs), read through a local cache.
+
+Whole shards are fetched, once per machine, and read from the copies, as long as two shuffle windows of them fit into
+the cache: the samples of a window are drawn from all its shards, so all of each will be needed. Otherwise single
+samples are fetched by range. What fails for a while (drops, timeouts, 5xx) is an `OSError`, to be tried again; what
+will not come (4xx) is a `DataError`. A byte that was damaged on the way, or on the local disk, is fetched again before
+a sample counts as corrupt. Credentials come from the environment, never from the URL.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ddpm_lmk.data.retries import with_retries
+from ddpm_lmk.data.shard_cache import ShardCache
+from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, ResourceError
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 10.0
+STALL_S = 30.0  # without a byte, after which a request counts as failed
+_FETCHERS = 4  # shards fetched ahead at a time
+_CHECKS = 16  # shards looked for at a time when a pack is opened
+_TRY_LATER = {408, 425, 429}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+Opened = TypeVar("Opened")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where copies of remote shards are kept, how much of them, and how many shards are in use at a time."""
+
+    folder: Path | None = None  # None: LMK_CACHE, or .cache/ddpm-lmk in the home directory
+    limit_gib: float = 64.0
+    window: int = 1
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        return self.folder or Path(os.environ.get("LMK_CACHE") or Path.home() / ".cache" / "ddpm-lmk")
+
+
+def is_remote(path: str | Path) -> bool:
+    """Is this a URL?"""
+    return "://" in str(path)
+
+
+class Origin:
+    """A folder behind a URL."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigError for a URL that must not be written down, LaunchError where a package is missing."""
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            raise ConfigError(
+                f"data.path has a URL of {parts.hostname} with a password or key in it, which would be written to the "
+                "run directory; give credentials by the environment (for s3: AWS_*, or FSSPEC_CONFIG_DIR)"
+            )
+        self.url = url.rstrip("/")
+        try:
+            from fsspec.core import url_to_fs
+
+            self._system, self._path = url_to_fs(self.url, **_options(parts.scheme))
+        except (ImportError, ValueError) as error:
+            raise LaunchError(f"cannot open {self.url}: {error}; run `pip install 'ddpm-lmk[cloud]'`") from None
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        with self._plain_errors(name):
+            return int(self._system.size(f"{self._path}/{name}"))
+
+    def read(self, name: str) -> bytes:
+        """A whole small file."""
+        with self._plain_errors(name):
+            return self._system.cat_file(f"{self._path}/{name}")
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """A piece of a file."""
+        with self._plain_errors(name):
+            data = self._system.cat_file(f"{self._path}/{name}", start=offset, end=offset + size)
+        if len(data) > size:  # a server that does not know ranges sends everything
+            data = data[offset : offset + size]
+        if len(data) != size:
+            raise OSError(errno.EIO, f"{self.url}/{name}: got {len(data)} of {size} bytes")
+        return data
+
+    def fetch(self, name: str, to: Path) -> None:
+        """Copy a file."""
+        with self._plain_errors(name):
+            self._system.get_file(f"{self._path}/{name}", str(to))
+
+    @contextmanager
+    def _plain_errors(self, name: str) -> Iterator[None]:
+        """What clients raise is of many kinds; here it is for now (OSError) or for good (LmkError)."""
+        where = f"{self.url}/{name}"
+        try:
+            yield
+        except LmkError:
+            raise
+        except Exception as error:
+            number, status = getattr(error, "errno", None), getattr(error, "status", None)
+            if number in _NO_ROOM:
+                raise ResourceError(
+                    "the disk of the shard cache is full; free some space, or set data.cache_dir or data.cache_gib"
+                ) from error
+            is_refused = status is not None and 400 <= status < 500 and status not in _TRY_LATER
+            if is_refused or isinstance(error, (FileNotFoundError, PermissionError)):
+                reason = f"status {status}" if status else type(error).__name__
+                # Not `from error`: an OSError as the cause would mean that trying again may help.
+                raise DataError(f"{where} is not there or not for us ({reason}); check data.path and access") from None
+            if type(error).__name__ == "NoCredentialsError":
+                raise DataError(f"{where} wants credentials and the environment has none (for s3: AWS_*)") from None
+            raise OSError(errno.EIO, f"{where}: {type(error).__name__} {error}".strip()) from error
+
+
+class RemoteShards:
+    """The shards of a remote pack; safe from many threads. Answers the calls of `LocalShards`."""
+
+    is_remote = True
+
+    def __init__(self, origin: Origin, shards: Sequence[dict[str, Any]], folder: Path, settings: CacheSettings) -> None:
+        self._origin, self._shards = origin, shards
+        limit = int(settings.limit_gib * 2**30)
+        self.is_whole = 2 * settings.window * max(shard["size"] for shard in shards) <= limit
+        how = "whole shards are cached" if self.is_whole else "the cache is too small for two windows: read by range"
+        log.info("%s: %s (%s, data.cache_gib=%g)", origin.url, how, folder, settings.limit_gib)
+        self._cache = ShardCache(folder, limit)
+        self._ahead = ThreadPoolExecutor(_FETCHERS, "fetch") if self.is_whole else None
+        self._expected: set[int] = set()
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """`size` bytes of a shard from `offset` on. Raises OSError for what may come later."""
+        if not self.is_whole:
+            return self._origin.read_range(self._shards[shard]["name"], offset, size)
+        while True:
+            try:
+                handle = os.open(self._copy(shard), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # dropped by another process between finding and opening it
+            try:
+                return os.pread(handle, size, offset)
+            finally:
+                os.close(handle)
+
+    def read_origin(self, shard: int, offset: int, size: int) -> bytes | None:
+        """The same bytes, fetched anew."""
+        return self._origin.read_range(self._shards[shard]["name"], offset, size)
+
+    def forget(self, shard: int) -> None:
+        """Drop the copy of a shard, which is damaged."""
+        self._cache.drop(self._shards[shard]["name"])
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Fetch these in the background, unless they are here."""
+        if self._ahead is None:
+            return
+        for shard in shards:
+            known = self._shards[shard]
+            if shard not in self._expected and not self._cache.has(known["name"], known["size"]):
+                self._expected.add(shard)
+                self._ahead.submit(self._fetch_ahead, shard)
+
+    def check(self) -> None:
+        """Raise DataError unless every shard is there, in its size; only those without a copy are looked for."""
+        missing = [known for known in self._shards if not self._cache.has(known["name"], known["size"])]
+        with ThreadPoolExecutor(_CHECKS) as pool:
+            sizes = list(pool.map(lambda known: with_retries(self._origin.size, known["name"]), missing))
+        for known, size in zip(missing, sizes, strict=True):
+            self._want_size(known, size)
+
+    def close(self) -> None:
+        """Fetch nothing more ahead."""
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=False, cancel_futures=True)
+
+    def _copy(self, shard: int) -> Path:
+        known = self._shards[shard]
+        return self._cache.get(known["name"], known["size"], lambda path: self._fetch(known, path))
+
+    def _fetch(self, known: dict[str, Any], path: Path) -> None:
+        self._origin.fetch(known["name"], path)
+        got = path.stat().st_size
+        if got != known["size"]:
+            self._want_size(known, self._origin.size(known["name"]))
+            raise OSError(errno.EIO, f"{self._origin.url}/{known['name']}: got {got} of {known['size']} bytes")
+
+    def _want_size(self, known: dict[str, Any], size: int) -> None:
+        if size != known["size"]:
+            raise DataError(
+                f"shard {self._origin.url}/{known['name']} has {size} bytes, {known['size']} wanted: cut off or "
+                "changed; pack again"
+            )
+
+    def _fetch_ahead(self, shard: int) -> None:
+        try:
+            self._copy(shard)
+        except (OSError, LmkError) as error:
+            log.info("reading ahead failed (%s); whoever needs the shard will try again", error)
+        finally:
+            self._expected.discard(shard)
+
+
+def fetch_manifest(origin: Origin, settings: CacheSettings) -> Path:
+    """Copy the manifest of a pack; returns the folder for this very pack in the cache."""
+    content = with_retries(origin.read, "manifest.json")
+    folder = settings.root / hashlib.sha256(content).hexdigest()[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write(folder / "manifest.json", content)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write the shard cache {folder}: {error.strerror}; set data.cache_dir or LMK_CACHE"
+        ) from error
+    return folder
+
+
+def fetch_index(origin: Origin, folder: Path, open_it: Callable[[], Opened]) -> Opened:
+    """Copy the index and the prints of a pack, unless good copies are there, and open the index."""
+    try:
+        return open_it()
+    except DataError:
+        _write(folder / "index.npy", with_retries(origin.read, "index.npy"))
+    try:
+        _write(folder / "prints.bin", with_retries(origin.read, "prints.bin"))
+    except DataError:
+        log.info("%s has no prints.bin; a pool that needs prints computes them", origin.url)
+    return open_it()
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    """Time limits of the clients that have some."""
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
+        return {"client_kwargs": {"timeout": limits}}
+    if scheme in ("s3", "s3a"):
+        return {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": STALL_S}}
+    return {}

@@ -1,0 +1,200 @@
+"""Shards behind real servers on this machine: the same stream, whatever the server does, and errors that say which."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data import open_loader, remote, retries
+from ddpm_lmk.data.batch import Group
+from ddpm_lmk.data.remote import CacheSettings
+from ddpm_lmk.data.shard_cache import ShardCache
+from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.errors import ConfigError, DataError, LaunchError, StoppedError
+from tests.data.dot_packs import corrupt, pack_dots, run_config
+from tests.data.web import Server, serve
+
+pytest.importorskip("aiohttp")
+
+STEPS = 6
+SHARD_BYTES = 25_000  # somewhat more than one shard of the packs below
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_dots(tmp_path_factory.mktemp("remote") / "dots", {"train": 24, "test": 4})
+
+
+@pytest.fixture
+def server(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote, "STALL_S", 0.5)
+    with serve(pack.parent) as running:
+        yield running
+
+
+def config(path: Any, cache: Path, *, task: str = "denoise", **data: Any) -> RunConfig:
+    settings = {"residency": "stream", "shuffle_window": 2, "cache_dir": str(cache), **data}
+    return run_config(path, task=task, data=settings)
+
+
+def stream(cfg: RunConfig, count: int = STEPS) -> list[Group]:
+    loader = open_loader(cfg, stage="train")
+    try:
+        return list(itertools.islice(loader.groups(0), count))
+    finally:
+        loader.close()
+
+
+def assert_same(found: list[Group], wanted: list[Group]) -> None:
+    pairs = [(a, b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x.micro_batches, y.micro_batches)]
+    for a, b in pairs:
+        assert a.ids == b.ids
+        assert torch.equal(a.images, b.images)
+    assert all(group.bad == () for group in found)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
+def test_a_web_server_gives_the_stream_of_the_local_folder(server, pack, tmp_path, cache_gib, workers):
+    cfg = config(f"{server.url}/dots", tmp_path, cache_gib=cache_gib, workers=workers)
+    assert_same(stream(cfg), stream(config(pack, tmp_path)))
+    shards = [(name, wanted) for name, wanted in server.requests if name.endswith(".tar")]
+    assert all((wanted is None) == (cache_gib > 0) for _, wanted in shards)
+    if cache_gib:
+        assert len(shards) == len({name for name, _ in shards})
+        server.requests.clear()
+        stream(cfg)
+        assert [name for name, _ in server.requests if name.endswith(".tar")] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "task"),
+    [
+        *(("drop", "denoise"), ("500", "landmarks"), ("503", "denoise"), ("hang", "denoise"), ("slow", "denoise")),
+        *(("flip", "denoise"), ("flip", "landmarks")),
+    ],
+)
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
+def test_what_fails_for_a_while_is_tried_again_and_changes_nothing(server, pack, tmp_path, cache_gib, fault, task):
+    every = {"flip": 2, "hang": 12, "slow": 6}.get(fault, 3)
+    server.fault = lambda name, number: fault if name.endswith(".tar") and number % every == 0 else None
+    cfg = config(f"{server.url}/dots", tmp_path, cache_gib=cache_gib, task=task)
+    assert_same(stream(cfg, 3), stream(config(pack, tmp_path, task=task), 3))
+    assert len(server.requests) > 3
+
+
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
+def test_a_server_that_stays_away_stops_the_run_resumably_and_makes_no_sample_corrupt(server, tmp_path, cache_gib):
+    loader = open_loader(config(f"{server.url}/dots", tmp_path, cache_gib=cache_gib), stage="train")
+    server.fault = lambda name, number: "500" if name.endswith(".tar") else None
+    with pytest.raises(StoppedError, match="after 5 tries") as caught:
+        next(loader.groups(0))
+    assert caught.value.exit_code == 75
+    assert loader.quarantine.entries == []
+
+
+@pytest.mark.parametrize("fault", ["404", "403"])
+def test_what_is_not_there_is_told_at_once(server, tmp_path, fault):
+    server.fault = lambda name, number: fault if name.endswith(".tar") else None
+    loader = open_loader(config(f"{server.url}/dots", tmp_path), stage="train")
+    with pytest.raises(DataError, match=r"shard-0000\d\d.tar is not there or not for us") as caught:
+        next(loader.groups(0))
+    assert caught.value.exit_code == 3
+    with pytest.raises(DataError, match=r"nowhere/manifest.json is not there"):
+        Manifest.open(f"{server.url}/nowhere", CacheSettings(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_missing_or_shortened_shard_is_found_when_the_pack_is_opened(tmp_path, damage):
+    pack = pack_dots(tmp_path / "dots", {"train": 8, "test": 2})
+    shard = sorted(pack.glob("*.tar"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage == "cut off":
+        shard.write_bytes(content[:-512])
+    with (
+        serve(tmp_path) as server,
+        pytest.raises(DataError, match=r"shard-000001.tar (is not there|has \d+ bytes, \d+ wanted)"),
+    ):
+        Manifest.open(f"{server.url}/dots", CacheSettings(tmp_path / "cache"))
+
+
+def test_a_sample_that_is_corrupt_at_its_origin_is_replaced_as_it_is_locally(tmp_path):
+    pack = pack_dots(tmp_path / "dots", {"train": 16, "test": 2})
+    bad = int(Manifest.open(pack).rows(["train"])[5])
+    corrupt(pack, [bad])
+    with serve(tmp_path) as server:
+        found = stream(config(f"{server.url}/dots", tmp_path / "cache"))
+    wanted = stream(config(pack, tmp_path))
+    assert [batch.ids for group in found for batch in group.micro_batches] == [
+        batch.ids for group in wanted for batch in group.micro_batches
+    ]
+    assert {sample.row for group in found for sample in group.bad} == {bad}
+
+
+def test_a_copy_that_was_damaged_on_this_disk_is_fetched_again(server, pack, tmp_path):
+    cfg = config(f"{server.url}/dots", tmp_path)
+    stream(cfg)
+    for copy in tmp_path.glob("*/*.tar"):
+        copy.write_bytes(bytes(copy.stat().st_size))
+    assert_same(stream(cfg), stream(config(pack, tmp_path)))
+
+
+def test_the_cache_stays_below_its_limit_and_drops_what_was_used_longest_ago(tmp_path):
+    cache = ShardCache(tmp_path / "pack", 3 * 1000)
+
+    def want(name: str) -> None:
+        cache.get(name, 1000, lambda path: path.write_bytes(bytes(1000)))
+        os.utime(tmp_path / "pack" / name, ns=(next(clock), next(clock)))
+
+    clock = itertools.count(10**9)
+    for name in ("a.tar", "b.tar", "c.tar", "a.tar", "d.tar"):
+        want(name)
+    assert {path.name for path in tmp_path.glob("*/*.tar")} == {"a.tar", "c.tar", "d.tar"}
+
+
+def test_a_cache_of_two_windows_serves_a_pack_that_is_larger(server, pack, tmp_path):
+    limit = 4.2 * SHARD_BYTES
+    cfg = config(f"{server.url}/dots", tmp_path, cache_gib=limit / 2**30)
+    assert_same(stream(cfg, 9), stream(config(pack, tmp_path), 9))
+    assert 0 < sum(path.stat().st_size for path in tmp_path.glob("*/*.tar")) <= limit
+
+
+READ_ALL = """\
+import hashlib, sys
+from pathlib import Path
+from ddpm_lmk.data.remote import CacheSettings
+from ddpm_lmk.data.shards import Manifest
+manifest = Manifest.open(sys.argv[1], CacheSettings(Path(sys.argv[2])))
+print(hashlib.sha256(b"".join(manifest.read_bytes(row) for row in range(len(manifest)))).hexdigest())
+"""
+
+
+def test_processes_that_start_together_fetch_every_shard_once(server, tmp_path):
+    command = [sys.executable, "-c", READ_ALL, f"{server.url}/dots", str(tmp_path)]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    printed = [rank.communicate()[0] for rank in ranks]
+    assert printed[0] == printed[1] != b""
+    shards = [name for name, _ in server.requests if name.endswith(".tar")]
+    assert len(shards) == len(set(shards)) > 3
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(ConfigError, match="environment") as caught:
+        Manifest.open("https://me:hunter2@example.org/pack", CacheSettings(tmp_path))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_kind_of_url_nobody_knows_names_the_extra(tmp_path):
+    with pytest.raises(LaunchError, match=r"ddpm-lmk\[cloud\]"):
+        Manifest.open("gopher://example.org/pack", CacheSettings(tmp_path))

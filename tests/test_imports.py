@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
         "shipped",
         "console",
     },
-    {"config", "yamlfile", "machine"},
+    {"config", "yamlfile", "machine", "floors"},
     {"explain", "runfile"},
     {"claim"},
     {

@@ -7,6 +7,7 @@ standard error and its exit code; anything else is a bug and keeps its traceback
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from ddpm_lmk.cli.results import results_app
 from ddpm_lmk.cli.shards import shards_app
 from ddpm_lmk.console import console, print_table, say
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
+from ddpm_lmk.floors import want_floors
 from ddpm_lmk.stop import leaving_at_once
 
 if TYPE_CHECKING:
@@ -88,17 +90,29 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _main_options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of expected errors too")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="show the version", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     State.debug = debug
+    if context.invoked_subcommand != "doctor":  # which says what is wrong with all of them
+        want_floors()
 
 
 @app.command()
 def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where runs would be written")] = Path("runs"),
+    run_file: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN.yaml", help="a run there should be room for")
+    ] = None,
+    rdzv: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="meet the other nodes there; start it on all at once")
+    ] = None,
+    nodes: Annotated[int, typer.Option(metavar="M", min=1, help="nodes that should meet")] = 2,
+    node_rank: Annotated[int, typer.Option(metavar="R", min=0, help="number of this node, from 0")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False,
     failpoints: Annotated[
         bool, typer.Option("--failpoints", help="list the places LMK_FAILPOINT can break, and stop")
     ] = False,
@@ -107,12 +121,22 @@ def doctor(
     if failpoints:
         _list_failpoints()
     from ddpm_lmk.doctor import examine
+    from ddpm_lmk.doctor.place import check_rendezvous
     from ddpm_lmk.launcher import place
+    from ddpm_lmk.runfile import load_run
 
-    findings = examine(out)
-    rows = [(finding.level, finding.topic, finding.seen, finding.advice) for finding in findings]
-    print_table(("", "what", "found", "what to do"), rows)
-    typer.echo(f"a run without --gpus and --cpu would use {place()}")
+    cfg = (
+        None if run_file is None else load_run(run_file, ["data.path=.", "data.weights=null"])
+    )  # its data need not be here
+    findings = examine(out, cfg=cfg)
+    if rdzv is not None:
+        findings.append(check_rendezvous(rdzv, nodes=nodes, node_rank=node_rank))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        rows = [(finding.level, finding.topic, finding.seen, finding.advice) for finding in findings]
+        print_table(("", "what", "found", "what to do"), rows)
+        typer.echo(f"a run without --gpus and --cpu would use {place()}")
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(LaunchError.exit_code)
 

@@ -16,7 +16,7 @@ import yaml
 
 from ddpm_lmk import failpoints
 from ddpm_lmk.data.phantom import render
-from ddpm_lmk.doctor import release
+from ddpm_lmk.floors import release
 from ddpm_lmk.runfile import load_run
 from tests.cli.commands import CONFIGS, SMOKE, Lmk, rows_of
 

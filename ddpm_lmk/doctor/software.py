@@ -1,0 +1,43 @@
+"""Packages: the ones with a security floor, and the optional ones."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+
+from ddpm_lmk.doctor.finding import Finding
+from ddpm_lmk.floors import FLOORS, advice, below_floor
+from ddpm_lmk.machine import version
+
+EXTRAS = {
+    "nvidia-dali-cuda130": "dali",
+    "deepspeed": "deepspeed",
+    "pydicom": "dicom",
+    "tensorboard": "trackers",
+    "onnxscript": "onnx",
+}
+
+
+def check_versions() -> list[Finding]:
+    """Python and the packages with a security floor."""
+    findings = [Finding("ok", "python", f"{platform.python_version()} on {platform.platform(terse=True)}")]
+    old = below_floor()
+    for name in FLOORS:
+        found = version(name)
+        if name in old:
+            findings.append(Finding("problem", name, old[name], f"open to crafted files; {advice(name)}"))
+        elif found is not None:
+            findings.append(Finding("ok", name, found))
+    return findings
+
+
+def check_extras() -> list[Finding]:
+    """Optional parts of the project that are installed or not."""
+    findings = []
+    for package, extra in EXTRAS.items():
+        found = version(package)
+        what_to_do = "" if found else f"only if you want it: pip install -c constraints.txt -e '.[{extra}]'"
+        findings.append(Finding("ok" if found else "note", f"extra {extra}", found or "not installed", what_to_do))
+    if version("deepspeed") is not None and shutil.which("g++") is None:
+        findings.append(Finding("note", "compiler", "no g++", "DeepSpeed compiles a part of itself: install g++"))
+    return findings

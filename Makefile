@@ -1,20 +1,22 @@
 # The two commands of the README, and the developer's: each makes its own virtual environment when there is none.
 #   make demo    the whole road on synthetic x-rays, ending with a report      make lint    ruff and mypy
 #   make test    the test suite                                                make bench   benchmarks of this machine
-#   make clean   remove the environment and what the commands above wrote     make test-slow   the tests that take minutes
+#   make soak    30 random kills, digests compared; more with KILLS=N         make test-slow   the tests that take minutes
+#   make clean   remove the environment and what the commands above wrote
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-output
+KILLS ?= 30
 PYTEST_ARGS ?= -n auto --dist loadfile
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow soak lint bench clean
 
 help:
-	@sed -n '2,4s/^# *//p' Makefile
+	@sed -n '2,5s/^# *//p' Makefile
 
 # pip compiles what it installs: without bytecode every process would compile torch anew. The constraints pin everything.
 $(READY): pyproject.toml constraints.txt
@@ -31,6 +33,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --kills $(KILLS) --steps $$(( 20 * $(KILLS) )) --out soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.sweep_soak --out soak_sweep.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """The price of class exact: time per step against class ordered, on one machine, in one run.
 
-    python -m benchmarks.exactness [--processes 1 2] [--steps 16] [--out benchmarks/results]
+    python benchmarks/exactness.py [--processes 1 2] [--steps 16] [--out benchmarks/results]
 
 Every number of processes is one launch, in which the variants take turns step by step, so that a machine that is busy
 with other things is busy for all of them. A step is the engine's own: micro-batches of the pre-training task, one
@@ -68,7 +68,7 @@ def main() -> None:
     for count in options.processes:
         with tempfile.TemporaryDirectory() as folder:
             found = Path(folder) / "found.json"
-            words = ["-m", "benchmarks.exactness", "--worker", str(found), "--steps", str(options.steps)]
+            words = [__file__, "--worker", str(found), "--steps", str(options.steps)]
             if run_ranks(words, Placement("cpu", count)):
                 raise SystemExit(f"the run with {count} processes failed")
             result["processes"][str(count)] = _compared(json.loads(found.read_text()))

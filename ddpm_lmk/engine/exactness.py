@@ -1,4 +1,11 @@
-"""The exactness classes: what of a run is promised to be the same, and what torch has to be told for it."""
+"""The exactness classes: what of a run is promised to be the same, and what torch has to be told for it.
+
+Why `ordered` is the default although the tree of `exact` costs a few percent on a CPU (benchmarks/README.md): `exact`
+needs a micro-batch, which a user has to choose for the device and which is most of its price where it is small; it
+computes with one thread per process on a CPU, so one process of many cores would idle; and its reduction begins after
+the last backward pass, which no GPU has measured yet. Whoever is interrupted and comes back on other machines, and
+wants the weights an undisturbed run would have had, asks for it by name.
+"""
 
 from __future__ import annotations
 

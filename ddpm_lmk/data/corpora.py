@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -120,12 +119,6 @@ def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
     return _open_splits(cfg.data, (split,), labelled=cfg.task.kind == "landmarks")
 
 
-def cache_settings(data: DataConfig) -> CacheSettings:
-    """How shards behind a URL are kept on this machine."""
-    folder = None if data.cache_dir is None else Path(data.cache_dir)
-    return CacheSettings(folder, data.cache_gib, data.shuffle_window)
-
-
 def fingerprint(corpora: Sequence[Corpus]) -> str:
     """What the data is: the manifest's own fingerprint, or a digest over those of a pool."""
     prints = [corpus.manifest.fingerprint for corpus in corpora]
@@ -141,7 +134,7 @@ def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_
         raise ConfigError(
             f"data.path has {len(data.path)} folders; task landmarks learns from one, pools are for denoise"
         )
-    manifests = [Manifest.open(path, cache_settings(data)) for path in data.path]
+    manifests = [Manifest.open(path, CacheSettings.of(data)) for path in data.path]
     prints = [manifest.fingerprint for manifest in manifests]
     if len(set(prints)) < len(prints):
         raise ConfigError("data.path names the same packed set twice; use data.weights to draw more from one")

@@ -18,6 +18,7 @@ from ddpm_lmk.config import DataConfig
 from ddpm_lmk.data.copies import copies_of, first_of_its_kind
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.prints import PRINT_DTYPE, prints_of
+from ddpm_lmk.data.remote import CacheSettings
 from ddpm_lmk.errors import ConfigError
 
 KINDS = ("same pixels", "near copy", "same patient")
@@ -89,7 +90,7 @@ def exclusion(manifests: Sequence[Manifest], data: DataConfig) -> Exclusion:
         ConfigError: a set in `data.protect` has no split to protect.
         DataError: a folder is not a pack, or its prints are damaged.
     """
-    guards = tuple(Manifest.open(path) for path in data.protect)
+    guards = tuple(Manifest.open(path, CacheSettings.of(data)) for path in data.protect)
     key = (data.splits, data.leaks, data.copies)
     return _exclusion(tuple(map(_Opened, manifests)), tuple(map(_Opened, guards)), *key)
 

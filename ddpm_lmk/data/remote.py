@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from ddpm_lmk.config import DataConfig
 from ddpm_lmk.data.retries import with_retries
 from ddpm_lmk.data.shard_cache import ShardCache
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, ResourceError
@@ -44,6 +45,12 @@ class CacheSettings:
     folder: Path | None = None  # None: LMK_CACHE, or .cache/ddpm-lmk in the home directory
     limit_gib: float = 64.0
     window: int = 1
+
+    @classmethod
+    def of(cls, data: DataConfig) -> CacheSettings:
+        """What a run file says."""
+        folder = None if data.cache_dir is None else Path(data.cache_dir)
+        return cls(folder, data.cache_gib, data.shuffle_window)
 
     @property
     def root(self) -> Path:

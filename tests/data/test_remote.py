@@ -16,6 +16,7 @@ import torch
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader, remote, retries
 from ddpm_lmk.data.batch import Group
+from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.remote import CacheSettings
 from ddpm_lmk.data.shard_cache import ShardCache
 from ddpm_lmk.data.shards import Manifest
@@ -31,7 +32,9 @@ SHARD_BYTES = 25_000  # somewhat more than one shard of the packs below
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_dots(tmp_path_factory.mktemp("remote") / "dots", {"train": 24, "test": 4})
+    out = pack_dots(tmp_path_factory.mktemp("remote") / "dots", {"train": 24, "test": 4})
+    write_prints(Manifest.open(out))  # as packing does; without them a pool has to read every image first
+    return out
 
 
 @pytest.fixture
@@ -173,6 +176,7 @@ def test_a_cache_of_two_windows_serves_a_pack_that_is_larger(server, pack, tmp_p
 READ_ALL = """\
 import hashlib, sys
 from pathlib import Path
+from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.remote import CacheSettings
 from ddpm_lmk.data.shards import Manifest
 manifest = Manifest.open(sys.argv[1], CacheSettings(Path(sys.argv[2])))

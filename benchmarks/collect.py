@@ -175,6 +175,44 @@ def faults_table(source: Path) -> str:
     return f"{machine(result)}\n\n{markdown(['what', 'times', 'outcome'], rows)}"
 
 
+def manifest_table(source: Path) -> str:
+    """Opening ten million samples."""
+    result = json.loads(source.read_text())
+    heads = ["samples", "shards", "index, MB", "open, s", "open, CPU-s", "highest memory, MB", "draw, µs/sample"]
+    cells = [f"{result['samples']:,}", f"{result['shards']:,}", f"{result['index_mb']:.0f}"]
+    cells += [f"{result['open_s']:.2f}", f"{result['open_cpu_s']:.2f}", f"{result['after_draw_mb']:.0f}"]
+    cells.append(f"{result['draw_us_per_sample']:.1f}")
+    return f"{machine(result)}\n\n{markdown(heads, [cells])}"
+
+
+def pool_table(source: Path) -> str:
+    """Planted copies found, real ones found, and how far from a copy the nearest different films are."""
+    result = json.loads(source.read_text())
+    planted = [
+        [kind.replace("_", " ").replace("fresh", "other films, not copies"), row["planted"], row["found"]]
+        for kind, row in result["planted"].items()
+    ]
+    alike = [
+        [row["dataset"], row["films"], row["near_pairs"], row["copies"], row["fewest_detail_bits_of_others"]]
+        for row in result["looks_alike"]
+    ]
+    pairs = [[*what.split(": ", 1), count] for what, count in result["found"]["pairs"].items()]
+    most = result["settings"]["detail_bits"]
+    trained = result["pre_training"]
+    found = result["found"]
+    return "\n\n".join(
+        [
+            machine(result),
+            markdown(["planted", "films", "found"], planted),
+            markdown(["set", "films", "pairs alike in 64 bits", "of them copies", f"nearest others ({most})"], alike),
+            markdown(["found in the pool", "which", "films"], pairs),
+            f"Of all pairs, {found['not_confirmed']} were not confirmed by correlating their pixels (weakest "
+            f"{found['weakest_correlation']}). Pre-training on the pool left out {trained['left_out_images']} of "
+            f"{trained['offered_images']} images.",
+        ]
+    )
+
+
 def copied(source: Path) -> str:
     """A table that a report wrote."""
     return source.read_text()
@@ -209,6 +247,8 @@ PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (BENCHMARKS, "pack", RESULTS / "pack_real.json", pack_table),
     (BENCHMARKS, "pack-phantoms", RESULTS / "pack_phantoms.json", pack_table),
     (BENCHMARKS, "loader", RESULTS / "loader-isbi2015_ceph.json", loader_table),
+    (BENCHMARKS, "manifest", RESULTS / "manifest_10m.json", manifest_table),
+    (BENCHMARKS, "pool", RESULTS / "pool_duplicates.json", pool_table),
     (BENCHMARKS, "model", RESULTS / "model_step_tiny_cpu.json", model_table),
     (BENCHMARKS, "save", RESULTS / "checkpoint_save-pretrain-isbi-cpu.json", save_table),
     (BENCHMARKS, "exactness", RESULTS / "exactness_cpu.json", exactness_table),

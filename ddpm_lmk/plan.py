@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.corpora import training_corpora
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.order import GroupPlan
 from ddpm_lmk.errors import ConfigError
@@ -25,7 +26,7 @@ MEASURED_KEYS = ("image_size_px", "group_size_images", "micro_batch_images", "pr
 def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str, str]]:
     """Rows (what, how much) for `--dry-run`; raises what opening the data raises."""
     manifests = [Manifest.open(path) for path in cfg.data.path]
-    counts = [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
+    counts = _images(cfg, manifests)
     if cfg.data.shots is not None and cfg.data.shots > sum(counts):
         raise ConfigError(
             f"data.shots={cfg.data.shots}, but there are {sum(counts)} training images; use fewer, or null"
@@ -46,6 +47,13 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
     rows.append(("length", f"{steps:,} steps, {images:,} images, {images / num_images:,.1f} passes over the data"))
     rows.append(("weights from", cfg.init.weights or f"random, seed {cfg.seed}"))
     return [*rows, ("time", _time(cfg, placement, images))]
+
+
+def _images(cfg: RunConfig, manifests: list[Manifest]) -> list[int]:
+    """Images of each set, for pre-training without those left out."""
+    if cfg.task.kind == "denoise":
+        return [len(corpus.rows) for corpus in training_corpora(cfg)]
+    return [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
 
 
 def _model_rows(cfg: RunConfig, manifest: Manifest, placement: Placement) -> list[tuple[str, str]]:

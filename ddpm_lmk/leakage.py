@@ -20,6 +20,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.corpora import Corpus
 from ddpm_lmk.data.leaks import Source, count_kinds, exclusion, seen
 from ddpm_lmk.data.manifest import Manifest
+from ddpm_lmk.data.remote import CacheSettings
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import DataError, LmkError
 from ddpm_lmk.runfile import load_run
@@ -29,7 +30,8 @@ FILE_NAME = "leakage.json"
 
 def write_record(cfg: RunConfig, folder: Path) -> dict[str, Any]:
     """Write `leakage.json` of a pre-training run: what is protected, what leaked or came twice, what is left out."""
-    record = exclusion([Manifest.open(path) for path in cfg.data.path], cfg.data).record
+    cache = CacheSettings.of(cfg.data)
+    record = exclusion([Manifest.open(path, cache) for path in cfg.data.path], cfg.data).record
     atomic.write_json(folder / FILE_NAME, record)
     return record
 
@@ -105,8 +107,8 @@ def _is(facts: dict[str, Any], manifest: Manifest) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _opened(path: str, fingerprint: str) -> Manifest:
-    manifest = Manifest.open(path)
+def _opened(path: str, fingerprint: str, cache: CacheSettings) -> Manifest:
+    manifest = Manifest.open(path, cache)
     if manifest.fingerprint != fingerprint:
         raise DataError(f"{path} is not the pack that was trained on; restore it to have the overlap checked")
     return manifest
@@ -115,7 +117,8 @@ def _opened(path: str, fingerprint: str) -> Manifest:
 def _trained_on(folder: Path, record: dict[str, Any]) -> list[Source]:
     """What a pre-training run saw: its packs, less what it left out."""
     data = load_run(folder / "config.yaml").data
-    manifests = [_opened(facts["path"], facts["fingerprint"]) for facts in record["trained_on"]]
+    known = [(path, facts["fingerprint"]) for path, facts in zip(data.path, record["trained_on"], strict=True)]
+    manifests = [_opened(path, fingerprint, CacheSettings.of(data)) for path, fingerprint in known]
     left_out = exclusion(manifests, data).rows
     return [
         Source(manifest, tuple(facts["splits"]), without=rows)

@@ -68,6 +68,12 @@ class Pulse:
         self._stacks = (folder / f"stacks-{rank}").open("w")
         faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
 
+    def close(self) -> None:
+        """Write no more signs and no stacks."""
+        faulthandler.unregister(DUMP_SIGNAL)
+        self._stacks.close()
+        os.close(self._file)
+
     def beat(self, phase: str, step: int, reach_s: float | None) -> None:
         """Write one sign."""
         now = time.monotonic()

@@ -73,7 +73,7 @@ def main() -> None:
     result = {
         "benchmark": "checkpoint_save",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "run_file": str(options.run_file),
+        "run_file": "/".join(options.run_file.parts[-3:]),
         "image_size_px": cfg.data.image_size,
         "group_size_images": cfg.train.group_size,
         "device": parallel.device.type,

@@ -2,7 +2,7 @@
 #   make demo    the whole road on synthetic x-rays, ending with a report      make lint    ruff and mypy
 #   make test    the test suite                                                make bench   benchmarks of this machine
 #   make soak    30 random kills, digests compared; more with KILLS=N         make test-slow   the tests that take minutes
-#   make clean   remove the environment and what the commands above wrote
+#   make clean   remove the environment and what the commands above wrote     make fuzz        20,000 damaged files
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-output
@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak lint bench clean
+.PHONY: help demo test test-slow soak lint fuzz bench clean
 
 help:
 	@sed -n '2,5s/^# *//p' Makefile
@@ -42,6 +42,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.fuzz
 
 bench: $(READY)
 	$(BIN)/ddpm-lmk bench all --out benchmarks/results

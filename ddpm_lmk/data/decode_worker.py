@@ -151,6 +151,8 @@ def _confine(memory_bytes: int) -> None:
     sys.dont_write_bytecode = True
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory_bytes
+    given = resource.getrlimit(resource.RLIMIT_AS)[1]  # a batch system's or the user's own
+    limit = limit if given == resource.RLIM_INFINITY else min(limit, given)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # pipes do not count

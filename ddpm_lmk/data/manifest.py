@@ -197,7 +197,7 @@ def read_header(root: Path) -> dict[str, Any]:
         raise DataError(f"{root} has no manifest.json; {hint}")
     try:
         header = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}); {hint}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of this tool; {hint}")

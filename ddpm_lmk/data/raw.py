@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,6 +22,7 @@ from ddpm_lmk.data.dicom import require_pydicom
 from ddpm_lmk.data.ids import KeyedIds
 from ddpm_lmk.data.listing import Listing, list_files
 from ddpm_lmk.data.spec import SPECS, DatasetSpec, unlabelled
+from ddpm_lmk.data.tars import DamagedTarError, members
 from ddpm_lmk.errors import ConfigError, DataError
 
 Kind = Literal["folder", "dicom", "table", "phantom", "chest", "cephalometric", "hand"]
@@ -138,11 +139,13 @@ def image_files(root: Path) -> list[str]:
 def read_folder(
     source: Path, *, name: str, split: str, val_fraction: float, seed: int, keys: KeyedIds | None = None
 ) -> RawDataset:
-    """Any tree of images, or a list of them, without labels. The id is the path below `source` without its suffix.
+    """Any tree of images, a list of them, or a tar, without labels. The id is the path in there without its suffix.
 
     A share `val_fraction` goes to split `val`, chosen by a hash of the id: added images move no others.
     """
     check_split_name(split, "--split")
+    if source.suffix == ".tar" and source.is_file():
+        return _read_tar(source, keys.of_path if keys else _without_suffix, name, split, val_fraction, seed, keys)
     others: Counter[str] = Counter()
     listing = list_files(source, SUFFIXES, keys.of_path if keys else _without_suffix, others)
     found = _listed(source, listing, name, split, val_fraction, seed)
@@ -194,15 +197,57 @@ class _ListedSamples:
     split: str
     val_fraction: float
     seed: int
+    is_tar: bool = False
 
     def __len__(self) -> int:
         return len(self.listing)
 
     def __iter__(self) -> Iterator[RawSample]:
         for sample_id, path in self.listing:
-            yield RawSample(
-                sample_id, self.root / path, folder_split(sample_id, self.split, self.val_fraction, self.seed)
-            )
+            where = _tar_member(self.root, path) if self.is_tar else self.root / path
+            yield RawSample(sample_id, where, folder_split(sample_id, self.split, self.val_fraction, self.seed))
+
+
+def _read_tar(
+    source: Path,
+    id_of: Callable[[str], str],
+    name: str,
+    split: str,
+    val_fraction: float,
+    seed: int,
+    keys: KeyedIds | None,
+) -> RawDataset:
+    """Members are read where they lie; what has no business in a tar is refused, JSON members are passed over."""
+    refused: list[tuple[str, str]] = []
+    damage: list[str] = []
+
+    def names() -> Iterator[tuple[str, str]]:
+        try:
+            for member, fault in members(source):
+                is_image = os.path.splitext(member.name)[1].lower() in SUFFIXES  # noqa: PTH122
+                if fault is not None:
+                    refused.append((id_of(member.name), fault))
+                elif is_image:
+                    yield id_of(member.name), f"{member.offset_data}:{member.size}:{member.name}"
+        except DamagedTarError as error:
+            damage.append(str(error))
+
+    listing = Listing(names())
+    if damage:
+        raise DataError(f"{source}: {damage[0]}; restore it: what follows would be lost")
+    if not len(listing):
+        raise DataError(f"{source} holds no image; looked for {' '.join(sorted(SUFFIXES))}")
+    samples = _ListedSamples(source, listing, split, val_fraction, seed, is_tar=True)
+    splits = {split} if val_fraction == 0 else {"val"} if val_fraction == 1 else {split, "val"}
+    found = RawDataset(unlabelled(name), samples, splits=ordered_splits(splits), listing=listing, keys=keys)
+    for sample_id, fault in refused:
+        found.refuse(sample_id, "TAR_MEMBER", fault)
+    return found
+
+
+def _tar_member(tar: Path, place: str) -> TarMember:
+    offset, size, _ = place.split(":", 2)
+    return TarMember(tar, int(offset), int(size))
 
 
 def read_phantom(kind: str, *, counts: dict[str, int], seed: int, size: int) -> RawDataset:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.prints import FILE_NAME as PRINTS
 from ddpm_lmk.data.prints import check_prints
 from ddpm_lmk.data.records import EXTENSIONS, INDEX_DTYPE, CorruptSampleError, SampleRecord, to_stored_matrix
+from ddpm_lmk.data.tars import DamagedTarError, members
 from ddpm_lmk.data.writer import ShardWriter
 from ddpm_lmk.errors import CheckpointError, DataError
 
@@ -138,20 +137,15 @@ def _verify_members(manifest: Manifest, number: int, report: VerifyReport) -> No
     wanted = {int(offset): f".{EXTENSIONS[manifest.encoding]}" for offset in rows["offset"]}
     wanted |= {int(offset): ".json" for offset in rows["json_offset"]}
     try:
-        for member in _members(path):
+        for member, fault in members(path):
             suffix = wanted.pop(member.offset_data, None)
-            if suffix is None or not member.isreg() or "/" in member.name or not member.name.endswith(suffix):
-                report.foreign.append(f"{member.name!r} in {shard['name']}")
-    except tarfile.TarError as error:
-        report.problems.append(f"{shard['name']}: not a readable tar ({error})")
+            if fault is not None or suffix is None or "/" in member.name or not member.name.endswith(suffix):
+                why = "" if fault is None else f" ({fault})"
+                report.foreign.append(f"{member.name!r} in {shard['name']}{why}")
+    except DamagedTarError as error:
+        report.problems.append(f"{shard['name']}: {error}")
     if wanted:
         report.problems.append(f"{shard['name']}: {len(wanted)} members of the index are not in the tar")
-
-
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Headers only; nothing is ever extracted."""
-    with tarfile.open(path, "r:") as tar:
-        yield from tar
 
 
 def _expected_files(manifest: Manifest) -> set[str]:

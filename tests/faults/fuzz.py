@@ -10,6 +10,7 @@ not as it has to be; figures go to `benchmarks/results/fuzz.json`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -270,7 +271,7 @@ def _outcome(folder: Path, wanted: list[tuple[bytes, bytes]]) -> str:
 
 
 def folder_is_whole(folder: Path) -> bool:
-    """Is every file, byte for byte, as it was written? The manifest cannot hold its own digest, but has one spelling."""
+    """Is every file, byte for byte, as it was written? The manifest cannot hold its own digest; it has one spelling."""
     content = (folder / "manifest.json").read_bytes()
     header = json.loads(content)
     if content != json.dumps(header, indent=1).encode():

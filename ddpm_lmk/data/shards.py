@@ -11,7 +11,7 @@ from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.prints import FILE_NAME as PRINTS
 from ddpm_lmk.data.prints import check_prints
 from ddpm_lmk.data.records import EXTENSIONS, INDEX_DTYPE, CorruptSampleError, SampleRecord, to_stored_matrix
-from ddpm_lmk.data.tars import DamagedTarError, members
+from ddpm_lmk.data.tars import DamagedTarError, TrailingBytesError, members
 from ddpm_lmk.data.writer import ShardWriter
 from ddpm_lmk.errors import CheckpointError, DataError
 
@@ -142,6 +142,8 @@ def _verify_members(manifest: Manifest, number: int, report: VerifyReport) -> No
             if fault is not None or suffix is None or "/" in member.name or not member.name.endswith(suffix):
                 why = "" if fault is None else f" ({fault})"
                 report.foreign.append(f"{member.name!r} in {shard['name']}{why}")
+    except TrailingBytesError:
+        pass  # harms no sample; the digest of the shard tells
     except DamagedTarError as error:
         report.problems.append(f"{shard['name']}: {error}")
     if wanted:

@@ -29,6 +29,10 @@ class DamagedTarError(Exception):
     """The archive as a whole cannot be trusted; the message says what is wrong."""
 
 
+class TrailingBytesError(DamagedTarError):
+    """Every member was read, but something follows the end, perhaps another archive."""
+
+
 def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
     """Every member with what is wrong with it, or None.
 
@@ -50,7 +54,7 @@ def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
             raise DamagedTarError(
                 f"not a readable tar ({type(error).__name__}); a compressed one is not read"
             ) from error
-        _check_end(file, end)
+        _check_end(file, end, size)
 
 
 def _fault(member: tarfile.TarInfo, seen: set[str], size: int) -> str | None:
@@ -70,13 +74,14 @@ def _fault(member: tarfile.TarInfo, seen: set[str], size: int) -> str | None:
     return None
 
 
-def _check_end(file: BinaryIO, end: int) -> None:
-    """An archive ends in zeros; anything else was a header that could not be read."""
+def _check_end(file: BinaryIO, end: int, size: int) -> None:
+    """An archive is whole blocks and ends in two of zeros; anything else was a header that could not be read."""
     file.seek(end)
-    rest = file.read(tarfile.BLOCKSIZE)
-    if len(rest) < tarfile.BLOCKSIZE:
+    rest = file.read(2 * tarfile.BLOCKSIZE)
+    if len(rest) < 2 * tarfile.BLOCKSIZE or size % tarfile.BLOCKSIZE:
         raise DamagedTarError("cut off")
-    while rest:
+    if rest.strip(b"\0"):
+        raise DamagedTarError(f"unreadable from byte {end} on")
+    while rest := file.read(_BLOCK):
         if rest.strip(b"\0"):
-            raise DamagedTarError(f"unreadable from byte {end} on")
-        rest = file.read(_BLOCK)
+            raise TrailingBytesError(f"something follows its end at byte {end}")

@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk.config import DataConfig
-from ddpm_lmk.data.copies import copies_of, first_of_its_kind
+from ddpm_lmk.data.copies import MOST_DETAIL_BITS, RADIUS, copies_of, first_of_its_kind
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.prints import PRINT_DTYPE, prints_of
+from ddpm_lmk.data.remembered import remembered
 from ddpm_lmk.data.remote import CacheSettings
 from ddpm_lmk.errors import ConfigError
 
 KINDS = ("same pixels", "near copy", "same patient")
 _AT_ONCE = 1 << 20  # prints in memory at a time
 _MOST_LISTED = 1000
+_REMEMBER_FROM = 100_000  # films; fewer are compared again in a second
 
 Place = tuple[int, int]  # source, row
 
@@ -84,15 +86,26 @@ class Exclusion:
 
 
 def exclusion(manifests: Sequence[Manifest], data: DataConfig) -> Exclusion:
-    """The films of a pool that are not trained on. Found once per process and set of packs.
+    """The films of a pool that are not trained on. Found once per process, for large pools once per machine.
 
     Raises:
         ConfigError: a set in `data.protect` has no split to protect.
         DataError: a folder is not a pack, or its prints are damaged.
     """
     guards = tuple(Manifest.open(path, CacheSettings.of(data)) for path in data.protect)
-    key = (data.splits, data.leaks, data.copies)
-    return _exclusion(tuple(map(_Opened, manifests)), tuple(map(_Opened, guards)), *key)
+    packs = tuple(map(_Opened, manifests)), tuple(map(_Opened, guards))
+    settings = data.splits, data.leaks, data.copies
+    if sum(map(len, manifests)) < _REMEMBER_FROM:
+        return _exclusion(*packs, *settings)
+    names = [[(str(each.manifest.root), each.manifest.fingerprint) for each in part] for part in packs]
+    key = {"version": 1, "radius": RADIUS, "detail": MOST_DETAIL_BITS, "packs": names, "settings": settings}
+
+    def make() -> dict[str, Any]:
+        found = _exclusion(*packs, *settings)
+        return {"rows": [rows.tolist() for rows in found.rows], "record": found.record}
+
+    kept = remembered(CacheSettings.of(data).root / "compared", key, make)
+    return Exclusion(tuple(np.array(rows, dtype=np.int64) for rows in kept["rows"]), kept["record"])
 
 
 class _Opened:

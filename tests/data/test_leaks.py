@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data import copies, open_loader
+from ddpm_lmk.data import copies, leaks, open_loader
 from ddpm_lmk.data.copies import copies_of, first_of_its_kind
 from ddpm_lmk.data.corpora import training_corpora
 from ddpm_lmk.data.leaks import Source, compare, exclusion, seen
@@ -178,6 +178,34 @@ def test_the_search_finds_what_comparing_everything_with_everything_finds(
     found, of = copies_of(prints[:400], prints[400:])
     assert sorted(found.tolist()) == np.flatnonzero(near[:400, 400:].any(1)).tolist()
     assert near[found, 400 + of].all()
+
+
+def test_what_was_found_in_a_large_pool_is_kept_for_the_next_process(
+    pool: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = run_config(
+        pool["corpus"], task="denoise", data={"protect": [str(pool["set"])], "cache_dir": str(tmp_path)}
+    ).data
+    manifests = [Manifest.open(pool["corpus"])]
+    known = exclusion(manifests, data)
+    assert not list(tmp_path.iterdir())  # a small pool is compared anew
+    monkeypatch.setattr(leaks, "_REMEMBER_FROM", 0)
+    calls = []
+    monkeypatch.setattr(leaks, "_exclusion", lambda *given: calls.append(given) or known)
+    for _ in range(2):
+        kept = exclusion(manifests, data)
+        assert kept.record == known.record
+        assert kept.rows[0].tolist() == known.rows[0].tolist()
+    assert len(calls) == 1
+    (path,) = (tmp_path / "compared").glob("*.json")
+    path.write_text(path.read_text().replace('"left_out": 6', '"left_out": 7'))
+    assert exclusion(manifests, data).record == known.record  # damaged: found again
+    assert len(calls) == 2
+    exclusion(manifests, data.model_copy(update={"leaks": "keep"}))  # another question
+    assert len(calls) == 3
+    monkeypatch.setenv("LMK_CACHE", str(path))  # a file: nothing can be kept there
+    exclusion(manifests, data.model_copy(update={"cache_dir": None}))
+    assert len(calls) == 4
 
 
 def test_samples_that_cannot_be_read_are_nobodys_copies() -> None:

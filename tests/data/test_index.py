@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from ddpm_lmk.cli.app import run
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.index import rebuild_index
 from ddpm_lmk.data.manifest import Manifest, read_header
 from ddpm_lmk.data.order import SampleOrder
 from ddpm_lmk.data.rows import ListedRows, SplitRows
 from ddpm_lmk.errors import DataError
-from tests.data.dot_packs import pack_dots
+from tests.data.dot_packs import pack_dots, run_config
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,24 @@ def test_no_index_is_written_for_shards_that_changed(copy: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         rebuild_index(copy, read_header(copy))
     assert not (copy / "index.npy").exists()
+
+
+def test_fewer_shards_than_processes_and_workers_do_not_matter(tmp_path: Path) -> None:
+    """One shard for four processes of three workers: the samples that one process reads alone (failures.md, B23)."""
+    pack = pack_dots(tmp_path / "few", {"train": 2}, size=32)
+    assert len(Manifest.open(pack).shards) == 1
+    cfg = run_config(pack, task="denoise", data={"image_size": 32, "workers": 3, "residency": "stream"})
+    assert read(cfg, 4) == read(cfg, 1)
+    assert len(read(cfg, 1)) == 24  # three groups of eight, of two films: they repeat (B22)
+
+
+def read(cfg: RunConfig, world: int) -> list[str]:
+    """Names of the samples of three steps, in order of position."""
+    found: dict[int, str] = {}
+    for rank in range(world):
+        loader = open_loader(cfg, stage="train", rank=rank, world=world)
+        for _, group in zip(range(3), loader.groups()):
+            for batch in group.micro_batches:
+                found |= dict(zip(batch.positions.tolist(), batch.ids, strict=True))
+        loader.close()
+    return [found[position] for position in sorted(found)]

@@ -96,6 +96,7 @@ def test_a_report_is_refused_or_stamped(runs: dict[str, Path], tmp_path: Path) -
     assert "Leakage: up to 4 of the 4" in text.read_text()
     clean = write_report([runs["clean"]], tmp_path / "clean.html")[0].read_text()
     assert 'class="stamp"' not in clean
+    assert "left out 0 of 6 images: 0 were found in protected splits, 0 repeat another one" in clean
 
 
 def test_where_the_packs_are_gone_the_record_is_believed(runs: dict[str, Path], skulls: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ddpm_lmk import atomic
+from ddpm_lmk import atomic, leakage
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import DataError
@@ -73,6 +73,7 @@ def _section(study: Study) -> str:
         html.landmark_table(study, best),
         "<h2>The runs</h2>",
         html.facts_table(*_facts(study)),
+        _left_out(study),
     ]
     return "".join(parts)
 
@@ -230,6 +231,22 @@ def _facts(study: Study) -> tuple[list[list[str]], list[str]]:
         if parent is not None:
             rows.append(_parent_facts(parent))
     return rows, headings
+
+
+def _left_out(study: Study) -> str:
+    """What each pre-training did not see, and why."""
+    lines = []
+    for start in study.starts:
+        parent = parent_of(next(run for run in study.runs if run.start == start))
+        record = None if parent is None else read_json(parent / leakage.FILE_NAME)
+        if record is not None:
+            found = leakage.summary(record)
+            offered = sum(facts["images"] for facts in record["trained_on"])
+            lines.append(
+                f"Pre-training of {start} left out {found['left_out']:,} of {offered:,} images: {found['leaks']:,} were "
+                f"found in protected splits, {found['copies']:,} repeat another one."
+            )
+    return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
 
 
 def _parent_facts(parent: Path) -> list[str]:

@@ -243,8 +243,8 @@ def _left_out(study: Study) -> str:
             found = leakage.summary(record)
             offered = sum(facts["images"] for facts in record["trained_on"])
             lines.append(
-                f"Pre-training of {start} left out {found['left_out']:,} of {offered:,} images: {found['leaks']:,} were "
-                f"found in protected splits, {found['copies']:,} repeat another one."
+                f"Pre-training of {start} left out {found['left_out']:,} of {offered:,} images: {found['leaks']:,} "
+                f"were found in protected splits, {found['copies']:,} repeat another one."
             )
     return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
 

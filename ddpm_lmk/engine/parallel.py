@@ -12,9 +12,10 @@ adds gradients in the same order as one that was never stopped.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
@@ -141,14 +142,6 @@ class Parallel:
             distributed.all_reduce(values)
         return values.tolist()
 
-    def sum_mappings(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sum over ranks by key, in rank order; a rank without data has no keys."""
-        total: dict[str, float] = {}
-        for part in self.gather(dict(values)):
-            for key, value in part.items():
-                total[key] = total.get(key, 0.0) + value
-        return total
-
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, on every rank, in rank order."""
         if self.world == 1:
@@ -190,10 +183,6 @@ class Parallel:
                 result = function()
         return self.broadcast(result)
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._accelerator.wait_for_everyone()
-
     def _want_deepspeed(self) -> None:
         """Have DeepSpeed use the group and the kind of device of this process."""
         if find_spec("deepspeed") is None:
@@ -201,9 +190,12 @@ class Parallel:
         if self.world == 1:
             raise LaunchError("ZeRO shares the optimizer's state among processes, found one; use more, or zero: 0")
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)
-        import deepspeed
+        # It reports a success to standard output, which belongs to results, and uses an old name of torch's.
+        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor` is deprecated.*", category=FutureWarning)
+        with redirect_stdout(sys.stderr):
+            import deepspeed
 
-        deepspeed.init_distributed(dist_init_required=False)
+            deepspeed.init_distributed(dist_init_required=False)
 
     def close(self) -> None:
         """Leave the group; call once, at the end of a worker process."""

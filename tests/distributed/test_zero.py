@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sgd-clipped-by-value": {"optim": {"kind": "sgd", "lr": 0.3, "clip": {"kind": "value", "limit": 0.05}}},
     "sgd-accumulated": {"optim": {"kind": "sgd", "lr": 0.3}, "micro_batch": 2},
     "bad-step": {"optim": ADAMW, "micro_batch": 1, "bad_positions": [10]},
+    "went-back": {"optim": ADAMW, "micro_batch": 1, "length": 12, "bad_positions": list(range(26, 65))},
     "bf16": {"optim": ADAMW, "precision": "bf16"},
     "fp16": {"optim": ADAMW, "precision": "fp16"},
 }
@@ -61,6 +62,13 @@ def test_zero_has_the_losses_of_ddp(folder: Path, name: str, stage: int) -> None
     found = [loss for loss in processes.losses(folder / f"{name}-{stage}") if loss is not None]
     assert len(wanted) >= 5
     assert found == pytest.approx(wanted, rel=1e-2 if "16" in name else 2e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_zero_goes_back_to_a_checkpoint(folder: Path, stage: int) -> None:
+    """Six steps in a row are bad, 5 to 10; the two after them start from step 4."""
+    assert processes.events(folder / f"went-back-{stage}").count("run.went_back") == 1
+    assert processes.facts(folder / f"went-back-{stage}")["step"] == 12
 
 
 @pytest.mark.parametrize("stage", [1, 2])

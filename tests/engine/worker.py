@@ -122,7 +122,7 @@ def check_errors(parallel: Parallel) -> None:
     """An error on one rank reaches all of them, and what rank 0 makes reaches all of them."""
     assert parallel.on_main(lambda: parallel.rank) == 0
     assert parallel.gather(parallel.rank) == list(range(parallel.world))
-    assert parallel.sum_mappings({"a": 1.0}) == {"a": float(parallel.world)}
+    assert parallel.exchange(torch.tensor([1.0, parallel.rank])) == [[1.0] * parallel.world, [*range(parallel.world)]]
     caught: LmkError | None = None
     try:
         with parallel.together():

@@ -143,14 +143,13 @@ def save_table(source: Path) -> str:
     return f"{machine(results[0])}\n\n{markdown(heads, rows)}"
 
 
-def faults_table(source: Path) -> str:
-    """What the campaign about checkpoints did, and how it ended."""
-    result = json.loads(source.read_text())
+def fault_rows(result: dict[str, Any]) -> list[list[object]]:
+    """What the campaign about checkpoints did, how often, and how it ended."""
     damage, calls = result["damage"], result["system_calls"]
     kinds = ("flipped", "truncated", "deleted", "emptied", "grown")
     done = ", ".join(f"{damage[kind]} {kind}" for kind in kinds)
     disks = ", ".join(f"{row['times']:g}: {'goes on' if row['exit'] == 0 else 'exit 6'}" for row in result["full_disk"])
-    rows = [
+    return [
         ["killed at a fail-point of saving", result["failpoints"]["kills"], "all continued with the same bits"],
         ["killed at a system call of a save", calls["killed"], "all continued with the same bits"],
         ["a system call of a save refused", calls["refused"], "no step lost, same bits"],
@@ -172,7 +171,12 @@ def faults_table(source: Path) -> str:
             f"{result['results']['half_files_seen']} half files",
         ],
     ]
-    return f"{machine(result)}\n\n{markdown(['what', 'times', 'outcome'], rows)}"
+
+
+def faults_table(source: Path) -> str:
+    """The campaign about checkpoints, and where it ran."""
+    result = json.loads(source.read_text())
+    return f"{machine(result)}\n\n{markdown(['what', 'times', 'outcome'], fault_rows(result))}"
 
 
 def manifest_table(source: Path) -> str:
@@ -218,6 +222,21 @@ def copied(source: Path) -> str:
     return source.read_text()
 
 
+def survived_table(source: Path) -> str:
+    """What runs and sweeps were put through, and how they ended: two soaks and the campaign of faults in saving."""
+    soak = json.loads(source.read_text())
+    sweep = json.loads((RESULTS / "soak_sweep.json").read_text())
+    worlds = ", ".join(f"{count} with {number}" for number, count in soak["starts_by_processes"].items())
+    bits = {True: "the same bits of weights, average and optimizer", False: "other bits"}[soak["equal"]]
+    table = {True: "the same table, byte for byte", False: "another table"}[sweep["equal"]]
+    rows: list[list[object]] = [
+        ["a pre-training killed at random, processes redrawn", f"{soak['kills']} ({worlds} processes)", bits],
+        ["a sweep killed at random", f"{sweep['kills']} over {sweep['cells']} cells", table],
+        *fault_rows(json.loads((RESULTS / "faults_checkpoint.json").read_text())),
+    ]
+    return markdown(["what happened", "times", "how it ended"], rows)
+
+
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
 
@@ -244,6 +263,7 @@ def exactness_table(source: Path) -> str:
 PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (README, "isbi", RESULTS / "isbi_cpu" / "report.md", copied),
     (README, "demo", RESULTS / "demo" / "report.md", copied),
+    (README, "survived", RESULTS / "soak.json", survived_table),
     (BENCHMARKS, "pack", RESULTS / "pack_real.json", pack_table),
     (BENCHMARKS, "pack-phantoms", RESULTS / "pack_phantoms.json", pack_table),
     (BENCHMARKS, "loader", RESULTS / "loader-isbi2015_ceph.json", loader_table),

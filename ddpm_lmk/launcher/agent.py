@@ -139,7 +139,10 @@ class Agent(LocalElasticAgent):
         """After the first rank has ended with an error: start again, or end with which code?"""
         found = list(codes.values())
         known = next((code for code in found if code in OURS + STOPPED), None)
-        if self.asked and (known in STOPPED or all(map(_is_signalled, found))):
+        if known is None and all(map(_is_signalled, found)):
+            # Asked to stop, by the launcher or past it, before Python could take the signal: nothing was trained yet.
+            known = 130 if signal.SIGINT in (self.asked, *(-code for code in found)) else 75
+        if self.asked and known in STOPPED:
             known = 130 if self.asked == signal.SIGINT else 75
         if known is not None:
             self.code, self._remaining_restarts = known, 0

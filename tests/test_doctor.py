@@ -48,6 +48,7 @@ def test_a_disk_too_small_for_the_checkpoints_of_a_run_is_a_problem(
     assert [found.level for found in place.check_disk(tmp_path, cfg)] == ["ok", "ok"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_as_large_as_it_is_said(tmp_path: Path, packed_phantoms: Path) -> None:
     out = tmp_path / "run"
     words = (SMOKE / "pretrain.yaml", f"data.path={packed_phantoms}", "evaluate.samples=0", "--cpu", 1, "--out", out)

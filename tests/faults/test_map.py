@@ -18,6 +18,11 @@ def test_every_row_of_a_section_has_a_line(letter: str, count: int) -> None:
     assert rows == [f"{letter}{number}" for number in range(1, count + 1)]
 
 
+def test_every_row_about_processes_has_a_line() -> None:
+    rows = {match[1] for line in LINES if (match := re.match(r"\| ([AC]\d+) \|", line))}
+    assert {f"A{number}" for number in range(8, 23)} | {f"C{number}" for number in range(1, 15)} <= rows
+
+
 def test_every_named_test_exists() -> None:
     file, missing, count = "", [], 0
     for found, name in re.findall(r"`([\w./]+\.py)?::(\w+)`", "\n".join(LINES)):

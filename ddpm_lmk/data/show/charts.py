@@ -78,6 +78,7 @@ def _depths(axes: Any, looks: Sequence[Look]) -> None:
         below += heights
     axes.set(xlabel="bits per pixel of the file (?: not noted)", ylabel="sampled images", title="bit depth")
     axes.margins(x=0.6 / len(kinds) + 0.1)
+    axes.yaxis.get_major_locator().set_params(integer=True)
 
 
 def _spacings(axes: Any, looks: Sequence[Look]) -> None:
@@ -90,6 +91,7 @@ def _spacings(axes: Any, looks: Sequence[Look]) -> None:
     everything = np.concatenate([values for values, _ in known])
     low, high = everything.min(), everything.max()
     bins = np.linspace(low, high, 25) if high > low else np.linspace(0, 2 * high, 26)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.hist([values for values, _ in known], bins=bins, stacked=True, color=[colour for _, colour in known])
     unknown = sum(len(look.records) - len(look.spacings) for look in looks)
     if unknown:

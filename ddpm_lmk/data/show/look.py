@@ -25,7 +25,7 @@ class Look:
         points: `[K, N, 2]`, of those with labels.
         histogram: `[64]` shares of pixels, over the full range of the type.
         mean_image: `[S, S]` in [0, 1].
-        reasons: how many files were refused for each reason.
+        refusals: how many files were refused, by code.
         refused: the first of those files.
     """
 
@@ -34,7 +34,7 @@ class Look:
     points: np.ndarray
     histogram: np.ndarray
     mean_image: np.ndarray
-    reasons: Counter[str]
+    refusals: Counter[str]
     refused: list[dict[str, str]]
 
     @property
@@ -57,7 +57,7 @@ class Look:
         return [
             ("dataset", manifest.dataset),
             ("images", f"{len(manifest)} ({', '.join(f'{name} {number}' for name, number in splits.items())})"),
-            ("refused files", str(self.reasons.total())),
+            ("refused files", str(self.refusals.total())),
             ("stored as", f"{manifest.stored_size} px, {manifest.aspect}, {manifest.bits} bit, {manifest.encoding}"),
             ("size", f"{megabytes:.1f} MB, {len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"),
             ("native size", f"{_range(index['width'])} x {_range(index['height'])} px"),
@@ -93,16 +93,17 @@ def look_at(manifest: Manifest) -> Look:
 
 
 def _refused(manifest: Manifest) -> tuple[Counter[str], list[dict[str, str]]]:
-    reasons: Counter[str] = Counter()
+    refusals: Counter[str] = Counter()
     listed: list[dict[str, str]] = []
     path = manifest.root / "refused.jsonl"
     if path.is_file():
         with path.open(encoding="ascii") as file:
             for line in map(json.loads, file):
-                reasons[line["reason"]] += 1
+                line.setdefault("code", "REFUSED")  # packs of the first version gave a reason only
+                refusals[line["code"]] += 1
                 if len(listed) < _MOST_LISTED:
                     listed.append(line)
-    return reasons, listed
+    return refusals, listed
 
 
 def _range(values: np.ndarray) -> str:

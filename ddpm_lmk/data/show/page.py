@@ -11,8 +11,6 @@ from string import Template
 from ddpm_lmk.data.leaks import KINDS, Leakage, count_kinds
 from ddpm_lmk.data.show.look import Look
 
-_MOST_REASONS = 12
-
 
 def render(looks: Sequence[Look], found: Leakage, pictures: Mapping[str, bytes]) -> str:
     """The whole page; `pictures` are PNGs by file name."""
@@ -51,7 +49,7 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 def _cards(looks: Sequence[Look], found: Leakage) -> str:
     images = sum(len(look.manifest) for look in looks)
-    refused = sum(look.reasons.total() for look in looks)
+    refused = sum(look.refusals.total() for look in looks)
     labelled = sum(len(look.manifest) for look in looks if look.manifest.spec.num_landmarks)
     cards = [
         (f"{images:,}", "images", f"in {len(looks)} {'pack' if len(looks) == 1 else 'packs'}"),
@@ -92,26 +90,28 @@ def _findings(found: Leakage) -> str:
 
 
 def _refused(looks: Sequence[Look]) -> str:
-    parts = [_refused_of(look) for look in looks if look.reasons]
+    parts = [_refused_of(look) for look in looks if look.refusals]
     return "".join(parts) or '<p class="note">Every file was packed.</p>'
 
 
 def _refused_of(look: Look) -> str:
-    reasons = look.reasons.most_common(_MOST_REASONS)
-    rows = "".join(f"<tr><td>{escape(reason)}</td><td>{number}</td></tr>" for reason, number in reasons)
-    if len(look.reasons) > len(reasons):
-        rest = look.reasons.total() - sum(number for _, number in reasons)
-        rows += f"<tr><td>{len(look.reasons) - len(reasons)} other reasons</td><td>{rest}</td></tr>"
-    cells = [(line["id"], line["reason"], line.get("detail", "")) for line in look.refused]
-    listed = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in line)}</tr>" for line in cells)
-    total = look.reasons.total()
-    summary = f"the first {len(look.refused)} of {total}" if len(look.refused) < total else f"all {total}"
+    """Counts by code with a first example, and the list, folded."""
+    example = {line["code"]: line["reason"] for line in reversed(look.refused)}
+    counts = [(code, str(number), example.get(code, "")) for code, number in look.refusals.most_common()]
+    listed = [(line["id"], line["code"], line["reason"]) for line in look.refused]
+    total = look.refusals.total()
+    summary = f"the first {len(listed)} of {total} files" if len(listed) < total else f"all {total} files"
     return (
-        f"<h3>{escape(look.manifest.dataset)}</h3>"
-        f'<div class="scroll"><table class="words"><thead><tr><th>reason</th><th>files</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div><details><summary>{summary}</summary>"
-        f'<div class="scroll"><table class="words"><tbody>{listed}</tbody></table></div></details>'
+        f"<h3>{escape(look.manifest.dataset)}</h3>{_table(('code', 'files', 'for example'), counts)}"
+        f"<details><summary>{summary}</summary>{_table(('id', 'code', 'reason'), listed)}</details>"
     )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of words."""
+    head = "".join(f"<th>{escape(word)}</th>" for word in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table class="words"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _landmarks(looks: Sequence[Look]) -> str:

@@ -13,6 +13,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.corpora import training_corpora
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.order import GroupPlan
+from ddpm_lmk.engine.memory import copies_of_weights, is_half
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.launcher import Placement
 from ddpm_lmk.models import model_cost
@@ -61,23 +62,15 @@ def _model_rows(cfg: RunConfig, manifest: Manifest, placement: Placement) -> lis
     cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
     group = cfg.train.group_size
     micro_batch = cfg.train.micro_batch or group // (placement.processes * placement.nodes)
-    activations = cost.activation_bytes * micro_batch / (2 if _is_bf16(cfg, placement) else 1)
-    memory_gib = (cost.weight_bytes * _copies_of_weights(cfg) + activations) / 2**30
+    activations = cost.activation_bytes * micro_batch / (2 if is_half(cfg, placement.device) else 1)
+    copies = copies_of_weights(cfg, world=placement.processes * placement.nodes, zero=placement.zero)
+    memory_gib = (cost.weight_bytes * copies + activations) / 2**30
     size = f"{cost.params:,} parameters, {cost.flops_forward / 1e9:,.2f} GFLOP forward per image"
     return [
         ("model", f"{cfg.model.kind}, {size}"),
         ("step", f"{group} images, {micro_batch} at once, {cost.flops_train * group / 1e12:,.3f} TFLOP"),
         ("memory", f"about {memory_gib:,.2f} GiB per process (estimate)"),
     ]
-
-
-def _copies_of_weights(cfg: RunConfig) -> int:
-    """Weight and gradient, two moments of AdamW, and the moving average."""
-    return 2 + 2 * (cfg.optim.kind == "adamw") + (cfg.train.ema is not None)
-
-
-def _is_bf16(cfg: RunConfig, placement: Placement) -> bool:
-    return cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and placement.device == "cuda")
 
 
 def _time(cfg: RunConfig, placement: Placement, images: int) -> str:

@@ -63,15 +63,33 @@ class MemoryWatch:
         """By the estimate of `models.cost`: weights, gradients, moments and average, the rest for activations."""
         cfg, task = self._cfg, self._task
         cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
-        copies = 2 + 2 * (cfg.optim.kind == "adamw") + (cfg.train.ema is not None)
-        is_half = cfg.train.precision in ("bf16", "fp16") or self._parallel.device.type == "cuda"
+        copies = copies_of_weights(cfg, world=self._parallel.world, zero=self._parallel.zero)
         room = USABLE * self._device_bytes() - copies * cost.weight_bytes
-        return int(room // (cost.activation_bytes / (2 if is_half and cfg.train.precision != "fp32" else 1)))
+        return int(room // (cost.activation_bytes / (2 if is_half(cfg, self._parallel.device.type) else 1)))
 
     def _device_bytes(self) -> int:
         if self._parallel.device.type == "cuda":
             return torch.cuda.get_device_properties(self._parallel.device).total_memory
         return psutil.virtual_memory().total // self._parallel.world
+
+
+def copies_of_weights(cfg: RunConfig, *, world: int, zero: int) -> float:
+    """How many times the size of the weights a process keeps in fp32, activations aside.
+
+    Weights and average are whole everywhere. ZeRO shares out AdamW's moments and keeps a second copy of the weights,
+    shared out too; stage 2 shares out the gradient. Class exact keeps the partial sums of its tree.
+    """
+    moments, average = 2 * (cfg.optim.kind == "adamw"), cfg.train.ema is not None
+    if zero:
+        return 1 + average + (moments + 1) / world + (1 if zero == 1 else 1 / world)
+    leaves = cfg.train.group_size // ((cfg.train.micro_batch or cfg.train.group_size) * world)
+    sums = leaves.bit_length() + 1 if cfg.train.exactness == "exact" else 0
+    return 2 + moments + average + sums
+
+
+def is_half(cfg: RunConfig, device: str) -> bool:
+    """Are activations kept in 16 bits on this kind of device?"""
+    return cfg.train.precision in ("bf16", "fp16") or (cfg.train.precision == "auto" and device == "cuda")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

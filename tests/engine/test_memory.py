@@ -1,0 +1,51 @@
+"""What a process keeps in memory beside activations, counted in copies of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_lmk.engine.memory import copies_of_weights, is_half, is_out_of_memory
+from tests.engine.toy import config
+
+SGD: dict[str, Any] = {"kind": "sgd"}
+
+
+@pytest.mark.parametrize(
+    ("train", "optim", "world", "zero", "copies"),
+    [
+        ({}, {}, 1, 0, 5),  # weights, gradient, two moments, average
+        ({"ema": None}, SGD, 1, 0, 2),
+        ({}, {}, 8, 1, 1 + 1 + 1 + 3 / 8),
+        ({}, {}, 8, 2, 1 + 1 + 1 / 8 + 3 / 8),
+        (
+            {"exactness": "exact", "micro_batch": 1, "group_size": 16},
+            {},
+            2,
+            0,
+            5 + 5,
+        ),  # 8 leaves: sums of 8, 4, 2, 1, 1
+    ],
+)
+def test_copies_of_the_weights(
+    train: dict[str, Any], optim: dict[str, Any], world: int, zero: int, copies: float
+) -> None:
+    assert copies_of_weights(config(train=train, optim=optim), world=world, zero=zero) == pytest.approx(copies)
+
+
+def test_activations_are_half_as_large_in_sixteen_bits() -> None:
+    assert is_half(config(train={"precision": "fp16"}), "cpu")
+    assert is_half(config(), "cuda")
+    assert not is_half(config(), "cpu")
+    assert not is_half(config(train={"precision": "fp32"}), "cuda")
+
+
+def test_every_way_to_say_that_memory_is_out() -> None:
+    cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried")
+    assert all(map(is_out_of_memory, (torch.OutOfMemoryError("x"), MemoryError(), cpu)))
+    assert not any(map(is_out_of_memory, (RuntimeError("shape mismatch"), None)))
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50)
+    assert is_out_of_memory(error.value)

@@ -179,6 +179,37 @@ def faults_table(source: Path) -> str:
     return f"{machine(result)}\n\n{markdown(['what', 'times', 'outcome'], fault_rows(result))}"
 
 
+def packing_table(source: Path) -> str:
+    """Films per core of packing, with and without isolation, and memory of a large tree."""
+    result = json.loads(source.read_text())
+    heads = ["source", "films", "refused", "films/CPU-s", "source MB/CPU-s", "without isolation, films/CPU-s"]
+    heads += ["isolation, ms/film", "start of a process, CPU-s"]
+    keys = ["dataset", "films", "refused", "isolated_films_per_cpu_s", "isolated_source_mb_per_cpu_s"]
+    keys += ["in_this_process_films_per_cpu_s", "isolation_ms_per_film", "start_of_a_process_cpu_s"]
+    rows = [[row[key] for key in keys] for row in result["rows"]]
+    tree = result["tree"]
+    small, large = (f"{count:,}" for count in tree["files"])
+    peaks = " and ".join(f"{peak / 1e6:.0f} MB" for peak in tree["peak_rss_bytes"])
+    memory = f"Trees of {small} and {large} files: at most {peaks}, {tree['bytes_per_file']} bytes for each more file."
+    return f"{machine(result)}\n\n{markdown(heads, rows)}\n\n{memory}"
+
+
+def fuzz_table(source: Path) -> str:
+    """How mutated inputs ended, by kind."""
+    result = json.loads(source.read_text())
+    rows = []
+    for kind, outcomes in result["outcomes"].items():
+        total, same = sum(outcomes.values()), outcomes.get("identical", 0)
+        other = sum(count for name, count in outcomes.items() if name.startswith("another"))
+        refused = ", ".join(f"{name} {count}" for name, count in outcomes.items() if not name.startswith(("id", "an")))
+        told = outcomes.get("identical samples, verify tells", 0)
+        rows.append([kind, total, same + told, other, refused or "–"])
+    heads = ["kind", "inputs", "read as they were", "read as something else", "refused with"]
+    limits = f"seed {result['seed']}, limit {result['limit_bytes'] >> 30} GiB, {result['wall_s']:.0f} s"
+    peak = max(result["peak_rss_bytes"], result["peak_rss_of_decoding_bytes"]) / 1e6
+    return f"{machine(result)}; {limits}, at most {peak:.0f} MB used\n\n{markdown(heads, rows)}"
+
+
 def manifest_table(source: Path) -> str:
     """Opening ten million samples."""
     result = json.loads(source.read_text())
@@ -266,6 +297,8 @@ PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (README, "survived", RESULTS / "soak.json", survived_table),
     (BENCHMARKS, "pack", RESULTS / "pack_real.json", pack_table),
     (BENCHMARKS, "pack-phantoms", RESULTS / "pack_phantoms.json", pack_table),
+    (BENCHMARKS, "packing", RESULTS / "packing_real.json", packing_table),
+    (BENCHMARKS, "fuzz", RESULTS / "fuzz.json", fuzz_table),
     (BENCHMARKS, "loader", RESULTS / "loader-isbi2015_ceph.json", loader_table),
     (BENCHMARKS, "manifest", RESULTS / "manifest_10m.json", manifest_table),
     (BENCHMARKS, "pool", RESULTS / "pool_duplicates.json", pool_table),

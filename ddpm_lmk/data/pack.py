@@ -125,21 +125,26 @@ def pack(
         StoppedError: the file system does not answer; the same call goes on.
     """
     out = Path(out)
-    default = f"phantom-{source}" if kind == "phantom" else kind if kind in ("chest", "cephalometric", "hand") else None
-    names = {"kind": kind, "name": name or default or _plain_name(Path(source)), "seed": seed}
+    names = {"kind": kind, "name": name or _default_name(source, kind), "seed": seed}
     window = window or ("voi" if kind == "dicom" else "percentile")
     shape = {"size": size, "aspect": aspect, "filter": filter, "bits": bits, "window": window}
+    stored = {
+        "encoding": encoding,
+        "quality": quality,
+        "counts": counts or (PHANTOM_COUNTS if kind == "phantom" else {}),
+    }
     read = {"frame": frame, "allow_burned_in": allow_burned_in, "hashed_ids": kind == "dicom" or id_key is not None}
-    stored = {"encoding": encoding, "quality": quality}
     splits = {"convention": convention, "split": split, "val_fraction": val_fraction}
     labels = {"annotator": annotator, "spec": spec, "unit": unit, "thresholds": tuple(thresholds)}
     points = {"spacing_pair": spacing_pair, "clip_landmarks": clip_landmarks, "keep_unlabelled": keep_unlabelled}
-    phantoms = {"counts": counts or (PHANTOM_COUNTS if kind == "phantom" else {})}
-    settings = checked_settings(names | shape | read | stored | splits | labels | points | phantoms)
+    settings = checked_settings(names | shape | read | stored | splits | labels | points)
     refuse_existing(out)
     started = time.perf_counter()
-    keys = open_key(Path(id_key or out.absolute().with_name(f"{out.name}.key"))) if settings.hashed_ids else None
+    key_file = Path(id_key or out.absolute().with_name(f"{out.name}.key"))
+    keys = open_key(key_file) if settings.hashed_ids else None
     found = _read(Path(source) if kind != "phantom" else str(source), settings, keys)
+    if keys is not None:
+        found.warnings.append(f"ids are hashed with the key in {key_file}; keep it to yourself, and for further packs")
     if id_map is not None:
         _write_map(Path(id_map), found)
     summary = _write(found, settings, out, available_cores() if workers is None else workers, progress)
@@ -292,6 +297,8 @@ def _raise_if_empty(summary: PackSummary) -> None:
     raise DataError(f"nothing to pack: {summary.num_refused} images were refused{first}; give other images")
 
 
-def _plain_name(source: Path) -> str:
-    """A dataset name from a folder's."""
-    return re.sub("[^A-Za-z0-9._-]+", "-", source.absolute().name)[:80] or "dataset"
+def _default_name(source: str | Path, kind: Kind) -> str:
+    """A dataset name from a folder's, which for DICOM may be a patient's."""
+    if kind in ("folder", "table"):
+        return re.sub("[^A-Za-z0-9._-]+", "-", Path(source).absolute().name)[:80] or "dataset"
+    return f"phantom-{source}" if kind == "phantom" else kind

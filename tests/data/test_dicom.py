@@ -253,7 +253,7 @@ def tree(tmp_path):
 
 
 def test_a_tree_is_packed_with_hashed_names_and_patients(tree, tmp_path):
-    summary = pack(tree, "dicom", tmp_path / "out", name="own", size=32, workers=1, id_map=tmp_path / "map.csv")
+    summary = pack(tree, "dicom", tmp_path / "out", size=32, workers=1, id_map=tmp_path / "map.csv")
     assert (summary.packed, dict(summary.reasons)) == (6, {"NOT_DICOM": 1})
     manifest = Manifest.open(tmp_path / "out")
     records = [manifest.read_record(row) for row in range(6)]
@@ -267,9 +267,14 @@ def test_a_tree_is_packed_with_hashed_names_and_patients(tree, tmp_path):
         assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_list_names_files_of_many_folders(tree, tmp_path):
+    (tmp_path / "list.txt").write_text(f"# some\n{tree}/study-4711/IM0\nDoe_Jane/study-4711/IM5\n")
+    assert pack(tmp_path / "list.txt", "dicom", tmp_path / "out", size=32, workers=1).packed == 2
+
+
 def test_nothing_private_is_in_the_pack(tree, tmp_path, capfd):
     (tree / "study-4711" / "Jane_Doe_broken").write_bytes(to_bytes(dataset())[:900])
-    pack(tree, "dicom", tmp_path / "out", name="own", size=32, workers=1)
+    pack(tree, "dicom", tmp_path / "out", size=32, workers=1)
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     said = "".join(capfd.readouterr()).encode()
     assert [word for word in PRIVATE if word in written + said] == []
@@ -286,7 +291,7 @@ def test_one_key_gives_one_name_and_others_may_not_read_it(tree, tmp_path):
 
 
 def test_patients_are_not_split_between_training_and_validation(tree, tmp_path):
-    pack(tree, "dicom", tmp_path / "out", name="own", size=32, workers=1, val_fraction=0.5)
+    pack(tree, "dicom", tmp_path / "out", size=32, workers=1, val_fraction=0.5)
     manifest = Manifest.open(tmp_path / "out")
     records = [manifest.read_record(row) for row in range(6)]
     assert len({(record.group, record.split) for record in records}) == 3

@@ -171,6 +171,19 @@ def index(folder: ShardsArgument) -> None:
 
 
 @shards_app.command()
+def sign(
+    folder: ShardsArgument,
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="key file; made where there is none")],
+) -> None:
+    """Sign a pack; where LMK_SIGNING_KEY names the key file, only packs signed with it are read."""
+    from ddpm_lmk.data.manifest import Manifest
+    from ddpm_lmk.data.signature import sign as sign_pack
+
+    Manifest.open(folder).close()
+    typer.echo(str(sign_pack(folder, key)))
+
+
+@shards_app.command()
 def compare(
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="packs, as data.path of a run would name them")

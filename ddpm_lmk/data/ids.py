@@ -42,6 +42,11 @@ class KeyedIds:
 
 
 def open_key(path: Path) -> KeyedIds:
+    """Ids under the key of a file; raises as `secret_key`."""
+    return KeyedIds(secret_key(path))
+
+
+def secret_key(path: Path) -> bytes:
     """Read a key file, or make one that only its owner can read.
 
     Raises:
@@ -53,9 +58,9 @@ def open_key(path: Path) -> KeyedIds:
     except FileNotFoundError:
         key = secrets.token_bytes(32)
         _write_private(path, [key.hex() + "\n"])
-        return KeyedIds(key)
+        return key
     except OSError as error:
-        raise ResourceError(f"cannot read the key file {path}: {error.strerror}; name another --id-key") from error
+        raise ResourceError(f"cannot read the key file {path}: {error.strerror}; name another one") from error
     with os.fdopen(descriptor, "rb") as file:
         mode = os.fstat(descriptor).st_mode
         text = file.read(1024)
@@ -63,7 +68,7 @@ def open_key(path: Path) -> KeyedIds:
         raise ConfigError(f"the key file {path} may be read by others (mode {mode & 0o777:o}); chmod 600 it")
     if re.fullmatch(rb"[0-9a-f]{64}\s*", text) is None:
         raise ConfigError(f"{path} is not a key file: wanted 64 hexadecimal digits; let `shards pack` make one")
-    return KeyedIds(bytes.fromhex(text.decode().strip()))
+    return bytes.fromhex(text.decode().strip())
 
 
 def write_map(path: Path, names: Iterable[tuple[str, str]]) -> None:

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from pydantic import ValidationError
 
+from ddpm_lmk.data import signature
 from ddpm_lmk.data.index import Index, open_index
 from ddpm_lmk.data.local import LocalShards
 from ddpm_lmk.data.records import Aspect, CorruptSampleError, Encoding, SampleRecord, record_from_json
@@ -190,13 +191,19 @@ def _open_remote(url: str, cache: CacheSettings | None) -> tuple[Path, dict[str,
 
 
 def read_header(root: Path) -> dict[str, Any]:
-    """The content of manifest.json, checked to be ours, of this version and unchanged. Raises DataError."""
+    """The content of manifest.json, checked to be ours, of this version and unchanged.
+
+    Raises:
+        DataError: it is not. CheckpointError: it is not signed as it has to be.
+    """
     path = root / "manifest.json"
     hint = "give a folder written by `ddpm-lmk shards pack`"
     if not path.is_file():
         raise DataError(f"{root} has no manifest.json; {hint}")
     try:
-        header = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        signature.check(root, content)
+        header = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}); {hint}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from ddpm_lmk.config import DataConfig
+from ddpm_lmk.data import signature
 from ddpm_lmk.data.retries import with_retries
 from ddpm_lmk.data.shard_cache import ShardCache
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, ResourceError
@@ -225,6 +226,8 @@ def fetch_manifest(origin: Origin, settings: CacheSettings) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write(folder / "manifest.json", content)
+        if signature.is_wanted():
+            _write(folder / signature.FILE_NAME, with_retries(origin.read, signature.FILE_NAME))
     except OSError as error:
         raise ResourceError(
             f"cannot write the shard cache {folder}: {error.strerror}; set data.cache_dir or LMK_CACHE"

@@ -11,6 +11,7 @@ from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.prints import FILE_NAME as PRINTS
 from ddpm_lmk.data.prints import check_prints
 from ddpm_lmk.data.records import EXTENSIONS, INDEX_DTYPE, CorruptSampleError, SampleRecord, to_stored_matrix
+from ddpm_lmk.data.signature import FILE_NAME as SIGNATURE
 from ddpm_lmk.data.tars import DamagedTarError, TrailingBytesError, members
 from ddpm_lmk.data.writer import ShardWriter
 from ddpm_lmk.errors import CheckpointError, DataError
@@ -151,4 +152,6 @@ def _verify_members(manifest: Manifest, number: int, report: VerifyReport) -> No
 
 
 def _expected_files(manifest: Manifest) -> set[str]:
-    return {"manifest.json", "index.npy", "refused.jsonl", PRINTS} | {shard["name"] for shard in manifest.shards}
+    return {"manifest.json", "index.npy", "refused.jsonl", PRINTS, SIGNATURE} | {
+        shard["name"] for shard in manifest.shards
+    }

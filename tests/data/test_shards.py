@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddpm_lmk.cli.app import run
 from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.records import member_key, record_from_json, record_to_json, to_stored_matrix
 from ddpm_lmk.data.shards import CorruptSampleError, Manifest, SampleRecord, ShardWriter, verify
@@ -199,6 +200,26 @@ def test_an_emptied_shard_is_noticed_at_the_start(packed, tmp_path):
     path.write_bytes(b"")
     with pytest.raises(DataError, match="has 0 bytes"):
         Manifest.open(path.parent)
+
+
+def test_a_pack_that_was_tampered_with_is_refused_by_its_signature(packed, tmp_path, monkeypatch):
+    """Shard, index and manifest changed together, so that every digest fits: only the signature tells (B4)."""
+    folder, key = damaged(packed, tmp_path), tmp_path / "key"
+    assert run(["shards", "sign", str(folder), "--key", str(key)]) == 0
+    assert key.stat().st_mode & 0o077 == 0
+    verify(folder).check()
+    monkeypatch.setenv("LMK_SIGNING_KEY", str(key))
+    Manifest.open(folder)
+    with pytest.raises(CheckpointError, match="is not signed"):
+        Manifest.open(packed)
+    other = write(tmp_path / "other", ids=IDS[:3])  # whole in itself, by someone else
+    shutil.copy(folder / "manifest.sig", other)
+    with pytest.raises(CheckpointError, match="not signed with your key"):
+        Manifest.open(other)
+    assert run(["shards", "verify", str(other)]) == 4
+    monkeypatch.setenv("LMK_SIGNING_KEY", str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="is no file"):
+        Manifest.open(folder)
 
 
 def damaged(packed, tmp_path):

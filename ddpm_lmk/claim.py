@@ -40,13 +40,13 @@ MAY_CHANGE = (
 
 
 @contextmanager
-def hold(path: Path, cfg: RunConfig, *, name: str) -> Iterator[None]:
+def hold(path: Path, cfg: RunConfig, *, name: str, is_fork: bool = False) -> Iterator[None]:
     """Keep a directory for a launcher, after all that can be said against it has been said."""
     make_writable(path)
     lock = take_lock(path, name)
     try:
         refuse_if_held(path, LOCK)
-        check_contents(path, cfg)
+        check_contents(path, cfg, is_fork=is_fork)
         yield
     finally:
         os.close(lock)
@@ -101,10 +101,13 @@ def refuse_if_held(path: Path, name: str) -> None:
         os.close(descriptor)
 
 
-def check_contents(path: Path, cfg: RunConfig) -> None:
-    """Raise `RunConflictError` where the directory holds anything but this run or nothing."""
+def check_contents(path: Path, cfg: RunConfig, *, is_fork: bool = False) -> None:
+    """Raise `RunConflictError` where the directory holds anything but this run or nothing.
+
+    A fork begins with a checkpoint that it copies (`fork`): killed after that, it finds nothing else.
+    """
     others = [entry.name for entry in path.iterdir() if not entry.name.startswith((LOCK, ".tmp-"))]
-    if not others:
+    if not others or (is_fork and others == ["checkpoints"]):
         return
     if "config.yaml" not in others:
         raise RunConflictError(

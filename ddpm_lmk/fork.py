@@ -13,7 +13,7 @@ from typing import Any
 
 from ddpm_lmk import durable, privacy, retention
 from ddpm_lmk.checkpoint import load_checkpoint
-from ddpm_lmk.errors import CheckpointError
+from ddpm_lmk.errors import CheckpointError, ResourceError
 
 
 def bring_checkpoint(old: Path, new: Path) -> dict[str, Any]:
@@ -21,13 +21,18 @@ def bring_checkpoint(old: Path, new: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: `old` has no checkpoint that is whole.
-        OSError: no space.
+        ResourceError: no space.
     """
     target = new / "checkpoints"
     brought = retention.complete(target)
     if not brought:
         source = _newest_good(old / "checkpoints")
-        _copy(source, target / source.name)
+        try:
+            _copy(source, target / source.name)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot copy {source} to {target} ({error.strerror}); free some space, the same command continues"
+            ) from None
         brought = [source]
     step = int(brought[0].name.removeprefix("step-"))
     return {"path": str(old), "use": "state", "step": step, "loaded": "fork"}

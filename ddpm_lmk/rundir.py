@@ -53,7 +53,7 @@ class RunDir:
             self._lock = None
 
     @classmethod
-    def claim(cls, path: Path, cfg: RunConfig) -> RunDir:
+    def claim(cls, path: Path, cfg: RunConfig, *, is_fork: bool = False) -> RunDir:
         """Take the directory for this run, new or continued; nothing but the lock is written yet.
 
         Raises:
@@ -64,7 +64,7 @@ class RunDir:
         run = cls(path, writes=True)
         run._lock = claim.take_lock(path, incarnation=run.incarnation)
         try:
-            claim.check_contents(path, cfg)
+            claim.check_contents(path, cfg, is_fork=is_fork)
         except BaseException:
             run.__exit__(None, None, None)
             raise

@@ -90,7 +90,9 @@ def execute(
     parallel = parallel or Parallel(device)
     workbench = workbench or Workbench()
     with parallel.together():
-        claimed = RunDir.claim(Path(out), cfg) if parallel.is_main else RunDir(Path(out), writes=False)
+        place = Path(out)
+        is_fork = fork is not None
+        claimed = RunDir.claim(place, cfg, is_fork=is_fork) if parallel.is_main else RunDir(place, writes=False)
     with claimed as run:
         finished = parallel.on_main(lambda: run.results(cfg))
         if finished is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, DataError, ResourceError, RunConflictError
+from ddpm_lmk.fork import bring_checkpoint
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.runfile import load_run
 from ddpm_lmk.runs import Workbench, execute
@@ -314,6 +316,32 @@ def test_a_fork_goes_on_from_the_checkpoint_of_another_run_and_leaves_it_alone(
     after = {path: path.read_bytes() for path in before}
     assert after == before or {path.name for path in before if after[path] != before[path]} <= {".lock"}
     assert execute(changed, new, parallel=parallel, fork=old)["train"]["steps"] == 5, "the same command is no new fork"
+
+
+def test_a_fork_that_was_killed_before_its_first_step_continues(
+    tmp_path: Path, pretraining: Maker, parallel: Parallel
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    execute(pretraining(), old, parallel=parallel)
+    new.mkdir()
+    bring_checkpoint(old, new)
+    with pytest.raises(RunConflictError, match="is not a run"):
+        execute(pretraining(optim={"lr": 0.5}), new, parallel=parallel)
+    results = execute(pretraining(train={"length": 4}, optim={"lr": 0.5}), new, parallel=parallel, fork=old)
+    assert results["train"]["steps"] == 4
+    assert json.loads((new / "run.json").read_text())["parent"]["loaded"] == "fork"
+
+
+def test_a_fork_onto_a_full_disk_says_so(tmp_path: Path, pretraining: Maker, parallel: Parallel) -> None:
+    execute(pretraining(), tmp_path / "old", parallel=parallel)
+    largest, before = 4096, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        with pytest.raises(ResourceError, match="the same command continues"):
+            execute(pretraining(), tmp_path / "new", parallel=parallel, fork=tmp_path / "old")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
 
 
 def test_a_fork_of_nothing_and_of_another_network_is_refused(

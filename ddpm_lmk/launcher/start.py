@@ -59,7 +59,8 @@ def launch(
         out = Path(job["out"])
         if node_rank != 0:
             return _run_apart(job, placement, out)
-        with claim.hold(out, RunConfig.model_validate(job["config"]), name=claim.LAUNCHER_LOCK):
+        cfg, is_fork = RunConfig.model_validate(job["config"]), bool(job.get("fork"))
+        with claim.hold(out, cfg, name=claim.LAUNCHER_LOCK, is_fork=is_fork):
             return _run_apart(job, placement, out)
 
 

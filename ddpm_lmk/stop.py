@@ -39,6 +39,12 @@ def code_of(number: int) -> int:
     return (InterruptedRunError if number == signal.SIGINT else StoppedError).exit_code
 
 
+def caught() -> list[signal.Signals]:
+    """The signals that ask for a stop here: under `nohup` the end of a terminal is no request."""
+    is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in SIGNALS if not (number == signal.SIGHUP and is_hangup_ignored)]
+
+
 def grace_s() -> float:
     """Seconds from a signal to the end of the last process."""
     return float(os.environ.get(GRACE, DEFAULT_GRACE_S))
@@ -76,7 +82,7 @@ class StopRequest:
             self._wakeup_before = signal.set_wakeup_fd(self._outlet, warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
-            self._before = {number: signal.signal(number, self._mark) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._mark) for number in caught()}
         return self
 
     def __exit__(
@@ -141,7 +147,7 @@ def leaving_at_once() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _leave_at_once) for number in SIGNALS}
+    before = {number: signal.signal(number, _leave_at_once) for number in caught()}
     try:
         yield
     finally:

@@ -31,7 +31,7 @@ from rich.console import Console
 from ddpm_lmk import atomic
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import ConfigError, StoppedError
-from ddpm_lmk.stop import MARGIN_S, SIGNALS, InterruptedRunError, code_of, grace_s
+from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, caught, code_of, grace_s
 from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, check_starts, is_done
 from ddpm_lmk.sweep.view import SweepView
 
@@ -220,7 +220,7 @@ def _stop_on_signal(run: SweepRun) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in caught()}
 
     def stop(number: int, frame: object) -> None:
         run.asked = number

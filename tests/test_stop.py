@@ -1,0 +1,33 @@
+"""What counts as a request to stop, and how long a process has for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from ddpm_lmk import stop
+
+
+@pytest.fixture
+def hangup_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_the_end_of_a_terminal_is_no_request(hangup_ignored: None) -> None:
+    with stop.leaving_at_once(), stop.StopRequest(raises=False) as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert request.level == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.level == 1
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_without_it_the_end_of_a_terminal_is_one() -> None:
+    with stop.StopRequest(raises=False) as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert request.level == 1

@@ -9,6 +9,7 @@ Signals are read by a thread, so that a main thread which waits in C for another
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from ddpm_lmk.errors import StoppedError
+from ddpm_lmk.errors import ConfigError, StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_S = 1.0
@@ -46,8 +47,15 @@ def caught() -> list[signal.Signals]:
 
 
 def grace_s() -> float:
-    """Seconds from a signal to the end of the last process."""
-    return float(os.environ.get(GRACE, DEFAULT_GRACE_S))
+    """Seconds from a signal to the end of the last process; raises `ConfigError` where the environment has no such."""
+    text = os.environ.get(GRACE, str(DEFAULT_GRACE_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not MARGIN_S < seconds < math.inf:
+        raise ConfigError(f"{GRACE}={text!r}; wanted seconds from a signal to the end of a run, above {MARGIN_S:g}")
+    return seconds
 
 
 class StopRequest:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from ddpm_lmk import stop
+from ddpm_lmk.errors import ConfigError
 
 
 @pytest.fixture
@@ -31,3 +32,10 @@ def test_without_it_the_end_of_a_terminal_is_one() -> None:
     with stop.StopRequest(raises=False) as request:
         os.kill(os.getpid(), signal.SIGHUP)
         assert request.level == 1
+
+
+@pytest.mark.parametrize("text", ["soon", "", "nan", "inf", "-1", "4"])
+def test_a_time_of_grace_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(stop.GRACE, text)
+    with pytest.raises(ConfigError, match=f"{stop.GRACE}='{text}'; wanted seconds"):
+        stop.grace_s()

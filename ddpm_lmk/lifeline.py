@@ -35,7 +35,7 @@ class Beat:
 
     rank: int
     pid: int
-    phase: str  # start, setup, step, evaluate, save, score or sample
+    phase: str  # start, setup, step, evaluate, save, write, score or sample
     step: int
     at: float  # monotonic seconds
     interval_s: float  # median time from a sign of this phase to the next sign

@@ -139,7 +139,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
                 meter.validated(figures)
             is_last = is_last or state.patience.is_exhausted
             if is_due(pace.snapshot, state.step) and not is_last:
-                beat("save", step=state.step)
+                beat("write", step=state.step)
                 with meter.paused():
                     _keep_weights(cfg, task, state, loaders, parallel, run, is_final=False)
             # A checkpoint is where a run goes back to, so none is made in between while updates are left out.
@@ -197,7 +197,7 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
             beat("step", step=state.step, reach_s=reach_s)
 
     state.select_best()
-    beat("save", step=state.step)
+    beat("write", step=state.step)
     _keep_weights(cfg, task, state, loaders, parallel, run, is_final=True)
     return state
 

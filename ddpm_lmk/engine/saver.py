@@ -20,6 +20,7 @@ from torch import Tensor
 from ddpm_lmk.checkpoint import Tensors
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.lifeline import beat
 from ddpm_lmk.retention import Keep
 from ddpm_lmk.rundir import RunDir
 
@@ -64,9 +65,12 @@ class Saver:
     def wait(self) -> bool:
         """Wait until nothing is being written; was the last save a success?
 
+        A disk that has written beside training until now is waited for here, which is another pace than that of a save.
+
         Raises:
             LmkError: the write ended the run.
         """
+        beat("write")
         return self._parallel.on_main(self._finish)
 
     def _begin(self, tensors: Tensors, facts: dict[str, Any], *, pinned: set[int | None]) -> None:

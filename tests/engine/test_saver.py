@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from ddpm_lmk import lifeline
 from ddpm_lmk.checkpoint import Checkpoint, Tensors, load_latest
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.saver import HostCopy, Saver
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import ResourceError, RunConflictError
+from ddpm_lmk.launcher.watch import limit_s
 from ddpm_lmk.retention import Keep
 from ddpm_lmk.rundir import RunDir
 from tests.engine.toy import config, everything, fresh_state
@@ -97,6 +99,20 @@ def test_the_next_save_waits_for_the_one_before(run: SlowRun, parallel: Parallel
         assert saver.wait()
     steps = [path.name for path in sorted((run.path / "checkpoints").iterdir())]
     assert steps == ["step-00000001", "step-00000002"]
+
+
+def test_waiting_for_the_disk_has_a_pace_of_its_own(
+    run: SlowRun, parallel: Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifeline, "_pulse", lifeline.Pulse(tmp_path, 0))
+    run.go.set()
+    with Saver(run, parallel, keep=Keep(2)) as saver:
+        saver.save(at(1), {})
+        lifeline.beat("save", step=1)
+        saver.wait()
+        [sign] = lifeline.read_beats(tmp_path)
+        assert sign.phase == "write"
+        assert limit_s(sign, 60) == 600
 
 
 def test_two_refusals_are_events_and_the_third_ends_the_run(run: SlowRun, parallel: Parallel) -> None:

@@ -62,3 +62,15 @@ def test_lost_and_stopped_ranks_are_replaced_and_a_signal_saves(run_file: Path, 
     assert are_gone([rank.pid for rank in last])
     assert run.said.read_text().count("the same command continues") == 1
     assert waited < 20  # five seconds on a machine that has nothing else to do
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_slow_at_the_end_is_waited_for(tmp_path: Path, packed_phantoms: Path) -> None:
+    """Four checkpoints are written beside training, in no time; the fifth takes three times the limit for a step."""
+    run_file = write_run(tmp_path, packed_phantoms, length="10 steps", checkpoint_every="2 steps", log_every="1 steps")
+    places = ("made", "manifest", "flushed", "fenced", "renamed", "durable")
+    slow = ",".join(f"directory.{place}:5=pause" for place in places)
+    run = Started([run_file], tmp_path / "run", launch=LAUNCH | {"stall_s": 2}, LMK_FAILPOINT=slow)
+    assert run.wait() == 0
+    assert run.said.read_text().count("fail-point") == len(places)
+    assert events(tmp_path / "run", "ranks.stalled") == []

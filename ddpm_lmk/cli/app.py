@@ -125,9 +125,8 @@ def doctor(
     from ddpm_lmk.launcher import place
     from ddpm_lmk.runfile import load_run
 
-    cfg = (
-        None if run_file is None else load_run(run_file, ["data.path=.", "data.weights=null"])
-    )  # its data need not be here
+    # Its data need not be here.
+    cfg = None if run_file is None else load_run(run_file, ["data.path=.", "data.weights=null"])
     findings = examine(out, cfg=cfg)
     if rdzv is not None:
         findings.append(check_rendezvous(rdzv, nodes=nodes, node_rank=node_rank))

@@ -191,7 +191,7 @@ def test_debug_shows_the_traceback_of_an_expected_error(lmk: Lmk) -> None:
 def test_ctrl_c_outside_of_training_exits_with_130_without_a_traceback(
     lmk: Lmk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(folder: Path) -> None:
+    def interrupted(folder: Path, *, cfg: None) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ddpm_lmk.doctor.examine", interrupted)

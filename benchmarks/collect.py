@@ -82,6 +82,17 @@ def loader_table(source: Path) -> str:
     return f"{machine(result)}\n\n{markdown(heads, rows)}"
 
 
+def picked(part: str, columns: dict[str, str]) -> Callable[[Path], str]:
+    """A table of fields of the rows of a result: `columns` are heads and keys."""
+
+    def table(source: Path) -> str:
+        result = json.loads(source.read_text())
+        rows = [list(map(row.get, columns.values())) for row in result[part]]
+        return f"{machine(result)}\n\n{markdown([*columns], rows)}"
+
+    return table
+
+
 def model_table(source: Path) -> str:
     """Forward, backward and update of a preset."""
     result = json.loads(source.read_text())
@@ -291,6 +302,12 @@ def exactness_table(source: Path) -> str:
     return f"{machine(result)}\n\n{markdown(heads, rows)}"
 
 
+RATE = {"from": "from", "images/s": "images_per_s"}
+WAYS = {"way": "way", **RATE, "images/CPU-s": "images_per_cpu_s", "cores for 4,000 images/s": "cores_for_4000_per_s"}
+TRAINING = {"loader": "loader", **RATE, "waiting for data, %": "data_wait_pct"}
+QUARANTINE = {"damaged": "damaged_samples", "listed": "listed_samples", "healthy, listed": "healthy_and_listed"}
+QUARANTINE |= {"trained on": "damaged_and_trained_on", "same if killed": "killed_run_agrees"}
+
 PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (README, "isbi", RESULTS / "isbi_cpu" / "report.md", copied),
     (README, "demo", RESULTS / "demo" / "report.md", copied),
@@ -300,6 +317,9 @@ PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (BENCHMARKS, "packing", RESULTS / "packing_real.json", packing_table),
     (BENCHMARKS, "fuzz", RESULTS / "fuzz.json", fuzz_table),
     (BENCHMARKS, "loader", RESULTS / "loader-isbi2015_ceph.json", loader_table),
+    (BENCHMARKS, "loader-ways", RESULTS / "loader.json", picked("ways", WAYS)),
+    (BENCHMARKS, "loader-training", RESULTS / "loader.json", picked("training", TRAINING)),
+    (BENCHMARKS, "quarantine", RESULTS / "quarantine.json", picked("rows", QUARANTINE)),
     (BENCHMARKS, "manifest", RESULTS / "manifest_10m.json", manifest_table),
     (BENCHMARKS, "pool", RESULTS / "pool_duplicates.json", pool_table),
     (BENCHMARKS, "model", RESULTS / "model_step_tiny_cpu.json", model_table),

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from ddpm_lmk.data.ids import KeyedIds, open_key, write_map
 from ddpm_lmk.data.labels import Labels
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack_settings import PackSettings, checked_settings
+from ddpm_lmk.data.pack_summary import PackSummary
 from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.raw import Convention, Kind, RawDataset, RawSample, read_dicom_tree, read_folder, read_phantom
 from ddpm_lmk.data.raw_public import read_cephalometric, read_chest, read_hand
@@ -39,40 +38,6 @@ from ddpm_lmk.machine import versions
 
 Progress = Callable[[int, int], None]
 PHANTOM_COUNTS = {"train": 400, "val": 40, "test": 100}
-_SHOWN = 1000  # refusals kept in memory; all of them are in the file
-
-
-@dataclass
-class PackSummary:
-    """What was packed. `refused` are the first lines of refused.jsonl, `reasons` counts all of them by their code."""
-
-    out: Path
-    packed: int = 0
-    per_split: dict[str, int] = field(default_factory=dict)
-    refused: list[dict[str, str]] = field(default_factory=list)
-    reasons: Counter[str] = field(default_factory=Counter)
-    warnings: list[str] = field(default_factory=list)
-    resumed_at: int = 0  # images that an interrupted packing had done before
-    seconds: float = 0.0
-    image_bytes: int = 0
-
-    @property
-    def num_refused(self) -> int:
-        """How many pictures were left out."""
-        return self.reasons.total()
-
-    def count(self, split: str, images: int, image_bytes: int) -> None:
-        """Count packed samples."""
-        if images:
-            self.packed += images
-            self.image_bytes += image_bytes
-            self.per_split[split] = self.per_split.get(split, 0) + images
-
-    def refuse(self, line: dict[str, str]) -> None:
-        """Count a picture that was left out."""
-        self.reasons[line["code"]] += 1
-        if len(self.refused) < _SHOWN:
-            self.refused.append(line)
 
 
 def pack(

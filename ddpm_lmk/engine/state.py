@@ -153,6 +153,11 @@ class TrainState:
         files, facts = checkpoint.tensors, checkpoint.state
         if ("ema" in files) != bool(self.ema) or "model" not in files:
             raise CheckpointError(f"{checkpoint.path} holds {', '.join(files)}, which is not what this run file keeps")
+        if lost := sorted({*COUNTERS, *PARTS} - set(facts)):
+            raise CheckpointError(
+                f"{checkpoint.path} says nothing of {', '.join(lost)}: it is of another version of ddpm-lmk; "
+                "continue it with that one, or start again in another --out directory"
+            )
         load_all(self.model, files["model"])
         self.ema.load(files.get("ema", {}))
         load_moments(self.optimizer, self.model, files["optim"])

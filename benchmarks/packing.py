@@ -31,8 +31,8 @@ from ddpm_lmk.machine import hardware, versions
 
 SIZE_PX = 256
 STORE = {"size": SIZE_PX, "aspect": "squeeze", "filter": "area", "bits": 8, "encoding": "raw", "quality": 95}
-TREES = (2_000, 12_000)
-REPEATS = 2
+TREES = (10_000, 40_000)
+REPEATS = 3
 MEASURE = """
 import sys
 from pathlib import Path
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure(kind: str, where: str) -> dict[str, Any]:
-    """One source, decoded and stored twice each way; the fastest counts."""
+    """One source, decoded and stored three times each way; the fastest counts."""
     files = sorted(
         path for path in Path(where).rglob("*") if path.is_file() and path.suffix not in (".csv", ".txt", ".md")
     )

@@ -148,9 +148,19 @@ class RemoteShards:
         self._expected: set[int] = set()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """`size` bytes of a shard from `offset` on. Raises OSError for what may come later."""
+        """`size` bytes of a shard from `offset` on, tried again while the server fails. Raises StoppedError."""
         if not self.is_whole:
-            return self._origin.read_range(self._shards[shard]["name"], offset, size)
+            return self._read_range((shard, offset, size))
+        return with_retries(lambda place: self._read_copy(*place), (shard, offset, size))
+
+    def read_origin(self, shard: int, offset: int, size: int) -> bytes | None:
+        """The same bytes, fetched anew."""
+        return self._read_range((shard, offset, size))
+
+    def _read_range(self, place: tuple[int, int, int]) -> bytes:
+        return with_retries(lambda place: self._origin.read_range(self._shards[place[0]]["name"], *place[1:]), place)
+
+    def _read_copy(self, shard: int, offset: int, size: int) -> bytes:
         while True:
             try:
                 handle = os.open(self._copy(shard), os.O_RDONLY | os.O_CLOEXEC)
@@ -160,10 +170,6 @@ class RemoteShards:
                 return os.pread(handle, size, offset)
             finally:
                 os.close(handle)
-
-    def read_origin(self, shard: int, offset: int, size: int) -> bytes | None:
-        """The same bytes, fetched anew."""
-        return self._origin.read_range(self._shards[shard]["name"], offset, size)
 
     def forget(self, shard: int) -> None:
         """Drop the copy of a shard, which is damaged."""

@@ -106,6 +106,14 @@ def test_a_server_that_stays_away_stops_the_run_resumably_and_makes_no_sample_co
     assert loader.quarantine.entries == []
 
 
+def test_reading_all_of_a_pack_for_its_prints_survives_failures_too(server, tmp_path):
+    pack = pack_dots(server.root / "bare", {"train": 12, "test": 2}, labels=False, seed=5)
+    server.fault = lambda name, number: "500" if name.endswith(".tar") and number % 2 else None
+    found = stream(config(f"{server.url}/bare", tmp_path), 2)
+    server.fault = lambda name, number: None
+    assert_same(found, stream(config(pack, tmp_path), 2))
+
+
 @pytest.mark.parametrize("fault", ["404", "403"])
 def test_what_is_not_there_is_told_at_once(server, tmp_path, fault):
     server.fault = lambda name, number: fault if name.endswith(".tar") else None

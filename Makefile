@@ -10,7 +10,8 @@ KILLS ?= 30
 PYTEST_ARGS ?= -n auto --dist loadfile
 EXTRAS ?= dev
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+COMMA := ,
+READY := $(VENV)/.ready-$(subst $(COMMA),+,$(EXTRAS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help

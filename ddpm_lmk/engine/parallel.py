@@ -32,6 +32,8 @@ from ddpm_lmk.machine import cpu_name
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
+LARGEST_BUCKET = 500_000_000  # elements, DeepSpeed's default
+
 
 class Parallel:
     """The place of this process among all processes of a run, alone or under the torchelastic environment."""
@@ -87,15 +89,17 @@ class Parallel:
 
         DeepSpeed is used directly and not through Accelerate's plugin, which belongs to the process and not to a run,
         imports transformers, and is silently ignored for a process that was told to use the CPU. The settings that
-        matter are written out: its default for clipping is 1.0, and a group ends where the loop says.
+        matter are written out: its default for clipping is 1.0, and a group ends where the loop says. Its buffer for
+        gradients is 2 GB whatever the network, more than what is shared out saves: it gets the size of the gradient.
         """
         import deepspeed
 
+        largest = min(LARGEST_BUCKET, sum(parameter.numel() for parameter in model.parameters()))
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": self.zero},
+            "zero_optimization": {"stage": self.zero, "reduce_bucket_size": largest},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
         }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -32,6 +34,25 @@ def test_without_it_the_end_of_a_terminal_is_one() -> None:
     with stop.StopRequest(raises=False) as request:
         os.kill(os.getpid(), signal.SIGHUP)
         assert request.level == 1
+
+
+@pytest.mark.parametrize("module", ["typer", "ddpm_lmk.runfile"])
+def test_a_request_while_the_command_is_still_being_imported_has_the_code_of_a_stop(module: str) -> None:
+    """A scheduler that asks in the first second must not lose the run: its script queues 75 again, and nothing else."""
+    program = f"""
+import os, signal, sys
+class Asks:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGUSR1)
+sys.meta_path.insert(0, Asks())
+from ddpm_lmk import cli
+cli.main()
+"""
+    words = [sys.executable, "-c", program, "pretrain", "none.yaml"]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 75
+    assert "the same command continues" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["soon", "", "nan", "inf", "-1", "4"])

@@ -177,20 +177,20 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
         explain: ExplainOption = False,
         diff: Annotated[Path | None, typer.Option(metavar="OTHER.yaml", help="compare with another run file")] = None,
     ) -> None:
-        from ddpm_lmk.config import RunConfig
-        from ddpm_lmk.launcher import place
-        from ddpm_lmk.runfile import load_run
-
-        if explain:
-            _explain(RunConfig)
-        if share_group:
-            privacy.protect(share_group=True)
-        short = [] if loader is None else [f"data.loader={loader}"]
-        cfg = load_run(_given(run_file, "RUN.yaml"), [*(overrides or []), *short])
-        if diff is not None:
-            _diff(cfg, run_file, diff)
-        _check_task(cfg, task, run_file)
         with leaving_at_once():
+            from ddpm_lmk.config import RunConfig
+            from ddpm_lmk.launcher import place
+            from ddpm_lmk.runfile import load_run
+
+            if explain:
+                _explain(RunConfig)
+            if share_group:
+                privacy.protect(share_group=True)
+            short = [] if loader is None else [f"data.loader={loader}"]
+            cfg = load_run(_given(run_file, "RUN.yaml"), [*(overrides or []), *short])
+            if diff is not None:
+                _diff(cfg, run_file, diff)
+            _check_task(cfg, task, run_file)
             placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
             _train(cfg, out or Path("runs") / cfg.name, placement, fork=fork, dry_run=dry_run)
 

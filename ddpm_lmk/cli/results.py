@@ -18,6 +18,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="run directory 
 AcknowledgeOption = Annotated[
     bool, typer.Option("--acknowledge-leakage", help="show scores on images that pre-training saw, with a remark")
 ]
+EVERYWHERE = ("pack", "loader", "model_step", "train_step", "checkpoint_save", "exactness")  # need no x-rays to run
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: a GPU if there is one")]
 
 
@@ -126,10 +127,10 @@ def bench(
     """Measure this machine: loading, the model, the training step. Further words go to the benchmark itself."""
     from ddpm_lmk.shipped import shipped
 
-    scripts = {path.stem: path for path in sorted(shipped("benchmarks").glob("[!_]*.py"))}
+    scripts = {path.stem: path for path in sorted(shipped("benchmarks").glob("[!_]*.py")) if path.stem != "collect"}
     if name != "all" and name not in scripts:
         raise ConfigError(f"there is no benchmark {name!r}; use one of {', '.join(scripts)}, or all")
-    for script in scripts if name == "all" else [name]:
+    for script in EVERYWHERE if name == "all" else [name]:
         default = [str(shipped("configs") / "demo" / "pretrain.yaml")] if script == "train_step" else []
         words = [*(context.args or default), "--out", str(out)]
         say(f"bench {script} {' '.join(words)}")

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
+from ddpm_lmk.cli.results import EVERYWHERE
 from ddpm_lmk.data.phantom import render
 from tests.cli.commands import CONFIGS, SMOKE, Lmk, Result, rows_of
 
@@ -161,6 +162,9 @@ def test_evaluation_of_a_split_that_is_not_there_is_refused(lmk: Lmk, finetuned:
 def test_landmark_commands_refuse_a_pretraining_run(lmk: Lmk, pretrained: Path, packed_phantoms: Path) -> None:
     assert_refused(lmk("evaluate", pretrained, "--data", packed_phantoms), 2, "denoise")
     assert_refused(lmk("bench", "nothing"), 2, "there is no benchmark 'nothing'")
+    assert_refused(lmk("bench", "collect"), 2, "there is no benchmark 'collect'")
+    scripts = {path.stem for path in (CONFIGS.parent / "benchmarks").glob("[!_]*.py")}
+    assert set(EVERYWHERE) < scripts
 
 
 @pytest.mark.parametrize(

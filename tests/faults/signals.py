@@ -96,10 +96,10 @@ def _insist(start: Callable[..., Started], out: Path) -> dict[str, Any]:
     """A second request, later than the first: at once, nothing is saved."""
     run = start(LMK_FAILPOINT="directory.made:2=pause,directory.flushed:2=pause,directory.fenced:2=pause")
     _wait_for(run, out, "save")
-    ranks, saved = run.ranks(), newest_checkpoint(out)
+    ranks = run.ranks()
     run.process.send_signal(signal.SIGTERM)
     time.sleep(1.2)
-    began = time.monotonic()
+    began, saved = time.monotonic(), newest_checkpoint(out)
     run.process.send_signal(signal.SIGTERM)
     code = run.wait(60)
     seconds = time.monotonic() - began

@@ -117,6 +117,8 @@ class StopRequest:
     def _mark(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, between two instructions: the flag is up before the next one."""
         self.signal = self.signal or number
+        if self._told_at is None:
+            os.write(self._outlet, bytes([number]))  # should the thread not have heard it yet
 
     def _listen(self) -> None:
         """In the thread: the same flag even when the main thread waits in C, and everything that has to be in time."""

@@ -146,7 +146,7 @@ def _wait_for(run: Started, out: Path, phase: str) -> None:
     # A resumed run repeats lines up to where it was asked to stop: wait for new ones.
     run.until(lambda: steps_done(out) > before + 3 or (steps_done(out) < before and steps_done(out) > 3))
     if phase == "save":
-        run.until(lambda: list((out / "checkpoints").glob(".tmp-*")))
+        run.until(lambda: "fail-point directory.made" in run.said.read_text())  # the one before it is durable
     if phase == "step":
         run.until(lambda: all(steps_done(out) % every in range(2, every - 5) for every in (15, 20)))
     if phase == "evaluate":

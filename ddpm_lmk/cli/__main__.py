@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ddpm_lmk.cli.app import main
+from ddpm_lmk.cli import main
 
 main()

@@ -37,6 +37,7 @@ OTHERS = ((signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGHUP, 75))
 
 def campaign(folder: Path, *, targets: tuple[str, ...] = TARGETS, phases: tuple[str, ...] = PHASES) -> dict[str, Any]:
     """All of it; the result says what was seen and whether every limit was kept."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the run would inherit that it is ignored
     data, out = folder / "data", folder / "run"
     pack("skull", "phantom", data, size=32, counts={"train": 12, "val": 60}, seed=7, workers=1)
     run_file = write_run(

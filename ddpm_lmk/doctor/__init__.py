@@ -21,6 +21,7 @@ def examine(folder: Path, *, cfg: RunConfig | None = None) -> list[Finding]:
     checks: tuple[Callable[[], list[Finding]], ...] = (
         software.check_versions,
         software.check_extras,
+        software.check_builds,
         hardware.check_processor,
         hardware.check_gpus,
         hardware.check_collectives,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
+import time
+from pathlib import Path
 
 from ddpm_lmk.doctor.finding import Finding
 from ddpm_lmk.floors import FLOORS, advice, below_floor
@@ -16,6 +19,8 @@ EXTRAS = {
     "tensorboard": "trackers",
     "onnxscript": "onnx",
 }
+
+LONGEST_BUILD_S = 1800.0
 
 
 def check_versions() -> list[Finding]:
@@ -41,3 +46,12 @@ def check_extras() -> list[Finding]:
     if version("deepspeed") is not None and shutil.which("g++") is None:
         findings.append(Finding("note", "compiler", "no g++", "DeepSpeed compiles a part of itself: install g++"))
     return findings
+
+
+def check_builds() -> list[Finding]:
+    """Locks that builds killed on the way left behind: PyTorch waits on them without a word, ZeRO runs with it."""
+    home = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    old = [lock for lock in home.rglob("lock") if time.time() - lock.stat().st_mtime > LONGEST_BUILD_S]
+    return [
+        Finding("problem", "compiled parts", f"an old lock {lock}", "no build is running? remove it") for lock in old
+    ]

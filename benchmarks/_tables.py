@@ -246,12 +246,22 @@ def survived_table(source: Path) -> str:
     """What runs and sweeps were put through, and how they ended: two soaks and the campaign of faults in saving."""
     soak = json.loads(source.read_text())
     sweep = json.loads(source.with_name("soak_sweep.json").read_text())
+    signals = json.loads(source.with_name("faults_signals.json").read_text())
+    lost = ", ".join(
+        f"{what.replace('_', ' ')}: {signals[f'{what}_s']:.0f} s" for what in ("rank_killed", "rank_stopped")
+    )
     worlds = ", ".join(f"{count} with {number}" for number, count in soak["starts_by_processes"].items())
     bits = {True: "the same bits of weights, average and optimizer", False: "other bits"}[soak["equal"]]
     table = {True: "the same table, byte for byte", False: "another table"}[sweep["equal"]]
     rows: list[list[object]] = [
         ["a pre-training killed at random, processes redrawn", f"{soak['kills']} ({worlds} processes)", bits],
         ["a sweep killed at random", f"{sweep['kills']} over {sweep['cells']} cells", table],
+        [
+            "asked to stop by a signal, in every phase",
+            len(signals["stops"]),
+            f"saved and gone after {signals['stop_s_max']:.0f} s at most",
+        ],
+        ["a rank lost, until training goes on", 2, lost],
         *fault_rows(json.loads(source.with_name("faults_checkpoint.json").read_text())),
     ]
     return markdown(["what happened", "times", "how it ended"], rows)

@@ -44,3 +44,10 @@ def test_the_recorded_soaks_are_of_equal_digests() -> None:
     assert run["sha256"] == run["sha256_undisturbed"]
     assert sweep["equal"]
     assert (sweep["cells"], sweep["kills"], sweep["times_finished_max"]) == (9, 10, 1)
+
+
+def test_the_recorded_campaign_of_signals_kept_its_limits() -> None:
+    result = json.loads((RESULTS / "faults_signals.json").read_text())
+    assert result["all_within_limits"]
+    assert {stop["during"] for stop in result["stops"]} == {"start", "step", "save", "evaluate"}
+    assert all(stop["is_right"] and stop["seconds"] <= result["limits_s"]["stop"] for stop in result["stops"])

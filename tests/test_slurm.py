@@ -55,6 +55,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
     def run(script: Path, *, nodes: int = 1, **environment: str) -> subprocess.Popen[str]:
         slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": str(nodes)}
+        slurm["SLURM_JOB_NAME"] = "smoke"
         facts = {"CALLS": str(tmp_path / "calls"), "PATH": f"{tools}:{os.environ['PATH']}", "WAITS": "", "CODE": "0"}
         whole = os.environ | facts | slurm | environment
         with (tmp_path / "said").open("a") as said:
@@ -95,6 +96,21 @@ def test_only_a_run_that_can_go_on_is_queued_again(
 ) -> None:
     assert cluster(write(tmp_path, "--cpu", 2), CODE=str(code)).wait(60) == code
     assert ("requeue 77" in calls(tmp_path)) == is_queued
+
+
+def test_a_job_that_ends_three_times_at_the_same_checkpoint_is_not_queued_again(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    script = write(tmp_path, "--cpu", 2)
+
+    def ends(*steps: int) -> list[int]:
+        for step in steps:
+            (tmp_path / "out" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
+        return [cluster(script, CODE="75").wait(60)]
+
+    assert ends() + ends() + ends(10) + ends() + ends(20) + ends() == [75] * 6, "it got on in between"
+    assert ends() == [76]
+    assert calls(tmp_path).count("requeue 77") == 6
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

@@ -2,7 +2,9 @@
 
 The scheduler sends SIGUSR1 to the script some time before it takes the nodes away (`--signal=B:USR1@SECONDS`), or
 SIGTERM when it preempts; the script passes it on, the run saves and ends with 75, and the script puts itself back into
-the queue. Any other code ends the job: 76 above all, since a run without progress would only burn its allocation.
+the queue. Any other code ends the job: 76 above all, since a run without progress would only burn its allocation. For
+the same reason it is not queued again when it ends with 75 for the third time at the same checkpoint: `srun` tells the
+largest code of all nodes, which hides the reason that one of them had.
 """
 
 from __future__ import annotations
@@ -48,6 +50,14 @@ while [ "$asked" = 1 ]; do
     wait "$step" || code=$?
 done
 
+# The newest checkpoint at every end of this job; three times the same is no progress.
+gets_on() {{
+    newest=$(ls {out}/checkpoints 2>/dev/null | grep "^step-" | tail -n 1)
+    echo "${{newest:-none}}" >> "$SLURM_JOB_NAME-$SLURM_JOB_ID.ends"
+    [ "$(tail -n 3 "$SLURM_JOB_NAME-$SLURM_JOB_ID.ends" | uniq -c | awk '{{print $1}}' | tail -n 1)" -lt 3 ]
+}}
+[ "$code" = 75 ] && ! gets_on && code=76
+
 case $code in
     0) ;;
     75) scontrol requeue "$SLURM_JOB_ID" ;;
@@ -73,6 +83,11 @@ class Job:
     account: str | None = None
     log: str = "%x-%j.log"
 
+    @property
+    def out(self) -> str:
+        """The run directory."""
+        return self.command[self.command.index("--out") + 1]
+
 
 def write_script(job: Job, path: Path) -> None:
     """Write the batch script of `job`.
@@ -94,6 +109,7 @@ def write_script(job: Job, path: Path) -> None:
         grace_s=job.grace_s,
         ports=PORTS,
         task=shlex.quote(_task(job)),
+        out=shlex.quote(job.out),
     )
     atomic.write_text(path, script)
 

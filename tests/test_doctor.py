@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import threading
@@ -93,13 +92,12 @@ def test_packages_below_the_floor_are_refused_and_named_by_the_doctor(
     assert problems == [name]
 
 
-def test_a_lock_that_a_killed_build_left_behind_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_a_killed_build_left_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert software.check_builds() == []
     lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    assert software.check_builds() == [], "a build may be running"
-    os.utime(lock, (0, 0))
     [finding] = software.check_builds()
-    assert finding.level == "problem"
+    assert finding.level == "note"
     assert str(lock) in finding.seen

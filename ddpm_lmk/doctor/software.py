@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import time
 from pathlib import Path
 
 from ddpm_lmk.doctor.finding import Finding
@@ -19,8 +18,6 @@ EXTRAS = {
     "tensorboard": "trackers",
     "onnxscript": "onnx",
 }
-
-LONGEST_BUILD_S = 1800.0
 
 
 def check_versions() -> list[Finding]:
@@ -49,9 +46,7 @@ def check_extras() -> list[Finding]:
 
 
 def check_builds() -> list[Finding]:
-    """Locks that builds killed on the way left behind: PyTorch waits on them without a word, ZeRO runs with it."""
+    """Locks of builds; one that was killed leaves its own behind, and PyTorch waits on it without a word."""
     home = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    old = [lock for lock in home.rglob("lock") if time.time() - lock.stat().st_mtime > LONGEST_BUILD_S]
-    return [
-        Finding("problem", "compiled parts", f"an old lock {lock}", "no build is running? remove it") for lock in old
-    ]
+    advice = "if no process is compiling, its build was killed: remove it, or ZeRO waits for ever"
+    return [Finding("note", "compiled parts", f"locked by {lock}", advice) for lock in sorted(home.rglob("lock"))]

@@ -64,7 +64,7 @@ def test_a_key_file_that_is_none_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="wanted 64 hexadecimal digits"):
         open_key(tmp_path / "key")
     (tmp_path / "link").symlink_to(tmp_path / "key")
-    with pytest.raises(ResourceError, match="name another --id-key"):
+    with pytest.raises(ResourceError, match="name another one"):
         open_key(tmp_path / "link")
 
 

@@ -13,7 +13,14 @@ from pydantic import Field, model_validator
 
 from ddpm_lmk.config.data import AugmentConfig, DataConfig
 from ddpm_lmk.config.model import UNetConfig
-from ddpm_lmk.config.task import Codec, DenoiseConfig, DiscCodecConfig, LandmarksConfig, SpatialCodecConfig
+from ddpm_lmk.config.task import (
+    Codec,
+    ContourCodecConfig,
+    DenoiseConfig,
+    DiscCodecConfig,
+    LandmarksConfig,
+    SpatialCodecConfig,
+)
 from ddpm_lmk.config.training import (
     ClipConfig,
     EmaConfig,
@@ -30,6 +37,7 @@ __all__ = [
     "AugmentConfig",
     "ClipConfig",
     "Codec",
+    "ContourCodecConfig",
     "DataConfig",
     "DenoiseConfig",
     "DiscCodecConfig",

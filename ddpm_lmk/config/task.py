@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ddpm_lmk.config.values import Positive, Section
+from ddpm_lmk.config.values import NonNegative, Positive, Section
 
 
 class DenoiseConfig(Section):
@@ -42,6 +42,10 @@ class DiscCodecConfig(Section):
     sigma_px: Positive = Field(
         5.0, description="Gaussian width in network pixels; the disc is where it exceeds half its peak"
     )
+    masks: Literal["drawn", "warped"] = Field(
+        "drawn",
+        description="discs drawn around the moved points, or warped with the image, nearest neighbour (released code)",
+    )
 
 
 class SpatialCodecConfig(Section):
@@ -54,7 +58,22 @@ class SpatialCodecConfig(Section):
     )
 
 
-Codec = Annotated[DiscCodecConfig | SpatialCodecConfig, Field(discriminator="kind")]
+class ContourCodecConfig(Section):
+    """Contour-hugging heatmaps, the paper's [20]: softmax over pixels, likelihood of one, peak (paper.md, 3 and 5)."""
+
+    kind: Literal["contour"] = "contour"
+    pixel: Literal["nearest", "floor"] = Field(
+        "nearest", description="the landmark's pixel: the nearest, or rounded down on the released grid ([20])"
+    )
+    decode_radius_px: NonNegative = Field(
+        0.0, description="the point is the mean of the map within this distance of its peak; 0: the peak ([20])"
+    )
+    ere_cut: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="the expected radial error leaves out what is below this share of the peak ([20]: 0.05)"
+    )
+
+
+Codec = Annotated[DiscCodecConfig | SpatialCodecConfig | ContourCodecConfig, Field(discriminator="kind")]
 
 
 class LandmarksConfig(Section):

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ddpm_lmk.config import LandmarksConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.landmarks import Decoded, build_codec
+from ddpm_lmk.landmarks import Decoded, Frame, build_codec
 from ddpm_lmk.tasks.task import Task
 
 VIEW_SHIFT = 0.02  # of the image side
@@ -50,33 +50,30 @@ class LandmarkTask(Task):
 
     def _codec_loss(self, maps: Tensor, batch: Batch) -> Tensor:
         assert batch.points is not None, "landmark batches carry points"
-        size = batch.images.shape[-1]
-        return self.codec.loss(maps, batch.points + self.codec.grid_shift(batch.native_size, size), size)
+        return self.codec.loss(maps, batch.points, frame_of(batch))
 
     def predict(self, model: nn.Module, batch: Batch) -> Predictions:
         """Points in network pixels, over `views` slightly moved copies of each image when there are several.
 
         Views are combined with weights 1 / spread^2; the spread of the answer includes how far the views disagree.
         """
-        size = batch.images.shape[-1]
-        shift = self.codec.grid_shift(batch.native_size, size)
+        frame = frame_of(batch)
         if self.cfg.views == 1:
-            decoded = self.codec.decode(self._maps(model, batch.images), size)
-            return Predictions(decoded.points - shift, decoded.spread_px, decoded.failed)
+            decoded = self.codec.decode(self._maps(model, batch.images), frame)
+            return Predictions(decoded.points, decoded.spread_px, decoded.failed)
         return _combine(
-            [self._predict_view(model, batch.images, shift, matrix) for matrix in view_matrices(self.cfg.views)]
+            [self._predict_view(model, batch.images, frame, matrix) for matrix in view_matrices(self.cfg.views)]
         )
 
-    def _predict_view(self, model: nn.Module, images: Tensor, shift: Tensor, matrix: Tensor) -> Decoded:
+    def _predict_view(self, model: nn.Module, images: Tensor, frame: Frame, matrix: Tensor) -> Decoded:
         """Points seen in the view whose pixel p shows the image at `matrix` applied to p (normalised coordinates)."""
-        size = images.shape[-1]
-        matrix = matrix.to(images)
+        size, matrix = frame.size, matrix.to(images)
         grid = functional.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
         moved = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        decoded = self.codec.decode(self._maps(model, moved), size)
-        unit = (decoded.points - shift + 0.5) * (2 / size) - 1  # [B, N, 2] in [-1, 1]
+        decoded = self.codec.decode(self._maps(model, moved), frame)
+        unit = (decoded.points + 0.5) * (2 / size) - 1  # [B, N, 2] in [-1, 1]
         back = unit @ matrix[:, :2].T + matrix[:, 2]
-        points = torch.where(decoded.failed.unsqueeze(-1), decoded.points - shift, (back + 1) * (size / 2) - 0.5)
+        points = torch.where(decoded.failed.unsqueeze(-1), decoded.points, (back + 1) * (size / 2) - 0.5)
         return Decoded(points, decoded.spread_px, decoded.failed)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -85,10 +82,8 @@ class LandmarkTask(Task):
 
         assert batch.points is not None, "landmark batches carry points"
         maps = self._maps(model, batch.images)
-        size = batch.images.shape[-1]
-        shift = self.codec.grid_shift(batch.native_size, size)
         error = MeanRadialError(self.spec.num_landmarks).to(maps.device)
-        error.update(self.codec.decode(maps, size).points - shift, batch.points, weight=batch.weight)
+        error.update(self.codec.decode(maps, frame_of(batch)).points, batch.points, weight=batch.weight)
         return {
             "loss": (self._codec_loss(maps, batch) * batch.weight).sum(),
             "count": batch.weight.sum(),
@@ -104,6 +99,11 @@ class LandmarkTask(Task):
     def export(self) -> dict[str, Any]:
         """Dataset facts and the codec, which a reader of the maps needs."""
         return {"landmarks": self.cfg.model_dump(mode="json"), "spec": self.spec.model_dump(mode="json")}
+
+
+def frame_of(batch: Batch) -> Frame:
+    """Where the images of a batch lie."""
+    return Frame(batch.images.shape[-1], batch.native_size, batch.to_native)
 
 
 def view_matrices(count: int) -> list[Tensor]:

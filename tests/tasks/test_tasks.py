@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_lmk.config import DenoiseConfig, DiscCodecConfig, LandmarksConfig, RunConfig, SpatialCodecConfig
+from ddpm_lmk.config import (
+    ContourCodecConfig,
+    DenoiseConfig,
+    DiscCodecConfig,
+    LandmarksConfig,
+    RunConfig,
+    SpatialCodecConfig,
+)
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, build_task
@@ -101,13 +108,15 @@ def landmark_batch(points):
 
 
 @pytest.mark.parametrize("views", [1, 6])
-@pytest.mark.parametrize("codec", [SpatialCodecConfig(), DiscCodecConfig()])
+@pytest.mark.parametrize(
+    "codec", [SpatialCodecConfig(), DiscCodecConfig(), ContourCodecConfig(decode_radius_px=6), ContourCodecConfig()]
+)
 def test_predictions_come_back_in_network_pixels_whatever_the_views(views, codec):
     points = torch.tensor([[[12.4, 18.7]], [[20.0, 9.2]]])
     spec = SPECS["chest"].model_copy(update={"landmark_names": ("dot",)})
     task = LandmarkTask(LandmarksConfig(codec=codec, views=views), spec)
     found = task.predict(DotFinder(1), landmark_batch(points))
-    torch.testing.assert_close(found.points, points, atol=0.35, rtol=0)
+    torch.testing.assert_close(found.points, points, atol=0.75 if codec == ContourCodecConfig() else 0.35, rtol=0)
     assert not found.failed.any()
 
 

@@ -1,0 +1,26 @@
+"""Codecs: landmarks to a training signal, and a network's maps back to landmarks with an uncertainty.
+
+`DiscCodec` is the paper's (paper.md, section 3) with its quirks kept: softmax over landmarks, no gradient outside the
+discs, contour centroids, (0, 0) on failure. `SpatialCodec` is ours: one probability distribution over all pixels per
+landmark. `ContourCodec` is contour-hugging, the paper's [20]: such a distribution, taught one pixel, with temperatures.
+"""
+
+from __future__ import annotations
+
+from ddpm_lmk.config import Codec as CodecConfig
+from ddpm_lmk.config import ContourCodecConfig, DiscCodecConfig
+from ddpm_lmk.landmarks.codec import Codec, Decoded, Frame
+from ddpm_lmk.landmarks.contour import ContourCodec
+from ddpm_lmk.landmarks.disc import DiscCodec
+from ddpm_lmk.landmarks.spatial import SpatialCodec
+
+__all__ = ["Codec", "ContourCodec", "Decoded", "DiscCodec", "Frame", "SpatialCodec", "build_codec"]
+
+
+def build_codec(cfg: CodecConfig) -> Codec:
+    """The codec a run file asks for."""
+    if isinstance(cfg, DiscCodecConfig):
+        return DiscCodec(cfg)
+    if isinstance(cfg, ContourCodecConfig):
+        return ContourCodec(cfg)
+    return SpatialCodec(cfg)

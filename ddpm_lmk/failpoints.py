@@ -36,6 +36,7 @@ POINTS = {
     "load.begin": "the newest checkpoint is about to be read",
     "load.aside": "a damaged checkpoint is renamed to .bad-*",
     "load.verified": "a checkpoint is read and verified",
+    "evaluate.batch": "a batch of a validation on the way is about to be computed",
     "output.begin": "a whole file (results, tables, run file) is about to be written",
     "output.written": "its temporary file is written, not flushed",
     "output.flushed": "its temporary file is flushed, not renamed",

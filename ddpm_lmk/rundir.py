@@ -87,8 +87,11 @@ class RunDir:
         self._config_hash = runfile.config_hash(cfg)
         # The run file comes first: without it a directory that holds anything is no run, and a killed start would stay.
         atomic.write_text(self.path / "config.yaml", runfile.dump_run(cfg))
-        if before is None:
-            atomic.write_json(self.path / "run.json", facts)
+        # What a run is stays what it was when it began, but for the devices it has come to, and what they allow.
+        weaker: dict[str, Any] = {key: facts[key] for key in ("exactness", "devices") if key in facts}
+        kept: dict[str, Any] = {**(before or facts), **weaker}
+        if kept != before:
+            atomic.write_json(self.path / "run.json", kept)
         self.event("run.continued" if before is not None else "run.started", config=self._config_hash)
 
     def results(self, cfg: RunConfig) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.console import say
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.backend import choose_backend
+from ddpm_lmk.engine.exactness import device_kinds, kept
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import checksum, want_same_facts
@@ -78,11 +79,13 @@ def execute(
     parallel: Parallel | None = None,
     workbench: Workbench | None = None,
     fork: Path | None = None,
+    is_strict: bool = False,
 ) -> dict[str, Any]:
     """Do a run in the directory `out`, or what is left of it, and return its results, on every rank.
 
     Args:
         fork: directory of another run, whose newest checkpoint a new run begins with.
+        is_strict: refuse several kinds of devices, and end where a validation on the way fails.
 
     Raises:
         LmkError: on all ranks alike where it is found before training; see `rundir`, `data` and `engine.loop`.
@@ -97,17 +100,18 @@ def execute(
         finished = parallel.on_main(lambda: run.results(cfg))
         if finished is not None:
             return finished
+        kinds = device_kinds(parallel, run, is_strict=is_strict)
         forked = None if fork is None else parallel.on_main(lambda: bring_checkpoint(fork, run.path))
         with _open_loaders(cfg, parallel, workbench, run) as loaders:
             with parallel.together():
                 task = build_task(cfg, loaders.train.spec)
             state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
             _want_same_everywhere(cfg, loaders, state, parallel)
-            parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, forked or parent)))
+            parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, kinds, forked or parent)))
             if cfg.task.kind == "denoise":
                 parallel.on_main(lambda: _note_left_out(cfg, run))
             run.journal.rewind_metrics(state.step)
-            fit(cfg, task, state, loaders, parallel, run)
+            fit(cfg, task, state, loaders, parallel, run, is_strict=is_strict)
             results = _conclude(cfg, task, state, loaders, parallel, run, workbench)
         parallel.on_main(lambda: run.finish(cfg, results))
         return results
@@ -202,7 +206,9 @@ def _want_same_everywhere(cfg: RunConfig, loaders: Loaders, state: TrainState, p
     want_same_facts(mine, parallel)
 
 
-def _facts(cfg: RunConfig, loaders: Loaders, parallel: Parallel, parent: dict[str, Any] | None) -> dict[str, Any]:
+def _facts(
+    cfg: RunConfig, loaders: Loaders, parallel: Parallel, kinds: list[str], parent: dict[str, Any] | None
+) -> dict[str, Any]:
     """The content of run.json."""
     is_cuda = parallel.device.type == "cuda"
     return {
@@ -213,7 +219,8 @@ def _facts(cfg: RunConfig, loaders: Loaders, parallel: Parallel, parent: dict[st
         "num_images": loaders.train.num_images,
         "parent": parent,
         "loader": None if loaders.backend is None else asdict(loaders.backend),
-        "exactness": cfg.train.exactness,
+        "exactness": kept(cfg.train.exactness, kinds),
+        "devices": kinds,
         "zero": parallel.zero,
         "code": code_digest(),
         "versions": versions(*PACKAGES),
@@ -259,15 +266,20 @@ def _conclude(
         "start": cfg.init.model_dump(mode="json"),
         "train": {**train, **{key: learnt.get(key) for key in ("loss", "images_per_s", "data_wait")}},
         "validation": validated.get("validation"),
+        "validated_step": validated.get("step"),
         "leakage": parallel.on_main(lambda: leakage.summary(leakage.read_record(run.path))),
     }
 
 
 def run_job(job: dict[str, Any]) -> int:
-    """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda", "zero": stage})."""
+    """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda", "zero": stage}).
+
+    `fork` and `strict` of the command line are in it too.
+    """
     parallel = Parallel(job.get("device", "auto"), zero=job.get("zero", 0))
     beat("setup")
     fork = Path(job["fork"]) if job.get("fork") else None
-    execute(RunConfig.model_validate(job["config"]), Path(job["out"]), parallel=parallel, fork=fork)
+    cfg, out = RunConfig.model_validate(job["config"]), Path(job["out"])
+    execute(cfg, out, parallel=parallel, fork=fork, is_strict=job.get("strict", False))
     parallel.close()
     return 0

@@ -172,6 +172,7 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
         launch: Annotated[Path | None, typer.Option(metavar="FILE", help="launch file; see launch/")] = None,
         fork: ForkOption = None,
         share_group: ShareGroupOption = False,
+        strict: Annotated[bool, typer.Option("--strict", help="refuse mixed devices and failed validations")] = False,
         loader: Annotated[str | None, typer.Option(metavar="auto|torch|dali", help="short for data.loader=")] = None,
         dry_run: DryRunOption = False,
         explain: ExplainOption = False,
@@ -192,7 +193,7 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
                 _diff(cfg, run_file, diff)
             _check_task(cfg, task, run_file)
             placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
-            _train(cfg, out or Path("runs") / cfg.name, placement, fork=fork, dry_run=dry_run)
+            _train(cfg, out or Path("runs") / cfg.name, placement, fork=fork, strict=strict, dry_run=dry_run)
 
 
 _add_training_command(
@@ -249,7 +250,7 @@ def _check_task(cfg: RunConfig, wanted: TaskKind, run_file: Path | None) -> None
         raise ConfigError(f"{run_file} has task.kind={cfg.task.kind}, not {wanted}; use `ddpm-lmk {other} {run_file}`")
 
 
-def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None, dry_run: bool) -> None:
+def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None, strict: bool, dry_run: bool) -> None:
     """With `fork`, `out` is where the run comes from and `fork` where it goes on."""
     from ddpm_lmk.data.order import GroupPlan
     from ddpm_lmk.launcher import launch
@@ -262,7 +263,8 @@ def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None
 
         print_table(("", ""), plan_run(cfg, placement, out))
         return
-    job = {"config": cfg.model_dump(mode="json"), "out": str(fork or out), "fork": None if fork is None else str(out)}
+    job = {"config": cfg.model_dump(mode="json"), "out": str(fork or out), "strict": strict}
+    job["fork"] = None if fork is None else str(out)
     out = fork or out
     say(f"{cfg.name}: {placement}, {out}")
     code = launch(job, **asdict(placement))

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -31,21 +32,44 @@ MEANING: dict[Exactness, str] = {
 }
 
 
-def kept(exactness: Exactness, devices: Sequence[str]) -> Exactness:
-    """The class that can be kept on these devices: two kinds add in different orders (failures.md, A13)."""
-    return "ordered" if exactness == "exact" and len(set(devices)) > 1 else exactness
+def kept(exactness: Exactness, kinds: Sequence[str]) -> Exactness:
+    """The class that can be kept on these kinds of devices: two add in different orders (failures.md, A13)."""
+    return "ordered" if exactness == "exact" and len(set(kinds)) > 1 else exactness
+
+
+def device_kinds(parallel: Parallel, run: RunDir, *, is_strict: bool = False) -> list[str]:
+    """The kinds of devices this run has used, in all its sessions; the same on all ranks.
+
+    Raises:
+        LaunchError: on all ranks, where they are several and `is_strict`.
+    """
+    before: list[str] = parallel.on_main(lambda: run.facts().get("devices", []))
+    now = parallel.gather(parallel.device_name)
+    kinds = sorted({*before, *now})
+    if len(kinds) > 1:
+        _tell_mixture(kinds, now, parallel, is_strict=is_strict)
+    return kinds
+
+
+def _tell_mixture(kinds: list[str], now: list[str], parallel: Parallel, *, is_strict: bool) -> None:
+    odd = next((rank for rank, name in enumerate(now) if name != now[0]), None)
+    where = f"rank {odd} has {now[odd]}, rank 0 {now[0]}" if odd is not None else f"now {now[0]}"
+    found = f"several kinds of devices in one run ({', '.join(kinds)}; {where})"
+    if is_strict:
+        error = LaunchError(f"{found}, and --strict wants one; use nodes of one kind, or leave --strict out")
+        error.is_shared = True
+        raise error
+    if parallel.is_main:
+        log.warning("%s: the same bits are promised on one kind only", found)
 
 
 def say_class(exactness: Exactness, *, step: int, parallel: Parallel, run: RunDir) -> None:
     """Tell the class of a run at its start, on the terminal and in its events; a mixture of devices weakens it."""
-    devices = parallel.gather(parallel.device_name)
-    can = kept(exactness, devices)
-    kinds = sorted(set(devices))
+    kinds = device_kinds(parallel, run)
+    can = kept(exactness, kinds)
     run.event("train.started", step=step, exactness=can, processes=parallel.world, zero=parallel.zero, devices=kinds)
     if parallel.is_main:
         sys.stderr.write(f"exactness={can} ({MEANING[can]})\n")
-        if can != exactness:
-            log.warning("train.exactness=%s is not kept between %s; this session is %s", exactness, kinds, can)
 
 
 @contextmanager

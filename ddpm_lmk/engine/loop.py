@@ -1,4 +1,4 @@
-"""`fit`, the only training loop, and `evaluate`.
+"""`fit`, the only training loop.
 
 The loop knows groups, a task, a state, the process group and a run directory. It does not ask what is learnt. A task
 gives one loss per image; the loop adds them over micro-batches and ranks and divides once by the group's global size,
@@ -14,8 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_lmk.checkpoint import load_checkpoint, newest_where
 from ddpm_lmk.config import Duration, RunConfig
@@ -26,13 +25,14 @@ from ddpm_lmk.engine.exactness import kernels, say_class
 from ddpm_lmk.engine.memory import MemoryWatch
 from ddpm_lmk.engine.meter import Meter
 from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
-from ddpm_lmk.engine.parallel import Parallel, Precision
+from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import want_same_weights
 from ddpm_lmk.engine.saver import Saver
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.supply import DRY, Supply
 from ddpm_lmk.engine.updater import build_updater
-from ddpm_lmk.errors import ConfigError, DivergedError, ResourceError
+from ddpm_lmk.engine.validation import Validation
+from ddpm_lmk.errors import ConfigError, DivergedError, ResourceError, StoppedError
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.retention import Keep
 from ddpm_lmk.rundir import RunDir
@@ -98,8 +98,20 @@ def is_due(every: int | None, step: int) -> bool:
     return every is not None and step > 0 and step % every == 0
 
 
-def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, parallel: Parallel, run: RunDir) -> TrainState:
+def fit(
+    cfg: RunConfig,
+    task: Task,
+    state: TrainState,
+    loaders: Loaders,
+    parallel: Parallel,
+    run: RunDir,
+    *,
+    is_strict: bool = False,
+) -> TrainState:
     """Train `state` to the end of the run; what is kept on the way and at the end goes to `run`.
+
+    Args:
+        is_strict: does a validation that fails end the run, with the error's own exit code?
 
     Raises:
         StoppedError: a signal or a file system that stays away (saved), or no memory after steps that fitted (not).
@@ -115,6 +127,9 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
     supply = Supply(loaders.train, parallel, run, start=state.step)
     meter = Meter(state, parallel, write=run.metrics, total=pace.total, every=pace.log)
     saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint))
+    validation = None
+    if loaders.validation is not None:
+        validation = Validation(task, loaders.validation, parallel, run, cfg.train.precision, is_strict=is_strict)
     stop_level, is_owed = 0.0, False
     say_class(cfg.train.exactness, step=state.step, parallel=parallel, run=run)
 
@@ -130,13 +145,16 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
         while True:
             # What is due at this step. A resumed run arrives here first, and makes up for what a signal cut short.
             is_last = state.step >= pace.total
-            is_unseen = loaders.validation is not None and state.evaluated_at < state.step
-            if is_unseen and not stop_level and (is_last or is_due(pace.evaluate, state.step)):
-                with meter.paused(), state.ema.applied() as model:
-                    assert loaders.validation is not None
-                    figures = evaluate(task, model, loaders.validation, parallel, cfg.train.precision)
-                state.see(figures["score"])
-                meter.validated(figures)
+            is_unseen = state.evaluated_at < state.step and not stop_level
+            if validation is not None and is_unseen and (is_last or is_due(pace.evaluate, state.step)):
+                try:
+                    with meter.paused():
+                        figures = validation.score(state)
+                except StoppedError as away:
+                    stop_level, figures = supply.halt(away), None
+                if figures is not None:
+                    state.see(figures["score"])
+                    meter.validated(figures)
             is_last = is_last or state.patience.is_exhausted
             if is_due(pace.snapshot, state.step) and not is_last:
                 beat("write", step=state.step)
@@ -196,36 +214,11 @@ def fit(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, paralle
                 is_owed = True
             beat("step", step=state.step, reach_s=reach_s)
 
-    state.select_best()
+    if not state.select_best():
+        _warn("train.select=best, but no validation gave a score; the last weights are kept", run, parallel)
     beat("write", step=state.step)
     _keep_weights(cfg, task, state, loaders, parallel, run, is_final=True)
     return state
-
-
-@torch.no_grad()
-def evaluate(
-    task: Task, model: nn.Module, loader: EvalLoader, parallel: Parallel, precision: Precision = "auto"
-) -> dict[str, float]:
-    """Figures of `task` over every sample of `loader`, the same on all ranks; `score` is the one that selects.
-
-    Sums are added in the order of ranks and batches, so they do not depend on who computed which batch.
-    """
-    was_training = model.training
-    model.eval()
-    parts: list[dict[str, Tensor]] = []
-    with parallel.together():
-        for batch in loader:
-            beat("evaluate")
-            with parallel.autocast(precision):
-                parts.append(task.evaluate(model, batch.to(parallel.device)))
-    model.train(was_training)
-    columns = {key: torch.stack([part[key] for part in parts]).tolist() for key in (parts[0] if parts else ())}
-    sums: dict[str, float] = {}
-    for found in parallel.gather(columns):
-        for key, values in found.items():
-            for value in values:
-                sums[key] = sums.get(key, 0.0) + value
-    return task.summarize(sums)
 
 
 def _divisor(gradient: Literal["mean", "sum"], batch: Batch, group: Group) -> Tensor | int:

@@ -123,11 +123,12 @@ class TrainState:
         self.health.went_back(source=self.step, step=step)
         self.step, self.images, self.seconds = step, images, seconds
 
-    def select_best(self) -> None:
-        """Put the best weights into the model and its average, where they were kept."""
+    def select_best(self) -> bool:
+        """Put the best weights into the model and its average; False where they are wanted and there are none."""
         if self.best:
             self.model.load_state_dict(self.best["model"])
             self.ema.load(self.best.get("ema", {}))
+        return bool(self.best) or not self.keeps_best
 
     def tensors(self, moments: Mapping[str, Tensor]) -> Tensors:
         """The tensor files of a checkpoint; `moments` is the optimizer state by name (`Updater.moments`)."""

@@ -94,6 +94,11 @@ class Supply:
             return DRY
         return 0.0 if level == NEWS else level
 
+    def halt(self, error: LmkError) -> float:
+        """Leave with this error, which all ranks have, once the state is saved; returns the level that says so."""
+        self._trouble = error
+        return DRY
+
     def leave(self, *, step: int, where: str) -> None:
         """Raise, on all ranks, what ended the supply, if anything did; the state was saved."""
         with self._parallel.together():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import socket
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -20,9 +24,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(run_file: Path, out: Path, *, node: int, rdzv: str) -> Started:
-    words = [run_file, "--cpu", 1, "--nodes", 2, "--node-rank", node, "--rdzv", rdzv]
-    return Started(words, out)
+def start(run_file: Path, out: Path, *more: str, node: int, rdzv: str, prefix: Sequence[str] = ()) -> Started:
+    words = [run_file, "--cpu", 1, "--nodes", 2, "--node-rank", node, "--rdzv", rdzv, *more]
+    return Started(words, out, prefix=prefix)
+
+
+def with_processor(name: str, folder: Path) -> list[str]:
+    """Words before a command that give it a name of the processor of its own, in a mount namespace."""
+    text = re.sub(r"(?m)^(model name\s*): .*$", rf"\1: {name}", Path("/proc/cpuinfo").read_text())
+    (folder / "cpuinfo").write_text(text)
+    shell = f'mount --bind {folder / "cpuinfo"} /proc/cpuinfo && exec "$@"'
+    prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c", shell, "sh"]
+    seen = subprocess.run([*prefix, "cat", "/proc/cpuinfo"], capture_output=True, text=True, check=False)
+    if seen.returncode or name not in seen.stdout:
+        pytest.skip("no rights to give a process another /proc/cpuinfo, or a kernel that names no model")
+    return prefix
 
 
 def test_a_node_is_lost_and_comes_back_and_the_weights_are_those_of_one_process(
@@ -65,3 +81,24 @@ def test_a_request_to_one_node_stops_both_and_a_port_that_is_taken_is_named(
     saved = newest_checkpoint(out)
     assert saved is not None
     assert int(saved.name.removeprefix("step-")) >= steps_done(out)
+
+
+def test_nodes_of_two_kinds_weaken_the_class_or_are_refused(tmp_path: Path, packed_phantoms: Path) -> None:
+    prefix = with_processor("Another Processor", tmp_path)
+    settings = {"exactness": "exact", "micro_batch": 1, "length": "4 steps"}
+    run_file = write_run(tmp_path, packed_phantoms, **settings)
+    out = tmp_path / "run"
+    for words, code in (["--strict"], 5), ([], 0):
+        rdzv = f"127.0.0.1:{free_port()}"
+        nodes = [start(run_file, out, *words, node=n, rdzv=rdzv, prefix=prefix if n else ()) for n in (0, 1)]
+        assert [node.wait() for node in nodes] == [code, code], nodes[0].said.read_text()
+        assert "rank 1 has Another Processor, rank 0 " in nodes[0].said.read_text()
+        assert code == 0 or not (out / "run.json").exists()
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["exactness"] == "ordered"
+    assert "Another Processor" in facts["devices"]
+    assert [line["exactness"] for line in events(out, "train.started")] == ["ordered"]
+    longer = [run_file, "--cpu", 1, "train.length=6 steps", "--strict"]
+    alone = Started(longer, out)
+    assert alone.wait() == 5, "a session on one kind does not undo what another one did"
+    assert "Another Processor" in alone.said.read_text()

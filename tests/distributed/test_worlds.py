@@ -18,8 +18,11 @@ BAD = [9]  # the place in the stream of an image whose loss is not a number: in 
 SETTINGS: dict[str, Any] = {"length": 6, "group_size": 8, "micro_batch": 1, "windows": "epoch", "checkpoint_every": 2}
 
 
-def job(out: Path, *, optim: dict[str, Any], exactness: str = "ordered", **more: Any) -> dict[str, Any]:
-    cfg = config(train=SETTINGS | {"exactness": exactness}, optim=optim, data={"validation_split": "val"})
+def job(
+    out: Path, *, optim: dict[str, Any], exactness: str = "ordered", every: int | None = None, **more: Any
+) -> dict[str, Any]:
+    train = SETTINGS | {"exactness": exactness, "evaluate_every": every}
+    cfg = config(train=train, optim=optim, data={"validation_split": "val"})
     return {"config": cfg.model_dump(mode="json"), "out": str(out), "num_images": 13, **more}
 
 
@@ -37,6 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             jobs.append(job(folder / "dry-2", optim=EXACT, exactness="exact", **dry))
             jobs.append(job(folder / "corrupt-2", optim=EXACT, corrupt_at=3, expected="DivergedError"))
             jobs.append(job(folder / "adamw-2", optim={"lr": 0.01}))
+            fails = {"optim": {"lr": 0.01}, "every": 2, "fails_at": 1}
+            jobs.append(job(folder / "blind-2", **fails))
+            jobs.append(job(folder / "strict-2", **fails, strict=True, expected="EvaluationError"))
             jobs.append(job(folder / "cut-2", optim={"lr": 0.01}, kill_at=5))
             workers = processes.launch(folder, jobs, world=world)
             codes, said = processes.wait(workers, timeout=900)
@@ -109,6 +115,20 @@ def test_a_bit_that_changed_on_one_rank_ends_the_run_before_anything_is_saved(fo
         assert facts["code"] == 8
         assert "all ranks differ from each other after step 4" in facts["said"]
     assert [path.name for path in (folder / "corrupt-2" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_validation_that_fails_on_one_rank_is_an_event_and_lets_none_wait(folder: Path) -> None:
+    lines = map(json.loads, (folder / "blind-2" / "events.jsonl").read_text().splitlines())
+    found = [(line["step"], line["reason"]) for line in lines if line["event"] == "validation.failed"]
+    assert found == [(4, "ValueError on rank 1, see its traceback above")]
+    assert len(processes.scores(folder / "blind-2")) == 2
+    digests = {processes.facts(folder / name, rank)["digest"] for name in ("blind-2", "adamw-2") for rank in (0, 1)}
+    assert len(digests) == 1, "the weights are those of a run that never looked"
+
+
+def test_a_validation_that_fails_on_one_rank_of_a_strict_run_ends_all(folder: Path) -> None:
+    said = {processes.facts(folder / "strict-2", rank)["said"] for rank in (0, 1)}
+    assert said == {"ValueError on rank 1, see its traceback above"}
 
 
 def test_class_ordered_has_not_so_that_the_test_above_can_fail(folder: Path) -> None:

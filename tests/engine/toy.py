@@ -6,7 +6,8 @@ is learnt depends on nothing but the run file. Data are six images by default: g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ddpm_lmk.data.order import GroupPlan, SampleOrder, keyed_uniform
 from ddpm_lmk.data.quarantine import Quarantine
 from ddpm_lmk.data.rows import ListedRows
 from ddpm_lmk.data.spec import SPECS
-from ddpm_lmk.engine.loop import Loaders
+from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
@@ -110,6 +111,20 @@ def make_batch(seed: int, rows: np.ndarray, positions: np.ndarray, weights: np.n
     )
 
 
+class FailingTask(ToyTask):
+    """A task whose evaluations of these numbers (0 is the first) meet an error."""
+
+    def __init__(self, seed: int, errors: Mapping[int, Exception]) -> None:
+        super().__init__(seed)
+        self._errors, self._count = errors, 0
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        self._count += 1
+        if error := self._errors.get(self._count - 1):
+            raise error
+        return super().evaluate(model, batch)
+
+
 class ToyTrain:
     """The training stream of one rank."""
 
@@ -182,6 +197,22 @@ def start(
     place = {"rank": parallel.rank, "world": parallel.world}
     validation = ToyValidation(cfg, **place) if cfg.data.validation_split else None
     return state, Loaders(ToyTrain(cfg, **place, **loader), validation), run
+
+
+def train(
+    cfg: RunConfig,
+    path: Path,
+    parallel: Parallel,
+    *,
+    task: ToyTask | None = None,
+    is_strict: bool = False,
+    **loader: Any,
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Run to the end, or continue; the state and the lines of metrics.jsonl."""
+    state, loaders, run = start(cfg, path, parallel, **loader)
+    with run:
+        fit(cfg, task or ToyTask(cfg.seed), state, loaders, parallel, run, is_strict=is_strict)
+    return state, [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 def everything(state: TrainState) -> dict[str, Tensor]:

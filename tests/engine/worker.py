@@ -25,13 +25,16 @@ import torch
 from ddpm_lmk import failpoints
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Group
+from ddpm_lmk.engine.exactness import device_kinds
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import want_same_facts, want_same_weights
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError, StoppedError
+from ddpm_lmk.machine import cpu_name
+from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.stop import SIGNALS
-from tests.engine.toy import ToyTask, everything, start
+from tests.engine.toy import FailingTask, ToyTask, everything, start
 
 
 def digest(state: TrainState) -> str:
@@ -55,6 +58,8 @@ def signals_that_arrive() -> list[int]:
 def work(job: dict[str, Any], parallel: Parallel) -> None:
     cfg, out = RunConfig.model_validate(job["config"]), Path(job["out"])
     task = ToyTask(cfg.seed, frozenset(job.get("bad_positions", ())))
+    if "fails_at" in job and parallel.rank == 1:
+        task = FailingTask(cfg.seed, {job["fails_at"]: ValueError("only here")})
     largest_file = job.get("largest_file")
     if "failpoint" in job:
         failpoints.arm(job["failpoint"])
@@ -81,7 +86,7 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
     if "dry_at" in job and parallel.rank == 1:
         loaders.train.groups = dry(loaders.train.groups, job["dry_at"])
     with run:
-        fit(cfg, task, state, loaders, parallel, run)
+        fit(cfg, task, state, loaders, parallel, run, is_strict=job.get("strict", False))
     unused = [p.grad for n, p in state.model.named_parameters() if "unreached" in n]
     facts = {"digest": digest(state), "seen": task.seen, "step": state.step, "unused_is_none": unused == [None, None]}
     out.with_name(f"{out.name}-rank{parallel.rank}.json").write_text(json.dumps(facts))
@@ -118,6 +123,24 @@ def check_comparisons(parallel: Parallel) -> None:
         want_same_weights(model, parallel, step=1)
 
 
+class OtherDevice(Parallel):
+    """A process on another kind of device than the first one's."""
+
+    @property
+    def device_name(self) -> str:
+        """What the last rank says it has."""
+        return super().device_name if self.rank < self.world - 1 else "another processor"
+
+
+def check_kinds() -> None:
+    """Several kinds of devices: refused by all ranks of a strict run, named by rank; else all know them."""
+    parallel, nowhere = OtherDevice("cpu"), RunDir(Path("nowhere"), writes=False)
+    assert device_kinds(parallel, nowhere) == sorted([cpu_name(), "another processor"])
+    with pytest.raises(LaunchError, match=f"rank {parallel.world - 1} has another processor") as refused:
+        device_kinds(parallel, nowhere, is_strict=True)
+    assert (refused.value.exit_code, refused.value.is_shared) == (5, True)
+
+
 def check_errors(parallel: Parallel) -> None:
     """An error on one rank reaches all of them, and what rank 0 makes reaches all of them."""
     assert parallel.on_main(lambda: parallel.rank) == 0
@@ -141,6 +164,7 @@ def main() -> int:
         check_errors(parallel)
         if parallel.world > 1:
             check_comparisons(parallel)
+            check_kinds()
         for job in jobs:
             try:
                 work(job, parallel)

@@ -27,10 +27,17 @@ class Started:
         words: command line after `pretrain`.
         out: the run directory.
         launch: content of a launch file; None: none.
+        prefix: words before the command, of a program that runs it.
     """
 
     def __init__(
-        self, words: Sequence[object], out: Path, *, launch: dict[str, Any] | None = None, **environment: str
+        self,
+        words: Sequence[object],
+        out: Path,
+        *,
+        launch: dict[str, Any] | None = None,
+        prefix: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         self.out = out
         self.tree: list[psutil.Process] = []
@@ -39,7 +46,7 @@ class Started:
             file = self.said.with_suffix(".yaml")
             file.write_text(yaml.safe_dump(launch))
             words = [*words, "--launch", file]
-        command = [sys.executable, "-m", "ddpm_lmk.cli", "pretrain", *map(str, words), "--out", str(out)]
+        command = [*prefix, sys.executable, "-m", "ddpm_lmk.cli", "pretrain", *map(str, words), "--out", str(out)]
         with self.said.open("w") as log:
             self.process = subprocess.Popen(
                 command,

@@ -22,10 +22,12 @@ def load(path: Path, tmp_path: Path) -> None:
     data = load_yaml(path)
     if path.parent.name == "launch":
         validate(LaunchFile, data, source=str(path))
-    elif "packs" in data:
+    elif path.name == "shards.yaml":
         validate(DemoShards, data, source=str(path))
     elif "grids" in data:
-        assert load_sweep(path, [] if _has_path(path.parent / data["run"]) else ["data.path=shards"]).cells
+        has_path = "packs" in data or _has_path(path.parent / data["run"])
+        for scale in (None, *data.get("scales", {})):
+            assert load_sweep(path, [] if has_path else ["data.path=shards"], scale=scale).cells
     elif "task" in data:
         run = load_run(path, [] if _has_path(path) else ["data.path=shards"])
         (tmp_path / "written.yaml").write_text(dump_run(run))

@@ -18,7 +18,8 @@ from rich.console import Console
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.sweep import Sweep, cell_folder, is_done, load_sweep, plan_table, state_of
-from ddpm_lmk.sweep.run import run_sweep, to_csv
+from ddpm_lmk.sweep.run import run_sweep
+from ddpm_lmk.sweep.summary import to_csv
 from ddpm_lmk.sweep.view import last_step
 from ddpm_lmk.sweep.worker import try_lock
 
@@ -87,6 +88,13 @@ def test_shots_seeds_and_starts_can_be_given_on_the_command_line(tmp_path: Path)
     ("change", "overrides", "message"),
     [
         ({"shots": [0]}, [], "grids.0.shots.0=0"),
+        ({"seeds": None}, [], "grids.0 has no seeds, and the sweep has none"),
+        ({"start": {"a": "stage:ddpm"}}, [], "ddpm is used, but stages has only: nothing"),
+        ({"pack": "ceph"}, [], "ceph is used, but packs has only: nothing"),
+        ({"run": "gone.yaml"}, [], "run=gone.yaml: there is no file"),
+        ({}, ["only=[other]"], "only: other is no start; known: scratch"),
+        ({}, ["without=scratch"], "leave no cell"),
+        ({}, ["stage.ddpm=runs/x"], "there is no such stage"),
         ({"shot": [1]}, [], "unknown key grids.0.shot; did you mean"),
         ({"start": {"a b": None}}, [], "start"),
         ({"seeds": [1, 1]}, [], "two grids make the cell scratch-k1-s1"),

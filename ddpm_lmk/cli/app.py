@@ -211,15 +211,16 @@ def sweep(
     out: OutOption = None,
     gpus: GpusOption = None,
     cpu: CpuOption = None,
+    scale: Annotated[str | None, typer.Option(metavar="NAME", help="a variant of the file, e.g. small")] = None,
     dry_run: DryRunOption = False,
     explain: ExplainOption = False,
 ) -> None:
-    """Fine-tune over shots × seeds × starting weights, one warm worker per device; finished cells are kept."""
+    """Pre-train what is missing, then fine-tune over methods × shots × seeds; finished cells are kept."""
     from ddpm_lmk.sweep import SweepFile, load_sweep, plan_table
 
     if explain:
         _explain(SweepFile)
-    loaded = load_sweep(_given(sweep_file, "SWEEP.yaml"), overrides or [])
+    loaded = load_sweep(_given(sweep_file, "SWEEP.yaml"), overrides or [], out=out, scale=scale)
     folder = out or Path("runs") / loaded.name
     if dry_run:
         console().print(plan_table(loaded, folder))

@@ -26,7 +26,7 @@ from ddpm_lmk.report import figures, html
 from ddpm_lmk.report.data import PROTOCOLS, Run, Study, collect, paper_tables, parent_of
 from ddpm_lmk.report.text import csv_rows, markdown_table
 from ddpm_lmk.runfile import load_run
-from ddpm_lmk.sweep.run import to_csv
+from ddpm_lmk.sweep.summary import to_csv
 
 FEATURED = 3  # numbers of labels shown in the cumulative error curve
 OVERLAY_SIDE = 760

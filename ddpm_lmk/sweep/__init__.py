@@ -1,7 +1,23 @@
-"""A table of runs: which ones (`plan`), running them (`run`, `worker`), and what a terminal shows (`view`)."""
+"""A table of runs: how it is written (`file`), which runs these are (`plan`, shown by `table`), running them.
+
+`run` starts pre-training (`stages`) and then cells (`worker`), `view` shows them on a terminal, `summary` writes how
+they stand.
+"""
 
 from __future__ import annotations
 
-from ddpm_lmk.sweep.plan import Cell, Sweep, SweepFile, cell_folder, is_done, load_sweep, plan_table, state_of
+from ddpm_lmk.sweep.file import SweepFile
+from ddpm_lmk.sweep.plan import Cell, StageRun, Sweep, cell_folder, is_done, load_sweep, state_of
+from ddpm_lmk.sweep.table import plan_table
 
-__all__ = ["Cell", "Sweep", "SweepFile", "cell_folder", "is_done", "load_sweep", "plan_table", "state_of"]
+__all__ = [
+    "Cell",
+    "StageRun",
+    "Sweep",
+    "SweepFile",
+    "cell_folder",
+    "is_done",
+    "load_sweep",
+    "plan_table",
+    "state_of",
+]

@@ -1,64 +1,28 @@
-"""A sweep: shots × seeds × starting weights of one fine-tuning run file, as a list of cells.
+"""A sweep: methods × shots × seeds, as a list of cells and of the pre-training runs (stages) they start from.
 
-A sweep file names a run file, what to set in it, and grids:
-
-    name: ceph
-    run: ../finetune/ceph.yaml          # relative to this file
-    set: {train.length: 600 steps}
-    grids:
-      - shots: [1, 5, 10]               # null: all training images
-        seeds: [0, 1, 2]
-        start: {scratch: null, isbi: runs/pretrain-isbi}   # label: weights, relative to the current folder
-        draw: random                    # optional; set: {...} optional as well
-
-Every cell is an ordinary run directory OUT/cells/START-kSHOTS-sSEED. This file reads, expands and shows sweeps; running
-them is in `sweep.run`. It never imports torch, so that `--dry-run` answers at once.
+Every cell is an ordinary run directory OUT/cells/START-kSHOTS-sSEED, every stage one at OUT/stages/NAME. How a sweep is
+written is in `sweep.file`, running it in `sweep.run`. Nothing here imports torch, so that `--dry-run` answers at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, StringConstraints
-from rich.table import Table
-
-from ddpm_lmk.config import RunConfig, Section
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.order import GroupPlan
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.durable import DamagedError, read_json, read_no_follow
 from ddpm_lmk.errors import ConfigError, DataError
-from ddpm_lmk.runfile import config_hash, load_run, load_yaml, validate
-from ddpm_lmk.yamlfile import parse
+from ddpm_lmk.runfile import config_hash, load_run
+from ddpm_lmk.sweep.file import Grid, RowText, SweepFile, is_stage, read_sweep, stage_of
 
-Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=40)]
 State = Literal["done", "started", "pending"]
-
-
-class Grid(Section):
-    """One block of a sweep: every combination of its three lists is a cell."""
-
-    shots: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(
-        min_length=1, description="labelled images; null: all"
-    )
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, description="root of all randomness of a cell")
-    start: dict[Label, str | None] = Field(min_length=1, description="label and starting weights; null: random weights")
-    draw: Literal["first", "random"] | None = Field(None, description="how the shots are chosen; null: as the run file")
-    set: dict[str, Any] = Field(default_factory=dict, description="dotted run keys for this grid")
-
-
-class SweepFile(Section):
-    """A sweep file as written."""
-
-    name: Label = Field(description="shown in reports")
-    run: str = Field(description="fine-tuning run file, relative to the sweep file")
-    set: dict[str, Any] = Field(default_factory=dict, description="dotted run keys for all cells")
-    grids: tuple[Grid, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -79,12 +43,7 @@ class Cell:
     @cached_property
     def steps(self) -> int | None:
         """Optimizer steps; None where the length is in epochs of a set that is not there to be counted."""
-        num_images = self.shots or _count_images(self.cfg)
-        if num_images is None and self.cfg.train.length.unit == "epochs":
-            return None
-        train = self.cfg.train
-        plan = GroupPlan(num_images or 1, train.group_size, train.micro_batch, train.windows, drop_last=False)
-        return train.length.steps(train.group_size, num_images or 1, plan.steps_per_epoch)
+        return count_steps(self.cfg, self.shots)
 
     @property
     def images(self) -> int:
@@ -93,57 +52,136 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class StageRun:
+    """A pre-training run of a sweep, and its directory."""
+
+    name: str
+    folder: Path
+    cfg: RunConfig
+
+    @property
+    def hash(self) -> str:
+        """What `done.json` must carry for the stage to count as finished."""
+        return config_hash(self.cfg)
+
+    @cached_property
+    def steps(self) -> int | None:
+        """Optimizer steps, as those of a cell."""
+        return count_steps(self.cfg, None)
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A name and its cells, longest first."""
+    """A name, its cells, longest first, and the stages they start from."""
 
     name: str
     cells: tuple[Cell, ...]
+    stages: tuple[StageRun, ...] = ()
+    rows: Mapping[str, RowText] = field(default_factory=dict)
 
     def starts(self) -> dict[str, str | None]:
         """Starting weights by label."""
         return {cell.start: cell.cfg.init.weights for cell in self.cells}
 
+    def makes(self, weights: str) -> bool:
+        """Do these weights come from a stage?"""
+        return any(Path(weights).is_relative_to(stage.folder) for stage in self.stages)
 
-def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+
+def load_sweep(
+    path: str | Path, overrides: Sequence[str] = (), *, out: Path | None = None, scale: str | None = None
+) -> Sweep:
     """Read a sweep file and expand it.
 
-    `overrides` are `key=value` words: `name`, `run`, `shots`, `seeds` and `start.LABEL` change the sweep (all grids);
-    anything else is a key of the run file and wins over every `set`.
+    Args:
+        overrides: `key=value` words. `name`, `run`, `shots`, `seeds`, `packs.NAME` and `start.LABEL` change the sweep,
+            `stage.NAME=PATH` gives weights in place of a stage, `only=[...]` and `without=[...]` choose starts;
+            anything else is a key of the cells' run files and wins over every `set`.
+        out: the sweep's folder, where stages are kept; None: runs/NAME.
+        scale: one of the file's `scales`.
 
     Raises:
-        ConfigError: a mistake in the sweep file, in an override or in the run file they make.
+        ConfigError: a mistake in the sweep file, in an override or in the run files they make.
     """
-    data = load_yaml(path)
-    run_words = [word for word in overrides if not _override_sweep(data, word)]
-    sweep = validate(SweepFile, data, source=str(path))
-    run = Path(path).parent / sweep.run
-    if not run.is_file():
-        raise ConfigError(f"{path}: run={sweep.run}: there is no file {run}; give a fine-tuning run file")
+    sweep, given, run_words = read_sweep(path, list(overrides), scale)
+    files = _RunFiles(Path(path), sweep)
+    out = out or Path("runs") / sweep.name
+    used = [start for grid in sweep.grids for start in grid.start.values() if start is not None and is_stage(start)]
+    stages = {name: _stage(files, name, out) for name in dict.fromkeys(stage_of(start)[0] for start in used)}
+    places = {start: _place(stages, start, given) for start in used}
     cells: dict[str, Cell] = {}
-    for grid in sweep.grids:
+    for number, grid in enumerate(sweep.grids):
+        shots_, seeds = grid.shots or sweep.shots, grid.seeds or sweep.seeds
+        if shots_ is None or seeds is None:
+            raise ConfigError(f"{path}: grids.{number} has no {'seeds' if shots_ else 'shots'}, and the sweep has none")
+        settings = sweep.set | files.pack(grid.pack) | _draw(grid) | grid.set
         for start, weights in grid.start.items():
-            for shots in grid.shots:
-                for seed in grid.seeds:
-                    settings = {"data.shots": shots, "seed": seed, "init.weights": weights}
-                    cell = _cell(run, sweep.set | _draw(grid) | grid.set | settings, run_words, start)
+            for shots in shots_:
+                for seed in seeds:
+                    own = {"data.shots": shots, "seed": seed, "init.weights": places.get(weights or "", weights)}
+                    cell = _cell(files.find(grid.run), settings | own, run_words, start)
                     if cell.name in cells:
                         raise ConfigError(
                             f"{path}: two grids make the cell {cell.name}; give their starts different labels"
                         )
                     cells[cell.name] = cell
-    return Sweep(sweep.name, tuple(sorted(cells.values(), key=lambda cell: -cell.images)))
+    needed = tuple(stage for name, stage in stages.items() if name not in given)
+    return Sweep(sweep.name, tuple(sorted(cells.values(), key=lambda cell: -cell.images)), needed, sweep.rows)
+
+
+@dataclass(frozen=True)
+class _RunFiles:
+    """The run files and packs a sweep names."""
+
+    path: Path
+    sweep: SweepFile
+
+    def find(self, run: str | None) -> Path:
+        """The run file of a grid or stage: a name in `runs`, or a path relative to the sweep file."""
+        name = run if run is not None else self.sweep.run
+        if name is None:
+            raise ConfigError(f"{self.path}: run is missing; give a fine-tuning run file, for all grids or for each")
+        file = self.path.parent / self.sweep.runs.get(name, name)
+        if not file.is_file():
+            raise ConfigError(f"{self.path}: run={name}: there is no file {file}; give a run file or a name in `runs`")
+        return file
+
+    def pack(self, *names: str | None) -> dict[str, Any]:
+        """What to set so that a run reads these packs."""
+        paths = [self.sweep.packs[name] for name in names if name is not None]
+        return {"data.path": paths, "data.weights": None} if paths else {}
+
+
+def _stage(files: _RunFiles, name: str, out: Path) -> StageRun:
+    stage = files.sweep.stages[name]
+    settings = files.pack(*(stage.packs or ())) | stage.set | {"name": name}
+    run = files.find(stage.run)
+    cfg = load_run(run, _words(settings))
+    if cfg.task.kind == "landmarks":
+        raise ConfigError(f"{run}: stage {name} needs a pre-training run, found task.kind: landmarks")
+    return StageRun(name, Path(stage.out) if stage.out else out / "stages" / name, cfg)
+
+
+def _place(stages: Mapping[str, StageRun], start: str, given: Mapping[str, str]) -> str:
+    """Where the weights of `stage:NAME[@STEP]` are, or will be."""
+    name, step = stage_of(start)
+    folder = Path(given.get(name, stages[name].folder))
+    return str(folder if step is None else folder / "snapshots" / f"step-{step:08}")
 
 
 def _draw(grid: Grid) -> dict[str, Any]:
     return {} if grid.draw is None else {"data.draw": grid.draw}
 
 
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
 def _cell(run: Path, settings: dict[str, Any], words: list[str], start: str) -> Cell:
     """The cell of one combination; the command line's `words` come last."""
     shots, seed = settings["data.shots"], settings["seed"]
     name = f"{start}-k{'all' if shots is None else shots}-s{seed}"
-    lines = [f"{key}={json.dumps(value)}" for key, value in (settings | {"name": name}).items()]
-    cfg = load_run(run, [*lines, *words])
+    cfg = load_run(run, [*_words(settings | {"name": name}), *words])
     if cfg.task.kind != "landmarks":
         raise ConfigError(f"{run}: a sweep needs a fine-tuning run (task.kind: landmarks), found {cfg.task.kind}")
     if (cfg.data.shots, cfg.seed) != (shots, seed):
@@ -151,28 +189,14 @@ def _cell(run: Path, settings: dict[str, Any], words: list[str], start: str) -> 
     return Cell(name, start, shots, seed, cfg)
 
 
-def _override_sweep(data: dict[str, Any], word: str) -> bool:
-    """Apply `word` to the raw sweep file if it is one of the sweep's own keys; False leaves it to the run file."""
-    key, equals, text = word.partition("=")
-    if not equals or key.partition(".")[0] not in ("name", "run", "shots", "seeds", "start"):
-        return False
-    value, _ = parse(text, f"command line: {key}")
-    if key in ("name", "run"):
-        data[key] = value
-        return True
-    grids = [grid for grid in data.get("grids") or [] if isinstance(grid, dict)]
-    section, _, label = key.partition(".")
-    if section == "start":
-        changed = [grid for grid in grids if label in (grid.get("start") or {})]
-        if not changed:
-            known = ", ".join(dict.fromkeys(name for grid in grids for name in grid.get("start") or {}))
-            raise ConfigError(f"command line: {key}: no grid has a start of that label; known: {known}")
-        for grid in changed:
-            grid["start"][label] = value
-    else:
-        for grid in grids:
-            grid[key] = value if isinstance(value, list) else [value]
-    return True
+def count_steps(cfg: RunConfig, shots: int | None) -> int | None:
+    """Optimizer steps of a run; None where the length is in epochs of a set that is not there to be counted."""
+    num_images = shots or _count_images(cfg)
+    if num_images is None and cfg.train.length.unit == "epochs":
+        return None
+    train = cfg.train
+    plan = GroupPlan(num_images or 1, train.group_size, train.micro_batch, train.windows, drop_last=False)
+    return train.length.steps(train.group_size, num_images or 1, plan.steps_per_epoch)
 
 
 def _count_images(cfg: RunConfig) -> int | None:
@@ -183,7 +207,7 @@ def _count_images(cfg: RunConfig) -> int | None:
         return None
 
 
-def is_done(folder: Path, cell: Cell) -> bool:
+def is_done(folder: Path, cell: Cell | StageRun) -> bool:
     """Has this very run finished in `folder`, its results as they were written? No other configuration counts."""
     done = read_json(folder / "done.json")
     if done is None or done.get("config_hash") != cell.hash:
@@ -194,9 +218,9 @@ def is_done(folder: Path, cell: Cell) -> bool:
         return False
 
 
-def state_of(out: Path, cell: Cell) -> State:
-    """How far a cell of the sweep folder `out` is."""
-    folder = cell_folder(out, cell.name)
+def state_of(out: Path, cell: Cell | StageRun) -> State:
+    """How far a cell of the sweep folder `out`, or a stage, is."""
+    folder = cell.folder if isinstance(cell, StageRun) else cell_folder(out, cell.name)
     if is_done(folder, cell):
         return "done"
     return "started" if folder.exists() else "pending"
@@ -207,31 +231,11 @@ def cell_folder(out: Path, name: str) -> Path:
     return out / "cells" / name
 
 
-def plan_table(sweep: Sweep, out: Path | None) -> Table:
-    """What would run: one row per cell with steps and state, and a line of totals."""
-    states = [("pending" if out is None else state_of(out, cell)) for cell in sweep.cells]
-    left = [cell for cell, state in zip(sweep.cells, states) if state != "done"]
-    table = Table(
-        title=f"sweep {sweep.name}: {len(sweep.cells)} cells, {len(sweep.cells) - len(left)} done",
-        caption=f"to run: {len(left)} cells, {sum(cell.steps or 0 for cell in left):,} steps, "
-        f"{sum(cell.images for cell in left):,} images",
-    )
-    for heading in ("cell", "start", "shots", "seed", "draw", "steps", "images", "state"):
-        table.add_column(heading, justify="right" if heading in ("shots", "seed", "steps", "images") else "left")
-    for cell, state in zip(sweep.cells, states):
-        weights = cell.cfg.init.weights
-        start = cell.start if weights is None or Path(weights).exists() else f"{cell.start} (missing: {weights})"
-        steps = "?" if cell.steps is None else f"{cell.steps:,}"
-        shots = "all" if cell.shots is None else str(cell.shots)
-        row = (cell.name, start, shots, str(cell.seed), cell.cfg.data.draw, steps, f"{cell.images:,}", state)
-        table.add_row(*row, style="dim" if state == "done" else None)
-    return table
-
-
 def check_starts(sweep: Sweep) -> None:
-    """Refuse a sweep whose starting weights are not there, before anything runs."""
+    """Refuse a sweep whose starting weights are not there and do not come from a stage, before anything runs."""
     for label, weights in sweep.starts().items():
-        if weights is not None and not Path(weights).exists():
+        if weights is not None and not Path(weights).exists() and not sweep.makes(weights):
             raise ConfigError(
-                f"start {label}: there is nothing at {weights}; pre-train it first, or give start.{label}=PATH"
+                f"start {label}: there is nothing at {weights}; pre-train it first, or give start.{label}=PATH, or "
+                f"without=[{label}]"
             )

@@ -1,4 +1,4 @@
-"""Runs a sweep: N warm workers that pull cells, a view of their progress, and the summary files.
+"""Runs a sweep: its stages, then N warm workers that pull cells, a view of their progress, and the summary files.
 
 OUT/cells/CELL/ is the run directory of a cell, beside it CELL.lock and, after a failure, CELL.error.json;
 OUT/sweep.json lists the cells and how they stand, OUT/results.csv their scores, OUT/logs/ what the workers said. The
@@ -9,8 +9,6 @@ never run again.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import queue
@@ -29,10 +27,11 @@ from typing import Any
 from rich.console import Console
 
 from ddpm_lmk import atomic
-from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import ConfigError, StoppedError
 from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, caught, code_of, grace_s
 from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, check_starts, is_done
+from ddpm_lmk.sweep.stages import Stages
+from ddpm_lmk.sweep.summary import write_summary
 from ddpm_lmk.sweep.view import SweepView
 
 SOME_FAILED = 1
@@ -80,12 +79,14 @@ def run_sweep(
     (run.out / "cells").mkdir(parents=True, exist_ok=True)
     _see_done(run)
     view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done))
-    write_summary(run)
+    write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
     if _pending(run):
         with _stop_on_signal(run), view:
-            _supervise(run, view)
+            _pre_train(run, view)
+            if _pending(run) and not run.asked:
+                _supervise(run, view)
     _see_done(run)  # another sweep in this folder may have finished some
-    write_summary(run)
+    write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
     view.summary(len(run.done), run.failed)
     if run.asked:
         return code_of(run.asked)
@@ -104,6 +105,18 @@ def _see_done(run: SweepRun) -> None:
 def _pending(run: SweepRun) -> list[Cell]:
     """Cells to run; those that another sweep has finished meanwhile included, a worker skips them."""
     return [cell for cell in run.sweep.cells if cell.name not in run.failed and cell.name not in run.done]
+
+
+def _pre_train(run: SweepRun, view: SweepView) -> None:
+    """Run the stages that pending cells start from; the cells of one that fails fail with it."""
+    wanted = [Path(cell.cfg.init.weights) for cell in _pending(run) if cell.cfg.init.weights is not None]
+    needed = [stage for stage in run.sweep.stages if any(path.is_relative_to(stage.folder) for path in wanted)]
+    stages = Stages(run.out, processes=run.processes, device=run.device, say=view.say)
+    stages.run(needed, lambda: run.asked)
+    for stage in needed:
+        if stage.name in stages.failed:
+            cells = [cell for cell in _pending(run) if Path(cell.cfg.init.weights or "").is_relative_to(stage.folder)]
+            run.failed |= {cell.name: stages.failed[stage.name] for cell in cells}
 
 
 def _supervise(run: SweepRun, view: SweepView) -> None:
@@ -141,7 +154,7 @@ def _note(run: SweepRun, view: SweepView, worker: Worker, event: dict[str, Any])
         run.done.add(event["cell"])
     view.note(event)
     if event["event"] != "start":
-        write_summary(run)
+        write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
 
 
 def _replace(run: SweepRun, view: SweepView, worker: Worker, code: int, count: int) -> list[Worker]:
@@ -234,47 +247,3 @@ def _stop_on_signal(run: SweepRun) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def write_summary(run: SweepRun) -> None:
-    """Write OUT/sweep.json and OUT/results.csv from what lies in the cells."""
-    rows, scores = [], []
-    dataset = None
-    for cell in sorted(run.sweep.cells, key=lambda cell: (cell.start, cell.shots or 10**9, cell.seed)):
-        status = "done" if cell.name in run.done else "failed" if cell.name in run.failed else "pending"
-        facts = {"cell": cell.name, "start": cell.start, "shots": cell.shots, "seed": cell.seed}
-        facts |= {"draw": cell.cfg.data.draw, "weights": cell.cfg.init.weights}
-        rows.append({**facts, "status": status, "error": run.failed.get(cell.name)})
-        results = read_json(cell_folder(run.out, cell.name) / "results.json") if status == "done" else None
-        if results is not None:
-            dataset = results["dataset"]
-            scores.append(facts | flat_scores(results))
-    summary = {"kind": "sweep", "name": run.sweep.name, "dataset": dataset, "cells": rows}
-    atomic.write_json(run.out / "sweep.json", summary)
-    atomic.write_text(run.out / "results.csv", to_csv(scores))
-
-
-def flat_scores(results: dict[str, Any]) -> dict[str, Any]:
-    """The headline numbers of a results.json as one flat row."""
-    row: dict[str, Any] = {"dataset": results["dataset"], "split": results["split"], "images": results["num_images"]}
-    row |= {f"labels_{kind}": count for kind, count in results["labels"].items()}
-    for stage, leak in results.get("leakage", {}).items():
-        row[f"leaked_{stage}_images"] = leak.get("images")
-    for protocol, scores in results["protocols"].items():
-        row |= {f"{protocol}_{key}": scores[key] for key in ("unit", "mre", "median", "failed")}
-        row |= {f"{protocol}_sdr_{threshold}": rate for threshold, rate in scores["sdr"].items()}
-        shape = (results.get("mean_shape") or {}).get(protocol)
-        row[f"{protocol}_mean_shape_mre"] = shape["mre"] if shape else None
-    train = results.get("train") or {}
-    return row | {f"train_{key}": value for key, value in train.items() if key != "wall_s"}  # the same at every run
-
-
-def to_csv(rows: list[dict[str, Any]]) -> str:
-    """CSV text of rows that may have different keys; numbers keep six digits."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()

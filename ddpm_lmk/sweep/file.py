@@ -1,0 +1,201 @@
+"""A sweep file as it is written: rows of a table, the run files they use, and the pre-training they start from.
+
+    name: ceph
+    runs: {ours: ../finetune/ceph.yaml}       # relative to this file; `run: FILE` alone does where all cells share one
+    packs: {ceph: shards/ceph, hand: shards/hand}               # packed sets, relative to the current folder
+    stages:                                   # pre-training runs; those that are missing are run first
+      ddpm: {run: ../pretrain/ceph.yaml, packs: [ceph]}
+    shots: [1, 5, 10]                         # null: all training images
+    seeds: [0, 1, 2]
+    grids:                                    # every combination of shots, seeds and start is a cell
+      - {run: ours, pack: ceph, start: {scratch: null, ddpm: "stage:ddpm", early: "stage:ddpm@4000"}}
+    rows:                                     # what reports call a start, and the row of the paper it stands beside
+      ddpm: {title: DDPM pre-training, paper: Our method}
+    scales:                                   # `--scale small`: laid over the file, lists replaced
+      small: {runs: {ours: ../finetune/ceph_cpu.yaml}}
+
+This module reads the file and the command line's words; `plan` makes cells of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from ddpm_lmk.config import Section
+from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.runfile import load_yaml, validate
+from ddpm_lmk.yamlfile import parse
+
+STAGE = "stage:"
+OWN_KEYS = ("name", "run", "shots", "seeds", "start", "stage", "packs", "only", "without")
+
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=40)]
+Shots = tuple[Annotated[int, Field(ge=1)] | None, ...]
+Seeds = tuple[Annotated[int, Field(ge=0)], ...]
+
+
+class Grid(Section):
+    """One block of a sweep: every combination of its three lists is a cell."""
+
+    run: str | None = Field(None, description="fine-tuning run file or a name in `runs`; null: the sweep's `run`")
+    pack: Label | None = Field(None, description="name in `packs` the cells learn from; null: as the run file")
+    shots: Shots | None = Field(None, min_length=1, description="labelled images (null in it: all); null: the sweep's")
+    seeds: Seeds | None = Field(None, min_length=1, description="root of all randomness of a cell; null: the sweep's")
+    start: dict[Label, str | None] = Field(
+        min_length=1, description="label and starting weights; null: random weights; stage:NAME[@STEP]: from a stage"
+    )
+    draw: Literal["first", "random"] | None = Field(None, description="how shots are chosen; null: as the run file")
+    set: dict[str, Any] = Field(default_factory=dict, description="dotted run keys for this grid")
+
+
+class Stage(Section):
+    """A pre-training run that cells start from; run before them where it is not finished."""
+
+    run: str = Field(description="pre-training run file or a name in `runs`")
+    packs: tuple[Label, ...] | None = Field(None, min_length=1, description="names in `packs`; null: as the run file")
+    out: str | None = Field(None, description="run directory; null: OUT/stages/NAME")
+    set: dict[str, Any] = Field(default_factory=dict, description="dotted run keys for this stage")
+
+
+class RowText(Section):
+    """What a report says about a start."""
+
+    title: str | None = Field(None, max_length=80, description="name of the row; null: the label")
+    paper: str | None = Field(None, description="method of the paper's tables it stands beside; null: none")
+    note: str | None = Field(None, max_length=400, description="footnote")
+
+
+class SweepFile(Section):
+    """A sweep file as written."""
+
+    name: Label = Field(description="shown in reports")
+    run: str | None = Field(None, description="fine-tuning run file, relative to the sweep file")
+    runs: dict[Label, str] = Field(default_factory=dict, description="run files by name, relative to the sweep file")
+    packs: dict[Label, str] = Field(default_factory=dict, description="packed sets by name")
+    stages: dict[Label, Stage] = Field(default_factory=dict, description="pre-training runs by name")
+    shots: Shots | None = Field(None, min_length=1, description="labelled images of grids that give none")
+    seeds: Seeds | None = Field(None, min_length=1, description="seeds of grids that give none")
+    set: dict[str, Any] = Field(default_factory=dict, description="dotted run keys for all cells")
+    grids: tuple[Grid, ...] = Field(min_length=1)
+    rows: dict[Label, RowText] = Field(default_factory=dict, description="what reports say about a start, by label")
+    scales: dict[Label, dict[str, Any]] = Field(default_factory=dict, description="variants for --scale")
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> SweepFile:
+        packs = [grid.pack for grid in self.grids if grid.pack is not None]
+        packs += [pack for stage in self.stages.values() for pack in stage.packs or ()]
+        starts = [start for grid in self.grids for start in grid.start.values()]
+        stages = [stage_of(start)[0] for start in starts if start is not None and is_stage(start)]
+        labels = {label for grid in self.grids for label in grid.start}
+        for what, used, known in (
+            ("packs", packs, self.packs),
+            ("stages", stages, self.stages),
+            ("start (of any grid)", self.rows, labels),
+        ):
+            unknown = [name for name in used if name not in known]
+            if unknown:
+                raise ValueError(f"{unknown[0]} is used, but {what} has only: {', '.join(sorted(known)) or 'nothing'}")
+        return self
+
+
+def is_stage(start: str) -> bool:
+    """Does a start come from a stage of the sweep?"""
+    return start.startswith(STAGE)
+
+
+def stage_of(start: str) -> tuple[str, int | None]:
+    """Stage and step of `stage:NAME[@STEP]`; without a step the stage's final weights are meant."""
+    name, at, step = start.removeprefix(STAGE).partition("@")
+    if at and not step.isdecimal():
+        raise ValueError(f"{start}: wanted {STAGE}NAME or {STAGE}NAME@STEP")
+    return name, int(step) if at else None
+
+
+def read_sweep(path: str | Path, words: list[str], scale: str | None) -> tuple[SweepFile, dict[str, str], list[str]]:
+    """The sweep of a file at a scale, with the words that are for it applied.
+
+    Returns:
+        The sweep, the weights given in place of stages (`stage.NAME=PATH`), and the words that are for run files.
+    """
+    data = load_yaml(path)
+    if scale is not None:
+        scales = data.get("scales") or {}
+        if scale not in scales:
+            raise ConfigError(f"{path} has no scale {scale!r}; it has: {', '.join(scales) or 'none'}")
+        _lay_over(data, scales[scale])
+    given: dict[str, str] = {}
+    chosen: dict[str, list[str]] = {}
+    rest = [word for word in words if not _apply(data, word, given, chosen)]
+    sweep = validate(SweepFile, data, source=str(path))
+    for name in given:
+        if name not in sweep.stages:
+            raise ConfigError(f"command line: stage.{name}: there is no such stage; known: {', '.join(sweep.stages)}")
+    return _chosen(sweep, chosen), given, rest
+
+
+def _lay_over(base: dict[str, Any], over: dict[str, Any]) -> None:
+    """Merge mappings key by key, in place; lists and values are replaced."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _lay_over(base[key], value)
+        else:
+            base[key] = value
+
+
+def _apply(data: dict[str, Any], word: str, given: dict[str, str], chosen: dict[str, list[str]]) -> bool:
+    """Apply a word that is the sweep's own; False leaves it to the run files."""
+    key, equals, text = word.partition("=")
+    section, _, label = key.partition(".")
+    if not equals or section not in OWN_KEYS:
+        return False
+    value, _ = parse(text, f"command line: {key}")
+    if section in ("only", "without"):
+        chosen[section] = value if isinstance(value, list) else [value]
+    elif section == "stage":
+        given[label] = str(value)
+    elif section == "packs":
+        data.setdefault("packs", {})[label] = value
+    elif section == "start":
+        _override_start(data, key, label, value)
+    elif section in ("name", "run"):
+        data[key] = value
+    else:
+        data[key] = value if isinstance(value, list) else [value]
+        for grid in _grids(data):
+            grid.pop(key, None)
+    return True
+
+
+def _grids(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return [grid for grid in data.get("grids") or [] if isinstance(grid, dict)]
+
+
+def _override_start(data: dict[str, Any], key: str, label: str, value: Any) -> None:
+    changed = [grid for grid in _grids(data) if label in (grid.get("start") or {})]
+    if not changed:
+        known = ", ".join(dict.fromkeys(name for grid in _grids(data) for name in grid.get("start") or {}))
+        raise ConfigError(f"command line: {key}: no grid has a start of that label; known: {known}")
+    for grid in changed:
+        grid["start"][label] = value
+
+
+def _chosen(sweep: SweepFile, chosen: dict[str, list[str]]) -> SweepFile:
+    """The sweep with the starts of `only=[...]`, less those of `without=[...]`."""
+    known = {label for grid in sweep.grids for label in grid.start}
+    for key, labels in chosen.items():
+        for label in labels:
+            if label not in known:
+                raise ConfigError(f"command line: {key}: {label} is no start; known: {', '.join(sorted(known))}")
+    only, without = set(chosen.get("only", known)), set(chosen.get("without", []))
+    grids = []
+    for grid in sweep.grids:
+        start = {label: weights for label, weights in grid.start.items() if label in only - without}
+        if start:
+            grids.append(grid.model_copy(update={"start": start}))
+    if not grids:
+        raise ConfigError("command line: only= and without= leave no cell; name at least one start")
+    rows = {label: text for label, text in sweep.rows.items() if label in only - without}
+    return sweep.model_copy(update={"grids": tuple(grids), "rows": rows})

@@ -1,0 +1,127 @@
+"""Pre-training runs that a sweep starts from, run before its cells where they are not finished.
+
+On CPUs as many stages run side by side as the sweep has workers, one process each, so that what a stage learns does
+not depend on that number; on GPUs one after the other, each on all of them. A stage is an ordinary run directory: it
+goes on where it was, and `ddpm-lmk pretrain` with the same run file may have made it. Each runs in a process of its own
+(`python -m ddpm_lmk.sweep.stages`, its job on standard input), whose output is in OUT/logs/stage-NAME.log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpm_lmk import lifeline, privacy, stop
+from ddpm_lmk.errors import LmkError, StoppedError
+from ddpm_lmk.stop import InterruptedRunError
+from ddpm_lmk.sweep.plan import StageRun, is_done
+
+POLL_S = 0.2
+
+
+@dataclass
+class Running:
+    """A stage under way."""
+
+    stage: StageRun
+    process: subprocess.Popen[str]
+    log: Path
+    since: float
+
+
+class Stages:
+    """Runs stages; `failed` says why some are not finished, by name."""
+
+    def __init__(self, out: Path, *, processes: int, device: str, say: Callable[[str], None]) -> None:
+        self._out, self._processes, self._device, self._say = out, processes, device, say
+        self.failed: dict[str, str] = {}
+
+    def run(self, stages: Sequence[StageRun], asked: Callable[[], int]) -> None:
+        """Run what is not finished, until all is or `asked` names a signal, which the stages are then given."""
+        waiting = [stage for stage in stages if not is_done(stage.folder, stage)]
+        at_once = self._processes if self._device == "cpu" else 1
+        running: list[Running] = []
+        told = 0
+        while running or (waiting and not told):
+            while waiting and not told and len(running) < at_once:
+                running.append(self._start(waiting.pop(0), side_by_side=min(at_once, len(waiting) + 1 + len(running))))
+            if asked() and not told:
+                told = asked()
+                for each in running:
+                    each.process.send_signal(told)
+            time.sleep(POLL_S)
+            for each in [each for each in running if each.process.poll() is not None]:
+                running.remove(each)
+                self._see(each)
+
+    def _start(self, stage: StageRun, *, side_by_side: int) -> Running:
+        log = self._out / "logs" / f"stage-{stage.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        processes = 1 if self._device == "cpu" else self._processes
+        job = {"config": stage.cfg.model_dump(mode="json"), "out": str(stage.folder), "parent": os.getpid()}
+        job |= {"device": self._device, "processes": processes}
+        environment = dict(os.environ)
+        if self._device == "cpu":
+            cores = len(os.sched_getaffinity(0))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // side_by_side)))
+        self._say(f"stage {stage.name}: pre-training in {stage.folder}, see {log}")
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ddpm_lmk.sweep.stages"],
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                text=True,
+                env=environment,
+                start_new_session=True,  # as the workers of a sweep: Ctrl-C reaches the parent only
+            )
+        assert process.stdin is not None
+        with process.stdin as stdin:
+            stdin.write(json.dumps(job))
+        return Running(stage, process, log, time.monotonic())
+
+    def _see(self, ended: Running) -> None:
+        """Take note of how a stage ended."""
+        code, name = ended.process.returncode, ended.stage.name
+        if is_done(ended.stage.folder, ended.stage):
+            self._say(f"stage {name} done, {time.monotonic() - ended.since:.0f} s")
+        elif code in (StoppedError.exit_code, InterruptedRunError.exit_code):
+            self._say(f"stage {name} stopped; the same command continues it")
+        else:
+            self.failed[name] = f"stage {name} ended with exit code {code}; see {ended.log}"
+            self._say(self.failed[name])
+
+
+def main() -> int:
+    """Do the job on standard input; returns the exit code."""
+    job: dict[str, Any] = json.load(sys.stdin)
+    lifeline.die_with_parent(job["parent"])
+    privacy.protect()
+    with stop.leaving_at_once():
+        return _do(job)
+
+
+def _do(job: dict[str, Any]) -> int:
+    from ddpm_lmk.launcher import launch
+
+    try:
+        run = {"config": job["config"], "out": job["out"]}
+        return launch(run, processes=job["processes"], device=job["device"])
+    except LmkError as error:
+        sys.stderr.write(f"error[{type(error).__name__}]: {error}\n")
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -46,14 +46,14 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line per tenth elsewhere; yields a function to call with (done, total)."""
+def progress(title: str, *, lines: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; elsewhere a line per tenth, or no `lines` at all. Yields a function of (done, total)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     target = Console(stderr=True)
     if not target.is_terminal:
-        yield _line_per_tenth(title)
+        yield _line_per_tenth(title) if lines else lambda done, total: None
         return
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=target

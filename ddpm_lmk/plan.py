@@ -19,7 +19,7 @@ from ddpm_lmk.launcher import Placement
 from ddpm_lmk.models import model_cost
 from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.shipped import shipped
-from ddpm_lmk.tasks import build_task
+from ddpm_lmk.tasks import Task, build_task
 
 MEASURED_KEYS = ("image_size_px", "group_size_images", "micro_batch_images", "precision", "compile")
 
@@ -62,15 +62,21 @@ def _model_rows(cfg: RunConfig, manifest: Manifest, placement: Placement) -> lis
     cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
     group = cfg.train.group_size
     micro_batch = cfg.train.micro_batch or group // (placement.processes * placement.nodes)
-    activations = cost.activation_bytes * micro_batch / (2 if is_half(cfg, placement.device) else 1)
-    copies = copies_of_weights(cfg, world=placement.processes * placement.nodes, zero=placement.zero)
-    memory_gib = (cost.weight_bytes * copies + activations) / 2**30
+    world = placement.processes * placement.nodes
+    memory = memory_gib(cfg, task, device=placement.device, micro_batch=micro_batch, world=world, zero=placement.zero)
     size = f"{cost.params:,} parameters, {cost.flops_forward / 1e9:,.2f} GFLOP forward per image"
     return [
         ("model", f"{cfg.model.kind}, {size}"),
         ("step", f"{group} images, {micro_batch} at once, {cost.flops_train * group / 1e12:,.3f} TFLOP"),
-        ("memory", f"about {memory_gib:,.2f} GiB per process (estimate)"),
+        ("memory", f"about {memory:,.2f} GiB per process (estimate)"),
     ]
+
+
+def memory_gib(cfg: RunConfig, task: Task, *, device: str, micro_batch: int, world: int = 1, zero: int = 0) -> float:
+    """Estimated memory of one process: weights, gradients, moments and average, and a micro-batch's activations."""
+    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
+    activations = cost.activation_bytes * micro_batch / (2 if is_half(cfg, device) else 1)
+    return (cost.weight_bytes * copies_of_weights(cfg, world=world, zero=zero) + activations) / 2**30
 
 
 def _time(cfg: RunConfig, placement: Placement, images: int) -> str:

@@ -59,7 +59,19 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 
 # What answers at once on a login node: never imports torch when imported, whatever it does when called.
 WITHOUT_TORCH = [
-    *("errors", "config", "runfile", "explain", "yamlfile", "cli", "cli.shards", "cli.results", "console", "launcher"),
+    *(
+        "errors",
+        "config",
+        "runfile",
+        "explain",
+        "yamlfile",
+        "cli",
+        "cli.shards",
+        "cli.results",
+        "cli.bench",
+        "console",
+        "launcher",
+    ),
     *("sweep", "sweep.run", "sweep.view", "report.page", "shipped", "machine", "measure", "retention"),
     *("launcher.rank", "launcher.watch", "claim", "lifeline", "stop"),
     *("data", "data.spec", "data.raw", "data.shards", "data.order", "data.augment", "data.phantom", "data.pack"),

@@ -2,7 +2,8 @@
 
 Commands import what they need when they run, so that `--help` answers at once. An `LmkError` becomes one line on
 standard error and its exit code; anything else is a bug and keeps its traceback. Commands about shards are in
-`cli.shards`, those about finished runs in `cli.results`; what a command does is in the module it calls.
+`cli.shards`, those about finished runs in `cli.results`, measuring in `cli.bench`; what a command does is in the module
+it calls.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ddpm_lmk import __version__, privacy
+from ddpm_lmk.cli.bench import bench_app
 from ddpm_lmk.cli.launch import launch_app
 from ddpm_lmk.cli.results import results_app
 from ddpm_lmk.cli.shards import shards_app
@@ -234,6 +236,7 @@ def sweep(
 
 
 app.add_typer(results_app)
+app.add_typer(bench_app)
 app.add_typer(shards_app)
 app.add_typer(launch_app, name="launch")
 

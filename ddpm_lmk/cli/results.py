@@ -1,16 +1,13 @@
-"""Commands about finished runs (evaluate, predict, sample, export, report) and about the machine (bench)."""
+"""Commands about finished runs: evaluate, predict, sample, export, report."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ddpm_lmk.console import say
-from ddpm_lmk.errors import ConfigError
 
 results_app = typer.Typer()
 
@@ -18,7 +15,6 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="run directory 
 AcknowledgeOption = Annotated[
     bool, typer.Option("--acknowledge-leakage", help="show scores on images that pre-training saw, with a remark")
 ]
-EVERYWHERE = ("pack", "loader", "model_step", "train_step", "checkpoint_save", "exactness")  # need no x-rays to run
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: a GPU if there is one")]
 
 
@@ -114,26 +110,3 @@ def report(
 
     for path in write_report(folders, out, acknowledge_leakage=acknowledge_leakage):
         typer.echo(str(path))
-
-
-@results_app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME|all", help="a file of benchmarks/, or all", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the result files")] = Path(
-        "bench-results"
-    ),
-) -> None:
-    """Measure this machine: loading, the model, the training step. Further words go to the benchmark itself."""
-    from ddpm_lmk.shipped import shipped
-
-    scripts = {path.stem: path for path in sorted(shipped("benchmarks").glob("[!_]*.py")) if path.stem != "collect"}
-    if name != "all" and name not in scripts:
-        raise ConfigError(f"there is no benchmark {name!r}; use one of {', '.join(scripts)}, or all")
-    for script in EVERYWHERE if name == "all" else [name]:
-        default = [str(shipped("configs") / "demo" / "pretrain.yaml")] if script == "train_step" else []
-        words = [*(context.args or default), "--out", str(out)]
-        say(f"bench {script} {' '.join(words)}")
-        code = subprocess.run([sys.executable, str(scripts[script]), *words], check=False).returncode
-        if code:
-            raise typer.Exit(code)

@@ -1,0 +1,189 @@
+"""What a benchmark measures: the network of a preset or of a run file, with its task, state and a batch on a device.
+
+Pixels are random and already on the device. Everything else is what a run uses: the model as a workbench builds, places
+and compiles it, the optimizer, the average and the updater of the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.data.manifest import Manifest
+from ddpm_lmk.data.spec import SPECS, DatasetSpec
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.updater import build_updater
+from ddpm_lmk.models.cost import ModelCost, model_cost
+from ddpm_lmk.runfile import config_hash, load_run, load_yaml
+from ddpm_lmk.runs import Workbench
+from ddpm_lmk.tasks import build_task
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+PRESETS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def option_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The words that benchmarks share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", default=[], metavar="key=value", help="settings that win over the file")
+    parser.add_argument("--run", type=Path, metavar="RUN.yaml", help="measure the network of this run file")
+    parser.add_argument("--model", choices=PRESETS, help="measure a preset (default: tiny on a CPU, base on a GPU)")
+    parser.add_argument("--size", type=int, help="image side, pixels (default: the run file's, else 128 or 256)")
+    parser.add_argument("--batch", type=int, help="images at once (default: the run file's share, else 8 or 32)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run file's")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--rounds", type=int, default=11, help="measured rounds of each thing")
+    parser.add_argument("--budget-s", type=float, default=120.0, help="seconds this may take, about")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the result file")
+    return parser
+
+
+def device_of(options: argparse.Namespace) -> str:
+    """The device asked for, or the best there is."""
+    if options.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(options.device)
+
+
+def run_config(options: argparse.Namespace) -> RunConfig:
+    """The run file, or one around the preset, with what the command line says."""
+    is_cuda = device_of(options) == "cuda"
+    words = list(options.settings)
+    if options.run is None:
+        preset = options.model or ("base" if is_cuda else "tiny")
+        network = load_yaml(CONFIGS / "model" / f"{preset}.yaml")["model"]
+        batch = options.batch or (32 if is_cuda else 8)
+        base = {"name": preset, "data": {"path": "."}, "task": {"kind": "denoise"}, "model": network}
+        cfg = RunConfig.model_validate({**base, "train": {"group_size": batch}})
+        cfg = _with(cfg, ["data.image_size=128"] if not is_cuda and options.size is None else [])
+        return _with(cfg, [*_said(options, batch), *words])
+    has_data = any(word.startswith("data.path=") for word in words)
+    cfg = load_run(options.run, [*words, *([] if has_data else ["data.path=."])])
+    return _with(cfg, _said(options, options.batch))
+
+
+def _said(options: argparse.Namespace, batch: int | None) -> list[str]:
+    given = {"data.image_size": options.size, "train.precision": options.precision, "train.group_size": batch}
+    words = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return [*words, "train.micro_batch=null"] if batch is not None else words
+
+
+def _with(cfg: RunConfig, words: list[str]) -> RunConfig:
+    """The same run with some settings changed."""
+    fields = cfg.model_dump(mode="json")
+    for word in words:
+        key, _, text = word.partition("=")
+        *path, last = key.split(".")
+        place: dict[str, Any] = fields
+        for name in path:
+            place = place[name]
+        place[last] = None if text == "null" else int(text) if text.isdigit() else text
+    return RunConfig.model_validate(fields)
+
+
+class Subject:
+    """One network ready to train.
+
+    Attributes:
+        label: short name for files and tables.
+        precision: that of the products, "auto" resolved.
+    """
+
+    def __init__(self, options: argparse.Namespace, *, cfg: RunConfig | None = None) -> None:
+        self.cfg = cfg or run_config(options)
+        self.label = self.cfg.name
+        self.device = device_of(options)
+        self.parallel = Parallel("cuda" if self.device == "cuda" else "cpu")
+        self.task = build_task(self.cfg, spec_of(self.cfg))
+        self.batch_images = (
+            (self.cfg.train.micro_batch or self.cfg.train.group_size) if options.batch is None else options.batch
+        )
+        model = Workbench().model(self.cfg, self.task, self.parallel.device)
+        self.state = TrainState.fresh(self.cfg, model)
+        self.model = model.train()
+        self.updater = build_updater(self.cfg, self.state, self.parallel)
+        self.batch = self.random_batch(seed=0)
+
+    @property
+    def precision(self) -> str:
+        wanted = self.cfg.train.precision
+        return ("bf16" if self.device == "cuda" else "fp32") if wanted == "auto" else wanted
+
+    @property
+    def cost(self) -> ModelCost:
+        """Counts for one image."""
+        size, task = self.cfg.data.image_size, self.task
+        return model_cost(self.cfg.model, size, task.out_channels, full_size=task.full_size)
+
+    def conditions(self) -> dict[str, Any]:
+        """What a time of this network depends on, besides the machine."""
+        return {
+            "network": f"{self.cfg.model.kind} {config_hash(self.cfg.model)[:8]}",
+            "task": self.cfg.task.kind,
+            "image_size_px": self.cfg.data.image_size,
+            "batch_images": self.batch_images,
+            "precision": self.precision,
+            "compile": self.cfg.train.compile,
+            "threads": torch.get_num_threads(),
+        }
+
+    def random_batch(self, *, seed: int) -> Batch:
+        """Random pixels, and random points where the task wants some."""
+        count, size = self.batch_images, self.cfg.data.image_size
+        generator = torch.Generator().manual_seed(seed)
+        landmarks = self.task.out_channels if self.cfg.task.kind == "landmarks" else 0
+        batch = Batch(
+            images=torch.rand(count, 1, size, size, generator=generator).contiguous(memory_format=torch.channels_last),
+            points=torch.rand(count, landmarks, 2, generator=generator) * (size - 1) if landmarks else None,
+            to_native=torch.eye(2, 3).expand(count, 2, 3),
+            native_size=torch.full((count, 2), float(size)),
+            mm_per_px=torch.full((count,), torch.nan),
+            positions=torch.arange(seed * count, (seed + 1) * count),
+            weight=torch.ones(count),
+            ids=tuple(map(str, range(count))),
+        )
+        return batch.to(self.parallel.device)
+
+    def loss(self) -> Tensor:
+        """The summed loss of the batch, through the module the engine trains."""
+        with self.parallel.autocast(self.cfg.train.precision):
+            return self.task.loss(self.updater.net, self.batch).float().sum()
+
+    def forward(self) -> None:
+        """Loss without a graph."""
+        with torch.no_grad():
+            self.loss()
+
+    def forward_backward(self) -> None:
+        """Loss and gradient, which stays."""
+        self.updater.clear()
+        with self.updater.micro_batch(0, of=1):
+            self.updater.add(self.loss(), self.batch_images)
+
+    def update(self) -> None:
+        """Reduce, clip, move the weights and their average, with the gradient that is there."""
+        self.state.step += 1
+        self.updater.finish(0.0)
+        self.updater.apply(self.cfg.optim.clip)
+        self.state.ema.update(self.state.step)
+
+    def step(self) -> None:
+        """A whole optimizer step of one micro-batch."""
+        self.forward_backward()
+        self.update()
+
+
+def spec_of(cfg: RunConfig) -> DatasetSpec:
+    """Facts of the run's data where it is there; else of some set, whose number of landmarks is used."""
+    for path in cfg.data.path:
+        if (Path(path) / "manifest.json").is_file():
+            return Manifest.open(path).spec
+    return next(spec for spec in SPECS.values() if spec.num_landmarks)

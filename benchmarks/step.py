@@ -1,0 +1,219 @@
+"""One optimizer step in its parts: forward, backward, update, and every level; its memory; its share of the peak.
+
+    ddpm-lmk bench step [--model PRESET | --run RUN.yaml] [--size S] [--batch B] [--precision P] [--out DIR]
+
+Pixels are random and on the device: no loader, no logging (those are in `bench train`). The parts take turns with a
+large matrix product and a convolution, so the share of the peak is measured in the same minutes on the same device, and
+never against a data sheet. It counts the operations our code executes; `model_gflop_per_s` counts those of the
+published algorithm. A level is its blocks run alone on what they were given, so levels add up to a little less than the
+whole (joining of skips, the loss). Memory is that of a new process, beside the estimate `pretrain --dry-run` gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from _subject import RESULTS, Subject, option_parser, run_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpm_lmk.console import progress
+from ddpm_lmk.measure import Result, Timings, alternate, compare_paired
+from ddpm_lmk.measure.verdict import conclude
+from ddpm_lmk.plan import memory_gib
+
+PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = ("forward", "forward and backward", "update", "train step")
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    parser = option_parser(__doc__)
+    parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args()
+    if options.memory_only:
+        sys.stdout.write(json.dumps(memory_of_training(options)) + "\n")
+        return
+    memory = measure_memory(options)
+    subject = Subject(options)
+    result = Result("step", settings=subject.cfg.model_dump(mode="json"), device=subject.device)
+    measure_parts(result, subject, options, memory)
+    measure_levels(result, subject, options)
+    conclude(result, options.out, f"{subject.label}-{subject.precision}", earlier=[RESULTS])
+
+
+def measure_parts(result: Result, subject: Subject, options: argparse.Namespace, memory: dict[str, float]) -> None:
+    """The whole step and its parts, in turn with what gives the peak."""
+    calls: dict[str, Callable[[], object]] = {
+        "forward": subject.forward,
+        "forward and backward": subject.forward_backward,
+        "train step": subject.step,
+        "update": subject.update,  # with the gradient of the call before
+        **peak_calls(subject),
+    }
+    subject.step()
+    with progress("bench step, parts", lines=False) as tell:
+        found = alternate(calls, rounds=options.rounds, device=subject.device, budget_s=options.budget_s / 2, tell=tell)
+    threads = torch.get_num_threads() if subject.device == "cpu" else 1
+    peaks = [[flops * threads / s / 1e9 for s in found[name].busy_s] for name, flops in peak_flops(subject).items()]
+    peak = max(peaks, key=median)
+    for name, rates in zip(peak_flops(subject), peaks):
+        conditions = {"precision": subject.precision, "threads": torch.get_num_threads()}
+        result.add(name, found[name], conditions=conditions, figures={"gflop_per_s": median(rates)})
+    for name in PARTS:
+        figures = rates_of(name, found[name], subject, peak)
+        extra = memory if name == "train step" else {}
+        row = result.add(name, found[name], conditions=subject.conditions(), figures={**figures, **extra})
+        row.samples["images_per_s"] = [subject.batch_images / s for s in found[name].wall_s]
+    backward = [b - f for b, f in zip(found["forward and backward"].busy_s, found["forward"].busy_s)]
+    result.add(
+        "backward", {"device_s" if subject.device == "cuda" else "cpu_s": backward}, conditions=subject.conditions()
+    )
+    share = compare_paired(found["update"].busy_s, found["train step"].busy_s)
+    result.ratios.append({"what": "update over train step", "clock": "busy_s", **share.facts()})
+
+
+def rates_of(name: str, timings: Timings, subject: Subject, peak: list[float]) -> dict[str, float]:
+    """Operations per second, and the share of the measured peak, round by round."""
+    cost, batch = subject.cost, subject.batch_images
+    if name == "update":
+        return {"parameters": cost.params}
+    is_forward = name == "forward"
+    executed = (cost.flops_executed if is_forward else cost.flops_train) * batch / 1e9
+    published = cost.flops_forward * (1 if is_forward else 3) * batch / 1e9
+    busy = timings.busy_s
+    threads = torch.get_num_threads() if subject.device == "cpu" else 1
+    shares = [100 * executed * threads / s / p for s, p in zip(busy, peak)]
+    return {
+        "executed_gflop": executed,
+        "executed_gflop_per_s": executed * threads / median(busy),
+        "model_gflop_per_s": published * threads / median(busy),
+        "share_of_measured_peak_pct": median(shares),
+    }
+
+
+def peak_flops(subject: Subject) -> dict[str, float]:
+    """Operations of the two calls that give the peak."""
+    side = PEAK_SIDE[subject.device]
+    return {"peak matrix product": 2.0 * side**3, "peak convolution": 2.0 * 9 * (side // 8) ** 2 * 8 * 64**2}
+
+
+def peak_calls(subject: Subject) -> dict[str, Callable[[], object]]:
+    """A large matrix product and a 3x3 convolution in the precision of the run."""
+    side, dtype = PEAK_SIDE[subject.device], DTYPES[subject.precision]
+    a = torch.randn(side, side, device=subject.device, dtype=dtype)
+    x = torch.randn(8, side // 8, 64, 64, device=subject.device, dtype=dtype)
+    w = torch.randn(side // 8, side // 8, 3, 3, device=subject.device, dtype=dtype)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    return {"peak matrix product": lambda: torch.mm(a, a), "peak convolution": lambda: F.conv2d(x, w, padding=1)}
+
+
+def measure_levels(result: Result, subject: Subject, options: argparse.Namespace) -> None:
+    """Forward and backward of the blocks of every level, each on the input it had."""
+    calls = level_calls(subject)
+    with progress("bench step, levels", lines=False) as tell:
+        found = alternate(calls, rounds=options.rounds, device=subject.device, budget_s=options.budget_s / 3, tell=tell)
+    total = sum(median(timings.busy_s) for timings in found.values())
+    for name, timings in found.items():
+        figures = {"share_of_all_levels_pct": 100 * median(timings.busy_s) / total}
+        result.add(f"level {name}", timings, conditions=subject.conditions(), figures=figures)
+
+
+def level_calls(subject: Subject) -> dict[str, Callable[[], object]]:
+    """By level, a call that runs its blocks forward and backward."""
+    blocks: dict[str, list[tuple[nn.Module, list[Any]]]] = {}
+    hooks = []
+
+    def note(level: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            blocks.setdefault(level, []).append((module, [_leaf(value) for value in inputs]))
+
+        return hook
+
+    for name, module in _blocks(subject.model):
+        hooks.append(module.register_forward_pre_hook(note(_level(name))))
+    subject.forward()
+    for hook in hooks:
+        hook.remove()
+    return {level: _run_blocks(subject, members) for level, members in blocks.items()}
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts a forward pass calls one after another: children, and for lists of levels the blocks in them."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in model.named_children():
+        found += (
+            [(f"{name}.{inner}", part) for inner, part in _blocks(child)]
+            if isinstance(child, nn.ModuleList)
+            else [(name, child)]
+        )
+    return found
+
+
+def _level(name: str) -> str:
+    """`downs.0.2` -> `downs.0`; `mid_block1` -> `mid`; everything else is the ends."""
+    words = name.split(".")
+    if words[0] in ("downs", "ups"):
+        return ".".join(words[:2])
+    return "mid" if name.startswith("mid") else "ends"
+
+
+def _leaf(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+
+def _run_blocks(subject: Subject, members: list[tuple[nn.Module, list[Any]]]) -> Callable[[], object]:
+    def call() -> None:
+        subject.updater.clear()
+        with subject.parallel.autocast(subject.cfg.train.precision):
+            outputs = [module(*inputs) for module, inputs in members]
+        outputs = [out for out in outputs if out.requires_grad]
+        torch.autograd.backward(outputs, [out.detach() for out in outputs])
+        for _, inputs in members:
+            for value in inputs:
+                if isinstance(value, Tensor):
+                    value.grad = None
+
+    return call
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of a few steps in a process of its own, so that nothing else counts."""
+    words = [word for word in sys.argv[1:] if word != "--memory-only"]
+    done = subprocess.run(
+        [sys.executable, __file__, *words, "--memory-only"], check=True, capture_output=True, text=True, env=os.environ
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
+    """Memory that training added to this process, at most, and the estimate."""
+    cfg = run_config(options)
+    before = psutil.Process().memory_info().rss / 2**30
+    subject = Subject(options, cfg=cfg)
+    for _ in range(3):
+        subject.step()
+    estimate = memory_gib(cfg, subject.task, device=subject.device, micro_batch=subject.batch_images)
+    if subject.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    return {"peak_memory_gib": peak, "estimated_memory_gib": estimate, "estimate_over_measured": estimate / peak}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""`ddpm-lmk bench`: measure this machine, and compare results. The benchmarks themselves are files of `benchmarks/`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddpm_lmk.console import print_table, say
+from ddpm_lmk.errors import ConfigError
+
+bench_app = typer.Typer()
+
+ALL = ("device", "loader", "step", "train", "scaling", "sweep")  # need no x-rays to run; each keeps to a budget
+DEFAULT_BUDGET_MIN = 15.0
+
+
+@bench_app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME|all", help=f"{', '.join(ALL)}, or another file of benchmarks/")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the result files")] = Path(
+        "bench-results"
+    ),
+    budget_min: Annotated[
+        float, typer.Option("--budget-min", metavar="MIN", min=0.1, help="minutes that `all` may take, about")
+    ] = DEFAULT_BUDGET_MIN,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A B", help="result files or folders: ratios, where the noise allows one"),
+    ] = None,
+) -> None:
+    """Measure this machine: its peaks, loading, the step, training, several processes, a sweep.
+
+    Every result is compared with the earlier ones and drawn. Further words go to the benchmark itself (try --help
+    after its name). To report new hardware, run `ddpm-lmk bench all` and send the folder.
+    """
+    if compare is not None:
+        _compare(*compare)
+        return
+    scripts = _scripts()
+    if name is None or (name != "all" and name not in scripts):
+        raise ConfigError(f"there is no benchmark {name!r}; use one of {', '.join(scripts)}, or all")
+    chosen = [script for script in ALL if script in scripts] if name == "all" else [name]
+    shared = ["--budget-s", f"{60 * budget_min / len(chosen):.0f}"] if name == "all" else []
+    failed = {}
+    for number, script in enumerate(chosen, 1):
+        say(f"bench {script} ({number} of {len(chosen)}) {' '.join(context.args)}".rstrip())
+        words = [*context.args, *shared, "--out", str(out)]
+        code = subprocess.run([sys.executable, str(scripts[script]), *words], check=False).returncode
+        if code:
+            failed[script] = code
+    if failed:
+        say(f"failed: {', '.join(f'{script} (exit code {code})' for script, code in failed.items())}")
+        raise typer.Exit(next(iter(failed.values())))
+
+
+def _scripts() -> dict[str, Path]:
+    from ddpm_lmk.shipped import shipped
+
+    return {path.stem: path for path in sorted(shipped("benchmarks").glob("[!_]*.py")) if path.stem != "collect"}
+
+
+def _compare(first: Path, second: Path) -> None:
+    """Print ratios of everything that both sides measured alike, and what cannot be compared and why."""
+    from ddpm_lmk.measure.verdict import compare_sides, open_side
+
+    lines, remarks = compare_sides(open_side(first), open_side(second))
+    typer.echo(f"A = {first}\nB = {second}")
+    if lines:
+        rows = [
+            (line.what, line.conditions, line.clock, f"{line.first:.4g}", f"{line.second:.4g}", str(line.comparison))
+            for line in lines
+        ]
+        print_table(("what", "conditions", "measured by", "A", "B", "A over B"), rows)
+    for remark in remarks:
+        typer.echo(remark)

@@ -1,0 +1,25 @@
+"""Benchmarks, run in this process as `ddpm-lmk bench` runs them in their own."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm_lmk.measure import read_results
+from ddpm_lmk.measure.result import Stored
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+SMOKE = ROOT / "configs" / "smoke"
+
+
+def run_benchmark(name: str, out: Path, *words: object) -> Stored:
+    """`python benchmarks/NAME.py WORDS... --out OUT`, and the result it wrote."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        patch.setattr(sys, "argv", [str(BENCHMARKS / f"{name}.py"), *map(str, words), "--out", str(out)])
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+    return read_results(out, name)[-1]

@@ -18,6 +18,7 @@ from ddpm_lmk.config.task import (
     ContourCodecConfig,
     DenoiseConfig,
     DiscCodecConfig,
+    GaussianCodecConfig,
     LandmarksConfig,
     SpatialCodecConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "EmaConfig",
     "EvaluateConfig",
     "Fraction",
+    "GaussianCodecConfig",
     "InitConfig",
     "LandmarksConfig",
     "NonNegative",

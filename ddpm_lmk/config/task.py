@@ -73,7 +73,20 @@ class ContourCodecConfig(Section):
     )
 
 
-Codec = Annotated[DiscCodecConfig | SpatialCodecConfig | ContourCodecConfig, Field(discriminator="kind")]
+class GaussianCodecConfig(Section):
+    """Gaussian heatmaps of independent pixels, as GU2Net is trained on (paper.md, section 5)."""
+
+    kind: Literal["gaussian"] = "gaussian"
+    sigma_px: Positive = Field(3.0, description="width of the Gaussian target, network pixels (GU2Net: 3)")
+    radius_px: Positive = Field(9.0, description="half the side of the box it lives in, network pixels (GU2Net: 9)")
+    decode_radius_px: NonNegative = Field(
+        0.0, description="the point is the mean of the map within this distance of its peak; 0: the peak (GU2Net)"
+    )
+
+
+Codec = Annotated[
+    DiscCodecConfig | SpatialCodecConfig | ContourCodecConfig | GaussianCodecConfig, Field(discriminator="kind")
+]
 
 
 class LandmarksConfig(Section):

@@ -3,18 +3,20 @@
 `DiscCodec` is the paper's (paper.md, section 3) with its quirks kept: softmax over landmarks, no gradient outside the
 discs, contour centroids, (0, 0) on failure. `SpatialCodec` is ours: one probability distribution over all pixels per
 landmark. `ContourCodec` is contour-hugging, the paper's [20]: such a distribution, taught one pixel, with temperatures.
+`GaussianCodec` is GU2Net's: every pixel a probability of its own.
 """
 
 from __future__ import annotations
 
 from ddpm_lmk.config import Codec as CodecConfig
-from ddpm_lmk.config import ContourCodecConfig, DiscCodecConfig
+from ddpm_lmk.config import ContourCodecConfig, DiscCodecConfig, GaussianCodecConfig
 from ddpm_lmk.landmarks.codec import Codec, Decoded, Frame
 from ddpm_lmk.landmarks.contour import ContourCodec
 from ddpm_lmk.landmarks.disc import DiscCodec
+from ddpm_lmk.landmarks.gaussian import GaussianCodec
 from ddpm_lmk.landmarks.spatial import SpatialCodec
 
-__all__ = ["Codec", "ContourCodec", "Decoded", "DiscCodec", "Frame", "SpatialCodec", "build_codec"]
+__all__ = ["Codec", "ContourCodec", "Decoded", "DiscCodec", "Frame", "GaussianCodec", "SpatialCodec", "build_codec"]
 
 
 def build_codec(cfg: CodecConfig) -> Codec:
@@ -23,4 +25,6 @@ def build_codec(cfg: CodecConfig) -> Codec:
         return DiscCodec(cfg)
     if isinstance(cfg, ContourCodecConfig):
         return ContourCodec(cfg)
+    if isinstance(cfg, GaussianCodecConfig):
+        return GaussianCodec(cfg)
     return SpatialCodec(cfg)

@@ -111,6 +111,8 @@ def to_onnx(loaded: LoadedRun, facts: dict[str, str]) -> bytes:
     names = ["images", "timesteps"]
     shapes: tuple[dict[int, Any], ...] = ({0: batch}, {0: batch})
     if isinstance(loaded.task, LandmarkTask):
+        if loaded.task.spec.parts:
+            raise ConfigError(f"{loaded.path} finds landmarks in several datasets, ONNX holds one; use safetensors")
         model = _Maps(loaded.model, loaded.task.cfg.timestep)
         arguments, names, shapes = (images,), ["images"], ({0: batch},)
     with warnings.catch_warnings():

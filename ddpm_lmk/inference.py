@@ -128,16 +128,12 @@ def evaluate_run(
         DataError: the set has other landmarks, or the run cannot say what it learnt from.
     """
     loaded = open_run(run, kind="landmarks", device=device)
-    assert isinstance(loaded.task, LandmarkTask)
     settings = loaded.cfg.data.model_copy(update={"path": (str(data),)})
     cfg = loaded.cfg.model_copy(update={"data": settings})
     corpus = evaluation_corpora(cfg, split)[0]
     spec = corpus.manifest.spec
-    if spec.landmark_names != loaded.spec.landmark_names:
-        raise DataError(
-            f"{run} finds the {loaded.spec.num_landmarks} landmarks of {loaded.spec.name}, {data} has the "
-            f"{spec.num_landmarks} of {spec.name}; evaluate on a set with the same landmarks"
-        )
+    loaded = loaded.for_landmarks_of(spec)
+    assert isinstance(loaded.task, LandmarkTask)
     found = predict_split(cfg, loaded.task, loaded.model, loaded.parallel, split=split)
     kept = ("name", "seed", "draw", "shots", "start", "labels", "train", "pixels")
     facts = {key: loaded.results.get(key) for key in kept}
@@ -148,8 +144,9 @@ def evaluate_run(
 
 def _training_films(loaded: LoadedRun) -> Corpus | None:
     """The labelled films a run learnt from, where they are still there."""
+    names = loaded.spec.landmark_names
     try:
-        return training_corpora(loaded.cfg)[0]
+        return next((c for c in training_corpora(loaded.cfg) if c.manifest.spec.landmark_names == names), None)
     except DataError:
         return None
 
@@ -158,7 +155,9 @@ def _shape_of(loaded: LoadedRun) -> np.ndarray:
     """Mean shape of the run's own shots: as it noted it, or from its training data."""
     if "mean_shape_points" in loaded.results:
         return np.array(loaded.results["mean_shape_points"])
-    shots = training_corpora(loaded.cfg)[0]
+    shots = _training_films(loaded)
+    if shots is None:
+        raise DataError(f"{loaded.path} does not say what it learnt from, and its training data is not there")
     return training_shape([shots.records[row] for row in shots.rows.tolist()])
 
 

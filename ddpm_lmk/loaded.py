@@ -5,7 +5,7 @@ What happens with it then is in `inference` (scores), `predict` (new pictures) a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from ddpm_lmk.errors import CheckpointError, ConfigError, DataError
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.runfile import validate
-from ddpm_lmk.tasks import Task, build_task
+from ddpm_lmk.tasks import LandmarkTask, Task, build_task
 
 PIXEL_SETTINGS = ("size", "aspect", "filter", "window", "bits")
 
@@ -41,8 +41,30 @@ class LoadedRun:
 
     @property
     def results(self) -> dict[str, Any]:
-        """The run's results.json; empty where there is none."""
-        return read_json(self.path / "results.json") or {}
+        """The run's results.json, of a mixture the part about this dataset; empty where there is none."""
+        found = read_json(self.path / "results.json") or {}
+        return next((part for part in found.get("parts", ()) if part["spec"] == self.spec.name), found)
+
+    def for_dataset(self, name: str | None) -> LoadedRun:
+        """The same for one of the datasets it has learnt, which has to be named where there are several.
+
+        Raises:
+            ConfigError: no name, or one of another dataset.
+        """
+        known = {part.name: part for part in self.spec.domains}
+        if name is None and len(known) == 1:
+            return self
+        if name not in known:
+            raise ConfigError(
+                f"{self.path} has learnt {', '.join(known)}, asked for {name or 'none of them'}; name one (--dataset)"
+            )
+        return self.for_landmarks_of(known[name])
+
+    def for_landmarks_of(self, spec: DatasetSpec) -> LoadedRun:
+        """The same for the dataset whose landmarks `spec` lists; raises DataError where it has learnt none such."""
+        assert isinstance(self.task, LandmarkTask)
+        task = self.task.part(spec)
+        return replace(self, spec=task.spec, task=task)
 
     def pixel_settings(self) -> dict[str, Any]:
         """How the pictures it learnt from were prepared: size, aspect, filter, window, bits.

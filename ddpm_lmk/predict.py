@@ -87,6 +87,7 @@ def predict_images(
     out: str | Path,
     *,
     mm_per_px: float | None = None,
+    dataset: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> PredictSummary:
     """Find the landmarks in image files; writes OUT/predictions.{csv,json} and OUT/overlays/NAME.png.
@@ -95,6 +96,7 @@ def predict_images(
         run: run directory or snapshot of a landmark run.
         files: PNG, JPEG, BMP, TIFF or DICOM files.
         mm_per_px: spacing of the pixels of these files, where it is known; goes before what DICOM files state.
+        dataset: whose landmarks are wanted, of a run that has learnt those of several.
 
     Raises:
         ConfigError: no files, or the run has learnt something else.
@@ -104,7 +106,7 @@ def predict_images(
         raise ConfigError("no image files given; name at least one")
     if mm_per_px is not None and not (np.isfinite(mm_per_px) and mm_per_px > 0):
         raise ConfigError(f"--mm-per-px={mm_per_px}: wanted a positive number of millimetres")
-    loaded = open_run(run, kind="landmarks", device=device)
+    loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
     out = Path(out)
     summary = PredictSummary(out)
     images: list[dict[str, Any]] = []

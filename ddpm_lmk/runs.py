@@ -33,6 +33,7 @@ from ddpm_lmk.fork import bring_checkpoint
 from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.machine import code_digest, versions
+from ddpm_lmk.mixtures import evaluate_parts
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir import RunDir
@@ -252,7 +253,8 @@ def _conclude(
     with state.ema.applied() as model:
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
             split, cache = cfg.evaluate.split, workbench.cache
-            return evaluate_split(cfg, task, model, parallel, split=split, out=run.path, train=train, cache=cache)
+            score = evaluate_parts if task.spec.parts else evaluate_split
+            return score(cfg, task, model, parallel, split=split, out=run.path, train=train, cache=cache)
         if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
             images = draw_samples(cfg, task, model, parallel, count=cfg.evaluate.samples)
             parallel.on_main(lambda: to_png(images, run.path / "samples.png"))

@@ -47,13 +47,16 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files", show_default=False)],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for CSV, JSON and overlays")],
     mm_per_px: Annotated[float | None, typer.Option(help="pixel spacing of these files, if known")] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="whose landmarks, where the run has learnt several sets")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="exit with code 3 if a file could not be read")] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Find the landmarks in x-rays: points in pixels of the file, their uncertainty, and a picture with them."""
     from ddpm_lmk.predict import predict_images
 
-    summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, device=device)
+    summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, device=device)
     for name, reason in summary.errors.items():
         say(f"failed: {name}: {reason}")
     typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")

@@ -62,7 +62,7 @@ def open_loader(
         backend: what `backend.choose_backend` said, so that all loaders and ranks of a run have the same; None: ask it.
 
     Raises:
-        ConfigError: the run cannot be honoured (world size, shots, overlapping splits, several labelled folders).
+        ConfigError: the run cannot be honoured (world size, shots, overlapping splits).
         DataError: the data is missing, empty or without labels.
         LaunchError: DALI is asked for and not installed.
         ResourceError: the pixels do not fit where `data.residency` wants them.

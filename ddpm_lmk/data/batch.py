@@ -29,6 +29,7 @@ class Batch:
             they are keys of randomness and reading them back from a device would make it wait.
         weight: `[B]` float32, 1 for a sample that counts, 0 for one repeated to fill the shape.
         ids: sample names, `B` of them.
+        domain: `[B]` int64 in host memory, which part of a mixture's spec a sample belongs to; None: there is one.
     """
 
     images: Tensor
@@ -39,16 +40,17 @@ class Batch:
     positions: Tensor
     weight: Tensor
     ids: tuple[str, ...]
+    domain: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The same batch on `device`, all but `positions`; memory layout is kept."""
+        """The same batch on `device`, all but `positions` and `domain`; memory layout is kept."""
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and field.name != "positions"
+            if isinstance(value := getattr(self, field.name), Tensor) and field.name not in ("positions", "domain")
         }
         return replace(self, **moved)
 

@@ -97,10 +97,10 @@ class Corpus:
 
 
 def training_corpora(cfg: RunConfig) -> list[Corpus]:
-    """The rows trained on: for a pool `data.splits` less leaks and copies, for landmarks the labelled shots of one set.
+    """The rows trained on: for a pool `data.splits` less leaks and copies, for landmarks the shots of each set.
 
     Raises:
-        ConfigError: a split is trained on and scored, several folders for landmarks, more shots than images.
+        ConfigError: a split is trained on and scored, more shots than images.
         DataError: a folder is not a pack, a split does not exist or is empty, there are no labels.
     """
     data, labelled = cfg.data, cfg.task.kind == "landmarks"
@@ -108,8 +108,7 @@ def training_corpora(cfg: RunConfig) -> list[Corpus]:
         if split in data.splits:
             raise ConfigError(f"{key}={split} is also in data.splits, so it would be trained on; use another split")
     corpora = _open_splits(data, data.splits, labelled=labelled, is_pool=not labelled)
-    if labelled:
-        corpus = corpora[0]
+    for corpus in corpora if labelled else ():
         corpus.keep(few_shot_rows(np.asarray(corpus.rows), corpus.manifest.dataset, data.shots, data.draw, cfg.seed))
     return corpora
 
@@ -130,10 +129,6 @@ def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_
 
     `is_pool`: images are learnt from without labels, so leaks and copies are left out (see `leaks`).
     """
-    if labelled and len(data.path) > 1:
-        raise ConfigError(
-            f"data.path has {len(data.path)} folders; task landmarks learns from one, pools are for denoise"
-        )
     manifests = [Manifest.open(path, CacheSettings.of(data)) for path in data.path]
     prints = [manifest.fingerprint for manifest in manifests]
     if len(set(prints)) < len(prints):

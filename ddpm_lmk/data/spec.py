@@ -6,12 +6,14 @@ are the paper's (paper.md, sections 3 and 4); phantoms mirror them; a table of o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from ddpm_lmk.config import Section
+from ddpm_lmk.errors import ConfigError
 
 
 class NoSpacing(Section):
@@ -65,6 +67,9 @@ class DatasetSpec(Section):
     paper_pair: PairSpacing | None = Field(
         None, description="the pair that `pair_squeezed` measures in the squeezed frame"
     )
+    parts: tuple[DatasetSpec, ...] = Field(
+        (), description="the datasets of a mixture, whose landmarks follow one another; empty: one dataset"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetSpec:
@@ -83,6 +88,16 @@ class DatasetSpec(Section):
     def num_landmarks(self) -> int:
         """Number of landmarks; 0 for an unlabelled set."""
         return len(self.landmark_names)
+
+    @property
+    def domains(self) -> tuple[DatasetSpec, ...]:
+        """The datasets whose landmarks these are: the parts of a mixture, or this one."""
+        return self.parts or (self,)
+
+    def columns(self, domain: int) -> slice:
+        """Where the landmarks of a part of a mixture stand among all of them."""
+        begin = sum(part.num_landmarks for part in self.domains[:domain])
+        return slice(begin, begin + self.domains[domain].num_landmarks)
 
     def resolve_spacing(self, points: np.ndarray | None, stated: float | None) -> float | None:
         """Millimetres per native pixel of one image, or None where they cannot be known.
@@ -104,6 +119,25 @@ class DatasetSpec(Section):
 def unlabelled(name: str) -> DatasetSpec:
     """The spec of a set without labels."""
     return DatasetSpec(name=name)
+
+
+def mixture(specs: Sequence[DatasetSpec]) -> DatasetSpec:
+    """One spec over the labelled sets of a pool; sets with the same spec share their landmarks. One alone is itself.
+
+    Raises:
+        ConfigError: two different specs have one name.
+    """
+    parts = list({spec.name: spec for spec in specs}.values())
+    for spec in specs:
+        if spec not in parts:
+            raise ConfigError(
+                f"data.path has two sets called {spec.name} whose landmarks, unit or spacing differ; "
+                "pack one of them with a spec of another name"
+            )
+    if len(parts) == 1:
+        return parts[0]
+    names = tuple(f"{part.name}.{name}" for part in parts for name in part.landmark_names)
+    return DatasetSpec(name="+".join(part.name for part in parts)[:80], landmark_names=names, parts=tuple(parts))
 
 
 _CHEST_NAMES = tuple(

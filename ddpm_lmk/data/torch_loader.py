@@ -27,7 +27,7 @@ from ddpm_lmk.data.prefetch import ahead
 from ddpm_lmk.data.quarantine import BadSample, Quarantine
 from ddpm_lmk.data.resident import Residency, ResidentPixels, StreamPixels, open_pixels
 from ddpm_lmk.data.shards import CorruptSampleError, SampleRecord
-from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ class _Loader:
         """`largest`: most images of a batch."""
         assert 0 <= seat.rank < seat.world
         self._cfg, self._corpora, self._seat = cfg, corpora, seat
+        specs = [corpus.manifest.spec for corpus in corpora]
+        self._spec = mixture(specs) if corpora[0].records else specs[0]
+        self._domains = [self._spec.domains.index(spec) if self._spec.parts else 0 for spec in specs]
         self._decoders = ThreadPoolExecutor(cfg.data.workers, "decode") if cfg.data.workers else None
         self.residency: Residency = "stream"
         self._pixels: StreamPixels | ResidentPixels | DaliPixels
@@ -75,8 +78,8 @@ class _Loader:
 
     @property
     def spec(self) -> DatasetSpec:
-        """Facts of the dataset (of the first one, in a pool)."""
-        return self._corpora[0].manifest.spec
+        """Facts of the dataset: of all labelled ones together, of the first one in a pool without labels."""
+        return self._spec
 
     @property
     def fingerprint(self) -> str:
@@ -115,15 +118,27 @@ class _Loader:
         to_image = compose(changes.matrix, np.stack([fact.to_network for fact in facts]))
         batch = Batch(
             images=images,
-            points=_moved_points(facts, to_image),
+            points=self._moved_points(places, facts, to_image),
             to_native=_tensor(invert(to_image)),
             native_size=_tensor(np.array([fact.native_size for fact in facts])),
             mm_per_px=_tensor(np.array([fact.mm_per_px for fact in facts])),
             positions=torch.from_numpy(positions.copy()),
             weight=_tensor(weights),
             ids=tuple(fact.id for fact in facts),
+            domain=torch.tensor([self._domains[corpus] for corpus, _ in places]) if self._spec.parts else None,
         )
         return batch.to(self._seat.device)
+
+    def _moved_points(
+        self, places: Sequence[Place], facts: Sequence[Facts], to_image: np.ndarray
+    ) -> torch.Tensor | None:
+        """`[B, N, 2]` network px, NaN for landmarks of other parts of a mixture; None where no sample has a label."""
+        if facts[0].points is None:  # labelled and unlabelled samples are never mixed
+            return None
+        points = np.full((len(facts), self._spec.num_landmarks, 2), np.nan)
+        for row, (corpus, _), fact in zip(points, places, facts, strict=True):
+            row[self._spec.columns(self._domains[corpus])] = fact.points
+        return _tensor(move(points, to_image))
 
 
 class TrainLoader(_Loader):
@@ -259,14 +274,6 @@ def open_evaluation(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None, *,
     if wanted is None:
         raise ConfigError("evaluate.split is null, so there is nothing to evaluate; name a split")
     return EvalLoader(cfg, evaluation_corpora(cfg, wanted), seat, cache)
-
-
-def _moved_points(facts: Sequence[Facts], to_image: np.ndarray) -> torch.Tensor | None:
-    """`[B, N, 2]` network px; None where no sample has a label (labelled and unlabelled ones are never mixed)."""
-    points = [fact.points for fact in facts if fact.points is not None]
-    if not points:
-        return None
-    return _tensor(move(np.stack(points), to_image))
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

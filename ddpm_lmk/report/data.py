@@ -230,18 +230,26 @@ def _runs_in(folder: Path) -> tuple[list[Run], int]:
         cells = [(cell_folder(folder, cell["cell"]), cell["start"]) for cell in sweep["cells"]]
         found = [(path, start, read_json(path / "results.json")) for path, start in cells]
         done = [path for path, _, results in found if results and (path / "done.json").is_file()]
-        return [Run(path, start, results) for path, start, results in found if results and path in done], len(cells)
+        runs = [_runs_of(path, start, results) for path, start, results in found if results and path in done]
+        return [run for each in runs for run in each], len(cells)
     results = read_json(folder / "results.json")
     if results is None:
         raise DataError(
             f"{folder} is neither a sweep (sweep.json) nor a finished run (results.json); give one of these"
         )
-    if results.get("kind") != "landmarks":
+    if results.get("kind") not in ("landmarks", "mixture"):
         raise DataError(
             f"{folder} is a run of kind {results.get('kind')}; a report needs fine-tuning runs or sweeps of them"
         )
     weights = results["start"]["weights"]
-    return [Run(folder, SCRATCH if weights is None else Path(weights).name, results)], 1
+    return _runs_of(folder, SCRATCH if weights is None else Path(weights).name, results), 1
+
+
+def _runs_of(folder: Path, start: str, results: dict[str, Any]) -> list[Run]:
+    """One run, or one for each dataset of a mixture."""
+    if results["kind"] == "mixture":
+        return [Run(folder / part["folder"], start, part) for part in results["parts"]]
+    return [Run(folder, start, results)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

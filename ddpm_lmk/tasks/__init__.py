@@ -16,7 +16,7 @@ __all__ = ["TASKS", "DenoiseTask", "LandmarkTask", "Predictions", "Task", "build
 
 TASKS: dict[str, Callable[[Any, RunConfig, DatasetSpec], Task]] = {
     "denoise": lambda section, cfg, spec: DenoiseTask(section, seed=cfg.seed),
-    "landmarks": lambda section, cfg, spec: LandmarkTask(section, spec),
+    "landmarks": lambda section, cfg, spec: LandmarkTask(section, spec, is_told_domain=cfg.model.kind == "gu2net"),
 }
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from ddpm_lmk.config import LandmarksConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.errors import DataError
 from ddpm_lmk.landmarks import Decoded, Frame, build_codec
 from ddpm_lmk.tasks.task import Task
 
@@ -30,23 +31,60 @@ class Predictions:
 
 
 class LandmarkTask(Task):
-    """Predict one map per landmark and read the points from it."""
+    """Predict one map per landmark and read the points from it.
 
-    def __init__(self, cfg: LandmarksConfig, spec: DatasetSpec) -> None:
+    Over a mixture of datasets there is a map for each landmark of each, and an image is scored on those of its own; the
+    view of one dataset is `part`.
+    """
+
+    def __init__(
+        self,
+        cfg: LandmarksConfig,
+        spec: DatasetSpec,
+        *,
+        is_told_domain: bool = False,
+        part_of: DatasetSpec | None = None,
+    ) -> None:
+        """`is_told_domain`: the network is told which part of the mixture an image is of, and not a timestep."""
         self.cfg = cfg
         self.spec = spec
+        self.is_told_domain = is_told_domain
+        self._mixture = part_of
         self.codec = build_codec(cfg.codec)
         self.out_channels = spec.num_landmarks
         self.full_size = self.codec.full_size
+        self.domains = tuple(part.num_landmarks for part in spec.domains)
 
-    def _maps(self, model: nn.Module, images: Tensor) -> Tensor:
-        if self.cfg.timestep is None:
-            return model(images, None)
-        return model(images, torch.full((len(images),), self.cfg.timestep, device=images.device))
+    def part(self, spec: DatasetSpec) -> LandmarkTask:
+        """The task for the images of one dataset, with its landmarks only; itself where there is no other.
+
+        Raises:
+            DataError: no dataset of the mixture has these landmarks.
+        """
+        for known in self.spec.domains:
+            if known.landmark_names == spec.landmark_names:
+                task = LandmarkTask(self.cfg, known, is_told_domain=self.is_told_domain, part_of=self.spec)
+                return task if self.spec.parts else self
+        found = "; ".join(f"the {part.num_landmarks} of {part.name}" for part in self.spec.domains)
+        raise DataError(
+            f"found the {spec.num_landmarks} landmarks of {spec.name}, but what was learnt is {found}; "
+            "use a set with the same landmarks"
+        )
+
+    def _maps(self, model: nn.Module, images: Tensor, domain: Tensor | None) -> Tensor:
+        """Maps `[B, N, h, w]` of the landmarks of this task; `domain` `[B]` as in a batch."""
+        index = 0 if self._mixture is None else self._mixture.domains.index(self.spec)
+        if self._mixture is not None:
+            domain = torch.full((len(images),), index)
+        if self.is_told_domain or self.cfg.timestep is None:
+            maps = model(images, domain if self.is_told_domain else None)
+        else:
+            maps = model(images, torch.full((len(images),), self.cfg.timestep, device=images.device))
+        return maps if self._mixture is None else maps[:, self._mixture.columns(index)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The codec's loss, per image `[B]`."""
-        return self._codec_loss(self._maps(model, batch.images), batch)
+        return self._codec_loss(self._maps(model, batch.images, batch.domain), batch)
 
     def _codec_loss(self, maps: Tensor, batch: Batch) -> Tensor:
         assert batch.points is not None, "landmark batches carry points"
@@ -59,18 +97,17 @@ class LandmarkTask(Task):
         """
         frame = frame_of(batch)
         if self.cfg.views == 1:
-            decoded = self.codec.decode(self._maps(model, batch.images), frame)
+            decoded = self.codec.decode(self._maps(model, batch.images, batch.domain), frame)
             return Predictions(decoded.points, decoded.spread_px, decoded.failed)
-        return _combine(
-            [self._predict_view(model, batch.images, frame, matrix) for matrix in view_matrices(self.cfg.views)]
-        )
+        return _combine([self._predict_view(model, batch, frame, matrix) for matrix in view_matrices(self.cfg.views)])
 
-    def _predict_view(self, model: nn.Module, images: Tensor, frame: Frame, matrix: Tensor) -> Decoded:
+    def _predict_view(self, model: nn.Module, batch: Batch, frame: Frame, matrix: Tensor) -> Decoded:
         """Points seen in the view whose pixel p shows the image at `matrix` applied to p (normalised coordinates)."""
-        size, matrix = frame.size, matrix.to(images)
+        images, size = batch.images, frame.size
+        matrix = matrix.to(images)
         grid = functional.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
         moved = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        decoded = self.codec.decode(self._maps(model, moved), frame)
+        decoded = self.codec.decode(self._maps(model, moved, batch.domain), frame)
         unit = (decoded.points + 0.5) * (2 / size) - 1  # [B, N, 2] in [-1, 1]
         back = unit @ matrix[:, :2].T + matrix[:, 2]
         points = torch.where(decoded.failed.unsqueeze(-1), decoded.points, (back + 1) * (size / 2) - 0.5)
@@ -81,7 +118,7 @@ class LandmarkTask(Task):
         from ddpm_lmk.metrics import MeanRadialError  # torchmetrics takes seconds to import; only validation needs it
 
         assert batch.points is not None, "landmark batches carry points"
-        maps = self._maps(model, batch.images)
+        maps = self._maps(model, batch.images, batch.domain)
         error = MeanRadialError(self.spec.num_landmarks).to(maps.device)
         error.update(self.codec.decode(maps, frame_of(batch)).points, batch.points, weight=batch.weight)
         return {

@@ -19,6 +19,7 @@ class Task(ABC):
 
     out_channels: int
     full_size: bool = True
+    domains: tuple[int, ...] = ()  # outputs of each dataset, where a network has layers of their own for them
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -49,7 +49,7 @@ LAYERS: list[set[str]] = [
     {"tasks", "leakage"},
     {"sweep"},
     {"engine", "rundir", "fork"},
-    {"sampling", "loaded", "inference", "predict", "export"},
+    {"sampling", "loaded", "inference", "mixtures", "predict", "export"},
     {"runs", "plan", "doctor"},
     {"report"},
     {"demo"},

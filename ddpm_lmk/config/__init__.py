@@ -88,6 +88,11 @@ class RunConfig(Section):
         ]
         if needs_validation and self.data.validation_split is None:
             raise ValueError(f"{', '.join(needs_validation)} needs data.validation_split")
+        if self.train.gradient != "mean" and self.train.micro_batch is None:
+            raise ValueError(
+                f"train.gradient={self.train.gradient} adds up means of micro-batches; it needs train.micro_batch, a size "
+                "that does not depend on the number of processes"
+            )
         if self.train.exactness == "exact" and (self.train.micro_batch is None or self.train.compile):
             raise ValueError(
                 "train.exactness=exact needs train.micro_batch, a size that does not depend on the number of processes, "

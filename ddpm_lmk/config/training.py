@@ -80,8 +80,10 @@ class TrainConfig(Section):
     windows: Literal["straddle", "epoch"] = Field(
         "straddle", description="may a group reach over the end of an epoch, or is the last one short (paper)"
     )
-    gradient: Literal["mean", "sum"] = Field(
-        "mean", description="mean over the group, or the sum of micro-batch means (released pre-training code)"
+    gradient: Literal["mean", "sum", "nominal"] = Field(
+        "mean",
+        description="mean over the group; or the sum of micro-batch means (released pre-training code), or that sum "
+        "over the number of micro-batches of a full group, also in a short one (released fine-tuning code)",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="autocast type; auto: bf16 on CUDA, fp32 on the CPU; fp16 scales the loss"

@@ -12,12 +12,12 @@ import logging
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from ddpm_lmk.checkpoint import load_checkpoint, newest_where
-from ddpm_lmk.config import Duration, RunConfig
+from ddpm_lmk.config import Duration, RunConfig, TrainConfig
 from ddpm_lmk.data.backend import Backend
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
@@ -190,7 +190,7 @@ def fit(
                         losses = task.loss(updater.net, batch)  # [B]
                     total = (losses.float() * batch.weight).sum()
                     reach_s = time.perf_counter() - begin  # from here on it may wait for other ranks
-                    updater.add(total, _divisor(cfg.train.gradient, batch, group))
+                    updater.add(total, _divisor(cfg.train, batch, group))
             seen = updater.finish(max(stop.level, supply.level))
             if seen.stop_level == DRY:  # a rank has no group: this step never was
                 stop_level = DRY
@@ -221,9 +221,15 @@ def fit(
     return state
 
 
-def _divisor(gradient: Literal["mean", "sum"], batch: Batch, group: Group) -> Tensor | int:
-    """What a micro-batch's summed loss is divided by: the group, or for "sum" its own number of images."""
-    return group.size if gradient == "mean" else batch.weight.sum().clamp(min=1.0)
+def _divisor(train: TrainConfig, batch: Batch, group: Group) -> Tensor | int:
+    """What a micro-batch's summed loss is divided by: the images of the group, or its own.
+
+    "nominal" divides by the number of micro-batches of a full group, too.
+    """
+    if train.gradient == "mean":
+        return group.size
+    parts = train.group_size // (train.micro_batch or train.group_size) if train.gradient == "nominal" else 1
+    return batch.weight.sum().clamp(min=1.0) * parts
 
 
 def _go_back(state: TrainState, parallel: Parallel, run: RunDir, saver: Saver, *, every: int) -> None:

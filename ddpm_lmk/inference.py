@@ -128,7 +128,7 @@ def evaluate_run(
         DataError: the set has other landmarks, or the run cannot say what it learnt from.
     """
     loaded = open_run(run, kind="landmarks", device=device)
-    settings = loaded.cfg.data.model_copy(update={"path": (str(data),)})
+    settings = loaded.cfg.data.model_copy(update={"path": (str(data),), "packed": {}})
     cfg = loaded.cfg.model_copy(update={"data": settings})
     corpus = evaluation_corpora(cfg, split)[0]
     spec = corpus.manifest.spec

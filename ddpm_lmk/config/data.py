@@ -62,6 +62,9 @@ class DataConfig(Section):
     image_size: Annotated[int, Field(ge=16, le=4096)] = Field(
         256, description="side of the square network input, pixels"
     )
+    packed: dict[str, str | int | None] = Field(
+        {}, description="settings the packs must have been made with, e.g. {filter: gaussian}; null: any"
+    )
     intensity: Literal["per_image", "full_range"] = Field(
         "per_image",
         description="scale to [0, 1] by each image's own minimum and maximum (paper), or by the range of its type",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -130,6 +130,8 @@ def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_
     `is_pool`: images are learnt from without labels, so leaks and copies are left out (see `leaks`).
     """
     manifests = [Manifest.open(path, CacheSettings.of(data)) for path in data.path]
+    for manifest in manifests:
+        _want_packed(manifest, data.packed)
     prints = [manifest.fingerprint for manifest in manifests]
     if len(set(prints)) < len(prints):
         raise ConfigError("data.path names the same packed set twice; use data.weights to draw more from one")
@@ -142,6 +144,19 @@ def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_
         _open_one(manifest, splits, data.image_size, labelled=labelled, without=rows)
         for manifest, rows in zip(manifests, left_out, strict=True)
     ]
+
+
+def _want_packed(manifest: Manifest, wanted: Mapping[str, str | int | None]) -> None:
+    """Refuse a pack that was made with other settings than the run file asks for."""
+    for key, value in wanted.items():
+        if key not in manifest.settings:
+            known = ", ".join(sorted(manifest.settings))
+            raise ConfigError(f"data.packed.{key}={value}: packs have no such setting; they have {known}")
+        if value is not None and manifest.settings[key] != value:
+            raise ConfigError(
+                f"data.packed.{key}={value}, but {manifest.root} was packed with {key}={manifest.settings[key]}; "
+                f"pack it again with that setting, or change data.packed.{key}"
+            )
 
 
 def _open_one(

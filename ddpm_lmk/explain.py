@@ -37,6 +37,20 @@ def explain(model: type[BaseModel], prefix: str = "") -> list[ExplainRow]:
     return rows
 
 
+def descriptions(section: BaseModel, prefix: str = "") -> dict[str, str]:
+    """What every key of these settings is, by dotted key; a bare `kind` is what its section says of itself."""
+    told: dict[str, str] = {}
+    for name, field in type(section).model_fields.items():
+        own = field.description or (type(section).__doc__ or "").splitlines()[0]
+        told[f"{prefix}{name}"] = own
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            told |= descriptions(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            told |= {f"{prefix}{name}.{key}": own for key in value}
+    return told
+
+
 def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:
     """Section classes inside an annotation: one for a plain section, several for a tagged union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -80,9 +80,23 @@ def config_hash(config: BaseModel) -> str:
 def diff_runs(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
     """Rows (dotted key, value in `a`, value in `b`) where two runs differ; "(absent)" where one has no such key."""
     left, right = _flatten(a.model_dump(mode="json")), _flatten(b.model_dump(mode="json"))
-    keys = [*left, *(key for key in right if key not in left)]
+    keys = list(left)
+    for key in right:
+        if key not in left:
+            keys.insert(_beside(key, keys), key)
     rows = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys]
     return [row for row in rows if row[1] != row[2] or type(row[1]) is not type(row[2])]
+
+
+def _beside(key: str, keys: list[str]) -> int:
+    """Where a key belongs in a list: behind the last one of its section, or of the nearest section around it."""
+    section = key
+    while "." in section:
+        section = section.rpartition(".")[0]
+        akin = [i for i, other in enumerate(keys) if other == section or other.startswith(f"{section}.")]
+        if akin:
+            return akin[-1] + 1
+    return len(keys)
 
 
 def _compose(path: Path, model: type[BaseModel] | None, open_files: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:

@@ -19,6 +19,7 @@ import typer
 
 from ddpm_lmk import __version__, privacy
 from ddpm_lmk.cli.bench import bench_app
+from ddpm_lmk.cli.compare import show_difference
 from ddpm_lmk.cli.launch import launch_app
 from ddpm_lmk.cli.results import results_app
 from ddpm_lmk.cli.shards import shards_app
@@ -190,9 +191,11 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
             if share_group:
                 privacy.protect(share_group=True)
             short = [] if loader is None else [f"data.loader={loader}"]
-            cfg = load_run(_given(run_file, "RUN.yaml"), [*(overrides or []), *short])
+            words = [*(overrides or []), *short]
+            run_file = _given(run_file, "RUN.yaml")
             if diff is not None:
-                _diff(cfg, run_file, diff)
+                show_difference(run_file, words, diff)
+            cfg = load_run(run_file, words)
             _check_task(cfg, task, run_file)
             placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
             _train(cfg, out or Path("runs") / cfg.name, placement, fork=fork, strict=strict, dry_run=dry_run)
@@ -290,12 +293,4 @@ def _explain(model: type[BaseModel]) -> None:
     from ddpm_lmk.explain import explain
 
     print_table(("key", "type", "default", "bound", "what"), explain(model))
-    raise typer.Exit()
-
-
-def _diff(cfg: RunConfig, run_file: Path | None, other: Path) -> None:
-    from ddpm_lmk.runfile import diff_runs, load_run
-
-    rows = [(key, str(here), str(there)) for key, here, there in diff_runs(cfg, load_run(other))]
-    print_table(("key", str(run_file), str(other)), rows)
     raise typer.Exit()

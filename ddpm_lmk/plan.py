@@ -33,7 +33,8 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
             f"data.shots={cfg.data.shots}, but there are {sum(counts)} training images; use fewer, or null"
         )
     num_images = cfg.data.shots or sum(counts)
-    groups = GroupPlan(num_images, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows)
+    drop_last = cfg.task.kind == "denoise"  # as the loader
+    groups = GroupPlan(num_images, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows, drop_last=drop_last)
     steps = cfg.train.length.steps(cfg.train.group_size, num_images, groups.steps_per_epoch)
     images = groups.start(steps)
     rows = [

@@ -35,7 +35,7 @@ class Beat:
 
     rank: int
     pid: int
-    phase: str  # start, setup, step, evaluate, save, write, score or sample
+    phase: str  # start, setup, train (the loop begins), step, evaluate, save, write, score or sample
     step: int
     at: float  # monotonic seconds
     interval_s: float  # median time from a sign of this phase to the next sign
@@ -79,6 +79,8 @@ class Pulse:
         now = time.monotonic()
         if self._last is not None:
             self._intervals[self._last[0]].append(now - self._last[1])
+            if (self._last[0], phase) == ("train", "step"):  # the first step, from its beginning
+                self._intervals["step"] = deque([now - self._last[1]], maxlen=INTERVALS)
         intervals = self._intervals[phase]
         if reach_s is not None:
             self._reaches.append(reach_s)

@@ -92,6 +92,7 @@ def execute(
         LmkError: on all ranks alike where it is found before training; see `rundir`, `data` and `engine.loop`.
     """
     parallel = parallel or Parallel(device)
+    beat("setup")
     workbench = workbench or Workbench()
     with parallel.together():
         place = Path(out)
@@ -279,7 +280,6 @@ def run_job(job: dict[str, Any]) -> int:
     `fork` and `strict` of the command line are in it too.
     """
     parallel = Parallel(job.get("device", "auto"), zero=job.get("zero", 0))
-    beat("setup")
     fork = Path(job["fork"]) if job.get("fork") else None
     cfg, out = RunConfig.model_validate(job["config"]), Path(job["out"])
     execute(cfg, out, parallel=parallel, fork=fork, is_strict=job.get("strict", False))

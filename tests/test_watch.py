@@ -34,7 +34,9 @@ def beat(rank: int = 0, **changes: object) -> Beat:
 def test_a_rank_hangs_after_the_limit_or_ten_usual_steps_whichever_is_longer() -> None:
     assert watch.limit_s(beat(interval_s=1.0), 60) == 60
     assert watch.limit_s(beat(interval_s=30.0), 60) == 300
-    assert watch.limit_s(beat(interval_s=0.1, count=2), 60) == 600, "the pace of a phase is not known at once"
+    assert watch.limit_s(beat(interval_s=0.1, count=2, phase="evaluate"), 60) == 600, "its pace is not known at once"
+    assert watch.limit_s(beat(interval_s=8.0, count=1), 60) == 80, "that of steps is, after one"
+    assert watch.limit_s(beat(interval_s=0.1, count=9, phase="setup"), 60) == 600, "the next data may be larger"
     late = time.monotonic() - 61
     assert [found.rank for found in watch.find_stalled([beat(0, at=late), beat(1)], 60)] == [0]
 
@@ -60,6 +62,18 @@ def test_signs_are_read_as_they_were_written_and_torn_ones_left_out(tmp_path: Pa
     record = tmp_path / "rank-3"
     record.write_bytes(record.read_bytes()[:-1] + b"\xff")
     assert read_beats(tmp_path) == []
+
+
+def test_the_first_step_of_every_run_of_a_process_sets_the_pace(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, 0)
+    for _ in range(2):
+        pulse.beat("train", -1, None)
+        time.sleep(0.5)
+        pulse.beat("step", 1, None)
+        [found] = read_beats(tmp_path)
+        assert (found.count, found.interval_s) == (1, pytest.approx(0.6, abs=0.3))
+        pulse.beat("step", 2, None)
+    pulse.close()
 
 
 def test_the_clock_of_the_wall_decides_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def fit(
         closing(updater),
         saver,
     ):
+        beat("train")
         while True:
             # What is due at this step. A resumed run arrives here first, and makes up for what a signal cut short.
             is_last = state.step >= pace.total

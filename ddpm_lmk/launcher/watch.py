@@ -19,7 +19,8 @@ from ddpm_lmk.lifeline import DUMP_SIGNAL, REACHES, Beat
 TIMES_MEDIAN = 10  # of the usual interval without a sign: it hangs
 FEW_INTERVALS = 3  # below, the pace of a phase is not known: joining the group, a first evaluation
 TIMES_UNKNOWN = 10
-TIMES_SETUP = 30  # loading data, compiling
+TIMES_SETUP = 30  # loading data
+TIMES_NEXT_SETUP = 10  # of a process that does many runs: it may have other data to load
 STRAGGLER = 1.5  # times the median of all ranks
 DUMP_S = 2.0
 CGROUP = Path("/sys/fs/cgroup")
@@ -27,10 +28,14 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def limit_s(beat: Beat, stall_s: float) -> float:
-    """Seconds after `beat` within which the next one must come."""
-    if beat.count < FEW_INTERVALS:
-        return (TIMES_SETUP if beat.phase == "setup" else TIMES_UNKNOWN) * stall_s
-    return max(stall_s, TIMES_MEDIAN * beat.interval_s)
+    """Seconds after `beat` within which the next one must come.
+
+    One step is enough to know the pace of steps: it holds what every step takes, and what only the first one does.
+    """
+    is_setup = beat.phase == "setup"
+    if beat.count < (1 if beat.phase == "step" else FEW_INTERVALS):
+        return (TIMES_SETUP if is_setup else TIMES_UNKNOWN) * stall_s
+    return max((TIMES_NEXT_SETUP if is_setup else 1) * stall_s, TIMES_MEDIAN * beat.interval_s)
 
 
 def find_stalled(beats: Sequence[Beat], stall_s: float) -> list[Beat]:

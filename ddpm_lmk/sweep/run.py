@@ -2,9 +2,10 @@
 
 OUT/cells/CELL/ is the run directory of a cell, beside it CELL.lock and, after a failure, CELL.error.json;
 OUT/sweep.json lists the cells and how they stand, OUT/results.csv their scores, OUT/logs/ what the workers said. The
-two summaries are written anew, whole, whenever a cell ends. Exit code: 0 all cells are done, 1 some failed (the others
-are done), 75 stopped, or taken by another sweep in the same folder. The same command continues: finished cells are
-never run again.
+two summaries are written anew, whole, whenever a cell ends. A worker that shows no sign of progress is ended, and a
+cell that has lost its worker is tried once more by a new one. Exit code: 0 all cells are done, 1 some failed (the
+others are done), 75 stopped, or taken by another sweep in the same folder. The same command continues: finished cells
+are never run again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,15 +30,18 @@ from rich.console import Console
 
 from ddpm_lmk import atomic
 from ddpm_lmk.errors import ConfigError, StoppedError
+from ddpm_lmk.launcher.placement import STALL_S
 from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, caught, code_of, grace_s
 from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, check_starts, is_done
 from ddpm_lmk.sweep.stages import Stages
 from ddpm_lmk.sweep.summary import write_summary
 from ddpm_lmk.sweep.view import SweepView
+from ddpm_lmk.sweep.vigil import Vigil
 
 SOME_FAILED = 1
 POLL_S = 0.5
-MAX_LOST_WORKERS = 3  # per worker slot: a cell that kills its worker is recorded, then the slot goes on
+TRIES = 2  # a cell that has lost so many workers has failed
+MAX_LOST_WORKERS = 3 * TRIES  # per worker slot
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Worker:
     process: subprocess.Popen[str]
     cell: str | None = None
     restarts: int = 0
+    stalled: str = ""  # what was seen of it when it was ended for want of progress
 
 
 @dataclass
@@ -57,17 +63,28 @@ class SweepRun:
     out: Path
     device: str
     processes: int
+    vigil: Vigil
     session: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     events: queue.Queue[tuple[Worker, dict[str, Any]]] = field(default_factory=queue.Queue)
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
+    lost: Counter[str] = field(default_factory=Counter)  # workers, by the cell they were at
     asked: int = 0  # the signal that asked for a stop
 
 
 def run_sweep(
-    sweep: Sweep, out: Path, *, processes: int = 1, device: str = "cpu", console: Console | None = None
+    sweep: Sweep,
+    out: Path,
+    *,
+    processes: int = 1,
+    device: str = "cpu",
+    console: Console | None = None,
+    stall_s: float = STALL_S,
 ) -> int:
     """Run every cell of `sweep` that is not done in `out`; returns the exit code (see the module).
+
+    Args:
+        stall_s: seconds without a sign of progress after which a worker is ended, where its usual pace is no slower.
 
     Raises:
         ConfigError: starting weights are missing, or `processes` is not positive.
@@ -75,13 +92,13 @@ def run_sweep(
     if processes < 1:
         raise ConfigError(f"a sweep needs at least 1 process, found {processes}")
     check_starts(sweep)
-    run = SweepRun(sweep, Path(out), device, processes)
+    run = SweepRun(sweep, Path(out), device, processes, Vigil(Path(out) / "stacks", stall_s))
     (run.out / "cells").mkdir(parents=True, exist_ok=True)
     _see_done(run)
     view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done))
     write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
     if _pending(run):
-        with _stop_on_signal(run), view:
+        with _stop_on_signal(run), view, run.vigil:
             _pre_train(run, view)
             if _pending(run) and not run.asked:
                 _supervise(run, view)
@@ -125,6 +142,8 @@ def _supervise(run: SweepRun, view: SweepView) -> None:
     workers = [_start(run, slot, count) for slot in range(count)]
     told_to_stop = 0.0
     while workers:
+        for worker in workers:
+            worker.stalled = worker.stalled or run.vigil.end_if_stalled(worker.slot, worker.process.pid)
         if run.asked and not told_to_stop:
             told_to_stop = time.monotonic()
             for worker in workers:
@@ -161,18 +180,27 @@ def _replace(run: SweepRun, view: SweepView, worker: Worker, code: int, count: i
     """What follows a worker that has gone: nothing, or its successor when it was lost in the middle of its work."""
     if code in (0, StoppedError.exit_code, InterruptedRunError.exit_code) or run.asked:
         return []
-    reason = f"its worker died with exit code {code}; see {log_file(run, worker.slot)}"
+    can_follow = worker.restarts < MAX_LOST_WORKERS
+    how = worker.stalled or f"died with exit code {code}"
     if worker.cell is not None:
-        failure = {"session": run.session, "error": reason, "type": "WorkerLost", "exit_code": code}
-        atomic.write_json(run.out / "cells" / f"{worker.cell}.error.json", failure)
-        _note(run, view, worker, {"event": "failed", "cell": worker.cell, "error": reason})
+        _lose(run, view, worker, f"its worker {how}; see {log_file(run, worker.slot)}", code, can_follow=can_follow)
     elif worker.restarts == 0:
-        view.say(
-            f"worker {worker.slot} died with exit code {code} before its first cell; see {log_file(run, worker.slot)}"
-        )
-    if worker.restarts >= MAX_LOST_WORKERS or not _pending(run):
+        view.say(f"worker {worker.slot} {how} before its first cell; see {log_file(run, worker.slot)}")
+    if not can_follow or not _pending(run):
         return []
     return [_start(run, worker.slot, count, restarts=worker.restarts + 1)]
+
+
+def _lose(run: SweepRun, view: SweepView, worker: Worker, reason: str, code: int, *, can_follow: bool) -> None:
+    """A cell whose worker is lost is tried by the next one, or has failed."""
+    assert worker.cell is not None
+    run.lost[worker.cell] += 1
+    if can_follow and run.lost[worker.cell] < TRIES:
+        _note(run, view, worker, {"event": "lost", "cell": worker.cell, "error": reason})
+        return
+    failure = {"session": run.session, "error": reason, "type": "WorkerLost", "exit_code": code}
+    atomic.write_json(run.out / "cells" / f"{worker.cell}.error.json", failure)
+    _note(run, view, worker, {"event": "failed", "cell": worker.cell, "error": reason})
 
 
 def _start(run: SweepRun, slot: int, count: int, *, restarts: int = 0) -> Worker:
@@ -186,12 +214,13 @@ def _start(run: SweepRun, slot: int, count: int, *, restarts: int = 0) -> Worker
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=_environment(run.device, slot, count),
+            env=_environment(run.device, slot, count) | run.vigil.expect(slot),
             start_new_session=True,  # Ctrl-C reaches the parent only, which then stops the workers cleanly
         )
     worker = Worker(slot, process, restarts=restarts)
     cells = [{**asdict(cell), "cfg": cell.cfg.model_dump(mode="json")} for cell in _pending(run)]
     job = {"out": str(run.out), "device": run.device, "session": run.session, "parent": os.getpid(), "cells": cells}
+    job["slot"] = slot
     threading.Thread(target=_listen, args=(run, worker, json.dumps(job)), daemon=True).start()
     return worker
 

@@ -60,6 +60,9 @@ class SweepView:
         if event["event"] == "stopped":
             self.say(f"{name} stopped; the same command continues it")
             return
+        if event["event"] == "lost":
+            self.say(f"{name}: {event['error']}; a new worker tries it once more")
+            return
         self.finished += 1
         if self.bars is not None and self.total is not None:
             self.bars.update(self.total, completed=self.finished)

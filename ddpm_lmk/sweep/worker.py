@@ -45,6 +45,7 @@ def main() -> int:
     os.dup2(2, 1)  # whatever prints goes to the log
     job = json.load(sys.stdin)
     lifeline.die_with_parent(job["parent"])
+    lifeline.start_pulse(job["slot"])
     privacy.protect()
     with stop.leaving_at_once():
         return _pull(job, report)

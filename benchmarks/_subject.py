@@ -22,8 +22,8 @@ from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.models.cost import ModelCost, model_cost
 from ddpm_lmk.runfile import config_hash, load_run, load_yaml
-from ddpm_lmk.runs import Workbench
 from ddpm_lmk.tasks import build_task
+from ddpm_lmk.workbench import Workbench
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PRESETS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))

@@ -1,7 +1,7 @@
 """One run from its run file to its results: assemble, fit, evaluate.
 
-`starting_state` is the one place that decides where weights come from. A `Workbench` outlives a run: a sweep keeps its
-pixels and its built model there, and only resets the weights between cells.
+`starting_state` is the one place that decides where weights come from. A `Workbench` outlives a run: a sweep's worker
+keeps there what its next cell may want.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk import leakage
-from ddpm_lmk.checkpoint import load_checkpoint, load_weights
+from ddpm_lmk.checkpoint import load_checkpoint
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.console import say
 from ddpm_lmk.data import open_loader
@@ -34,42 +34,16 @@ from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.machine import code_digest, versions
 from ddpm_lmk.mixtures import evaluate_parts
-from ddpm_lmk.models import build_model
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.sampling import draw_samples, to_png
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
+from ddpm_lmk.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("ddpm-lmk", "torch", "accelerate", "numpy", "safetensors")
-
-
-class Workbench:
-    """What stays on the table between runs: decoded pixels, and the model as it was built, placed and compiled."""
-
-    def __init__(self) -> None:
-        self.cache: dict[Any, Any] = {}
-        self._key: tuple[Any, ...] = ()
-        self._model: nn.Module | None = None
-
-    def model(self, cfg: RunConfig, task: Task, device: torch.device) -> nn.Module:
-        """The network of `cfg` with the random weights of its seed, the same on every kind of device."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.seed)
-            fresh = task.wrap(build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size))
-        setting = (device, cfg.train.channels_last, cfg.train.compile)
-        key = (cfg.model, type(task), task.out_channels, task.full_size, *setting)
-        if self._model is not None and key == self._key:
-            self._model.load_state_dict(fresh.state_dict())
-            return self._model
-        layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
-        self._model = fresh.to(device).to(memory_format=layout)  # type: ignore[call-overload]
-        if cfg.train.compile:
-            self._model.compile()
-        self._key = key
-        return self._model
 
 
 def execute(
@@ -134,7 +108,7 @@ def starting_state(
         model = workbench.model(cfg, task, parallel.device)
         parent = None
         if newest is None and cfg.init.weights is not None:
-            parent = _load_parent(cfg, task, model)
+            parent = _load_parent(cfg, task, model, workbench)
         state = TrainState.fresh(cfg, model)
         if newest is not None:
             state.load(load_checkpoint(newest), load_all=load_all)
@@ -158,10 +132,10 @@ def _newest_path(run: RunDir) -> Path | None:
     return None if checkpoint is None else checkpoint.path
 
 
-def _load_parent(cfg: RunConfig, task: Task, model: nn.Module) -> dict[str, Any]:
+def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, workbench: Workbench) -> dict[str, Any]:
     """Put `init.weights` into `model`; returns what is worth knowing about them later."""
     assert cfg.init.weights is not None
-    weights, meta = load_weights(cfg.init.weights, cfg.init.use)
+    weights, meta = workbench.weights(cfg.init)
     if "config" not in meta and "init_conv.weight" in weights and weights["init_conv.weight"].shape[1] == 2:
         weights = from_upstream(weights)  # the released network has an input channel more than ours
     is_same = meta.get("out_channels") == task.out_channels and meta.get("export") == task.export()

@@ -50,6 +50,7 @@ LAYERS: list[set[str]] = [
     {"sweep"},
     {"engine", "rundir", "fork"},
     {"sampling", "loaded", "inference", "mixtures", "predict", "export"},
+    {"workbench"},
     {"runs", "plan", "doctor"},
     {"report"},
     {"demo"},

@@ -24,7 +24,8 @@ from ddpm_lmk.errors import CheckpointError, DataError, ResourceError, RunConfli
 from ddpm_lmk.fork import bring_checkpoint
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.runfile import load_run
-from ddpm_lmk.runs import Workbench, execute
+from ddpm_lmk.runs import execute
+from ddpm_lmk.workbench import Workbench
 
 ROOT = Path(__file__).parents[1]
 NETWORK = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8}

@@ -41,6 +41,9 @@ class OptimConfig(Section):
     kind: Literal["adamw", "sgd"] = Field("adamw", description="optimizer (sgd: plain, for tests of scale)")
     lr: Positive = Field(1e-4, description="learning rate (paper: 1e-4 pre-training, 1e-5 fine-tuning)")
     head_lr: Positive | None = Field(None, description="learning rate of the output layer; null: lr")
+    freeze: Literal["trunk"] | None = Field(
+        None, description="weights that stay as they start; trunk: all but the output layer"
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="AdamW betas"
     )

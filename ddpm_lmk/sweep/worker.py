@@ -53,7 +53,7 @@ def main() -> int:
 
 def _pull(job: dict[str, Any], report: Reporter) -> int:
     """Take one cell after the other."""
-    from ddpm_lmk.runs import Workbench  # torch, paid once per worker
+    from ddpm_lmk.workbench import Workbench  # torch, paid once per worker
 
     workbench = Workbench()
     out = Path(job["out"])

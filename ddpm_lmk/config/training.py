@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ddpm_lmk.config.values import Duration, NonNegative, Positive, Section
 
@@ -38,7 +38,9 @@ class PlateauConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule; the learning rate is a function of the step."""
 
-    kind: Literal["adamw", "sgd"] = Field("adamw", description="optimizer (sgd: plain, for tests of scale)")
+    kind: Literal["adamw", "adam", "sgd"] = Field(
+        "adamw", description="optimizer (adam: decay is part of the gradient, GU2Net; sgd: plain, for tests of scale)"
+    )
     lr: Positive = Field(1e-4, description="learning rate (paper: 1e-4 pre-training, 1e-5 fine-tuning)")
     head_lr: Positive | None = Field(None, description="learning rate of the output layer; null: lr")
     freeze: Literal["trunk"] | None = Field(
@@ -52,12 +54,25 @@ class OptimConfig(Section):
     decay_all: bool = Field(
         True, description="decay norms and biases too (paper), or only weights of two and more dimensions"
     )
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="shape of the learning rate after the warm-up (paper: constant)"
+    schedule: Literal["constant", "cosine", "linear", "triangular2"] = Field(
+        "constant",
+        description="shape of the learning rate after the warm-up (paper: constant; GU2Net: triangular2, see cycle)",
     )
+    cycle: Duration | None = Field(
+        None, description="triangular2: length of a way up and down; each peak is half as high as the one before"
+    )
+    lr_low: NonNegative = Field(0.0, description="triangular2: learning rate between the peaks")
     warmup: Duration = Field(Duration(0), description="linear warm-up of the learning rate")
     clip: ClipConfig | None = Field(None, description="gradient clipping; null: none")
     plateau: PlateauConfig | None = Field(None, description="plateau rule; needs data.validation_split")
+
+    @model_validator(mode="after")
+    def _cycles_belong_together(self) -> OptimConfig:
+        if (self.schedule == "triangular2") != (self.cycle is not None):
+            raise ValueError("schedule=triangular2 and cycle go together; set both or neither")
+        if self.lr_low and (self.cycle is None or self.lr_low > self.lr):
+            raise ValueError(f"lr_low={self.lr_low} is for schedule=triangular2 and must not be above lr={self.lr}")
+        return self
 
 
 class SpikeConfig(Section):

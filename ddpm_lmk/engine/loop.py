@@ -61,6 +61,7 @@ class Pace:
 
     total: int
     warmup: int
+    cycle: int
     log: int
     checkpoint: int
     keep: int | None
@@ -84,6 +85,7 @@ class Pace:
         return cls(
             total=steps(cfg.train.length),
             warmup=steps(cfg.optim.warmup),
+            cycle=0 if cfg.optim.cycle is None else steps(cfg.optim.cycle),
             log=interval("log_every"),
             checkpoint=interval("checkpoint_every"),
             keep=None if cfg.train.keep_every is None else interval("keep_every"),
@@ -120,7 +122,7 @@ def fit(
         ResourceError: the disk refused three checkpoints in a row, or the final weights; no memory from the start.
     """
     pace = Pace.of(cfg, loaders.train)
-    rate = learning_rate(cfg.optim, warmup=pace.warmup, total=pace.total)
+    rate = learning_rate(cfg.optim, warmup=pace.warmup, total=pace.total, cycle=pace.cycle)
     _warn(state.ema.warning(pace.total), run, parallel)
     state.model.train()
     updater = build_updater(cfg, state, parallel)

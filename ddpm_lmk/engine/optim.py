@@ -23,7 +23,7 @@ GROWS_AFTER = 2000  # updates, as in torch.amp
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or plain SGD over up to four groups: output layer or trunk, with or without weight decay.
+    """AdamW, Adam or plain SGD over up to four groups: output layer or trunk, with or without weight decay.
 
     Every group carries `share`, what the learning rate of the step is multiplied by. What is frozen is in no group.
     """
@@ -45,13 +45,22 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     ]
     if cfg.kind == "sgd":
         return torch.optim.SGD([{**group, "weight_decay": 0.0} for group in groups], lr=cfg.lr, foreach=True)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    adam = torch.optim.Adam if cfg.kind == "adam" else torch.optim.AdamW
+    return adam(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-def learning_rate(cfg: OptimConfig, *, warmup: int, total: int) -> Callable[[int], float]:
-    """Learning rate of the update that leads from `step` to `step + 1`, for a run of `total` steps."""
+def learning_rate(cfg: OptimConfig, *, warmup: int, total: int, cycle: int = 0) -> Callable[[int], float]:
+    """Learning rate of the update that leads from `step` to `step + 1`, for a run of `total` steps.
+
+    Args:
+        cycle: steps of a way up and down of triangular2 (Smith 2017), which starts at `lr_low`.
+    """
 
     def at(step: int) -> float:
+        if cycle:
+            turn, within = divmod(max(0, step - warmup), cycle)
+            height = (1.0 - abs(2.0 * within / cycle - 1.0)) / 2**turn
+            return (cfg.lr_low + (cfg.lr - cfg.lr_low) * height) * min(1.0, (step + 1) / (warmup + 1))
         progress = min(1.0, max(0.0, (step - warmup) / max(1, total - warmup)))
         shape = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress), "linear": 1.0 - progress}
         return cfg.lr * min(1.0, (step + 1) / (warmup + 1)) * shape[cfg.schedule]

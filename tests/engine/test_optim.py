@@ -92,6 +92,42 @@ def test_the_norm_tells_of_one_bad_element(bad: float) -> None:
     assert not torch.isfinite(global_norm([torch.ones(3), torch.tensor([0.0, bad])]))
 
 
+def test_triangular2_is_the_schedule_of_torch() -> None:
+    """GU2Net trains with CyclicLR in mode triangular2 (paper.md, section 5)."""
+    rate = learning_rate(
+        settings(lr=1e-2, lr_low=1e-4, schedule="triangular2", cycle=20), warmup=0, total=100, cycle=20
+    )
+    sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-4)
+    reference = torch.optim.lr_scheduler.CyclicLR(sgd, base_lr=1e-4, max_lr=1e-2, step_size_up=10, mode="triangular2")
+    for step in range(100):
+        assert rate(step) == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-9)
+        sgd.step()
+        reference.step()
+
+
+def test_a_cycle_without_its_schedule_is_refused() -> None:
+    for wrong in ({"cycle": 20}, {"schedule": "triangular2"}, {"lr_low": 1e-5}):
+        with pytest.raises(ValueError, match="triangular2"):
+            settings(**wrong)
+
+
+def test_adam_decays_through_the_gradient() -> None:
+    """The other half of the difference to AdamW: decay goes through the moments (GU2Net: Adam, weight decay 1e-4)."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    pairs = [
+        (ours, build_optimizer(settings(kind="adam", lr=0.1, weight_decay=0.3), ours)),
+        (theirs, torch.optim.Adam(theirs.parameters(), lr=0.1, weight_decay=0.3)),
+    ]
+    for _ in range(3):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
 def test_plateau_agrees_with_the_scheduler_of_torch() -> None:
     model = nn.Linear(1, 1)
     reference_optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

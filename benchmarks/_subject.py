@@ -20,7 +20,7 @@ from ddpm_lmk.data.spec import SPECS, DatasetSpec
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.updater import build_updater
-from ddpm_lmk.models.cost import ModelCost, model_cost
+from ddpm_lmk.models import ModelCost, model_cost
 from ddpm_lmk.runfile import config_hash, load_run, load_yaml
 from ddpm_lmk.tasks import build_task
 from ddpm_lmk.workbench import Workbench

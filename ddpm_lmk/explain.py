@@ -62,6 +62,12 @@ def kind_of(section: type[BaseModel]) -> str:
     return str(section.model_fields["kind"].default) if "kind" in section.model_fields else section.__name__
 
 
+def default_kind(field: FieldInfo | None) -> str | None:
+    """The kind of a section that does not say it, where that has a default."""
+    default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
+    return kind_of(type(default)) if isinstance(default, BaseModel) else None
+
+
 def _type_text(field: FieldInfo) -> str:
     choices = [repr(choice) for choice in get_args(field.annotation) if isinstance(choice, (str, int))]
     return " | ".join(choices) if choices else _annotation_text(field.annotation)

@@ -33,7 +33,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
             f"data.shots={cfg.data.shots}, but there are {sum(counts)} training images; use fewer, or null"
         )
     num_images = cfg.data.shots or sum(counts)
-    drop_last = cfg.task.kind == "denoise"  # as the loader
+    drop_last = cfg.task.stage == "pretrain"  # as the loader
     groups = GroupPlan(num_images, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows, drop_last=drop_last)
     steps = cfg.train.length.steps(cfg.train.group_size, num_images, groups.steps_per_epoch)
     images = groups.start(steps)
@@ -53,7 +53,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
 
 def _images(cfg: RunConfig, manifests: list[Manifest]) -> list[int]:
     """Images of each set, for pre-training without those left out."""
-    if cfg.task.kind == "denoise":
+    if cfg.task.stage == "pretrain":
         return [len(corpus.rows) for corpus in training_corpora(cfg)]
     return [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
 

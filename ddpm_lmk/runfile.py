@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 from ddpm_lmk import yamlfile
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.explain import explain, kind_of, sections_of
+from ddpm_lmk.explain import default_kind, explain, kind_of, sections_of
 from ddpm_lmk.yamlfile import KeyPath, Origins
 
 __all__ = ["config_hash", "diff_runs", "dump_run", "explain", "load_run", "load_yaml", "validate"]
@@ -151,7 +151,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel] | 
             and isinstance(old, dict)
             and isinstance(value, dict)
             and "kind" in value
-            and old.get("kind") not in (None, value["kind"])
+            and old.get("kind", default_kind(field)) not in (None, value["kind"])
         )
         if not isinstance(value, dict) or not isinstance(old, dict) or switched:
             base[key] = _copied(value)

@@ -34,6 +34,7 @@ from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.machine import code_digest, versions
 from ddpm_lmk.mixtures import evaluate_parts
+from ddpm_lmk.models.encoder_weights import is_encoder_only, load_encoder, want_file
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.runfile import config_hash
@@ -84,7 +85,7 @@ def execute(
             state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
             _want_same_everywhere(cfg, loaders, state, parallel)
             parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, kinds, forked or parent)))
-            if cfg.task.kind == "denoise":
+            if cfg.task.stage == "pretrain":
                 parallel.on_main(lambda: _note_left_out(cfg, run))
             run.journal.rewind_metrics(state.step)
             fit(cfg, task, state, loaders, parallel, run, is_strict=is_strict)
@@ -100,7 +101,8 @@ def starting_state(
 
     1. The newest good checkpoint of the run directory: everything continues as it was.
     2. `init.weights`, into a network that is otherwise random from `seed`. All of it where the parent learnt the same
-       task with the same outputs on the same dataset; else all but the output layer, which stays random from `seed`.
+       task with the same outputs on the same dataset; the encoder where that is all the weights have of the network;
+       else all but the output layer, which stays random from `seed`.
     3. Random from `seed`.
     """
     newest = parallel.on_main(lambda: _newest_path(run))
@@ -135,14 +137,17 @@ def _newest_path(run: RunDir) -> Path | None:
 def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, workbench: Workbench) -> dict[str, Any]:
     """Put `init.weights` into `model`; returns what is worth knowing about them later."""
     assert cfg.init.weights is not None
+    if cfg.model.kind == "encoder_unet":
+        want_file(cfg.init.weights)
     weights, meta = workbench.weights(cfg.init)
     if "config" not in meta and "init_conv.weight" in weights and weights["init_conv.weight"].shape[1] == 2:
         weights = from_upstream(weights)  # the released network has an input channel more than ours
     is_same = meta.get("out_channels") == task.out_channels and meta.get("export") == task.export()
+    part = "all" if is_same else "encoder" if is_encoder_only(cfg.model, weights) else "trunk"
     target: dict[str, Tensor] = {name: value.to(torch.float32) for name, value in weights.items()}
-    (load_all if is_same else load_trunk)(model, target)
+    {"all": load_all, "trunk": load_trunk, "encoder": load_encoder}[part](model, target)
     facts: dict[str, Any] = {key: meta[key] for key in ("path", "use", "step", "fingerprint", "files") if key in meta}
-    return {**facts, "loaded": "all" if is_same else "trunk"}
+    return {**facts, "loaded": part}
 
 
 @contextmanager
@@ -195,7 +200,7 @@ def _facts(
         "num_images": loaders.train.num_images,
         "parent": parent,
         "loader": None if loaders.backend is None else asdict(loaders.backend),
-        "exactness": kept(cfg.train.exactness, kinds),
+        "exactness": kept(cfg, kinds),
         "devices": kinds,
         "zero": parallel.zero,
         "code": code_digest(),

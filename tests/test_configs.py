@@ -14,7 +14,7 @@ from ddpm_lmk.sweep import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("launch/*.yaml")])
-FRAGMENT_BASE = "data: {path: shards}\ntask: {kind: denoise}\n"
+FRAGMENT_BASE = "data: {path: shards}\ntask: {kind: landmarks}\n"
 
 
 def load(path: Path, tmp_path: Path) -> None:

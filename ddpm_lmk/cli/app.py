@@ -13,7 +13,7 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from ddpm_lmk.config import RunConfig
+    from ddpm_lmk.config.values import Stage
     from ddpm_lmk.launcher import Placement
-
-TaskKind = Literal["denoise", "landmarks"]
 
 app = typer.Typer(
     help="Diffusion pre-training on pooled x-rays, and few-shot landmark detection with the same engine.",
@@ -159,8 +158,8 @@ def demo(
     typer.echo(f"report: {run_demo(out, placement).absolute()}")
 
 
-def _add_training_command(name: str, task: TaskKind, text: str) -> None:
-    """`pretrain` and `finetune` are one command that wants another task."""
+def _add_training_command(name: Stage, text: str) -> None:
+    """`pretrain` and `finetune` are one command that wants another kind of task."""
 
     @app.command(name, help=text)
     def command(
@@ -196,17 +195,13 @@ def _add_training_command(name: str, task: TaskKind, text: str) -> None:
             if diff is not None:
                 show_difference(run_file, words, diff)
             cfg = load_run(run_file, words)
-            _check_task(cfg, task, run_file)
+            _check_task(cfg, name, run_file)
             placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
             _train(cfg, out or Path("runs") / cfg.name, placement, fork=fork, strict=strict, dry_run=dry_run)
 
 
-_add_training_command(
-    "pretrain", "denoise", "Pre-train on unlabelled x-rays. Continues when --out already holds this run."
-)
-_add_training_command(
-    "finetune", "landmarks", "Train a landmark detector, from random or pre-trained weights, and score it."
-)
+_add_training_command("pretrain", "Pre-train on unlabelled x-rays. Continues when --out already holds this run.")
+_add_training_command("finetune", "Train a landmark detector, from random or pre-trained weights, and score it.")
 
 
 @app.command()
@@ -251,10 +246,10 @@ def _given(path: Path | None, name: str) -> Path:
     return path
 
 
-def _check_task(cfg: RunConfig, wanted: TaskKind, run_file: Path | None) -> None:
-    if cfg.task.kind != wanted:
-        other = {"denoise": "pretrain", "landmarks": "finetune"}[cfg.task.kind]
-        raise ConfigError(f"{run_file} has task.kind={cfg.task.kind}, not {wanted}; use `ddpm-lmk {other} {run_file}`")
+def _check_task(cfg: RunConfig, wanted: Stage, run_file: Path | None) -> None:
+    if cfg.task.stage != wanted:
+        other = cfg.task.stage
+        raise ConfigError(f"{run_file} has task.kind={cfg.task.kind}; use `ddpm-lmk {other} {run_file}`")
 
 
 def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None, strict: bool, dry_run: bool) -> None:

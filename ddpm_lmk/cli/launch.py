@@ -52,7 +52,7 @@ def slurm(
     file = None if launch is None else read_launch_file(launch)
     cfg = load_run(run_file, overrides or [])
     on_gpus = (file.processes if file.device == "cuda" else 0) if file is not None else gpus or 0
-    verb = {"denoise": "pretrain", "landmarks": "finetune"}[cfg.task.kind]
+    verb = cfg.task.stage
     folder = (out or Path("runs") / cfg.name).absolute()
     words = writer.command(
         verb,

@@ -12,7 +12,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from ddpm_lmk.config.data import AugmentConfig, DataConfig
-from ddpm_lmk.config.model import UNetConfig
+from ddpm_lmk.config.encoder import EncoderUNetConfig
+from ddpm_lmk.config.model import Network, UNetConfig
 from ddpm_lmk.config.task import (
     Codec,
     ContourCodecConfig,
@@ -44,11 +45,13 @@ __all__ = [
     "DiscCodecConfig",
     "Duration",
     "EmaConfig",
+    "EncoderUNetConfig",
     "EvaluateConfig",
     "Fraction",
     "GaussianCodecConfig",
     "InitConfig",
     "LandmarksConfig",
+    "Network",
     "NonNegative",
     "OptimConfig",
     "PlateauConfig",
@@ -68,7 +71,7 @@ class RunConfig(Section):
     name: str = Field("run", min_length=1, max_length=80, pattern=r"^[A-Za-z0-9._+-]+$", description="shown in reports")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="root of all randomness")
     data: DataConfig
-    model: Annotated[UNetConfig, Field(description="network")] = Field(default_factory=UNetConfig)
+    model: Annotated[Network, Field(description="network")] = Field(default_factory=UNetConfig)
     task: Annotated[DenoiseConfig | LandmarksConfig, Field(discriminator="kind", description="what is learnt")]
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -98,22 +101,32 @@ class RunConfig(Section):
                 "train.exactness=exact needs train.micro_batch, a size that does not depend on the number of processes, "
                 "and train.compile=false, since kernels are compiled per process"
             )
-        if self.task.kind == "denoise" and self.evaluate.split not in (None, "test"):
+        is_pretraining = self.task.stage == "pretrain"
+        if is_pretraining and self.evaluate.split not in (None, "test"):
             raise ValueError(
                 f"evaluate.split={self.evaluate.split} is for task landmarks; pre-training is scored on data.validation_split"
             )
-        if self.task.kind == "denoise" and self.data.shots is not None:
+        if is_pretraining and self.data.shots is not None:
             raise ValueError(
                 "data.shots is for labelled training (task landmarks); pre-training uses every image of data.splits"
             )
-        if self.task.kind == "landmarks" and self.data.protect:
+        if not is_pretraining and self.data.protect:
+            raise ValueError("data.protect is for pre-training; a fine-tuning run trains on one set's splits")
+        if self.data.image_size % self.model.side_multiple:
             raise ValueError(
-                "data.protect is for pre-training (task denoise); a fine-tuning run trains on one set's splits"
+                f"data.image_size={self.data.image_size} must be a multiple of {self.model.side_multiple} for this "
+                f"model.kind={self.model.kind}, which halves its maps"
             )
-        if self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)):
-            raise ValueError(
-                f"data.image_size={self.data.image_size} must be a multiple of "
-                f"{self.model.patch * 2 ** (len(self.model.multipliers) - 1)} for model.patch={self.model.patch} "
-                f"and {len(self.model.multipliers)} levels"
-            )
+        self._want_fitting_network()
         return self
+
+    def _want_fitting_network(self) -> None:
+        if not self.model.takes_time and self.task.kind == "denoise":
+            raise ValueError(f"model.kind={self.model.kind} takes no timestep, which task denoise needs; use ddpm_unet")
+        if not self.model.takes_time and self.task.kind == "landmarks" and self.task.timestep is not None:
+            raise ValueError(f"model.kind={self.model.kind} takes no timestep; set task.timestep=null")
+        if self.model.couples_images and self.train.exactness == "exact":
+            raise ValueError(
+                f"model.kind={self.model.kind} normalises over the images of a micro-batch, so bits depend on the number "
+                "of processes; use train.exactness=ordered"
+            )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
+from ddpm_lmk.config.encoder import EncoderUNetConfig
 from ddpm_lmk.config.values import Section
 
 
 class UNetConfig(Section):
     """The DDPM U-Net of the paper (paper.md, section 1) and its smaller relatives."""
+
+    takes_time: ClassVar[bool] = True
+    couples_images: ClassVar[bool] = False
 
     kind: Literal["ddpm_unet"] = "ddpm_unet"
     width: Annotated[int, Field(ge=8, le=1024)] = Field(
@@ -32,3 +36,23 @@ class UNetConfig(Section):
         False,
         description="recompute activations in the backward pass: less memory, about a quarter more FLOPs (the paper: always)",
     )
+
+    @property
+    def side_multiple(self) -> int:
+        """What the side of the images has to be a multiple of, pixels."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    def describe(self, image_size: int) -> str:
+        """The network in a few words, for reports."""
+        levels = ", ".join(map(str, self.multipliers))
+        return f"width {self.width} × ({levels}), {image_size}² at {image_size // self.patch}²"
+
+
+def _kind(section: Any) -> str:
+    """A section without a kind is the paper's network."""
+    return section.get("kind", "ddpm_unet") if isinstance(section, dict) else getattr(section, "kind", "ddpm_unet")
+
+
+Network = Annotated[
+    Annotated[UNetConfig, Tag("ddpm_unet")] | Annotated[EncoderUNetConfig, Tag("encoder_unet")], Discriminator(_kind)
+]

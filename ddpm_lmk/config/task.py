@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ddpm_lmk.config.values import NonNegative, Positive, Section
+from ddpm_lmk.config.values import NonNegative, Positive, Section, Stage
 
 
 class DenoiseConfig(Section):
     """Noise prediction, the pre-training task (paper.md, section 2)."""
+
+    stage: ClassVar[Stage] = "pretrain"
 
     kind: Literal["denoise"] = "denoise"
     schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
@@ -91,6 +93,8 @@ Codec = Annotated[
 
 class LandmarksConfig(Section):
     """Landmark detection, the fine-tuning task."""
+
+    stage: ClassVar[Stage] = "finetune"
 
     kind: Literal["landmarks"] = "landmarks"
     codec: Codec = Field(default_factory=SpatialCodecConfig)

@@ -9,19 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.config import EmaConfig
+from ddpm_lmk.engine.statistics import is_running
 from ddpm_lmk.errors import CheckpointError
 
 LARGEST_SHARE_OF_START = 0.1
 
 
 class Ema:
-    """The average of one model's parameters, copies of its buffers; without settings it holds and does nothing."""
+    """The average of one model's parameters and running statistics, copies of its other buffers.
+
+    Without settings it holds and does nothing. Statistics are averaged with the weights that made them: those of the
+    present weights would not fit the maps of averaged ones.
+    """
 
     def __init__(self, cfg: EmaConfig | None, model: nn.Module) -> None:
         self.cfg = cfg
         self._model = model
-        pairs = model.named_parameters() if cfg is not None else ()
-        self._average = {name: parameter.detach().clone() for name, parameter in pairs}
+        self._average = {name: value.detach().clone() for name, value in self._followed()} if cfg is not None else {}
 
     def __bool__(self) -> bool:
         return self.cfg is not None
@@ -32,7 +36,7 @@ class Ema:
         if self.cfg is None:
             return
         decay = min(self.cfg.decay, (1 + step) / (10 + step)) if self.cfg.warmup else self.cfg.decay
-        torch._foreach_lerp_(list(self._average.values()), list(self._model.parameters()), 1 - decay)
+        torch._foreach_lerp_(list(self._average.values()), [value for _, value in self._followed()], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -74,6 +78,10 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, parameter in self._model.named_parameters():
+        for name, value in self._followed():
             if name in self._average:
-                parameter.data, self._average[name] = self._average[name], parameter.data
+                value.data, self._average[name] = self._average[name], value.data
+
+    def _followed(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._model.named_parameters()
+        yield from ((name, buffer) for name, buffer in self._model.named_buffers() if is_running(name))

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.rundir import RunDir
@@ -25,15 +26,19 @@ log = logging.getLogger(__name__)
 
 Exactness = Literal["exact", "ordered", "none"]
 
-MEANING: dict[Exactness, str] = {
+MEANING: dict[Exactness | Literal["per_world"], str] = {
     "exact": "same bits at any number of processes, on one kind of device",
     "ordered": "same samples and noise at any number of processes, bits up to the order of sums",
     "none": "as ordered, and kernels are chosen by speed, so that a repeated run may differ too",
+    "per_world": "images computed together influence one another, so another number of processes is another run",
 }
 
 
-def kept(exactness: Exactness, kinds: Sequence[str]) -> Exactness:
-    """The class that can be kept on these kinds of devices: two add in different orders (failures.md, A13)."""
+def kept(cfg: RunConfig, kinds: Sequence[str]) -> Exactness | Literal["per_world"]:
+    """The class that this run can keep on these kinds of devices: two add in different orders (failures.md, A13)."""
+    exactness = cfg.train.exactness
+    if cfg.model.couples_images and exactness != "none":
+        return "per_world"
     return "ordered" if exactness == "exact" and len(set(kinds)) > 1 else exactness
 
 
@@ -63,10 +68,10 @@ def _tell_mixture(kinds: list[str], now: list[str], parallel: Parallel, *, is_st
         log.warning("%s: the same bits are promised on one kind only", found)
 
 
-def say_class(exactness: Exactness, *, step: int, parallel: Parallel, run: RunDir) -> None:
+def say_class(cfg: RunConfig, *, step: int, parallel: Parallel, run: RunDir) -> None:
     """Tell the class of a run at its start, on the terminal and in its events; a mixture of devices weakens it."""
     kinds = device_kinds(parallel, run)
-    can = kept(exactness, kinds)
+    can = kept(cfg, kinds)
     run.event("train.started", step=step, exactness=can, processes=parallel.world, zero=parallel.zero, devices=kinds)
     if parallel.is_main:
         sys.stderr.write(f"exactness={can} ({MEANING[can]})\n")

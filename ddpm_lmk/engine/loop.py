@@ -29,6 +29,7 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import want_same_weights
 from ddpm_lmk.engine.saver import Saver
 from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.statistics import Statistics
 from ddpm_lmk.engine.supply import DRY, Supply
 from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.engine.validation import Validation
@@ -126,6 +127,7 @@ def fit(
     _warn(state.ema.warning(pace.total), run, parallel)
     state.model.train()
     updater = build_updater(cfg, state, parallel)
+    statistics = Statistics(state.model, parallel)
     supply = Supply(loaders.train, parallel, run, start=state.step)
     meter = Meter(state, parallel, write=run.metrics, total=pace.total, every=pace.log)
     saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint))
@@ -133,7 +135,7 @@ def fit(
     if loaders.validation is not None:
         validation = Validation(task, loaders.validation, parallel, run, cfg.train.precision, is_strict=is_strict)
     stop_level, is_owed = 0.0, False
-    say_class(cfg.train.exactness, step=state.step, parallel=parallel, run=run)
+    say_class(cfg, step=state.step, parallel=parallel, run=run)
 
     with (
         StopRequest() as stop,
@@ -186,6 +188,7 @@ def fit(
             group, wait_s = supply.take()
             lr = rate(state.step) * state.plateau.factor
             set_learning_rate(state.optimizer, lr)
+            statistics.remember()
             for number, batch in enumerate(group.micro_batches):
                 batch = batch.to(parallel.device)
                 with updater.micro_batch(number, of=len(group.micro_batches)):
@@ -197,11 +200,13 @@ def fit(
             seen = updater.finish(max(stop.level, supply.level))
             if seen.stop_level == DRY:  # a rank has no group: this step never was
                 stop_level = DRY
+                statistics.settle(is_kept=False)
                 updater.clear()
                 continue
             state.step += 1
             state.images += group.size
             reason = state.judge(loss=seen.loss / group.size, norm=seen.norm)
+            statistics.settle(is_kept=reason is None)
             if reason is None:
                 updater.apply(cfg.optim.clip)
                 state.ema.update(state.step)

@@ -16,7 +16,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import ResourceError, StoppedError
-from ddpm_lmk.models.cost import model_cost
+from ddpm_lmk.models import model_cost
 from ddpm_lmk.tasks.task import Task
 
 FIRST_STEPS = 3

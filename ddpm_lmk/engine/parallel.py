@@ -6,7 +6,8 @@ divisors of gradients, which are those of `updater`.
 
 DDP looks for unused parameters at every step. A task may leave a part of the network out (fine-tuning without time
 conditioning does), and with this setting DDP also keeps its buckets as they were at the start, so that a resumed run
-adds gradients in the same order as one that was never stopped.
+adds gradients in the same order as one that was never stopped. DDP leaves buffers alone: those a forward pass changes
+are `statistics`', all others are the same on all ranks from the start.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Parallel:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # class exact needs it before the first product
         promised = int(os.environ.get("WORLD_SIZE", "1"))
         use_cpu = device == "cpu" or not torch.cuda.is_available()
-        reduction = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+        reduction = DistributedDataParallelKwargs(
+            find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
         self._accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[reduction])
         self.zero = zero
         self.rank = self._accelerator.process_index
@@ -145,6 +148,13 @@ class Parallel:
         if self.world > 1:
             distributed.all_reduce(values)
         return values.tolist()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Element-wise mean over ranks, in place and on the device."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+            values /= self.world
+        return values
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, on every rank, in rank order."""

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 from torch import nn
 
-from ddpm_lmk.config import UNetConfig
+from ddpm_lmk.config import EncoderUNetConfig, Network, UNetConfig
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.models.cost import ModelCost, model_cost
+from ddpm_lmk.models import cost
+from ddpm_lmk.models.cost import ModelCost
+from ddpm_lmk.models.encoder_unet import EncoderUNet
+from ddpm_lmk.models.traced import traced_cost
 from ddpm_lmk.models.unet import UNet
 
 __all__ = ["ModelCost", "build_model", "model_cost"]
 
-_KINDS = {"ddpm_unet": UNet}
 
-
-def build_model(cfg: UNetConfig, *, out_channels: int, full_size: bool = True) -> nn.Module:
+def build_model(cfg: Network, *, out_channels: int, full_size: bool = True) -> nn.Module:
     """The network of a run, randomly initialised.
 
-    It maps images [B, 1, S, S] and timesteps [B] (or None: no time conditioning) to [B, out_channels, S, S], or to
-    [B, out_channels, S / patch, S / patch] when not `full_size`. Raises ConfigError for widths that cannot be grouped.
+    It maps images [B, 1, S, S] and timesteps [B] (or None: no time conditioning) to [B, out_channels, S, S]. When not
+    `full_size`, a ddpm_unet gives [B, out_channels, S / patch, S / patch]. Raises ConfigError for widths that cannot
+    be grouped.
     """
+    if isinstance(cfg, EncoderUNetConfig):
+        return EncoderUNet(cfg, out_channels=out_channels)
+    _want_groups(cfg)
+    return UNet(cfg, out_channels=out_channels, full_size=full_size)
+
+
+def model_cost(cfg: Network, image_size: int, out_channels: int, *, full_size: bool = True) -> ModelCost:
+    """Cost of `build_model(cfg, out_channels=..., full_size=...)` for one image of `image_size` squared, with time."""
+    if isinstance(cfg, EncoderUNetConfig):
+        return traced_cost(lambda: EncoderUNet(cfg, out_channels=out_channels), 1, image_size, image_size)
+    return cost.model_cost(cfg, image_size, out_channels, full_size=full_size)
+
+
+def _want_groups(cfg: UNetConfig) -> None:
     if cfg.width % 2 or cfg.width % cfg.groups:
         raise ConfigError(
             f"model.width={cfg.width} must be even and divisible by model.groups={cfg.groups}; "
             f"nearest: {-(-cfg.width // (2 * cfg.groups)) * 2 * cfg.groups}"
         )
-    return _KINDS[cfg.kind](cfg, out_channels=out_channels, full_size=full_size)

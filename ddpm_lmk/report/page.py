@@ -279,9 +279,7 @@ def _network(folder: Path) -> str:
     if not (folder / "config.yaml").is_file():
         return "–"
     cfg = load_run(folder / "config.yaml")
-    levels = ", ".join(map(str, cfg.model.multipliers))
-    inner = cfg.data.image_size // cfg.model.patch
-    return f"width {cfg.model.width} × ({levels}), {cfg.data.image_size}² at {inner}²"
+    return cfg.model.describe(cfg.data.image_size)
 
 
 def _footer() -> str:

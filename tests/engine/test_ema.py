@@ -51,9 +51,10 @@ def test_the_average_is_in_the_model_inside_the_block_only() -> None:
 
 def test_buffers_are_those_of_the_model() -> None:
     model = nn.BatchNorm1d(2)
+    model.register_buffer("ballast", torch.zeros(2))
     ema = Ema(EmaConfig(), model)
-    model.running_mean.fill_(5.0)
-    assert ema.weights()["running_mean"].tolist() == [5.0, 5.0]
+    model.ballast.fill_(5.0)
+    assert ema.weights()["ballast"].tolist() == [5.0, 5.0]
 
 
 def test_without_settings_it_holds_and_does_nothing() -> None:

@@ -111,6 +111,10 @@ class TrainConfig(Section):
         description="same bits at any number of processes (needs micro_batch); bits up to the order of sums; or kernels chosen by speed",
     )
     channels_last: bool = Field(True, description="NHWC memory layout")
+    standardise: Literal["auto", "step", "pass"] = Field(
+        "auto",
+        description="standardise 3x3 weights once per optimizer step (equal but for rounding), or in every forward pass; auto: step, with ZeRO pass",
+    )
     compile: bool = Field(False, description="torch.compile the model")
     ema: EmaConfig | None = Field(default_factory=EmaConfig, description="moving average of weights; null: none")
     spikes: SpikeConfig | None = Field(

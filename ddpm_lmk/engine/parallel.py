@@ -132,9 +132,14 @@ class Parallel:
 
     def autocast(self, precision: Precision) -> AbstractContextManager[Any]:
         """The precision of a forward pass; auto is bf16 on CUDA and fp32 on the CPU."""
+        dtype = self.dtype(precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def dtype(self, precision: Precision) -> torch.dtype | None:
+        """The type that convolutions and matrix products compute in under `autocast`; None: that of the weights."""
         if precision == "fp32" or (precision == "auto" and self.device.type == "cpu"):
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
+            return None
+        return torch.float16 if precision == "fp16" else torch.bfloat16
 
     def exchange(self, values: Tensor) -> list[list[float]]:
         """`values` `[K]` of every rank, on the host: K lists of W numbers."""

@@ -50,7 +50,7 @@ class Sharded(Updater):
         self._has_moments = "betas" in state.optimizer.defaults
         self._take_over(saved)
 
-    def micro_batch(self, number: int, *, of: int) -> AbstractContextManager[Any]:
+    def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
         """Only the last micro-batch of a group ends DeepSpeed's accumulation."""
         self._engine.set_gradient_accumulation_boundary(is_boundary=number == of - 1)
         return nullcontext()

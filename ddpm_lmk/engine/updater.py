@@ -29,6 +29,7 @@ from ddpm_lmk.engine import tree
 from ddpm_lmk.engine.optim import clip, global_norm, gradients, moments
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.models.standard import OncePerStep
 
 if TYPE_CHECKING:
     from ddpm_lmk.engine.parallel import Parallel
@@ -58,13 +59,19 @@ class Updater(ABC):
 
     net: nn.Module
 
-    def __init__(self, state: TrainState, parallel: Parallel) -> None:
-        self._state, self._parallel = state, parallel
+    def __init__(self, state: TrainState, parallel: Parallel, standard: OncePerStep | None = None) -> None:
+        self._state, self._parallel, self._standard = state, parallel, standard
         self._loss = torch.zeros((), device=parallel.device)
         self._norm = torch.zeros((), device=parallel.device)
 
     def micro_batch(self, number: int, *, of: int) -> AbstractContextManager[Any]:
         """Forward and backward of micro-batch `number` (0 is the first) of this rank's part of a group."""
+        if number == 0 and self._standard is not None:
+            self._standard.begin()
+        return self._during(number, of)
+
+    def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
+        """What surrounds a micro-batch."""
         return nullcontext()
 
     def add(self, total: Tensor, divisor: Tensor | int) -> None:
@@ -75,6 +82,8 @@ class Updater(ABC):
     def finish(self, stop_level: float) -> Seen:
         """Reduce the gradient and exchange what decides about the step; the one synchronisation of a step."""
         grads = self._reduce()
+        if self._standard is not None:
+            self._standard.end()
         self._norm = self._norm_of(grads)
         mine = torch.stack([self._loss.double(), self._norm.double(), self._loss.new_tensor(stop_level).double()])
         losses, norms, levels = self._parallel.exchange(mine)
@@ -99,6 +108,8 @@ class Updater(ABC):
 
     def close(self) -> None:
         """Leave the model as it was found, for another run to use."""
+        if self._standard is not None:
+            self._standard.drop()
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None: ...
@@ -125,11 +136,11 @@ class Averaged(Updater):
     DDP averages over ranks, so the loss is multiplied by their number, and the result is the plain sum.
     """
 
-    def __init__(self, state: TrainState, parallel: Parallel) -> None:
-        super().__init__(state, parallel)
+    def __init__(self, state: TrainState, parallel: Parallel, standard: OncePerStep | None = None) -> None:
+        super().__init__(state, parallel, standard)
         self.net = parallel.wrap(state.model)
 
-    def micro_batch(self, number: int, *, of: int) -> AbstractContextManager[Any]:
+    def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
         """Only the last micro-batch of a group sends gradients around."""
         is_last = number == of - 1
         return self.net.no_sync() if isinstance(self.net, DistributedDataParallel) and not is_last else nullcontext()
@@ -155,8 +166,8 @@ class Treed(Updater):
     backward pass.
     """
 
-    def __init__(self, state: TrainState, parallel: Parallel) -> None:
-        super().__init__(state, parallel)
+    def __init__(self, state: TrainState, parallel: Parallel, standard: OncePerStep | None = None) -> None:
+        super().__init__(state, parallel, standard)
         self.net = state.model
         self._parameters = [p for p in state.model.parameters() if p.requires_grad]
         sizes = [p.numel() for p in self._parameters]
@@ -167,7 +178,7 @@ class Treed(Updater):
         self._count = 0
         self._free: list[Tensor] = []
 
-    def micro_batch(self, number: int, *, of: int) -> AbstractContextManager[Any]:
+    def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
         """The first of a group decides which leaves of the tree are this rank's."""
         if number == 0:
             self._stack, self._count = tree.Stack(self._parallel.rank * of), of
@@ -231,5 +242,13 @@ def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Upda
             raise ConfigError(
                 "train.exactness=exact cannot be kept with ZeRO, which adds in its own order; use ordered"
             )
+        if cfg.train.standardise == "step":
+            raise ConfigError(
+                "train.standardise=step cannot be kept with ZeRO, which shares out gradients before they are those of "
+                "weights; use auto or pass"
+            )
         return Sharded(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
-    return (Treed if cfg.train.exactness == "exact" else Averaged)(state, parallel)
+    standard = None
+    if cfg.train.standardise != "pass":
+        standard = OncePerStep(state.model, dtype=parallel.dtype(cfg.train.precision))
+    return (Treed if cfg.train.exactness == "exact" else Averaged)(state, parallel, standard)

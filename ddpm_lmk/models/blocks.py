@@ -16,26 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The type that statistics are computed in: fp32, or fp64 for fp64 tensors."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def standardise(weight: Tensor) -> Tensor:
-    """Each output channel of a conv weight [O, I, kh, kw] to mean 0, variance 1 (biased, eps 1e-5); layout is kept."""
-    by_channel = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    view = weight.permute(0, 2, 3, 1) if by_channel else weight
-    flat = view.flatten(1).to(at_least_fp32(weight.dtype))
-    unit = F.layer_norm(flat, flat.shape[1:], eps=1e-5).view(view.shape)
-    return unit.permute(0, 3, 1, 2) if by_channel else unit
-
-
-class WeightStandardizedConv2d(nn.Conv2d):
-    """3x3 convolution with a standardised weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, standardise(self.weight).to(x.dtype), self.bias, padding=1)
+from ddpm_lmk.models.standard import WeightStandardizedConv2d, at_least_fp32
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -75,7 +56,7 @@ class Block(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
-        self.proj = WeightStandardizedConv2d(channels_in, channels_out, 3, padding=1)
+        self.proj = WeightStandardizedConv2d(channels_in, channels_out)
         self.norm = GroupNorm(groups, channels_out)
 
     def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:

@@ -1,4 +1,7 @@
-"""One, two and four processes do the same run; killed and continued, two of them end with the same bits."""
+"""One, two and four processes do the same run; killed and continued, two of them end with the same bits.
+
+The network has a standardised convolution, whose gradient passes through the standardisation once per step.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def job(
 ) -> dict[str, Any]:
     train = SETTINGS | {"exactness": exactness, "evaluate_every": every}
     cfg = config(train=train, optim=optim, data={"validation_split": "val"})
-    return {"config": cfg.model_dump(mode="json"), "out": str(out), "num_images": 13, **more}
+    return {"config": cfg.model_dump(mode="json"), "out": str(out), "num_images": 13, "is_standardised": True, **more}
 
 
 @pytest.fixture(scope="module")

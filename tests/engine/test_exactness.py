@@ -12,8 +12,9 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.exactness import kept, kernels
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.errors import ConfigError
-from tests.engine.toy import ToyTask, ToyTrain, config, start
+from tests.engine.toy import ToyTask, ToyTrain, config, fresh_state, start
 
 
 def test_exact_asks_for_deterministic_kernels_and_leaves_torch_as_it_was() -> None:
@@ -44,6 +45,18 @@ def test_exact_needs_a_micro_batch_that_does_not_depend_on_the_number_of_process
         config(train={"exactness": "exact"})
     with pytest.raises(ValueError, match=r"train\.compile=false"):
         config(train={"exactness": "exact", "micro_batch": 1, "compile": True})
+
+
+def test_zero_refuses_what_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel = Parallel("cpu")
+    monkeypatch.setattr(parallel, "zero", 1)
+    for train, told in (
+        ({"exactness": "exact", "micro_batch": 1}, r"train\.exactness=exact cannot be kept with ZeRO"),
+        ({"standardise": "step"}, r"train\.standardise=step cannot be kept with ZeRO"),
+    ):
+        cfg = config(train=train)
+        with pytest.raises(ConfigError, match=told):
+            build_updater(cfg, fresh_state(cfg), parallel)
 
 
 def test_a_number_of_processes_that_does_not_divide_the_group_is_refused_with_those_that_do() -> None:

@@ -25,6 +25,7 @@ from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.models.standard import WeightStandardizedConv2d
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.tasks.task import Task
 
@@ -51,9 +52,9 @@ def config(**sections: Any) -> RunConfig:
 class ToyNet(nn.Module):
     """Trunk, a part no forward pass reaches, and an output layer; `ballast` floats that only make checkpoints large."""
 
-    def __init__(self, ballast: int = 0) -> None:
+    def __init__(self, ballast: int = 0, *, is_standardised: bool = False) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.stem = WeightStandardizedConv2d(1, 6) if is_standardised else nn.Conv2d(1, 6, 3, padding=1)
         self.norm = nn.GroupNorm(2, 6)
         self.unreached = nn.Linear(3, 3)
         self.final_conv = nn.Conv2d(6, 1, 1)
@@ -168,11 +169,11 @@ class ToyValidation:
         yield make_batch(self.seed + 1, rows, rows, weights)
 
 
-def fresh_state(cfg: RunConfig, *, ballast: int = 0) -> TrainState:
+def fresh_state(cfg: RunConfig, *, ballast: int = 0, is_standardised: bool = False) -> TrainState:
     """Step 0, from the seed of the run."""
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
-        model = ToyNet(ballast)
+        model = ToyNet(ballast, is_standardised=is_standardised)
     if cfg.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return TrainState.fresh(cfg, model)
@@ -183,12 +184,12 @@ def put_all(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def start(
-    cfg: RunConfig, path: Path, parallel: Parallel, *, ballast: int = 0, **loader: Any
+    cfg: RunConfig, path: Path, parallel: Parallel, *, ballast: int = 0, is_standardised: bool = False, **loader: Any
 ) -> tuple[TrainState, Loaders, RunDir]:
     """What `fit` wants beside a task: state (continued if the directory holds one), loaders and the directory."""
     run = RunDir.claim(path, cfg) if parallel.is_main else RunDir(path, writes=False)
     newest = parallel.on_main(run.load_latest)
-    state = fresh_state(cfg, ballast=ballast)
+    state = fresh_state(cfg, ballast=ballast, is_standardised=is_standardised)
     if newest is not None:
         state.load(newest, load_all=put_all)
     if parallel.is_main:

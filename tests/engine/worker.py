@@ -82,7 +82,8 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     task.after_step = after_step
-    state, loaders, run = start(cfg, out, parallel, num_images=job.get("num_images", 6), ballast=job.get("ballast", 0))
+    sizes = {"num_images": job.get("num_images", 6), "ballast": job.get("ballast", 0)}
+    state, loaders, run = start(cfg, out, parallel, is_standardised=job.get("is_standardised", False), **sizes)
     if "dry_at" in job and parallel.rank == 1:
         loaders.train.groups = dry(loaders.train.groups, job["dry_at"])
     with run:

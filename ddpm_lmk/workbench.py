@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ddpm_lmk.checkpoint import META, load_weights
 from ddpm_lmk.config import InitConfig, RunConfig
 from ddpm_lmk.models import build_model
+from ddpm_lmk.models.blocks import use_norm
+from ddpm_lmk.models.fused import choose_norm
 from ddpm_lmk.tasks import Task
 
 NETWORKS_GIB = 2.0  # on the device, beside the one in use: a sweep goes from method to method and back
@@ -38,7 +40,7 @@ class Workbench:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             fresh = task.wrap(build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size))
-        setting = (device, cfg.train.channels_last, cfg.train.compile)
+        setting = (device, cfg.train.channels_last, cfg.train.compile, cfg.train.group_norm)
         key = (cfg.model, type(task), task.out_channels, task.full_size, *setting)
         model = self._networks.pop(key, None)
         if model is not None:
@@ -48,6 +50,7 @@ class Workbench:
         else:
             layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
             model = fresh.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+            use_norm(model, choose_norm(cfg.train.group_norm, device, is_compiled=cfg.train.compile))
             if cfg.train.compile:
                 model.compile()
         self._networks[key] = model  # now the youngest

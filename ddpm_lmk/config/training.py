@@ -115,6 +115,10 @@ class TrainConfig(Section):
         "auto",
         description="standardise 3x3 weights once per optimizer step (equal but for rounding), or in every forward pass; auto: step, with ZeRO pass",
     )
+    group_norm: Literal["auto", "native", "fused"] = Field(
+        "auto",
+        description="GroupNorm, scale and shift, SiLU: PyTorch's three operations, or one that keeps less (Triton on CUDA); auto: one, unless compiled",
+    )
     compile: bool = Field(False, description="torch.compile the model")
     ema: EmaConfig | None = Field(default_factory=EmaConfig, description="moving average of weights; null: none")
     spikes: SpikeConfig | None = Field(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm_lmk.models.fused import Norm, group_norm
 from ddpm_lmk.models.standard import WeightStandardizedConv2d, at_least_fp32
 
 
@@ -33,12 +34,34 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm that keeps the type and layout of its input.
 
     Statistics are fp32 inside the kernel. Left alone, autocast would return fp32, and some CUDA versions NCHW.
+
+    Attributes:
+        use: the implementation, see `fused.Norm`.
     """
 
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__(groups, channels)
+        self.use = "native"
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.use == "triton":
+            return self.fused(x, film=None, silu=False)
         with torch.autocast(x.device.type, enabled=False):
             out = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return out.contiguous(memory_format=torch.channels_last)
+
+    def fused(self, x: Tensor, *, film: Tensor | None, silu: bool) -> Tensor:
+        """The norm, then scale and shift where `film` [B, 2 C] is given, then SiLU where asked for, in one."""
+        return group_norm(
+            x, self.weight, self.bias, groups=self.num_groups, eps=self.eps, film=film, silu=silu, use=self.use
+        )
+
+
+def use_norm(model: nn.Module, norm: Norm) -> None:
+    """Have all norms of a model computed in this way."""
+    for module in model.modules():
+        if isinstance(module, GroupNorm):
+            module.use = norm.name
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -61,7 +84,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:
         """Maps [B, I, H, W] and film [B, 2 O] (scale, then shift) -> [B, O, H, W]."""
-        x = self.norm(self.proj(x))
+        x = self.proj(x)
+        if self.norm.use != "native":
+            return self.norm.fused(x, film=film, silu=True)
+        x = self.norm(x)
         if film is not None:
             scale, shift = film.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
             x = torch.addcmul(shift, x, scale + 1)

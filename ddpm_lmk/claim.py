@@ -101,6 +101,12 @@ def refuse_if_held(path: Path, name: str) -> None:
         os.close(descriptor)
 
 
+def refuse_if_in_use(path: Path) -> None:
+    """Raise `RunConflictError` where a run or a launcher is at work: said before anything that takes time is done."""
+    for name in (LAUNCHER_LOCK, LOCK):  # of the two processes of one run, the one to speak to
+        refuse_if_held(path, name)
+
+
 def check_contents(path: Path, cfg: RunConfig, *, is_fork: bool = False) -> None:
     """Raise `RunConflictError` where the directory holds anything but this run or nothing.
 

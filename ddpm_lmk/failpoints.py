@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ddpm_lmk.errors import ConfigError
 
 VARIABLE = "LMK_FAILPOINT"
-PAUSE_S = 1.0
+PAUSE_S, FOR_EVER_S = 1.0, 1e6
 
 POINTS = {
     "save.begin": "a checkpoint is due and nothing is written yet",
@@ -47,6 +47,7 @@ ACTIONS = {
     "enospc": "the call fails as on a full disk",
     "eio": "the call fails as on a broken disk",
     "pause": f"waits {PAUSE_S:g} s",
+    "hang": "waits for ever",
 }
 
 
@@ -109,8 +110,8 @@ def _act(name: str, action: str) -> None:
     sys.stderr.flush()
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif action == "pause":
-        time.sleep(PAUSE_S)
+    elif action in ("pause", "hang"):
+        time.sleep(PAUSE_S if action == "pause" else FOR_EVER_S)
     else:
         number = errno.ENOSPC if action == "enospc" else errno.EIO
         raise OSError(number, f"{os.strerror(number)} (fail-point {name})")

@@ -94,13 +94,21 @@ class Pulse:
 _pulse: Pulse | None = None
 
 
-def start_pulse(rank: int) -> None:
-    """Begin to write signs, where a launcher asks for them."""
+def start_pulse(rank: int, *, folder: Path | None = None) -> None:
+    """Begin to write signs in `folder`, or where a launcher asks for them."""
     global _pulse
-    folder = os.environ.get(PULSE)
-    if folder:
-        _pulse = Pulse(Path(folder), rank)
+    wanted = folder or os.environ.get(PULSE)
+    if wanted:
+        _pulse = Pulse(Path(wanted), rank)
         beat("start")
+
+
+def stop_pulse() -> None:
+    """Write no more of them."""
+    global _pulse
+    if _pulse is not None:
+        _pulse.close()
+    _pulse = None
 
 
 def beat(phase: str, *, step: int = -1, reach_s: float | None = None) -> None:

@@ -181,6 +181,7 @@ def _add_training_command(name: Stage, text: str) -> None:
         diff: Annotated[Path | None, typer.Option(metavar="OTHER.yaml", help="compare with another run file")] = None,
     ) -> None:
         with leaving_at_once():
+            from ddpm_lmk.claim import refuse_if_in_use
             from ddpm_lmk.config import RunConfig
             from ddpm_lmk.launcher import place
             from ddpm_lmk.runfile import load_run
@@ -196,6 +197,8 @@ def _add_training_command(name: Stage, text: str) -> None:
                 show_difference(run_file, words, diff)
             cfg = load_run(run_file, words)
             _check_task(cfg, name, run_file)
+            if node_rank == 0 and not dry_run:  # before torch is imported; the other nodes work in the same place
+                refuse_if_in_use(fork or out or Path("runs") / cfg.name)
             placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
             _train(cfg, out or Path("runs") / cfg.name, placement, fork=fork, strict=strict, dry_run=dry_run)
 

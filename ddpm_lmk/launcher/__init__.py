@@ -6,7 +6,8 @@ process, silently. What a run learns is in its run file; the two share no key. T
 
     placement   where a run happens              agent   when ranks are started again, and with which code a run ends
     start       starting and waiting             watch   ranks that hang, are slow or were lost
-    rank        the first lines of a rank        slurm   the batch script of a cluster
+    rank        the first lines of a rank        alone   one process, without an agent
+    slurm       the batch script of a cluster
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import LaunchError, NoProgressError, StoppedError
 from ddpm_lmk.launcher import placement as places
 from ddpm_lmk.launcher import watch
+from ddpm_lmk.launcher.alone import looked_after
 from ddpm_lmk.launcher.notes import Notes
 from ddpm_lmk.launcher.placement import Device, Placement, check_placement, is_loopback, split_address
 
@@ -54,9 +55,9 @@ def launch(
     check_placement(placement)
     job = {**job, "device": device, "zero": zero}
     with stop.leaving_at_once(), _environment({stop.GRACE: str(grace_s)}):
-        if processes == 1 and nodes == 1:
-            return _run_here(job)
         out = Path(job["out"])
+        if processes == 1 and nodes == 1:
+            return _run_here(job, out, stall_s)
         if node_rank != 0:
             return _run_apart(job, placement, out)
         cfg, is_fork = RunConfig.model_validate(job["config"]), bool(job.get("fork"))
@@ -64,18 +65,21 @@ def launch(
             return _run_apart(job, placement, out)
 
 
-def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = None) -> int:
+def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = None, room: Path | None = None) -> int:
     """Start `python ARGUMENTS` once per rank of this node through torchelastic and wait; returns the exit code.
 
     A rank that dies takes the others with it, and all are started again, unless it ended with a code of ours. Ctrl-C
     gives 130, SIGTERM, SIGUSR1 and SIGHUP give 75, after the ranks were told and had time to save.
+
+    Args:
+        room: folder for what launcher and ranks tell one another; gone at the end, however it comes.
 
     Raises:
         NoProgressError: `placement.restarts` restarts in a row brought no new checkpoint in `out`.
         LaunchError: the nodes do not find one another. StoppedError: they have lost one another.
     """
     agents: list[Agent] = []
-    pulse = Path(tempfile.mkdtemp(prefix="ddpm-lmk-"))
+    pulse = room or Path(tempfile.mkdtemp(prefix="ddpm-lmk-"))
 
     def leave() -> None:
         watch.kill([pid for agent in agents for pid in agent.pids()])
@@ -181,17 +185,18 @@ def _is_alone(placement: Placement) -> bool:
     return placement.rdzv is None or is_loopback(split_address(placement.rdzv)[0])
 
 
-def _run_here(job: dict[str, Any]) -> int:
-    from ddpm_lmk import runs
+def _run_here(job: dict[str, Any], out: Path, stall_s: float) -> int:
+    with looked_after(out, stall_s):
+        from ddpm_lmk import runs
 
-    return runs.run_job(job)
+        return runs.run_job(job)
 
 
 def _run_apart(job: dict[str, Any], placement: Placement, out: Path) -> int:
-    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
-        return run_ranks(["-m", "ddpm_lmk.launcher.rank", str(path)], placement, out=out)
+        return run_ranks(["-m", "ddpm_lmk.launcher.rank", str(path)], placement, out=out, room=Path(folder))
 
 
 def _for_ranks(placement: Placement, pulse: Path) -> dict[str, str]:

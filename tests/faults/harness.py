@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "smoke"
+STARTED: list[Started] = []  # by this process; the tests look after those that still run
 
 
 class Started:
@@ -56,6 +58,7 @@ class Started:
                 env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
                 start_new_session=True,
             )
+        STARTED.append(self)
 
     def ranks(self) -> list[psutil.Process]:
         """Processes of the ranks that have set themselves up, by process number."""
@@ -83,6 +86,13 @@ class Started:
             except ProcessLookupError:
                 continue
         self.process.wait(30)
+
+    def used_s(self, timeout: float = 240) -> float:
+        """Seconds of processor time until it ended; only where no other child is waited for meanwhile."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.wait(timeout)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     def until(self, condition: Callable[[], Any], *, timeout: float = 120) -> float:
         """Wait for something to become true; returns the seconds it took."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -49,19 +48,17 @@ def test_lost_and_stopped_ranks_are_replaced_and_a_signal_saves(run_file: Path, 
     assert all("most recent call first" in text for text in stacks)
     assert are_gone([rank.pid for rank in second])
 
-    began = time.monotonic()
     late = start(run_file, out)
-    assert late.wait(60) == 7
+    assert late.used_s() < 5, "seconds of its own time, whatever else the machine does"
+    assert late.process.returncode == 7
     assert f"in use by process {run.process.pid} on " in late.said.read_text()
     assert "since 20" in late.said.read_text()
-    waited = time.monotonic() - began
 
     last = run.ranks()
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(25) == 75
     assert are_gone([rank.pid for rank in last])
     assert run.said.read_text().count("the same command continues") == 1
-    assert waited < 20  # five seconds on a machine that has nothing else to do
 
 
 @pytest.mark.slow
@@ -74,3 +71,17 @@ def test_a_disk_that_is_slow_at_the_end_is_waited_for(tmp_path: Path, packed_pha
     assert run.wait() == 0
     assert run.said.read_text().count("fail-point") == len(places)
     assert events(tmp_path / "run", "ranks.stalled") == []
+
+
+def test_a_run_in_one_process_that_hangs_says_where_and_can_be_continued(tmp_path: Path, packed_phantoms: Path) -> None:
+    run_file = write_run(tmp_path, packed_phantoms, length="2 steps", log_every="1 steps")
+    out, words = tmp_path / "run", [run_file, "data.validation_split=val"]
+    alone = LAUNCH | {"processes": 1, "stall_s": 2}
+    run = Started(words, out, launch=alone, LMK_FAILPOINT="evaluate.batch=hang")
+    assert run.wait() == 75
+    [stalled] = events(out, "run.stalled")
+    assert "at evaluate" in stalled["message"]
+    assert "most recent call first" in Path(stalled["stacks"]).read_text()
+    assert "in evaluate" in Path(stalled["stacks"]).read_text()
+    assert Started(words, out, launch=alone).wait() == 0
+    assert (out / "done.json").is_file()

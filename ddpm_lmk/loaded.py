@@ -112,7 +112,9 @@ def open_run(
     parallel = Parallel(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        model = task.wrap(build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size))
+        model = task.wrap(
+            build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
+        )
     load_all(model, weights)
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model = model.to(parallel.device).to(memory_format=layout).eval()  # type: ignore[call-overload]

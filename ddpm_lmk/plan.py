@@ -13,6 +13,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.corpora import training_corpora
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.order import GroupPlan
+from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.engine.memory import copies_of_weights, is_half
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.launcher import Placement
@@ -28,11 +29,11 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
     """Rows (what, how much) for `--dry-run`; raises what opening the data raises."""
     manifests = [Manifest.open(path) for path in cfg.data.path]
     counts = _images(cfg, manifests)
-    if cfg.data.shots is not None and cfg.data.shots > sum(counts):
+    if cfg.data.shots is not None and cfg.data.shots > min(counts):
         raise ConfigError(
-            f"data.shots={cfg.data.shots}, but there are {sum(counts)} training images; use fewer, or null"
+            f"data.shots={cfg.data.shots}, but there are {min(counts)} training images; use fewer, or null"
         )
-    num_images = cfg.data.shots or sum(counts)
+    num_images = sum(counts) if cfg.data.shots is None else cfg.data.shots * len(counts)
     drop_last = cfg.task.stage == "pretrain"  # as the loader
     groups = GroupPlan(num_images, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows, drop_last=drop_last)
     steps = cfg.train.length.steps(cfg.train.group_size, num_images, groups.steps_per_epoch)
@@ -44,8 +45,10 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
     ]
     rows += [(f"data {m.root}", f"{n} images of {', '.join(cfg.data.splits)}") for m, n in zip(manifests, counts)]
     if cfg.data.shots is not None:
-        rows.append(("shots", f"{cfg.data.shots} of them, {cfg.data.draw}"))
-    rows += _model_rows(cfg, manifests[0], placement)
+        each = " of each set" if len(counts) > 1 else " of them"
+        rows.append(("shots", f"{cfg.data.shots}{each}, {cfg.data.draw}"))
+    specs = [manifest.spec for manifest in manifests]
+    rows += _model_rows(cfg, specs[0] if cfg.task.stage == "pretrain" else mixture(specs), placement)
     rows.append(("length", f"{steps:,} steps, {images:,} images, {images / num_images:,.1f} passes over the data"))
     rows.append(("weights from", cfg.init.weights or f"random, seed {cfg.seed}"))
     return [*rows, ("time", _time(cfg, placement, images))]
@@ -58,9 +61,9 @@ def _images(cfg: RunConfig, manifests: list[Manifest]) -> list[int]:
     return [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
 
 
-def _model_rows(cfg: RunConfig, manifest: Manifest, placement: Placement) -> list[tuple[str, str]]:
-    task = build_task(cfg, manifest.spec)
-    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
+def _model_rows(cfg: RunConfig, spec: DatasetSpec, placement: Placement) -> list[tuple[str, str]]:
+    task = build_task(cfg, spec)
+    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size, domains=task.domains)
     group = cfg.train.group_size
     micro_batch = cfg.train.micro_batch or group // (placement.processes * placement.nodes)
     world = placement.processes * placement.nodes
@@ -75,7 +78,7 @@ def _model_rows(cfg: RunConfig, manifest: Manifest, placement: Placement) -> lis
 
 def memory_gib(cfg: RunConfig, task: Task, *, device: str, micro_batch: int, world: int = 1, zero: int = 0) -> float:
     """Estimated memory of one process: weights, gradients, moments and average, and a micro-batch's activations."""
-    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
+    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size, domains=task.domains)
     activations = cost.activation_bytes * micro_batch / (2 if is_half(cfg, device) else 1)
     return (cost.weight_bytes * copies_of_weights(cfg, world=world, zero=zero) + activations) / 2**30
 

@@ -39,9 +39,11 @@ class Workbench:
         """The network of `cfg` with the random weights of its seed, the same on every kind of device."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            fresh = task.wrap(build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size))
+            fresh = task.wrap(
+                build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
+            )
         setting = (device, cfg.train.channels_last, cfg.train.compile, cfg.train.group_norm)
-        key = (cfg.model, type(task), task.out_channels, task.full_size, *setting)
+        key = (cfg.model, type(task), task.out_channels, task.full_size, task.domains, *setting)
         model = self._networks.pop(key, None)
         if model is not None:
             model.load_state_dict(fresh.state_dict())

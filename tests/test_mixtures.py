@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config import Duration, RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.spec import SPECS, mixture
@@ -87,6 +88,43 @@ def test_sets_with_one_spec_share_their_landmarks_and_two_meanings_of_a_name_are
     assert both.landmark_names[both.columns(1)][0] == "hand.ulna_outer_corner"
     with pytest.raises(ConfigError, match="two sets called chest"):
         mixture([chest, chest.model_copy(update={"sdr_thresholds": (1.0,)})])
+
+
+@pytest.fixture(scope="module")
+def universal(packs: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run of GU2Net over both."""
+    fields = config(packs).model_dump(mode="json")
+    fields |= {"name": "universal", "model": {"kind": "gu2net", "width": 4}}
+    cfg = RunConfig.model_validate(fields | {"task": {"kind": "landmarks", "codec": {"kind": "gaussian"}}})
+    out = tmp_path_factory.mktemp("runs") / "universal"
+    execute(cfg, out)
+    return cfg, out
+
+
+def test_gu2net_learns_all_datasets_with_layers_of_their_own(universal: tuple[RunConfig, Path]) -> None:
+    _, out = universal
+    loaded = open_run(out)
+    assert loaded.model.landmarks == (CHESTS, HANDS)
+    counts = [int(norm.num_batches_tracked) for norm in loaded.model.local_net.enter.first.norm]  # type: ignore[union-attr]
+    assert all(counts)
+    assert {part["spec"] for part in json.loads((out / "results.json").read_text())["parts"]} == {
+        "phantom-chest",
+        "phantom-hand",
+    }
+
+
+def test_a_killed_run_of_gu2net_ends_with_the_same_weights(universal: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    cfg, out = universal
+    longer = cfg.model_copy(update={"train": cfg.train.model_copy(update={"length": Duration(2)})})
+    execute(longer, tmp_path / "run")
+    execute(cfg, tmp_path / "run")  # goes on from the checkpoint of step 2
+    for name in ("model", "ema"):
+        weights = [
+            load_file(folder / "snapshots" / "step-00000003" / f"{name}.safetensors")
+            for folder in (out, tmp_path / "run")
+        ]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_each_dataset_is_scored_by_itself(finished: Path) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from ddpm_lmk.config.data import AugmentConfig, DataConfig
 from ddpm_lmk.config.encoder import EncoderUNetConfig
-from ddpm_lmk.config.model import Network, UNetConfig
+from ddpm_lmk.config.model import GU2NetConfig, Network, UNetConfig
 from ddpm_lmk.config.task import (
     Codec,
     ContourCodecConfig,
@@ -48,6 +48,7 @@ __all__ = [
     "EncoderUNetConfig",
     "EvaluateConfig",
     "Fraction",
+    "GU2NetConfig",
     "GaussianCodecConfig",
     "InitConfig",
     "LandmarksConfig",

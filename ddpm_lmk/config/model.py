@@ -48,11 +48,31 @@ class UNetConfig(Section):
         return f"width {self.width} × ({levels}), {image_size}² at {image_size // self.patch}²"
 
 
+class GU2NetConfig(Section):
+    """The universal detector the paper calls YOLO+ (paper.md, section 5): one network for one or several datasets."""
+
+    takes_time: ClassVar[bool] = False
+    couples_images: ClassVar[bool] = True  # BatchNorm
+    side_multiple: ClassVar[int] = 16  # four halvings
+
+    kind: Literal["gu2net"] = "gu2net"
+    width: Annotated[int, Field(ge=4, le=512)] = Field(
+        64, description="channels of the local network's first level; half of those of the global one (original: 64)"
+    )
+
+    def describe(self, image_size: int) -> str:
+        """The network in a few words, for reports."""
+        return f"GU2Net, width {self.width}, {image_size}²"
+
+
 def _kind(section: Any) -> str:
     """A section without a kind is the paper's network."""
     return section.get("kind", "ddpm_unet") if isinstance(section, dict) else getattr(section, "kind", "ddpm_unet")
 
 
 Network = Annotated[
-    Annotated[UNetConfig, Tag("ddpm_unet")] | Annotated[EncoderUNetConfig, Tag("encoder_unet")], Discriminator(_kind)
+    Annotated[UNetConfig, Tag("ddpm_unet")]
+    | Annotated[EncoderUNetConfig, Tag("encoder_unet")]
+    | Annotated[GU2NetConfig, Tag("gu2net")],
+    Discriminator(_kind),
 ]

@@ -34,6 +34,7 @@ from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.machine import code_digest, versions
 from ddpm_lmk.mixtures import evaluate_parts
+from ddpm_lmk.models import model_cost
 from ddpm_lmk.models.encoder_weights import is_encoder_only, load_encoder, want_file
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir import RunDir
@@ -229,6 +230,7 @@ def _conclude(
         "images": state.images,
         "wall_s": round(state.seconds, 2),
         "skipped": state.health.skipped,
+        "tflop": _tflop(cfg, task, state.images),
     }
     with state.ema.applied() as model:
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
@@ -251,6 +253,14 @@ def _conclude(
         "validated_step": validated.get("step"),
         "leakage": parallel.on_main(lambda: leakage.summary(leakage.read_record(run.path))),
     }
+
+
+def _tflop(cfg: RunConfig, task: Task, images: int) -> float | None:
+    """Operations of training as executed, 10^12; None for tasks that do not pass the network once per image."""
+    if not isinstance(task, LandmarkTask | DenoiseTask):
+        return None
+    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
+    return round(cost.flops_train * images / 1e12, 6)
 
 
 def run_job(job: dict[str, Any]) -> int:

@@ -106,10 +106,11 @@ def import_weights(
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="runs and sweeps", show_default=False)],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="self-contained HTML")] = Path("report.html"),
+    against: Annotated[Literal["paper"] | None, typer.Option("--against", help="beside whose tables")] = None,
     acknowledge_leakage: AcknowledgeOption = False,
 ) -> None:
     """Tables, curves and overlays of finished runs in one HTML file, with CSV and Markdown beside it."""
     from ddpm_lmk.report.page import write_report
 
-    for path in write_report(folders, out, acknowledge_leakage=acknowledge_leakage):
+    for path in write_report(folders, out, against_paper=against == "paper", acknowledge_leakage=acknowledge_leakage):
         typer.echo(str(path))

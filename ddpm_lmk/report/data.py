@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -110,6 +110,13 @@ class Study:
     num_images: int
     runs: tuple[Run, ...]
     planned: int  # cells of the sweeps, finished or not
+    texts: Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict
+    )  # what sweeps say of a start: title, paper, note
+
+    def title(self, start: str) -> str:
+        """The name of a start in tables."""
+        return self.texts.get(start, {}).get("title") or start
 
     @property
     def starts(self) -> list[str]:
@@ -174,7 +181,7 @@ def gather(scores: Sequence[dict[str, Any]]) -> Score:
 
 
 def paper_tables() -> dict[str, Any]:
-    """The paper's tables 1 to 3, by dataset."""
+    """The paper's tables, by dataset."""
     return json.loads(resources.files("ddpm_lmk").joinpath("paper_tables.json").read_text(encoding="utf-8"))
 
 
@@ -187,7 +194,7 @@ def paper_rows(spec: str, methods: Iterable[str] = ("Our method", "Our method wi
         for entry in (entry for entry in (table["rows"] if table else ()) if entry["method"] == method):
             sdr = {f"{key:g}": (mean, std, 3) for key, (mean, std) in zip(table["thresholds"], entry["sdr"])}
             score = Score(table["unit"], (entry["mre"][0], entry["mre"][1], 3), None, sdr)
-            name = tables["methods"][entry["method"]]
+            name = tables["methods"][method]
             rows.append(Row("paper", name, entry["labels"], table["validation_labels"], {"paper": score}))
     return rows
 
@@ -200,10 +207,12 @@ def collect(folders: Sequence[Path]) -> list[Study]:
     """
     runs: list[Run] = []
     planned = 0
+    texts: dict[str, dict[str, str]] = {}
     for folder in folders:
         found, count = _runs_in(Path(folder))
         runs += found
         planned += count
+        texts |= (read_json(Path(folder) / "sweep.json") or {}).get("rows") or {}
     if not runs:
         raise DataError(
             f"no finished fine-tuning run in {', '.join(map(str, folders))}; let the sweep finish a cell first"
@@ -218,6 +227,7 @@ def collect(folders: Sequence[Path]) -> list[Study]:
             num_images=group[0].results["num_images"],
             runs=tuple(group),
             planned=planned if len(groups) == 1 else 0,
+            texts=texts,
         )
         for key, group in groups.items()
     ]

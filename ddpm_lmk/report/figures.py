@@ -60,7 +60,7 @@ def colours(study: Study) -> dict[str, str]:
 def mre_by_labels(study: Study, protocol: str) -> str:
     """MRE against the number of labels, one line per start with a band of one standard deviation, and references."""
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(WIDE)
+        figure, axes = blank(WIDE)
         top = 0.0
         for start in study.starts:
             found = [(k, score.mre) for k in study.shots if (score := study.score(start, k, protocol)) is not None]
@@ -84,7 +84,7 @@ def mre_by_labels(study: Study, protocol: str) -> str:
         axes.set_xlabel("labelled training images")
         axes.set_ylabel(f"mean radial error, {unit_name(study, protocol)}")
         figure.legend(loc="outside lower center", ncols=3)
-        return _svg(
+        return to_svg(
             figure, f"mre-{study.dataset}-{protocol}", f"Mean radial error by number of labels, {protocol} protocol"
         )
 
@@ -101,7 +101,7 @@ def _add_paper(axes: Axes, study: Study) -> None:
 def cumulative_error(study: Study, shots: Sequence[int]) -> str:
     """Share of landmarks found within a distance; a line style per number of labels, a colour per start."""
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(NARROW)
+        figure, axes = blank(NARROW)
         thresholds = [float(key) for key in study.runs[0].results["protocols"]["original"]["sdr"]]
         limit = 2.5 * max(thresholds) if thresholds else 0.0
         for labels, style in zip(shots, ("solid", (0, (5, 2)), (0, (1.5, 1.5)))):
@@ -125,13 +125,13 @@ def cumulative_error(study: Study, shots: Sequence[int]) -> str:
         axes.set_xlabel(f"radial error, {unit_name(study, 'original')}")
         axes.set_ylabel("landmarks within, %")
         figure.legend(loc="outside lower center", ncols=2)
-        return _svg(figure, f"ced-{study.dataset}", "Cumulative error curve")
+        return to_svg(figure, f"ced-{study.dataset}", "Cumulative error curve")
 
 
 def fine_tuning_curves(study: Study, labels: int) -> str | None:
     """Training loss of every run at one number of labels; None where no run has metrics."""
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(NARROW)
+        figure, axes = blank(NARROW)
         is_drawn = False
         for start in study.starts:
             for index, run in enumerate(study.select(start, labels)):
@@ -148,7 +148,7 @@ def fine_tuning_curves(study: Study, labels: int) -> str | None:
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("fine-tuning loss")
         figure.legend(loc="outside lower center", ncols=3)
-        return _svg(figure, f"tuning-{study.dataset}-{labels}", f"Fine-tuning loss with {labels} labels")
+        return to_svg(figure, f"tuning-{study.dataset}-{labels}", f"Fine-tuning loss with {labels} labels")
 
 
 def pre_training_curves(study: Study) -> str | None:
@@ -159,7 +159,7 @@ def pre_training_curves(study: Study) -> str | None:
         if parent is not None:
             parents.setdefault(run.start, parent)
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(NARROW)
+        figure, axes = blank(NARROW)
         for start, parent in parents.items():
             lines = read_lines(parent / "metrics.jsonl")
             images, losses = _series(lines, "loss", against="images")
@@ -173,7 +173,7 @@ def pre_training_curves(study: Study) -> str | None:
         axes.set_ylabel("noise prediction loss")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         figure.legend(loc="outside lower center", ncols=3)
-        return _svg(figure, f"pretraining-{study.dataset}", "Pre-training loss")
+        return to_svg(figure, f"pretraining-{study.dataset}", "Pre-training loss")
 
 
 def unit_name(study: Study, protocol: str) -> str:
@@ -214,12 +214,13 @@ def _label_axis(axes: Axes, shots: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
+def blank(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """An empty drawing of so many inches."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def to_svg(figure: Figure, name: str, title: str) -> str:
     """SVG text to put into a page: scales with it, and has a title for screen readers."""
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):

@@ -13,30 +13,24 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
 from ddpm_lmk import atomic, leakage
-from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.durable import read_json
-from ddpm_lmk.errors import DataError
 from ddpm_lmk.leakage import refuse_seen
-from ddpm_lmk.overlay import draw_overlay, encode_jpeg, to_uint8
-from ddpm_lmk.report import figures, html
-from ddpm_lmk.report.data import PROTOCOLS, Run, Study, collect, paper_tables, parent_of
+from ddpm_lmk.report import against, compute, figures, html, notes, pictures, steps
+from ddpm_lmk.report.data import PROTOCOLS, Study, collect, paper_tables, parent_of
 from ddpm_lmk.report.text import csv_rows, markdown_table
 from ddpm_lmk.runfile import load_run
 from ddpm_lmk.sweep.summary import to_csv
 
-FEATURED = 3  # numbers of labels shown in the cumulative error curve
-OVERLAY_SIDE = 760
 
-
-def write_report(folders: Sequence[str | Path], out: str | Path, *, acknowledge_leakage: bool = False) -> list[Path]:
+def write_report(
+    folders: Sequence[str | Path], out: str | Path, *, against_paper: bool = False, acknowledge_leakage: bool = False
+) -> list[Path]:
     """Write `out` (HTML), and beside it the same name with .csv and .md; returns the three paths.
 
     Args:
         folders: sweep folders and run directories, finished or under way; only finished runs count.
+        against_paper: put our table beside the paper's, with differences, significance and what has to be known.
         acknowledge_leakage: write the report although pre-training saw films that are scored; it says so.
 
     Raises:
@@ -48,34 +42,56 @@ def write_report(folders: Sequence[str | Path], out: str | Path, *, acknowledge_
         refuse_seen([run.results for run in study.runs], acknowledged=acknowledge_leakage)
     paths = [out, out.with_suffix(".csv"), out.with_suffix(".md")]
     title = f"Landmarks from few labels: {', '.join(dict.fromkeys(study.dataset for study in studies))}"
-    atomic.write_text(paths[0], html.page(title, "".join(_section(study) for study in studies) + _footer()))
+    atomic.write_text(
+        paths[0],
+        html.page(title, "".join(_section(study, against_paper=against_paper) for study in studies) + _footer()),
+    )
     atomic.write_text(paths[1], to_csv([row for study in studies for row in csv_rows(study)]))
     atomic.write_text(paths[2], "\n".join(markdown_table(study) for study in studies))
     return paths
 
 
-def _section(study: Study) -> str:
+def _section(study: Study, *, against_paper: bool) -> str:
     """Everything about one dataset."""
     best = study.best_start(max(study.shots))
     parts = [
         _header(study),
         _stamp(study),
         html.cards(study),
+        *(_beside_paper(study) if against_paper else []),
         "<h2>Scores</h2>",
         f'<p class="note">{_explanation(study)}</p>',
         html.headline_table(study),
         "<h2>Error against labels</h2>",
         f'<div class="figures">{"".join(_mre_figure(study, protocol) for protocol in PROTOCOLS)}</div>',
         _curves(study),
-        _overlays(study, best),
+        pictures.panels(study),
+        pictures.overlays(study, best),
         "<h2>Landmark by landmark</h2>",
         f'<p class="note">Protocol original, starting from {escape(best)}, mean over seeds; bars to compare.</p>',
         html.landmark_table(study, best),
         "<h2>The runs</h2>",
         html.facts_table(*_facts(study)),
+        "<h2>Compute</h2>",
+        html.facts_table(compute.rows(study), compute.HEADINGS),
         _left_out(study),
     ]
     return "".join(parts)
+
+
+def _beside_paper(study: Study) -> list[str]:
+    """The table beside the paper's, and its footnotes."""
+    published = paper_tables()["datasets"].get(study.spec)
+    if published is None:
+        text = f"The paper has no table for {study.spec}; rows stand alone."
+        return ["<h2>Beside the paper</h2>", f'<p class="note">{escape(text)}</p>', against.table(study)]
+    numbered = "".join(f"<li>{escape(note)}</li>" for note in against.row_notes(study))
+    general = "".join(f"<p>{escape(note)}</p>" for note in notes.footnotes(study))
+    return [
+        f"<h2>Beside table {published['table']} of the paper</h2>",
+        against.table(study),
+        f'<div class="footnotes"><ol>{numbered}</ol>{general}</div>',
+    ]
 
 
 def _header(study: Study) -> str:
@@ -122,76 +138,20 @@ def _mre_figure(study: Study, protocol: str) -> str:
 
 def _curves(study: Study) -> str:
     """Cumulative error and learning curves, as far as the runs have kept what they need."""
-    featured = featured_shots(study.shots)
+    featured = pictures.featured_shots(study.shots)
     middle = featured[len(featured) // 2]
     drawn = []
     if any(run.predictions for run in study.runs):
         caption = "Dotted verticals are the thresholds of the table."
         drawn.append(html.figure(figures.cumulative_error(study, featured), caption, "Cumulative error"))
+    if (svg := steps.curve(study, featured)) is not None:
+        caption = "Starts that are snapshots of one pre-training run; bands are one standard deviation over seeds."
+        drawn.append(html.figure(svg, caption, "Length of pre-training"))
     if (svg := figures.pre_training_curves(study)) is not None:
         drawn.append(html.figure(svg, "The runs the starting weights came from; pale: as logged.", "Pre-training"))
     if (svg := figures.fine_tuning_curves(study, middle)) is not None:
         drawn.append(html.figure(svg, f"All runs with {middle} training labels.", "Fine-tuning"))
     return f'<h2>Curves</h2><div class="figures three">{"".join(drawn)}</div>' if drawn else ""
-
-
-def featured_shots(shots: Sequence[int]) -> list[int]:
-    """At most three numbers of labels: the smallest, the middle one and the largest."""
-    if len(shots) <= FEATURED:
-        return list(shots)
-    return [shots[0], shots[len(shots) // 2], shots[-1]]
-
-
-def _overlays(study: Study, start: str) -> str:
-    """Best, median and worst picture of the best start with most labels (its first seed)."""
-    run = study.select(start, max(labels for labels in study.shots if study.select(start, labels)))[0]
-    errors = sorted(run.image_errors().items(), key=lambda item: item[1])
-    if not errors:
-        return ""
-    heading = "<h2>Best, median and worst</h2>"
-    text = (
-        f"Starting from {escape(start)} with {run.labels} labels, seed {run.results['seed']}. "
-        '<span class="key"><i style="color:#d07300">×</i> found, <i style="color:#2f9e44">○</i> annotated.</span>'
-    )
-    chosen = {"best": errors[0], "median": errors[len(errors) // 2], "worst": errors[-1]}
-    try:
-        drawn = [
-            html.figure(
-                html.image(_draw(run, name), f"x-ray {name} with landmarks"),
-                f"<strong>{which}</strong> {escape(name)}: {error:.2f} {run.unit} on average",
-            )
-            for which, (name, error) in chosen.items()
-        ]
-    except DataError as error:
-        return f'{heading}<p class="note">The pictures are not at hand: {escape(str(error))}</p>'
-    return f'{heading}<p class="note">{text}</p><div class="figures three">{"".join(drawn)}</div>'
-
-
-def _draw(run: Run, name: str) -> bytes:
-    """JPEG of one test picture, in its native aspect, with found and annotated points."""
-    cfg = load_run(run.folder / "config.yaml")
-    manifest = Manifest.open(cfg.data.path[0])
-    for row in manifest.rows([run.results["split"]]):
-        record = manifest.read_record(int(row))
-        if record.id == name:
-            break
-    else:
-        raise DataError(f"{manifest.root} has no image {name}")
-    native = np.array(record.native_size)
-    side = max(OVERLAY_SIDE, manifest.stored_size)
-    scale = side / native.max()
-    size = tuple(int(value) for value in np.maximum(1, np.rint(native * scale)))
-    to_shown = np.array([[scale, 0, 0.5 * scale - 0.5], [0, scale, 0.5 * scale - 0.5], [0, 0, 1]])
-    from_stored = np.linalg.inv(np.vstack([record.to_stored, [0, 0, 1]]))
-    matrix = (to_shown @ from_stored)[:2]
-    stored = to_uint8(manifest.decode(int(row)))
-    shown = cv2.warpAffine(stored, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-    rows = run.predictions[name]
-    points, true = (
-        (np.array([[float(line[x]), float(line[y])] for line in rows]) + 0.5) * scale - 0.5
-        for x, y in (("x", "y"), ("true_x", "true_y"))
-    )
-    return encode_jpeg(draw_overlay(shown, points, true=true, side=max(size)))
 
 
 def _facts(study: Study) -> tuple[list[list[str]], list[str]]:

@@ -1,0 +1,113 @@
+"""The x-rays of a report: best, median and worst, and one film as every method sees it with few and with many labels.
+
+Pictures are drawn anew from the packed data, where it is still there; where it is not, the page says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+import cv2
+import numpy as np
+
+from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.errors import DataError
+from ddpm_lmk.overlay import draw_overlay, encode_jpeg, to_uint8
+from ddpm_lmk.report import html
+from ddpm_lmk.report.data import Run, Study
+from ddpm_lmk.runfile import load_run
+
+FEATURED = 3  # numbers of labels that are shown where there is no room for all
+SIDE, PANEL_SIDE = 760, 420
+KEY = '<span class="key"><i style="color:#d07300">×</i> found, <i style="color:#2f9e44">○</i> annotated.</span>'
+
+
+def featured_shots(shots: Sequence[int]) -> list[int]:
+    """At most three numbers of labels: the smallest, the middle one and the largest."""
+    if len(shots) <= FEATURED:
+        return list(shots)
+    return [shots[0], shots[len(shots) // 2], shots[-1]]
+
+
+def overlays(study: Study, start: str) -> str:
+    """Best, median and worst picture of the best start with most labels (its first seed)."""
+    run = study.select(start, max(labels for labels in study.shots if study.select(start, labels)))[0]
+    errors = sorted(run.image_errors().items(), key=lambda item: item[1])
+    if not errors:
+        return ""
+    heading = "<h2>Best, median and worst</h2>"
+    text = f"Starting from {escape(study.title(start))} with {run.labels} labels, seed {run.results['seed']}. {KEY}"
+    chosen = {"best": errors[0], "median": errors[len(errors) // 2], "worst": errors[-1]}
+    try:
+        drawn = [
+            html.figure(
+                html.image(_draw(run, name, SIDE), f"x-ray {name} with landmarks"),
+                f"<strong>{which}</strong> {escape(name)}: {error:.2f} {run.unit} on average",
+            )
+            for which, (name, error) in chosen.items()
+        ]
+    except DataError as error:
+        return f'{heading}<p class="note">The pictures are not at hand: {escape(str(error))}</p>'
+    return f'{heading}<p class="note">{text}</p><div class="figures three">{"".join(drawn)}</div>'
+
+
+def panels(study: Study) -> str:
+    """One film (the median one of the best start with most labels) as each start sees it, with few and many labels."""
+    shots = featured_shots(study.shots)
+    best = study.best_start(shots[-1])
+    ranked = sorted(study.select(best, shots[-1])[0].image_errors().items(), key=lambda item: item[1])
+    if not ranked or len(study.starts) < 2:
+        return ""
+    name = ranked[len(ranked) // 2][0]
+    lines = []
+    try:
+        for start in study.starts:
+            chosen = [next(iter(study.select(start, labels)), None) for labels in shots]
+            cells = "".join(_panel(run, name) for run in chosen)
+            lines.append(f'<div class="name">{escape(study.title(start))}</div>{cells}')
+    except DataError as error:
+        return f'<h2>One film, every method</h2><p class="note">The pictures are not at hand: {escape(str(error))}</p>'
+    heads = "".join(f'<div class="head">{k} {"label" if k == 1 else "labels"}</div>' for k in shots)
+    text = (
+        f"Film {escape(name)}, the median one of {escape(study.title(best))} with {shots[-1]} labels; first seed of "
+        f"every row. Below each picture its mean radial error. {KEY}"
+    )
+    grid = f'<div class="panels" style="--columns:{len(shots)}"><div></div>{heads}{"".join(lines)}</div>'
+    return f'<h2>One film, every method</h2><p class="note">{text}</p>{grid}'
+
+
+def _panel(run: Run | None, name: str) -> str:
+    """A small picture with its error; a gap where there is no such run."""
+    if run is None:
+        return '<div class="gap">not run</div>'
+    error = run.image_errors()[name]
+    picture = html.image(_draw(run, name, PANEL_SIDE), f"x-ray {name}, {run.start}, {run.labels} labels")
+    return f'<div class="panel">{picture}<span>{error:.2f} {run.unit}</span></div>'
+
+
+def _draw(run: Run, name: str, longest: int) -> bytes:
+    """JPEG of one test picture, in its native aspect, with found and annotated points."""
+    cfg = load_run(run.folder / "config.yaml")
+    manifest = Manifest.open(cfg.data.path[0])
+    for row in manifest.rows([run.results["split"]]):
+        record = manifest.read_record(int(row))
+        if record.id == name:
+            break
+    else:
+        raise DataError(f"{manifest.root} has no image {name}")
+    native = np.array(record.native_size)
+    side = longest if longest < SIDE else max(longest, manifest.stored_size)
+    scale = side / native.max()
+    size = tuple(int(value) for value in np.maximum(1, np.rint(native * scale)))
+    to_shown = np.array([[scale, 0, 0.5 * scale - 0.5], [0, scale, 0.5 * scale - 0.5], [0, 0, 1]])
+    from_stored = np.linalg.inv(np.vstack([record.to_stored, [0, 0, 1]]))
+    matrix = (to_shown @ from_stored)[:2]
+    stored = to_uint8(manifest.decode(int(row)))
+    shown = cv2.warpAffine(stored, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    rows = run.predictions[name]
+    points, true = (
+        (np.array([[float(line[x]), float(line[y])] for line in rows]) + 0.5) * scale - 0.5
+        for x, y in (("x", "y"), ("true_x", "true_y"))
+    )
+    return encode_jpeg(draw_overlay(shown, points, true=true, side=max(size)))

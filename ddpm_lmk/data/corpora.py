@@ -89,6 +89,8 @@ class Corpus:
                 shrinks = self.image_size < pixels.shape[0]
                 side = (self.image_size, self.image_size)
                 pixels = cv2.resize(pixels, side, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        except CorruptSampleError as error:
+            raise CorruptSampleError(f"row {row}: {error}") from error
         except DataError:
             raise
         except Exception as error:  # a decoder may leak anything, StopIteration included (failures.md, B27)

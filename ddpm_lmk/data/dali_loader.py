@@ -3,7 +3,10 @@
 Bytes are read and verified here, in our order, and handed to pipelines as external sources: DALI draws nothing, keeps
 no position, and never meets bytes that changed. It decodes (JPEG on the GPU, PNG on the CPU, raw arrays not at all),
 warps with our matrices and scales. What is left, the tone of a few images, is the torch code, because its noise is
-keyed by position. Without a GPU everything runs on the CPU, slower than the torch loader: that is for the parity suite.
+keyed by position. Its decoders run in this process: one that crashes or hangs is a rank that does, which the launcher
+replaces, and that ends with exit 76 where it comes back; the torch loader sets such a sample aside.
+
+Without a GPU everything runs on the CPU, slower than the torch loader: that is for the parity suite.
 """
 
 from __future__ import annotations

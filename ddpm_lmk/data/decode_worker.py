@@ -15,6 +15,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ import cv2
 import numpy as np
 
 from ddpm_lmk.data.decode import Film, ReadOptions, RefusedImageError, check_information, film_from_bytes, read_content
-from ddpm_lmk.data.stored import encode, to_square
+from ddpm_lmk.data.stored import decode_square, encode, to_square
 
 HEADER = struct.Struct("<II")  # sizes of the JSON and of the bytes that follow it
 _PR_SET_PDEATHSIG = 1
@@ -40,27 +41,35 @@ def answer(job: dict[str, Any]) -> Answer:
     """Do one job; never raises for what a file may cause, whatever it is.
 
     A job has `options` and either `phantom` (kind, seed, index, size), or `path` and perhaps `offset` and `size` in it.
-    With `store`, the settings of the stored square, the bytes are an encoded shard member; without, raw pixels.
+    With `store`, the settings of the stored square, the bytes are an encoded shard member; without, raw pixels. A job
+    with `content` is such a member to decode, of `size` pixels and `bits`.
     """
     if "phantom" in job:
         return _drawn(job)
+    if "content" in job:
+        return _guarded(lambda: ({}, decode_square(job["content"], size=job["size"], bits=job["bits"]).tobytes()))
     try:
         content = _content(job)
     except OSError as error:
         return {"io_error": error.strerror or type(error).__name__}, b""
     except RefusedImageError as error:
         return {"code": error.code, "refused": str(error)}, b""
-    return _decoded(content, job)
+    return _guarded(lambda: _decoded(content, job))
 
 
 def _decoded(content: bytes, job: dict[str, Any]) -> Answer:
+    film = film_from_bytes(content, ReadOptions(**job["options"]))
+    said = {"facts": film.facts, "mm_per_px": film.mm_per_px, "patient": film.patient}
+    if "store" not in job:
+        return said | _described(film), np.ascontiguousarray(film.pixels).tobytes()
+    native = _native(film.pixels, job["native_size"])
+    return said | {"native": native}, _stored(film, native, job["store"])
+
+
+def _guarded(decode: Callable[[], Answer]) -> Answer:
+    """What `decode` answers, or why it does not."""
     try:
-        film = film_from_bytes(content, ReadOptions(**job["options"]))
-        said = {"facts": film.facts, "mm_per_px": film.mm_per_px, "patient": film.patient}
-        if "store" not in job:
-            return said | _described(film), np.ascontiguousarray(film.pixels).tobytes()
-        native = _native(film.pixels, job["native_size"])
-        return said | {"native": native}, _stored(film, native, job["store"])
+        return decode()
     except RefusedImageError as error:
         return {"code": error.code, "refused": str(error)}, b""
     except MemoryError:
@@ -133,6 +142,8 @@ def main() -> None:
         _send(answers, {"ready": True}, b"")
         while head := jobs.read(4):
             job = json.loads(jobs.read(int.from_bytes(head, "little")))
+            if "content" in job:
+                job["content"] = jobs.read(job["content"])
             _send(answers, *answer(job))
 
 

@@ -9,6 +9,7 @@ refused. Answers come back in the order of the jobs, whatever the number of proc
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -29,6 +30,7 @@ from ddpm_lmk.errors import LaunchError
 MEMORY_BYTES = 2 << 30
 DEADLINE_S = 30.0
 _QUEUE = 4  # jobs a process has beforehand; their messages fit a pipe, so that writing them never blocks
+_PIPE_BYTES = 1 << 18  # a picture of 256 pixels goes through at once, in both directions
 _WINDOW = 24  # answers per process that may wait for an earlier one
 _START_S = 120.0  # a busy file system may take long to import from
 _TICK_S = 1.0
@@ -77,7 +79,11 @@ class Isolation:
         self._selector.close()
 
     def answers(self, messages: Iterable[dict[str, Any]]) -> Iterator[Answer]:
-        """The answer to every message, in their order; call it to its end before calling it again."""
+        """The answer to every message, in their order; call it to its end before calling it again.
+
+        A message with `content` (bytes that the process is to decode) comes alone: it may not fit a pipe, and a process
+        that is answering does not read.
+        """
         jobs = (_Job(number, message) for number, message in enumerate(messages))
         given = taken = 0
         while True:
@@ -102,16 +108,17 @@ class Isolation:
         return next(jobs, None) if may_take else None
 
     def _send(self, job: _Job) -> None:
+        for idle in [worker for worker in self._workers if not worker.queue and worker.process.poll() is not None]:
+            self._end(idle)  # it died of something else, which is not to be blamed on this job
         worker = min(self._workers, key=lambda worker: len(worker.queue), default=None)
         if worker is None or (worker.queue and len(self._workers) < self._count):
             worker = self._start()
-        text = json.dumps(job.message).encode("ascii")
         assert worker.process.stdin is not None
         if not worker.queue:
             worker.waited_s = 0.0
         worker.queue.append(job)
         with contextlib.suppress(BrokenPipeError):  # it died: its answers end, which is noticed when listening
-            worker.process.stdin.write(len(text).to_bytes(4, "little") + text)
+            worker.process.stdin.write(_framed(job.message))
             worker.process.stdin.flush()
 
     def _listen(self) -> None:
@@ -131,7 +138,7 @@ class Isolation:
 
     def _receive(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
-        chunk = os.read(worker.process.stdout.fileno(), 1 << 20)
+        chunk = os.read(worker.process.stdout.fileno(), _PIPE_BYTES)
         if not chunk:
             worker.has_ended = True
             return self._lose(worker, None)
@@ -168,7 +175,11 @@ class Isolation:
         )
         worker = _Worker(process, complaints)
         self._workers.append(worker)
+        assert process.stdin is not None
         assert process.stdout is not None
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # a user's pipes have a limit; small ones do, slower
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._selector.register(process.stdout, selectors.EVENT_READ, worker)
         return worker
 
@@ -189,6 +200,13 @@ class Isolation:
 _ENTRY = "from ddpm_lmk.data.decode_worker import main; main()"
 
 
+def _framed(message: dict[str, Any]) -> bytes:
+    """A message as the process reads it: the size of the JSON, the JSON, and the content whose size it tells."""
+    content = message.get("content", b"")
+    text = json.dumps({**message, "content": len(content)} if content else message).encode("ascii")
+    return len(text).to_bytes(4, "little") + text + content
+
+
 def _taken(received: bytearray) -> Answer | None:
     """Take one whole answer from the front, where there is one."""
     if len(received) < HEADER.size:
@@ -197,8 +215,9 @@ def _taken(received: bytearray) -> Answer | None:
     end = HEADER.size + text_size + content_size
     if len(received) < end:
         return None
-    said = json.loads(received[HEADER.size : HEADER.size + text_size])
-    content = bytes(received[HEADER.size + text_size : end])
+    with memoryview(received) as view:
+        said = json.loads(bytes(view[HEADER.size : HEADER.size + text_size]))
+        content = bytes(view[HEADER.size + text_size : end])
     del received[:end]
     return said, content
 

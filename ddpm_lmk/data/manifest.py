@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
 import numpy as np
 from pydantic import ValidationError
 
 from ddpm_lmk.data import signature
+from ddpm_lmk.data.decode import RefusedImageError
+from ddpm_lmk.data.guarded import decode_guarded
 from ddpm_lmk.data.index import Index, open_index
 from ddpm_lmk.data.local import LocalShards
 from ddpm_lmk.data.records import Aspect, CorruptSampleError, Encoding, SampleRecord, record_from_json
@@ -135,10 +136,10 @@ class Manifest:
             if len(data) != _NPY_HEADER + shape[0] * shape[1] * dtype.itemsize:
                 raise CorruptSampleError(f"a raw image of {self.root} has {len(data)} bytes; pack again")
             return np.frombuffer(data, dtype, offset=_NPY_HEADER).reshape(shape)
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if image is None or image.shape != shape or image.dtype != dtype:
-            raise CorruptSampleError(f"an image of {self.root} does not decode to {shape} {dtype.name}; pack again")
-        return image
+        try:
+            return decode_guarded(data, size=self.stored_size, bits=self.bits)
+        except RefusedImageError as error:
+            raise CorruptSampleError(f"an image of {self.root}: {error}; pack again") from error
 
     def close(self) -> None:
         """Close the shard files."""

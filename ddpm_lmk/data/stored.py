@@ -1,4 +1,4 @@
-"""From decoded pixels to the stored square: grey window, one anti-aliased resize, encoding.
+"""From decoded pixels to the stored square, and back from its bytes: grey window, one anti-aliased resize, encoding.
 
 A picture is resized here once, at packing; loaders and `predict` do the same arithmetic. Files are `decode`'s.
 """
@@ -106,3 +106,12 @@ def encode(pixels: np.ndarray, encoding: Encoding, quality: int) -> bytes:
         done, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
     assert done, "OpenCV encodes every grey image"
     return data.tobytes()
+
+
+def decode_square(data: bytes, *, size: int, bits: int) -> np.ndarray:
+    """Pixels of a PNG or JPEG that `encode` made, uint8 or uint16 `[size, size]`; RefusedImageError if it is none."""
+    wanted = np.dtype(np.uint8 if bits == 8 else np.uint16)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None or image.shape != (size, size) or image.dtype != wanted:
+        raise RefusedImageError("BROKEN", f"does not decode to {size} x {size} {wanted.name}")
+    return image

@@ -31,8 +31,12 @@ def pack_dots(
     seed: int = 0,
     encoding: Encoding = "raw",
     noise: float = 0.02,
+    suffixes: Mapping[int, str] = {},
 ) -> Path:
-    """Write a pack with `counts` images per split, four raw images a shard."""
+    """Write a pack with `counts` images per split, four raw images a shard.
+
+    `suffixes`: words for `bad_decoders`, by the number in the name of the image.
+    """
     rng = np.random.default_rng(seed)
     spec = DOTS if labels else unlabelled(out.name)
     common: dict[str, Any] = {"dataset": out.name, "spec": spec, "splits": tuple(counts), "bits": bits, "settings": {}}
@@ -50,7 +54,8 @@ def pack_dots(
                 sample_id, out.name, split, points if has_label else None, NATIVE, None, None, to_stored
             )
             image = _draw(points @ to_stored[:, :2].T + to_stored[:, 2], size, bits, rng, noise)
-            writer.add(record, encode(image, encoding, 90))
+            word = suffixes.get(int(sample_id[-3:]), "")
+            writer.add(record, encode(image, encoding, 90) + (f"END OF PICTURE{word}".encode() if word else b""))
     return out
 
 

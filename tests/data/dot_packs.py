@@ -32,8 +32,9 @@ def pack_dots(
     encoding: Encoding = "raw",
     noise: float = 0.02,
     suffixes: Mapping[int, str] = {},
+    per_shard: int = 4,
 ) -> Path:
-    """Write a pack with `counts` images per split, four raw images a shard.
+    """Write a pack with `counts` images per split, `per_shard` raw images a shard.
 
     `suffixes`: words for `bad_decoders`, by the number in the name of the image.
     """
@@ -42,7 +43,7 @@ def pack_dots(
     common: dict[str, Any] = {"dataset": out.name, "spec": spec, "splits": tuple(counts), "bits": bits, "settings": {}}
     image_bytes = size * size * bits // 8
     with ShardWriter(
-        out, **common, encoding=encoding, stored_size=size, aspect="squeeze", shard_bytes=4 * image_bytes
+        out, **common, encoding=encoding, stored_size=size, aspect="squeeze", shard_bytes=per_shard * image_bytes
     ) as writer:
         for sample_id, split in sorted(
             (f"{split}-{i:03d}", split) for split, count in counts.items() for i in range(count)

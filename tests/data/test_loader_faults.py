@@ -6,6 +6,7 @@ import errno
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ddpm_lmk.data import corpora, open_loader, retries
@@ -61,6 +62,19 @@ def test_too_many_corrupt_samples_stop_the_run(tmp_path, residency):
     corrupt(pack, rows[1:2])
     with pytest.raises(DataError, match="11 of 40 samples cannot be read"):
         ids(open_loader(cfg, stage="train"), 5)
+
+
+def test_a_shard_without_any_readable_sample_stops_the_run(tmp_path):
+    pack = pack_dots(tmp_path / "dots", {"train": 60, "test": 2}, per_shard=20)
+    manifest = Manifest.open(pack)
+    cfg = run_config(pack, data={"residency": "ram", "max_bad_fraction": 0.5})
+    rows = np.flatnonzero(manifest.shard_of(np.arange(len(manifest))) == 2).tolist()
+    assert len(rows) > 10
+    corrupt(pack, rows[1:])
+    assert ids(open_loader(cfg, stage="train"), 2)
+    corrupt(pack, rows[:1])
+    with pytest.raises(DataError, match="shard 2 of .* is wholly bad"):
+        ids(open_loader(cfg, stage="train"), 2)
 
 
 def test_a_position_without_any_readable_sample_stops_the_run(tmp_path):

@@ -23,6 +23,11 @@ def test_every_row_about_processes_has_a_line() -> None:
     assert {f"A{number}" for number in range(8, 23)} | {f"C{number}" for number in range(1, 15)} <= rows
 
 
+def test_every_row_about_data_has_a_line() -> None:
+    heads = [match[1] for line in LINES if (match := re.match(r"\| (B[B\d, ]*) \|", line))]
+    assert [row for head in heads for row in head.split(", ")] == [f"B{number}" for number in range(1, 29)]
+
+
 def test_every_named_test_exists() -> None:
     file, missing, count = "", [], 0
     for found, name in re.findall(r"`([\w./]+\.py)?::(\w+)`", "\n".join(LINES)):

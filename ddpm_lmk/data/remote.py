@@ -30,7 +30,7 @@ from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, Resou
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
-STALL_S = 30.0  # without a byte, after which a request counts as failed
+STALL_S = 10.0  # without a byte, after which a request counts as failed
 _FETCHERS = 4  # shards fetched ahead at a time
 _CHECKS = 16  # shards looked for at a time when a pack is opened
 _TRY_LATER = {408, 425, 429}
@@ -73,7 +73,8 @@ class Origin:
         if "@" in parts.netloc or parts.query:
             raise ConfigError(
                 f"data.path has a URL of {parts.hostname} with a password or key in it, which would be written to the "
-                "run directory; give credentials by the environment (for s3: AWS_*, or FSSPEC_CONFIG_DIR)"
+                "run directory; give credentials by the environment (for s3: AWS_*, for gs: GOOGLE_APPLICATION_CREDENTIALS, or "
+                "FSSPEC_CONFIG_DIR)"
             )
         self.url = url.rstrip("/")
         try:
@@ -117,8 +118,8 @@ class Origin:
         except LmkError:
             raise
         except Exception as error:
-            number, status = getattr(error, "errno", None), getattr(error, "status", None)
-            if number in _NO_ROOM:
+            status = _status(error)
+            if getattr(error, "errno", None) in _NO_ROOM:
                 raise ResourceError(
                     "the disk of the shard cache is full; free some space, or set data.cache_dir or data.cache_gib"
                 ) from error
@@ -254,6 +255,14 @@ def fetch_index(origin: Origin, folder: Path, open_it: Callable[[], Opened]) -> 
     return open_it()
 
 
+def _status(error: Exception) -> int | None:
+    """The status of HTTP that a client's error is about; gcsfs calls it `code`, and has only words for one."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if type(error) is OSError and str(error).startswith("Forbidden"):
+        return 403
+    return int(status) if str(status).isdecimal() else None
+
+
 def _write(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     unfinished.write_bytes(content)
@@ -261,12 +270,13 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """Time limits of the clients that have some."""
-    if scheme in ("http", "https"):
+    """Time limits of the clients that have some; those of s3 and gs try again by themselves, too."""
+    if scheme in ("s3", "s3a"):
+        limits = {"connect_timeout": CONNECT_S, "read_timeout": STALL_S}
+        return {"config_kwargs": limits | {"retries": {"total_max_attempts": 1}}}
+    if scheme in ("http", "https", "gs", "gcs"):
         import aiohttp
 
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
-        return {"client_kwargs": {"timeout": limits}}
-    if scheme in ("s3", "s3a"):
-        return {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": STALL_S}}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
+        return {"requests_timeout": timeout} if scheme.startswith("g") else {"client_kwargs": {"timeout": timeout}}
     return {}

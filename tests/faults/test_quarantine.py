@@ -1,4 +1,4 @@
-"""Bad samples in a real run: listed once, the same after a kill, and the end of the run when they are too many."""
+"""Bad samples in real runs of one, two and four ranks: listed once, the same after a kill, the end when too many."""
 
 from __future__ import annotations
 
@@ -12,21 +12,30 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
+from ddpm_lmk.launcher import launch
 from ddpm_lmk.runs import execute
 from tests.data.dot_packs import corrupt, pack_dots
+from tests.faults.harness import events
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MODEL = {"width": 8, "multipliers": [1, 2], "patch": 4, "heads": 2, "head_dim": 4}
+EXACT = {"exactness": "exact", "micro_batch": 2}
 
 
-def config(pack: Path, *, steps: int) -> RunConfig:
+def config(pack: Path, *, steps: int, **train: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "data": {"path": str(pack), "image_size": 32, "residency": "stream"},
             "model": MODEL,
             "task": {"kind": "denoise"},
-            "train": {"group_size": 8, "length": steps, "checkpoint_every": 2},
+            "train": {"group_size": 8, "length": steps, "checkpoint_every": 2, **train},
         }
     )
+
+
+def launched(cfg: RunConfig, out: Path, processes: int) -> int:
+    job = {"config": cfg.model_dump(mode="json"), "out": str(out)}
+    return launch(job, processes=processes, device="cpu")
 
 
 def listed(run: Path) -> list[dict[str, Any]]:
@@ -76,3 +85,51 @@ def test_a_run_saves_and_stops_when_too_many_are_bad_and_goes_on_when_they_are_r
     for path, content in good.items():
         path.write_bytes(content)
     assert execute(config(data, steps=9), tmp_path / "run", parallel=parallel)["train"]["steps"] == 9
+
+
+@pytest.mark.distributed
+def test_two_ranks_list_what_either_met_once_and_learn_what_one_process_does(pack, tmp_path, parallel):
+    data, bad = pack
+    cfg = config(data, steps=6, **EXACT)
+    execute(cfg, tmp_path / "one", parallel=parallel)
+    assert launched(cfg, tmp_path / "two", 2) == 0
+    assert sorted(entry["row"] for entry in listed(tmp_path / "two")) == bad
+    assert listed(tmp_path / "two") == listed(tmp_path / "one")
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ranks_that_are_killed_go_on_with_the_same_list(pack, tmp_path, parallel, monkeypatch, processes):
+    data, bad = pack
+    cfg = config(data, steps=9, **EXACT)
+    execute(cfg, tmp_path / "one", parallel=parallel)
+    monkeypatch.setenv("LMK_FAILPOINT", "save.recorded:2")
+    assert launched(cfg, tmp_path / "killed", processes) == 0
+    assert len(events(tmp_path / "killed", "ranks.lost")) > 1
+    assert sorted(entry["row"] for entry in listed(tmp_path / "killed")) == bad
+    assert listed(tmp_path / "killed") == listed(tmp_path / "one")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ranks_agree_when_it_is_too_much(tmp_path, parallel, processes):
+    data = pack_dots(tmp_path / "dots", {"train": 48}, size=32, labels=False, noise=1.0)
+    corrupt(data, Manifest.open(data).rows(["train"])[::4].tolist())
+    cfg = config(data, steps=9, **EXACT)
+    with pytest.raises(DataError, match=r"1[12] of 48 samples"):
+        execute(cfg, tmp_path / "one", parallel=parallel)
+    assert launched(cfg, tmp_path / "several", processes) == 3
+    assert listed(tmp_path / "several") == listed(tmp_path / "one")
+
+
+def test_the_recorded_campaign_lost_no_sample_and_accused_none() -> None:
+    result = json.loads((RESULTS / "quarantine.json").read_text())
+    assert result["is_as_wanted"]
+    assert {(row["damaged_pct"], row["processes"]) for row in result["rows"]} >= {(0.5, 2), (5.0, 2), (0.5, 4), (5.0, 4)}
+    stopped = result["too_small_a_budget_by_processes"]
+    assert stopped["1"] == stopped["2"] == stopped["4"]
+    assert stopped["1"]["exit_code"] == 3

@@ -110,11 +110,13 @@ def test_evaluation_is_the_same(packs):
     assert_same(wanted, found)
 
 
-@pytest.mark.parametrize("image_size", [32, 96])
-def test_a_set_stored_at_another_size_is_resized_as_torch_does(packs, image_size):
+@pytest.mark.parametrize("image_size", [32, 48, 56, 96, 128])
+@pytest.mark.parametrize("kind", ["png8", "raw16"])
+def test_a_set_stored_at_another_size_is_resized_as_torch_does(packs, kind, image_size):
     data = {"image_size": image_size}
-    wanted, found = (groups(config(packs["png8"], loader, data=data)) for loader in ("torch", "dali"))
+    wanted, found = (groups(config(packs[kind], loader, data=data), 2) for loader in ("torch", "dali"))
     assert_same(batches(wanted), batches(found))
+    assert batches(found)[0].images.shape[-1] == image_size
 
 
 @pytest.mark.parametrize("encoding", ["raw", "png"])

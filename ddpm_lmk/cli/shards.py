@@ -18,6 +18,9 @@ PIXELS = "for pixels"
 LABELS = "for labels"
 MAX_LINES = 5
 
+PackArgument = Annotated[
+    str, typer.Argument(metavar="DIR|URL", help="folder written by `shards pack`, or a URL of one")
+]
 ShardsArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder written by `shards pack`")]
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="folder or list of x-rays; for phantoms: chest, skull or hand")
@@ -148,7 +151,7 @@ def _by_code(summary: PackSummary) -> str:
 
 
 @shards_app.command()
-def verify(folder: ShardsArgument) -> None:
+def verify(folder: PackArgument) -> None:
     """Read everything again: checksums, tar members, pixels, labels and counts."""
     from ddpm_lmk.console import say
     from ddpm_lmk.data.shards import verify as verify_shards
@@ -157,6 +160,8 @@ def verify(folder: ShardsArgument) -> None:
     for line in [*report.foreign, *report.problems][:MAX_LINES]:
         say(line)
     report.check()
+    if not report.is_listed:
+        say("the server does not tell what else lies there, so that was not looked at")
     splits = _listed(report.per_split)
     typer.echo(f"{folder}: good; {report.samples} samples ({splits}) in {report.shards} shards, {_mib(report.bytes)}")
 
@@ -230,7 +235,7 @@ def compare_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 
 @shards_app.command()
 def show(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="packs to look at, alone or as a pool")],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR|URL...", help="packs to look at, alone or as a pool")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="./show-NAME")] = None,
     count: Annotated[int, typer.Option(min=1, max=400, help="images of each pack on the contact sheet")] = 24,
 ) -> None:
@@ -238,10 +243,14 @@ def show(
     from ddpm_lmk.console import print_table
     from ddpm_lmk.data.show import show as show_shards
 
-    name = folders[0].resolve().name if len(folders) == 1 else "pool"
+    name = _last_part(folders[0]) if len(folders) == 1 else "pool"
     shown = show_shards(folders, out or Path(f"show-{name}"), count=count)
     print_table(("", ""), shown.lines)
     typer.echo(f"{shown.sheet}\n{shown.page}")
+
+
+def _last_part(place: str) -> str:
+    return place.rstrip("/").rpartition("/")[2] if "://" in place else Path(place).resolve().name
 
 
 def _listed(per_split: dict[str, int]) -> str:

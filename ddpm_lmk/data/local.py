@@ -28,7 +28,7 @@ class LocalShards:
         handle = self._handles.get(shard)
         if handle is not None:
             return os.pread(handle, size, offset)
-        path = self._folder / self._shards[shard]["name"]
+        path = self.path(shard)
         try:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -49,6 +49,19 @@ class LocalShards:
 
     def expect(self, shards: Iterable[int]) -> None:
         """These will be read soon; the kernel needs no telling."""
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self._folder / self._shards[shard]["name"]
+
+    def beside(self, name: str) -> Path | None:
+        """A file beside the shards, where there is one."""
+        path = self._folder / name
+        return path if path.is_file() else None
+
+    def names(self) -> set[str] | None:
+        """What lies in the folder; None: that cannot be told."""
+        return {path.name for path in self._folder.iterdir()}
 
     def close(self) -> None:
         """Close the files."""

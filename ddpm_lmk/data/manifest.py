@@ -21,8 +21,9 @@ from ddpm_lmk.data.decode import RefusedImageError
 from ddpm_lmk.data.guarded import decode_guarded
 from ddpm_lmk.data.index import Index, open_index
 from ddpm_lmk.data.local import LocalShards
+from ddpm_lmk.data.origin import Origin
 from ddpm_lmk.data.records import Aspect, CorruptSampleError, Encoding, SampleRecord, record_from_json
-from ddpm_lmk.data.remote import CacheSettings, Origin, RemoteShards, fetch_index, fetch_manifest, is_remote
+from ddpm_lmk.data.remote import CacheSettings, RemoteShards, fetch_index, fetch_manifest, is_remote
 from ddpm_lmk.data.rows import SplitRows
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.data.writer import FORMAT, FORMAT_VERSION, fingerprint_of
@@ -153,6 +154,22 @@ class Manifest:
     def expect(self, shards: Iterable[int]) -> None:
         """Say which shards will be read soon."""
         self._source.expect(shards)
+
+    def shard_path(self, shard: int) -> Path:
+        """The file of a shard, or a copy of it on this disk."""
+        return self._source.path(shard)
+
+    def beside(self, name: str) -> Path | None:
+        """A file beside the shards, or a copy of it; None where there is none."""
+        return self._source.beside(name)
+
+    def names(self) -> set[str] | None:
+        """What lies where the pack is; None: a web server does not tell."""
+        return self._source.names()
+
+    def forget(self, shard: int) -> None:
+        """Drop the copy of a shard, if it is one."""
+        self._source.forget(shard)
 
     def _read(self, shard: int, offset: int, size: int, parse: Callable[[bytes], Parsed]) -> Parsed:
         """What `parse` makes of the bytes; those of a copy are fetched again before they count as corrupt."""

@@ -2,9 +2,8 @@
 
 Whole shards are fetched, once per machine, and read from the copies, as long as two shuffle windows of them fit into
 the cache: the samples of a window are drawn from all its shards, so all of each will be needed. Otherwise single
-samples are fetched by range. What fails for a while (drops, timeouts, 5xx) is an `OSError`, to be tried again; what
-will not come (4xx) is a `DataError`. A byte that was damaged on the way, or on the local disk, is fetched again before
-a sample counts as corrupt. Credentials come from the environment, never from the URL.
+samples are fetched by range. A byte that was damaged on the way, or on the local disk, is fetched again before a sample
+counts as corrupt. What a server answers is for `origin`.
 """
 
 from __future__ import annotations
@@ -13,28 +12,23 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from ddpm_lmk.config import DataConfig
 from ddpm_lmk.data import signature
+from ddpm_lmk.data.origin import Origin
 from ddpm_lmk.data.retries import with_retries
 from ddpm_lmk.data.shard_cache import ShardCache
-from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, ResourceError
+from ddpm_lmk.errors import DataError, LmkError, ResourceError
 
 log = logging.getLogger(__name__)
 
-CONNECT_S = 10.0
-STALL_S = 10.0  # without a byte, after which a request counts as failed
 _FETCHERS = 4  # shards fetched ahead at a time
 _CHECKS = 16  # shards looked for at a time when a pack is opened
-_TRY_LATER = {408, 425, 429}
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 Opened = TypeVar("Opened")
 
@@ -64,82 +58,13 @@ def is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-class Origin:
-    """A folder behind a URL."""
-
-    def __init__(self, url: str) -> None:
-        """Raises ConfigError for a URL that must not be written down, LaunchError where a package is missing."""
-        parts = urlsplit(url)
-        if "@" in parts.netloc or parts.query:
-            raise ConfigError(
-                f"data.path has a URL of {parts.hostname} with a password or key in it, which would be written to the "
-                "run directory; give credentials by the environment (for s3: AWS_*, for gs: GOOGLE_APPLICATION_CREDENTIALS, or "
-                "FSSPEC_CONFIG_DIR)"
-            )
-        self.url = url.rstrip("/")
-        try:
-            from fsspec.core import url_to_fs
-
-            self._system, self._path = url_to_fs(self.url, **_options(parts.scheme))
-        except (ImportError, ValueError) as error:
-            raise LaunchError(f"cannot open {self.url}: {error}; run `pip install 'ddpm-lmk[cloud]'`") from None
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        with self._plain_errors(name):
-            return int(self._system.size(f"{self._path}/{name}"))
-
-    def read(self, name: str) -> bytes:
-        """A whole small file."""
-        with self._plain_errors(name):
-            return self._system.cat_file(f"{self._path}/{name}")
-
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
-        """A piece of a file."""
-        with self._plain_errors(name):
-            data = self._system.cat_file(f"{self._path}/{name}", start=offset, end=offset + size)
-        if len(data) > size:  # a server that does not know ranges sends everything
-            data = data[offset : offset + size]
-        if len(data) != size:
-            raise OSError(errno.EIO, f"{self.url}/{name}: got {len(data)} of {size} bytes")
-        return data
-
-    def fetch(self, name: str, to: Path) -> None:
-        """Copy a file."""
-        with self._plain_errors(name):
-            self._system.get_file(f"{self._path}/{name}", str(to))
-
-    @contextmanager
-    def _plain_errors(self, name: str) -> Iterator[None]:
-        """What clients raise is of many kinds; here it is for now (OSError) or for good (LmkError)."""
-        where = f"{self.url}/{name}"
-        try:
-            yield
-        except LmkError:
-            raise
-        except Exception as error:
-            status = _status(error)
-            if getattr(error, "errno", None) in _NO_ROOM:
-                raise ResourceError(
-                    "the disk of the shard cache is full; free some space, or set data.cache_dir or data.cache_gib"
-                ) from error
-            is_refused = status is not None and 400 <= status < 500 and status not in _TRY_LATER
-            if is_refused or isinstance(error, (FileNotFoundError, PermissionError)):
-                reason = f"status {status}" if status else type(error).__name__
-                # Not `from error`: an OSError as the cause would mean that trying again may help.
-                raise DataError(f"{where} is not there or not for us ({reason}); check data.path and access") from None
-            if type(error).__name__ == "NoCredentialsError":
-                raise DataError(f"{where} wants credentials and the environment has none (for s3: AWS_*)") from None
-            raise OSError(errno.EIO, f"{where}: {type(error).__name__} {error}".strip()) from error
-
-
 class RemoteShards:
     """The shards of a remote pack; safe from many threads. Answers the calls of `LocalShards`."""
 
     is_remote = True
 
     def __init__(self, origin: Origin, shards: Sequence[dict[str, Any]], folder: Path, settings: CacheSettings) -> None:
-        self._origin, self._shards = origin, shards
+        self._origin, self._shards, self._folder = origin, shards, folder
         limit = int(settings.limit_gib * 2**30)
         self.is_whole = 2 * settings.window * max(shard["size"] for shard in shards) <= limit
         how = "whole shards are cached" if self.is_whole else "the cache is too small for two windows: read by range"
@@ -193,6 +118,24 @@ class RemoteShards:
             sizes = list(pool.map(lambda known: with_retries(self._origin.size, known["name"]), missing))
         for known, size in zip(missing, sizes, strict=True):
             self._want_size(known, size)
+
+    def path(self, shard: int) -> Path:
+        """The copy of a shard, fetched if need be; dropped when the cache needs room."""
+        return with_retries(self._copy, shard)
+
+    def beside(self, name: str) -> Path | None:
+        """A copy of a file beside the shards, where there is one."""
+        path = self._folder / name
+        if not path.is_file():
+            try:
+                _write(path, with_retries(self._origin.read, name))
+            except DataError:
+                return None
+        return path
+
+    def names(self) -> set[str] | None:
+        """What lies in the folder behind the URL; None: that cannot be told."""
+        return with_retries(lambda origin: origin.names(), self._origin)
 
     def close(self) -> None:
         """Fetch nothing more ahead."""
@@ -255,28 +198,7 @@ def fetch_index(origin: Origin, folder: Path, open_it: Callable[[], Opened]) -> 
     return open_it()
 
 
-def _status(error: Exception) -> int | None:
-    """The status of HTTP that a client's error is about; gcsfs calls it `code`, and has only words for one."""
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    if type(error) is OSError and str(error).startswith("Forbidden"):
-        return 403
-    return int(status) if str(status).isdecimal() else None
-
-
 def _write(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     unfinished.write_bytes(content)
     unfinished.replace(path)
-
-
-def _options(scheme: str) -> dict[str, Any]:
-    """Time limits of the clients that have some; those of s3 and gs try again by themselves, too."""
-    if scheme in ("s3", "s3a"):
-        limits = {"connect_timeout": CONNECT_S, "read_timeout": STALL_S}
-        return {"config_kwargs": limits | {"retries": {"total_max_attempts": 1}}}
-    if scheme in ("http", "https", "gs", "gcs"):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
-        return {"requests_timeout": timeout} if scheme.startswith("g") else {"client_kwargs": {"timeout": timeout}}
-    return {}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.prints import FILE_NAME as PRINTS
 from ddpm_lmk.data.prints import check_prints
 from ddpm_lmk.data.records import EXTENSIONS, INDEX_DTYPE, CorruptSampleError, SampleRecord, to_stored_matrix
+from ddpm_lmk.data.remote import CacheSettings, is_remote
 from ddpm_lmk.data.signature import FILE_NAME as SIGNATURE
 from ddpm_lmk.data.tars import DamagedTarError, TrailingBytesError, members
 from ddpm_lmk.data.writer import ShardWriter
@@ -30,15 +34,18 @@ __all__ = [
 
 @dataclass
 class VerifyReport:
-    """What a full check saw. `problems`: one line each; `foreign`: members that have no business in a shard."""
+    """What a full check saw. `problems`: one line each; `foreign`: what has no business in a shard or beside it;
+    `is_listed`: whether it could be seen what lies beside.
+    """
 
-    root: Path
+    root: str | Path
     samples: int = 0
     shards: int = 0
     bytes: int = 0
     per_split: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    is_listed: bool = True
 
     @property
     def is_good(self) -> bool:
@@ -55,33 +62,66 @@ class VerifyReport:
             raise DataError(f"{self.root}: {len(self.problems)} problems, first: {self.problems[0]}; pack again")
 
 
-def verify(path: str | Path) -> VerifyReport:
+def verify(path: str | Path, cache: CacheSettings | None = None) -> VerifyReport:
     """Read everything: every byte of every file, tar members, pixels, and every JSON against the index.
 
     A changed byte is found wherever it is. In the padding of a tar it harms no sample and training would not notice,
     but a shard that is not as it was packed has been through something: it counts, and is said to be harmless.
 
+    Args:
+        path: a folder or URL; of a URL everything is fetched anew, a shard at a time.
+        cache: where there is room for a shard.
+
     Raises:
         DataError: the folder cannot even be opened: manifest or index changed, a shard missing, cut off or grown.
+        StoppedError: a server does not answer.
     """
-    manifest = Manifest.open(path)
-    report = VerifyReport(manifest.root, samples=len(manifest), shards=len(manifest.shards))
-    report.per_split = manifest.count_per_split()
-    report.foreign += sorted({path.name for path in manifest.root.iterdir()} - _expected_files(manifest))
-    report.problems += _beside(manifest)
-    last_id = ""
-    for number, shard in enumerate(manifest.shards):
-        report.bytes += shard["size"]
-        before = len(report.problems) + len(report.foreign)
-        _verify_members(manifest, number, report)
-        for row in range(*manifest.starts[number : number + 2].tolist()):
-            last_id = _verify_row(manifest, row, last_id, report)
-        if _sha256(manifest.root / shard["name"]) != shard["sha256"]:
-            is_harmless = before == len(report.problems) + len(report.foreign)
-            where = ", in a header or padding: every sample is as it was packed" if is_harmless else ""
-            report.problems.append(f"{shard['name']}: sha256 differs from the manifest{where}")
-    manifest.close()
+    with _opened(path, cache or CacheSettings()) as manifest:
+        report = VerifyReport(path, samples=len(manifest), shards=len(manifest.shards))
+        report.per_split = manifest.count_per_split()
+        names = manifest.names()
+        report.is_listed = names is not None
+        report.foreign += sorted((names or set()) - _expected_files(manifest))
+        report.problems += _beside(manifest)
+        last_id = ""
+        for number in range(len(manifest.shards)):
+            last_id = _verify_shard(manifest, number, last_id, report)
+        report.problems = [line.replace(str(manifest.root), str(path)) for line in report.problems]
     return report
+
+
+@contextmanager
+def _opened(path: str | Path, cache: CacheSettings) -> Iterator[Manifest]:
+    """A URL gets a cache of its own, for the time of the check: older copies say nothing about what lies there now."""
+    if not is_remote(path):
+        manifest = Manifest.open(path)
+        yield manifest
+        manifest.close()
+        return
+    cache.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=cache.root) as folder:
+        manifest = Manifest.open(path, CacheSettings(Path(folder), limit_gib=_ANY_GIB))
+        yield manifest
+        manifest.close()
+
+
+_ANY_GIB = 1e6  # a shard is dropped when it has been checked
+
+
+def _verify_shard(manifest: Manifest, number: int, last_id: str, report: VerifyReport) -> str:
+    """Add what is wrong with a shard; returns the id of its last sample."""
+    shard = manifest.shards[number]
+    report.bytes += shard["size"]
+    before = len(report.problems) + len(report.foreign)
+    _verify_members(manifest, number, report)
+    for row in range(*manifest.starts[number : number + 2].tolist()):
+        last_id = _verify_row(manifest, row, last_id, report)
+    if _sha256(manifest.shard_path(number)) != shard["sha256"]:
+        is_harmless = before == len(report.problems) + len(report.foreign)
+        where = ", in a header or padding: every sample is as it was packed" if is_harmless else ""
+        report.problems.append(f"{shard['name']}: sha256 differs from the manifest{where}")
+    manifest.forget(number)
+    return last_id
 
 
 def _beside(manifest: Manifest) -> list[str]:
@@ -90,7 +130,7 @@ def _beside(manifest: Manifest) -> list[str]:
     content = (manifest.root / "manifest.json").read_bytes()
     if content != json.dumps(json.loads(content), indent=1).encode("ascii"):
         problems.append("manifest.json: not the bytes that were written, though they mean the same")
-    if manifest.refused_sha256 is not None and _sha256(manifest.root / "refused.jsonl") != manifest.refused_sha256:
+    if manifest.refused_sha256 is not None and _sha256(manifest.beside("refused.jsonl")) != manifest.refused_sha256:
         problems.append("refused.jsonl: missing, or sha256 differs from the manifest")
     if (manifest.root / PRINTS).exists():
         try:
@@ -100,12 +140,11 @@ def _beside(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _sha256(path: Path) -> str | None:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
+def _sha256(path: Path | None) -> str | None:
+    if path is None:
         return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify_row(manifest: Manifest, row: int, last_id: str, report: VerifyReport) -> str:
@@ -133,12 +172,11 @@ def _checked_row(manifest: Manifest, row: int) -> SampleRecord:
 
 def _verify_members(manifest: Manifest, number: int, report: VerifyReport) -> None:
     shard = manifest.shards[number]
-    path = manifest.root / shard["name"]
     rows = manifest.index[manifest.starts[number] : manifest.starts[number + 1]]
     wanted = {int(offset): f".{EXTENSIONS[manifest.encoding]}" for offset in rows["offset"]}
     wanted |= {int(offset): ".json" for offset in rows["json_offset"]}
     try:
-        for member, fault in members(path):
+        for member, fault in members(manifest.shard_path(number)):
             suffix = wanted.pop(member.offset_data, None)
             if fault is not None or suffix is None or "/" in member.name or not member.name.endswith(suffix):
                 why = "" if fault is None else f" ({fault})"

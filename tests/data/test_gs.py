@@ -14,7 +14,7 @@ import pytest
 from ddpm_lmk.data import open_loader, retries
 from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.remote import CacheSettings
-from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data.shards import Manifest, verify
 from ddpm_lmk.errors import DataError, StoppedError
 from tests.data.dot_packs import pack_dots
 from tests.data.test_remote import assert_same, config, stream
@@ -113,6 +113,17 @@ def test_a_client_that_itself_tries_for_long_is_not_asked_again(store, failing, 
     with pytest.raises(StoppedError, match="after 1 tries"):
         next(loader.groups(0))
     loader.close()
+
+
+def test_verify_reads_the_store_and_sees_what_does_not_belong_there(store, tmp_path):
+    import fsspec
+
+    report = verify(store[1], CacheSettings(tmp_path))
+    assert (report.is_good, report.is_listed, report.samples) == (True, True, 28)
+    system = fsspec.filesystem("gs")
+    system.pipe_file("films/dots/model.pkl", b"never opened")
+    assert verify(store[1], CacheSettings(tmp_path)).foreign == ["model.pkl"]
+    system.rm("films/dots/model.pkl")
 
 
 @pytest.mark.parametrize("fault", ["403", "404"])

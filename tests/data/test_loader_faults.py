@@ -73,7 +73,7 @@ def test_a_shard_without_any_readable_sample_stops_the_run(tmp_path):
     corrupt(pack, rows[1:])
     assert ids(open_loader(cfg, stage="train"), 2)
     corrupt(pack, rows[:1])
-    with pytest.raises(DataError, match="shard 2 of .* is wholly bad"):
+    with pytest.raises(DataError, match=r"shard 2 of .* is wholly bad"):
         ids(open_loader(cfg, stage="train"), 2)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data import open_loader, remote, retries
+from ddpm_lmk.data import open_loader, origin, retries
 from ddpm_lmk.data.batch import Group
 from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.remote import CacheSettings
@@ -40,7 +40,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
-    monkeypatch.setattr(remote, "STALL_S", 0.5)
+    monkeypatch.setattr(origin, "STALL_S", 0.5)
     with serve(pack.parent) as running:
         yield running
 

@@ -95,8 +95,8 @@ def look_at(manifest: Manifest) -> Look:
 def _refused(manifest: Manifest) -> tuple[Counter[str], list[dict[str, str]]]:
     refusals: Counter[str] = Counter()
     listed: list[dict[str, str]] = []
-    path = manifest.root / "refused.jsonl"
-    if path.is_file():
+    path = manifest.beside("refused.jsonl")
+    if path is not None:
         with path.open(encoding="ascii") as file:
             for line in map(json.loads, file):
                 line.setdefault("code", "REFUSED")  # packs of the first version gave a reason only

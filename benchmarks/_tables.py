@@ -289,5 +289,9 @@ def exactness_table(source: Path) -> str:
 RATE = {"from": "from", "images/s": "images_per_s"}
 WAYS = {"way": "way", **RATE, "images/CPU-s": "images_per_cpu_s", "cores for 4,000 images/s": "cores_for_4000_per_s"}
 TRAINING = {"loader": "loader", **RATE, "waiting for data, %": "data_wait_pct"}
-QUARANTINE = {"damaged": "damaged_samples", "listed": "listed_samples", "healthy, listed": "healthy_and_listed"}
-QUARANTINE |= {"trained on": "damaged_and_trained_on", "same if killed": "killed_run_agrees"}
+RESIZE = {"bits": "bits", "to, px": "size_px", "triangular: max": "triangular_max_levels"}
+RESIZE |= {"mean": "triangular_mean_levels", "linear: max": "linear_max_levels"}
+RESIZE |= {"linear: mean": "linear_mean_levels", "host, us": "host_us"}
+QUARANTINE = {"processes": "processes", "damaged": "damaged_samples", "listed": "listed_samples"}
+QUARANTINE |= {"healthy, listed": "healthy_and_listed", "trained on": "damaged_and_trained_on"}
+QUARANTINE |= {"same if killed": "killed_run_agrees", "same as one process": "agrees_with_one_process"}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from _tables import (
     QUARANTINE,
+    RESIZE,
     TRAINING,
     WAYS,
     copied,
@@ -63,6 +64,7 @@ PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (BENCHMARKS, "loader", RESULTS / "loader-isbi2015_ceph.json", loader_table),
     (BENCHMARKS, "loader-ways", RESULTS / "loader.json", picked("ways", WAYS)),
     (BENCHMARKS, "loader-training", RESULTS / "loader.json", picked("training", TRAINING)),
+    (BENCHMARKS, "dali-resize", RESULTS / "dali_resize.json", picked("rows", RESIZE)),
     (BENCHMARKS, "quarantine", RESULTS / "quarantine.json", picked("rows", QUARANTINE)),
     (BENCHMARKS, "manifest", RESULTS / "manifest_10m.json", manifest_table),
     (BENCHMARKS, "pool", RESULTS / "pool_duplicates.json", pool_table),

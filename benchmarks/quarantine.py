@@ -2,10 +2,12 @@
 
     python benchmarks/quarantine.py [--out benchmarks/results] [--images 2000]
 
-For each share of damaged samples a tiny network is trained for one epoch: twice, and once killed (SIGKILL at its third
-checkpoint) and continued. The runs have to agree bit for bit: weights, average and `quarantine.jsonl`. Ids of what a
-loader hands out are compared with those damaged besides. Writes `quarantine.json` into `--out`; exits 1 if anything is
-not as wanted.
+For each share of damaged samples a tiny network is trained for one epoch: by one process twice, then by two and four
+real ranks (gloo), and each time once more with a kill: alone by SIGKILL at its third checkpoint and the same command
+again, of several ranks one at its second, which the launcher replaces. All runs of a share have to agree bit for bit
+(class exact): weights, average and `quarantine.jsonl`. Ids of what the loaders of all ranks hand out are compared with
+those damaged besides. At last a budget that is too small: any number of ranks has to end with exit 3, at one step and
+with one list. Writes `quarantine.json` into `--out`; exits 1 if anything is not as wanted.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,60 +35,76 @@ from ddpm_lmk.data.stored import encode
 from ddpm_lmk.machine import hardware, versions
 from ddpm_lmk.runfile import dump_run
 
-SHARES = (0.0005, 0.005, 0.05)
+CASES = ((0.0005, 1), (0.005, 1), (0.05, 1), (0.005, 2), (0.05, 2), (0.005, 4), (0.05, 4))  # share, processes
 SIZE = 32
-GROUP = 80
-KILLED_AT = "save.recorded:3"
+GROUP, MICRO_BATCH = 80, 20
+KILLED_AT = {1: "save.recorded:3", 2: "save.recorded:2", 4: "save.recorded:2"}
 SHARD_BYTES = 256 * 1536
+BUDGET, TOO_SMALL = 0.1, 0.01
 
 
 def main() -> None:
-    """Measure every share and write the result file."""
+    """Measure every case and write the result file."""
     options = _options()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(Path(folder), share, options.images) for share in SHARES]
+        packs = {share: _damaged_pack(Path(folder), share, options.images) for share in sorted(dict(CASES))}
+        rows: list[dict[str, Any]] = []
+        for share, processes in CASES:
+            alone = next((row["digests"] for row in rows if row["damaged_pct"] == 100 * share), None)
+            rows.append(measure(*packs[share], share, processes, alone))
+        data, _ = packs[0.05]
+        stopped = [_stopped(data, processes) for processes in sorted(KILLED_AT)]
+    is_as_wanted = all(row["is_as_wanted"] for row in rows) and all(run == stopped[0] for run in stopped)
     result = {
         "benchmark": "quarantine",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "images": options.images,
-        "killed_at_failpoint": KILLED_AT,
+        "killed_at_failpoint_by_processes": KILLED_AT,
         "hardware": hardware(),
         "versions": versions("torch", "numpy"),
         "rows": rows,
+        "too_small_a_budget_by_processes": dict(zip(sorted(KILLED_AT), stopped, strict=True)),
+        "is_as_wanted": is_as_wanted and stopped[0]["exit_code"] == 3,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "quarantine.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(f"{path}\n")
-    sys.exit(0 if all(row["is_as_wanted"] for row in rows) else 1)
+    sys.exit(0 if result["is_as_wanted"] else 1)
 
 
-def measure(folder: Path, share: float, images: int) -> dict[str, Any]:
-    """One share of damaged samples: three runs, and the loader by itself."""
-    data = folder / f"pack-{share}"
-    _pack_noise(data, images)
-    damaged = _damage(data, share)
-    cfg = _config(data)
-    trained_on, met = _stream(cfg, steps=images // GROUP)
-    runs = [_train(cfg, folder / f"run-{share}-{name}", kill=name == "killed") for name in ("a", "b", "killed")]
-    listed = [entry["row"] for entry in runs[0]["entries"]]
+def measure(
+    data: Path, damaged: set[int], share: float, processes: int, alone: dict[str, str] | None
+) -> dict[str, Any]:
+    """One share of damaged samples and number of processes; `alone`: the digests of one process."""
+    cfg = _config(data, BUDGET)
+    trained_on, met = _stream(cfg, processes)
+    whole, killed = (_train(cfg, data, name, processes) for name in ("whole", "killed"))
+    listed = [entry["row"] for entry in whole["entries"]]
     row: dict[str, Any] = {
         "damaged_pct": 100 * share,
+        "processes": processes,
         "damaged_samples": len(damaged),
         "listed_samples": len(listed),
         "damaged_and_not_listed": len(damaged - set(listed)),
         "healthy_and_listed": len(set(listed) - damaged),
         "listed_twice": len(listed) - len(set(listed)),
         "damaged_and_trained_on": len(damaged & trained_on),
-        "met_by_the_loader_alone": len(met),
-        "two_runs_agree": runs[0]["digests"] == runs[1]["digests"],
-        "killed_run_agrees": runs[0]["digests"] == runs[2]["digests"],
-        "digests": runs[0]["digests"],
+        "met_by_the_loaders_alone": len(met),
+        "killed_run_agrees": killed["kills"] > 0 and whole["digests"] == killed["digests"],
+        "agrees_with_one_process": whole["digests"] == (alone or _train(cfg, data, "again", 1)["digests"]),
+        "digests": whole["digests"],
     }
     row["is_as_wanted"] = set(listed) == damaged == met and not damaged & trained_on and not row["listed_twice"]
-    row["is_as_wanted"] &= row["two_runs_agree"] and row["killed_run_agrees"]
+    row["is_as_wanted"] &= row["killed_run_agrees"] and row["agrees_with_one_process"]
     sys.stdout.write(f"{json.dumps(row)}\n")
     return row
+
+
+def _damaged_pack(folder: Path, share: float, images: int) -> tuple[Path, set[int]]:
+    data = folder / f"pack-{share}"
+    _pack_noise(data, images)
+    return data, _damage(data, share)
 
 
 def _pack_noise(out: Path, images: int) -> None:
@@ -116,7 +135,8 @@ def _damage(data: Path, share: float) -> set[int]:
     return set(rows)
 
 
-def _config(data: Path) -> RunConfig:
+def _config(data: Path, budget: float) -> RunConfig:
+    train = {"length": "1 epochs", "group_size": GROUP, "micro_batch": MICRO_BATCH, "exactness": "exact"}
     return RunConfig.model_validate(
         {
             "data": {
@@ -124,42 +144,66 @@ def _config(data: Path) -> RunConfig:
                 "image_size": SIZE,
                 "residency": "stream",
                 "workers": 1,
-                "max_bad_fraction": 0.1,
+                "max_bad_fraction": budget,
             },
             "model": {"width": 8, "multipliers": [1, 2], "patch": 4, "heads": 2, "head_dim": 4},
             "task": {"kind": "denoise"},
-            "train": {"length": "1 epochs", "group_size": GROUP, "checkpoint_every": 10},
+            "train": train | {"checkpoint_every": 10},
         }
     )
 
 
-def _stream(cfg: RunConfig, steps: int) -> tuple[set[int], set[int]]:
-    """Rows that the loader hands out in an epoch, and those it met and could not read."""
-    loader = open_loader(cfg, stage="train")
+def _stream(cfg: RunConfig, processes: int) -> tuple[set[int], set[int]]:
+    """Rows that the loaders of all ranks hand out in an epoch, and those they met and could not read."""
     handed, met = set(), set()
-    for _, group in zip(range(steps), loader.groups(0)):
-        handed |= {int(name.split(":")[1]) for batch in group.micro_batches for name in batch.ids}
-        met |= {bad.row for bad in group.bad}
-    loader.close()
+    for rank in range(processes):
+        loader = open_loader(cfg, stage="train", rank=rank, world=processes)
+        for _, group in zip(range(loader.num_images // GROUP), loader.groups(0)):
+            handed |= {int(name.split(":")[1]) for batch in group.micro_batches for name in batch.ids}
+            met |= {bad.row for bad in group.bad}
+        loader.close()
     return handed, met
 
 
-def _train(cfg: RunConfig, out: Path, *, kill: bool) -> dict[str, Any]:
-    """Run, killed and run again if asked; what was listed, and digests of all that has to agree."""
-    run_file = out.with_name(f"{out.name}.yaml")
-    run_file.write_text(dump_run(cfg))
-    command = [sys.executable, "-m", "ddpm_lmk.cli", "pretrain", str(run_file), "--out", str(out), "--cpu", "1"]
-    if kill:
-        stopped = subprocess.run(command, env=os.environ | {"LMK_FAILPOINT": KILLED_AT}, check=False)
-        assert stopped.returncode == -9, f"exit {stopped.returncode}, wanted to be killed"
-    subprocess.run(command, check=True)
+def _train(cfg: RunConfig, data: Path, name: str, processes: int) -> dict[str, Any]:
+    """Run, killed on the way if `name` says so; what was listed, and digests of all that has to agree."""
+    out = data.with_name(f"{data.name}-{processes}-{name}")
+    command = _command(cfg, out, processes)
+    kill = {"LMK_FAILPOINT": KILLED_AT[processes]} if name == "killed" else {}
+    code = subprocess.run(command, env=os.environ | kill, check=False).returncode
+    kills = code == -signal.SIGKILL
+    if kills:  # one process alone: nobody else starts it again
+        code = subprocess.run(command, check=False).returncode
+    assert code == 0, f"exit {code}"
     snapshot = max((out / "snapshots").iterdir())
     files = [out / "quarantine.jsonl", snapshot / "model.safetensors", snapshot / "ema.safetensors"]
-    lines = (out / "quarantine.jsonl").read_text().splitlines()
     return {
-        "entries": [json.loads(line) for line in lines],
+        "entries": _lines(out / "quarantine.jsonl"),
+        "kills": kills + sum(event["event"] == "ranks.lost" for event in _lines(out / "events.jsonl")),
         "digests": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files},
     }
+
+
+def _stopped(data: Path, processes: int) -> dict[str, Any]:
+    """How a run ends whose budget is too small."""
+    out = data.with_name(f"{data.name}-{processes}-stopped")
+    code = subprocess.run(_command(_config(data, TOO_SMALL), out, processes), check=False).returncode
+    entries = _lines(out / "quarantine.jsonl")
+    digest = hashlib.sha256((out / "quarantine.jsonl").read_bytes()).hexdigest()[:16]
+    return {"exit_code": code, "step": entries[-1]["step"], "listed_samples": len(entries), "quarantine_sha256": digest}
+
+
+def _command(cfg: RunConfig, out: Path, processes: int) -> list[str]:
+    run_file = out.with_name(f"{out.name}.yaml")
+    run_file.write_text(dump_run(cfg))
+    return [
+        *(sys.executable, "-m", "ddpm_lmk.cli", "pretrain", str(run_file)),
+        *("--out", str(out), "--cpu", str(processes)),
+    ]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _options() -> argparse.Namespace:

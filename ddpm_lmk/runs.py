@@ -24,8 +24,9 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.console import say
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.backend import choose_backend
+from ddpm_lmk.engine.everyone import AllRanks
 from ddpm_lmk.engine.exactness import device_kinds, kept
-from ddpm_lmk.engine.loop import Loaders, fit
+from ddpm_lmk.engine.loop import Loaders, Pace, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import checksum, want_same_facts
 from ddpm_lmk.engine.state import TrainState
@@ -41,6 +42,7 @@ from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.sampling import draw_samples, to_png
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
+from ddpm_lmk.tasks.task import Everyone
 from ddpm_lmk.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,8 @@ def execute(
             if cfg.task.stage == "pretrain":
                 parallel.on_main(lambda: _note_left_out(cfg, run))
             run.journal.rewind_metrics(state.step)
+            everyone = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else Everyone()
+            task.meet(everyone, total=Pace.of(cfg, loaders.train).total)
             fit(cfg, task, state, loaders, parallel, run, is_strict=is_strict)
             results = _conclude(cfg, task, state, loaders, parallel, run, workbench)
         parallel.on_main(lambda: run.finish(cfg, results))

@@ -43,7 +43,8 @@ class Workbench:
                 build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
             )
         setting = (device, cfg.train.channels_last, cfg.train.compile, cfg.train.group_norm)
-        key = (cfg.model, type(task), task.out_channels, task.full_size, task.domains, *setting)
+        head = cfg.task if cfg.task.stage == "pretrain" else None  # some tasks train more than the network
+        key = (cfg.model, type(task), head, task.out_channels, task.full_size, task.domains, *setting)
         model = self._networks.pop(key, None)
         if model is not None:
             model.load_state_dict(fresh.state_dict())

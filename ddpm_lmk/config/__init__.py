@@ -34,6 +34,7 @@ from ddpm_lmk.config.training import (
     TrainConfig,
 )
 from ddpm_lmk.config.values import Duration, Fraction, NonNegative, Positive, Section
+from ddpm_lmk.config.views import DinoConfig, EncoderTask, EncoderTaskConfig, MocoV3Config, SimclrV2Config
 
 __all__ = [
     "AugmentConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "ContourCodecConfig",
     "DataConfig",
     "DenoiseConfig",
+    "DinoConfig",
     "DiscCodecConfig",
     "Duration",
     "EmaConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "GaussianCodecConfig",
     "InitConfig",
     "LandmarksConfig",
+    "MocoV3Config",
     "Network",
     "NonNegative",
     "OptimConfig",
@@ -59,6 +62,7 @@ __all__ = [
     "Positive",
     "RunConfig",
     "Section",
+    "SimclrV2Config",
     "SpatialCodecConfig",
     "SpikeConfig",
     "TrainConfig",
@@ -73,7 +77,9 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="root of all randomness")
     data: DataConfig
     model: Annotated[Network, Field(description="network")] = Field(default_factory=UNetConfig)
-    task: Annotated[DenoiseConfig | LandmarksConfig, Field(discriminator="kind", description="what is learnt")]
+    task: Annotated[
+        DenoiseConfig | EncoderTask | LandmarksConfig, Field(discriminator="kind", description="what is learnt")
+    ]
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     init: InitConfig = Field(default_factory=InitConfig)
@@ -126,8 +132,20 @@ class RunConfig(Section):
             raise ValueError(f"model.kind={self.model.kind} takes no timestep, which task denoise needs; use ddpm_unet")
         if not self.model.takes_time and self.task.kind == "landmarks" and self.task.timestep is not None:
             raise ValueError(f"model.kind={self.model.kind} takes no timestep; set task.timestep=null")
+        if isinstance(self.task, EncoderTaskConfig):
+            self._want_encoder(self.task)
         if self.model.couples_images and self.train.exactness == "exact":
             raise ValueError(
                 f"model.kind={self.model.kind} normalises over the images of a micro-batch, so bits depend on the number "
                 "of processes; use train.exactness=ordered"
             )
+
+    def _want_encoder(self, task: EncoderTaskConfig) -> None:
+        if not isinstance(self.model, EncoderUNetConfig):
+            raise ValueError(
+                f"task {self.task.kind} learns an encoder, which {self.model.kind} has not; use encoder_unet"
+            )
+        if len(task.std) not in (1, self.model.in_channels):
+            raise ValueError(f"task.std has {len(task.std)} numbers for model.in_channels={self.model.in_channels}")
+        if min(self.train.micro_batch or self.train.group_size, self.train.group_size) < 2:
+            raise ValueError(f"task {self.task.kind} normalises over a micro-batch; wanted at least 2 images in one")

@@ -28,10 +28,6 @@ class Encoder(nn.Module):
 
     channels: list[int]
 
-    def pooled(self, x: Tensor) -> Tensor:
-        """What the classifier would see: the mean over the deepest map, after its activation, [B, channels[-1]]."""
-        return F.relu(self(x)[-1]).mean((2, 3))
-
 
 class DenseNet(Encoder):
     """Every layer of a block sees all maps before it (Huang et al., CVPR 2017); growth 48 in densenet161."""

@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.tasks.denoise import DenoiseTask
+from ddpm_lmk.tasks.dino import DinoTask
+from ddpm_lmk.tasks.encoder import EncoderTask
 from ddpm_lmk.tasks.landmarks import LandmarkTask, Predictions
+from ddpm_lmk.tasks.mocov3 import MocoV3Task
+from ddpm_lmk.tasks.simclrv2 import SimclrV2Task
 from ddpm_lmk.tasks.task import Task
 
-__all__ = ["TASKS", "DenoiseTask", "LandmarkTask", "Predictions", "Task", "build_task"]
+__all__ = ["TASKS", "DenoiseTask", "EncoderTask", "LandmarkTask", "Predictions", "Task", "build_task"]
 
 
 TASKS: dict[str, Callable[[Any, RunConfig, DatasetSpec], Task]] = {
     "denoise": lambda section, cfg, spec: DenoiseTask(section, seed=cfg.seed),
     "landmarks": lambda section, cfg, spec: LandmarkTask(section, spec, is_told_domain=cfg.model.kind == "gu2net"),
+    "mocov3": lambda section, cfg, spec: _on_encoder(MocoV3Task, section, cfg),
+    "simclrv2": lambda section, cfg, spec: _on_encoder(SimclrV2Task, section, cfg),
+    "dino": lambda section, cfg, spec: _on_encoder(DinoTask, section, cfg),
 }
 
 
 def build_task(cfg: RunConfig, spec: DatasetSpec) -> Task:
     """The task of a run; `spec` says how many landmarks its dataset has."""
     return TASKS[cfg.task.kind](cfg.task, cfg, spec)
+
+
+def _on_encoder(kind: type[EncoderTask[Any]], section: Any, cfg: RunConfig) -> Task:
+    assert isinstance(cfg.model, EncoderUNetConfig), "RunConfig wants it"
+    return kind(section, seed=cfg.seed, channels=cfg.model.in_channels)

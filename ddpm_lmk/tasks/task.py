@@ -14,6 +14,20 @@ from torch import Tensor, nn
 from ddpm_lmk.data.batch import Batch
 
 
+class Everyone:
+    """The way to the other ranks, for a loss over all of them. This one is of a process that is alone.
+
+    Attributes:
+        rank: place of this process among all.
+    """
+
+    rank = 0
+
+    def rows(self, mine: Tensor) -> Tensor:
+        """`[B, D]` of every rank, in rank order, as `[W B, D]`; gradients come back from all ranks."""
+        return mine
+
+
 class Task(ABC):
     """What is learnt from a batch, and how it is scored."""
 
@@ -36,6 +50,9 @@ class Task(ABC):
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module that is trained, around the network; by default the network itself."""
         return model
+
+    def meet(self, everyone: Everyone, *, total: int) -> None:
+        """Called once, before training: the other ranks, and the steps of the run."""
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after every optimizer step."""

@@ -13,7 +13,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, jobs: list[dict[str, Any]], *, world: int, threads: int = 1) -> list[subprocess.Popen[str]]:
+def launch(
+    folder: Path, jobs: list[dict[str, Any]], *, world: int, threads: int = 1, module: str = "tests.engine.worker"
+) -> list[subprocess.Popen[str]]:
     """Start `world` workers on `jobs`, each with so many threads; they run until they are waited for."""
     file = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     file.write_text(json.dumps(jobs))
@@ -27,7 +29,7 @@ def launch(folder: Path, jobs: list[dict[str, Any]], *, world: int, threads: int
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         elastic = {**{k: str(v) for k, v in place.items()}, **address} if world > 1 else {}
         environment = {**os.environ, **shared, **elastic}
-        command = [sys.executable, "-W", "error::UserWarning", "-m", "tests.engine.worker", str(file)]
+        command = [sys.executable, "-W", "error::UserWarning", "-m", module, str(file)]
         workers.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -48,9 +50,9 @@ def wait(workers: list[subprocess.Popen[str]], timeout: float = 600) -> tuple[li
     return [worker.returncode for worker in workers], "\n".join(said)
 
 
-def run(folder: Path, jobs: list[dict[str, Any]], *, world: int, threads: int = 1) -> None:
+def run(folder: Path, jobs: list[dict[str, Any]], *, world: int, **more: Any) -> None:
     """Run jobs to their end, all of them well."""
-    codes, said = wait(launch(folder, jobs, world=world, threads=threads))
+    codes, said = wait(launch(folder, jobs, world=world, **more))
     assert codes == [0] * world, said
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.heads import follow, follower
@@ -21,6 +20,7 @@ from ddpm_lmk.tasks.encoder import pooled, scheduled
 from ddpm_lmk.tasks.mocov3 import info_nce
 from ddpm_lmk.tasks.simclrv2 import nt_xent
 from ddpm_lmk.tasks.task import Everyone
+from tests.data.batches import unlabelled_batch as batch
 
 KINDS: dict[str, dict[str, Any]] = {
     "mocov3": {"projector": [16, 8], "predictor": [16, 8]},
@@ -38,20 +38,6 @@ def make(kind: str, **task: Any) -> tuple[EncoderTask[Any], nn.Module]:
     assert isinstance(made, EncoderTask)
     torch.manual_seed(0)
     return made, made.wrap(build_model(cfg.model, out_channels=1))
-
-
-def batch(count: int, weights: list[float] | None = None) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    return Batch(
-        images=torch.rand(count, 1, 64, 64, generator=generator),
-        points=None,
-        to_native=torch.eye(2, 3).expand(count, 2, 3),
-        native_size=torch.full((count, 2), 64.0),
-        mm_per_px=torch.full((count,), math.nan),
-        positions=torch.arange(count),
-        weight=torch.tensor(weights or [1.0] * count),
-        ids=tuple(map(str, range(count))),
-    )
 
 
 def units(*shape: int) -> Tensor:

@@ -255,15 +255,20 @@ def _conclude(
         "train": {**train, **{key: learnt.get(key) for key in ("loss", "images_per_s", "data_wait")}},
         "validation": validated.get("validation"),
         "validated_step": validated.get("step"),
-        "leakage": parallel.on_main(lambda: leakage.summary(leakage.read_record(run.path))),
+        "leakage": parallel.on_main(lambda: _left_out(cfg, run)),
     }
+
+
+def _left_out(cfg: RunConfig, run: RunDir) -> dict[str, int] | None:
+    """What pre-training left out; a fine-tuning run that scores nothing compares nothing."""
+    return leakage.summary(leakage.read_record(run.path)) if cfg.task.stage == "pretrain" else None
 
 
 def _tflop(cfg: RunConfig, task: Task, images: int) -> float | None:
     """Operations of training as executed, 10^12; None for tasks that do not pass the network once per image."""
     if not isinstance(task, LandmarkTask | DenoiseTask):
         return None
-    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
+    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size, domains=task.domains)
     return round(cost.flops_train * images / 1e12, 6)
 
 

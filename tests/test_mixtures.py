@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm_lmk.config import Duration, RunConfig
+from ddpm_lmk.config import Duration, EvaluateConfig, RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.spec import SPECS, mixture
@@ -111,6 +111,13 @@ def test_gu2net_learns_all_datasets_with_layers_of_their_own(universal: tuple[Ru
         "phantom-chest",
         "phantom-hand",
     }
+
+
+def test_a_run_that_is_not_scored_ends_all_the_same(packs: list[str], tmp_path: Path) -> None:
+    cfg = config(packs)
+    results = execute(cfg.model_copy(update={"evaluate": EvaluateConfig(split=None)}), tmp_path / "run")
+    assert results["train"]["steps"] == 3
+    assert results["leakage"] is None
 
 
 def test_a_killed_run_of_gu2net_ends_with_the_same_weights(universal: tuple[RunConfig, Path], tmp_path: Path) -> None:

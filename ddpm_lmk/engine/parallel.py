@@ -78,7 +78,9 @@ class Parallel:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call in training: `model` itself, or `model` inside DDP."""
-        # DDP reports a search that finds nothing unused, and 1x1 convolutions whose strides it has to normalise.
+        # DDP reports a search that finds nothing unused, 1x1 convolutions whose strides it has to normalise, and an
+        # option by its old name, the only one that torch 2.11 has.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")
         if self.world == 1:  # Accelerate would wrap it all the same where torchelastic started this process

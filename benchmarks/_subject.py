@@ -46,6 +46,13 @@ def option_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def command_words(options: argparse.Namespace) -> list[str]:
+    """The command line that says the same to another process, but for `--out` and `--budget-s`."""
+    names = ("run", "model", "size", "batch", "precision", "device", "rounds")
+    given = {f"--{name}": getattr(options, name) for name in names}
+    return [*options.settings, *(str(part) for pair in given.items() if pair[1] is not None for part in pair)]
+
+
 def device_of(options: argparse.Namespace) -> str:
     """The device asked for, or the best there is."""
     if options.device == "auto":

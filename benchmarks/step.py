@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from _subject import RESULTS, Subject, option_parser, run_config
+from _subject import RESULTS, Subject, command_words, option_parser, run_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,7 +73,8 @@ def measure_parts(result: Result, subject: Subject, options: argparse.Namespace,
         result.add(name, found[name], conditions=conditions, figures={"gflop_per_s": median(rates)})
     for name in PARTS:
         figures = rates_of(name, found[name], subject, peak)
-        extra = memory if name == "train step" else {}
+        outputs = {"out_channels": subject.task.out_channels, "full_size": subject.task.full_size}
+        extra = {**memory, **outputs} if name == "train step" else {}
         row = result.add(name, found[name], conditions=subject.conditions(), figures={**figures, **extra})
         row.samples["images_per_s"] = [subject.batch_images / s for s in found[name].wall_s]
     backward = [b - f for b, f in zip(found["forward and backward"].busy_s, found["forward"].busy_s)]
@@ -192,10 +193,8 @@ def _run_blocks(subject: Subject, members: list[tuple[nn.Module, list[Any]]]) ->
 
 def measure_memory(options: argparse.Namespace) -> dict[str, float]:
     """Peak memory of a few steps in a process of its own, so that nothing else counts."""
-    words = [word for word in sys.argv[1:] if word != "--memory-only"]
-    done = subprocess.run(
-        [sys.executable, __file__, *words, "--memory-only"], check=True, capture_output=True, text=True, env=os.environ
-    )
+    command = [sys.executable, str(Path(__file__).resolve()), *command_words(options), "--memory-only"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -1,12 +1,11 @@
 """What a run would do, without doing it: data, model, cost, memory, steps and, where it was measured, time.
 
 Memory is an estimate: weights, gradients, optimizer moments and average in full precision, plus the activations of one
-micro-batch. Time comes only from a result of `ddpm-lmk bench train_step` for the same run file, never from a guess.
+micro-batch. Time is a forecast from results of `ddpm-lmk bench` on this machine (see `forecast`), never a guess.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ddpm_lmk.config import RunConfig
@@ -16,13 +15,13 @@ from ddpm_lmk.data.order import GroupPlan
 from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.engine.memory import copies_of_weights, is_half
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.forecast import find_forecast, is_here, threads_of_a_process, worst_error_pct
 from ddpm_lmk.launcher import Placement
+from ddpm_lmk.measure import read_results
 from ddpm_lmk.models import model_cost
 from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.shipped import shipped
 from ddpm_lmk.tasks import Task, build_task
-
-MEASURED_KEYS = ("image_size_px", "group_size_images", "micro_batch_images", "precision", "compile")
 
 
 def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str, str]]:
@@ -51,7 +50,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
     rows += _model_rows(cfg, specs[0] if cfg.task.stage == "pretrain" else mixture(specs), placement)
     rows.append(("length", f"{steps:,} steps, {images:,} images, {images / num_images:,.1f} passes over the data"))
     rows.append(("weights from", cfg.init.weights or f"random, seed {cfg.seed}"))
-    return [*rows, ("time", _time(cfg, placement, images))]
+    return [*rows, ("time", _time(cfg, placement, images, build_task(cfg, manifests[0].spec)))]
 
 
 def _images(cfg: RunConfig, manifests: list[Manifest]) -> list[int]:
@@ -83,15 +82,38 @@ def memory_gib(cfg: RunConfig, task: Task, *, device: str, micro_batch: int, wor
     return (cost.weight_bytes * copies_of_weights(cfg, world=world, zero=zero) + activations) / 2**30
 
 
-def _time(cfg: RunConfig, placement: Placement, images: int) -> str:
-    """Hours from a measured rate of this run file on one such process; without one, how to measure it."""
-    train = cfg.train
-    wanted = (cfg.data.image_size, train.group_size, train.micro_batch, train.precision, train.compile)
-    for folder in (Path("bench-results"), shipped("benchmarks") / "results"):
-        path = folder / f"train_step-{cfg.name}-{placement.device}.json"
-        result = json.loads(path.read_text()) if path.is_file() else {}
-        if result and tuple(result.get(key) for key in MEASURED_KEYS) == wanted:
-            rate = result["images_per_s"]
-            hours = images / rate / 3600
-            return f"{hours:,.2f} h on one process at {rate:g} images/s ({result['device']}, {path})"
-    return "not measured; ddpm-lmk bench train_step RUN.yaml"
+def _time(cfg: RunConfig, placement: Placement, images: int, task: Task) -> str:
+    """Rate, hours and process-hours on this machine, from measurements only; without any, how to get them."""
+    precision = resolved_precision(cfg, placement.device)
+    if cfg.model.kind != "ddpm_unet":
+        return "not known: forecasts are of ddpm_unet; measure with `ddpm-lmk bench train --run RUN.yaml`"
+    forecast = find_forecast(placement.device, precision)
+    if forecast is None:
+        return (
+            f"not known: no {precision} result of this machine; run `ddpm-lmk bench device` and "
+            f"`ddpm-lmk bench step --precision {precision}`"
+        )
+    world = placement.processes * placement.nodes
+    threads = threads_of_a_process(placement.processes)
+    step_s = forecast.step_s(
+        cfg, task, images=cfg.train.group_size // world, processes=placement.processes, threads=threads
+    )
+    rate = cfg.train.group_size / step_s
+    hours = images / rate / 3600
+    kind = "GPU-hours" if placement.device == "cuda" else "process-hours"
+    spent = f"{hours:,.2f} h at {rate:,.3g} images/s, {hours * world:,.2f} {kind}"
+    beyond = ", the reduction between processes not counted" if world > 1 else ""
+    return f"about {spent} on an idle machine{beyond}; from {forecast}{_trust(placement.device)}"
+
+
+def _trust(device: str) -> str:
+    """How good such forecasts were where they were checked."""
+    checks = read_results(shipped("benchmarks") / "results", "forecast")
+    found = worst_error_pct([check for check in checks if is_here(check, device)])
+    return f"; {found[1]} such forecasts were off by at most {found[0]:.0f} %" if found else ""
+
+
+def resolved_precision(cfg: RunConfig, device: str) -> str:
+    """The precision of products on this kind of device."""
+    auto = "bf16" if device == "cuda" else "fp32"
+    return auto if cfg.train.precision == "auto" else cfg.train.precision

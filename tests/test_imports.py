@@ -51,6 +51,7 @@ LAYERS: list[set[str]] = [
     {"engine", "rundir", "fork"},
     {"sampling", "loaded", "inference", "mixtures", "predict", "export"},
     {"workbench"},
+    {"forecast"},
     {"runs", "plan", "doctor"},
     {"report"},
     {"demo"},

@@ -64,31 +64,66 @@ def model_cost(cfg: UNetConfig, image_size: int, out_channels: int, *, full_size
     )
 
 
+@dataclass(frozen=True)
+class LevelCost:
+    """Counts for the blocks of one level, for one image; bytes are for fp32."""
+
+    flops_train: int  # forward and backward as executed
+    kept_bytes: int
+    weight_bytes: int
+    blocks: int
+
+
+def level_costs(cfg: UNetConfig, image_size: int, out_channels: int, *, full_size: bool = True) -> dict[str, LevelCost]:
+    """Cost by level: `ends` (first and last layers, time), `downs.0`, ..., `mid`, `ups.0`, ...; nothing recomputed."""
+    found: dict[str, list[_Part]] = {}
+    for level, part in _parts_by_level(cfg, image_size // cfg.patch, out_channels * (cfg.patch**2 if full_size else 1)):
+        found.setdefault(level, []).append(part)
+    return {
+        level: LevelCost(
+            flops_train=6 * sum(part.executed for part in parts),
+            kept_bytes=FLOAT_BYTES * sum(part.kept for part in parts),
+            weight_bytes=FLOAT_BYTES * sum(part.params for part in parts),
+            blocks=len(parts),
+        )
+        for level, parts in found.items()
+    }
+
+
 def _parts(cfg: UNetConfig, side: int, num_outputs: int) -> Iterator[_Part]:
     """The blocks in the order of the forward pass; `side` is that of the first level."""
+    return (part for _, part in _parts_by_level(cfg, side, num_outputs))
+
+
+def _parts_by_level(cfg: UNetConfig, side: int, num_outputs: int) -> Iterator[tuple[str, _Part]]:
+    """The blocks in the order of the forward pass, each with the name of its level."""
     width, time_dim, hidden = cfg.width, 4 * cfg.width, cfg.heads * cfg.head_dim
     channels = [width, *(width * m for m in cfg.multipliers)]
     levels = list(zip(channels[:-1], channels[1:], linear_levels(cfg), strict=True))
     last, area = len(levels) - 1, [(side >> level) ** 2 for level in range(len(levels))]
-    yield _conv(cfg.patch**2, width, area[0], taps=1)
-    yield _linear(width, time_dim)
-    yield _linear(time_dim, time_dim)
+    yield "ends", _conv(cfg.patch**2, width, area[0], taps=1)
+    yield "ends", _linear(width, time_dim)
+    yield "ends", _linear(time_dim, time_dim)
     for level, (inner, outer, attends) in enumerate(levels):
-        yield from (_resnet(inner, inner, area[level], time_dim) for _ in range(2))
+        name = f"downs.{level}"
+        yield from ((name, _resnet(inner, inner, area[level], time_dim)) for _ in range(2))
         if attends:
-            yield _linear_attention(inner, area[level], hidden, cfg.head_dim)
-        yield _conv(inner, outer, area[level], taps=9) if level == last else _half(inner, outer, area[level])
+            yield name, _linear_attention(inner, area[level], hidden, cfg.head_dim)
+        is_last = level == last
+        yield name, _conv(inner, outer, area[level], taps=9) if is_last else _half(inner, outer, area[level])
     deepest = channels[-1]
-    yield _resnet(deepest, deepest, area[last], time_dim)
-    yield _full_attention(deepest, area[last], hidden)
-    yield _resnet(deepest, deepest, area[last], time_dim)
+    yield "mid", _resnet(deepest, deepest, area[last], time_dim)
+    yield "mid", _full_attention(deepest, area[last], hidden)
+    yield "mid", _resnet(deepest, deepest, area[last], time_dim)
     for level, (inner, outer, attends) in reversed(list(enumerate(levels))):
-        yield from (_resnet(outer + inner, outer, area[level], time_dim) for _ in range(2))
+        name = f"ups.{last - level}"
+        yield from ((name, _resnet(outer + inner, outer, area[level], time_dim)) for _ in range(2))
         if attends:
-            yield _linear_attention(outer, area[level], hidden, cfg.head_dim)
-        yield _conv(outer, inner, area[level], taps=9) if level == 0 else _double(outer, inner, area[level])
-    yield _resnet(2 * width, width, area[0], time_dim, recomputed=False)
-    yield _conv(width, num_outputs, area[0], taps=1)
+            yield name, _linear_attention(outer, area[level], hidden, cfg.head_dim)
+        is_first = level == 0
+        yield name, _conv(outer, inner, area[level], taps=9) if is_first else _double(outer, inner, area[level])
+    yield "ends", _resnet(2 * width, width, area[0], time_dim, recomputed=False)
+    yield "ends", _conv(width, num_outputs, area[0], taps=1)
 
 
 def _conv(cin: int, cout: int, area: int, *, taps: int) -> _Part:

@@ -1,13 +1,15 @@
-"""`ddpm-lmk bench --compare`: ratios with bounds, refusals, and what is a usage error."""
+"""`ddpm-lmk bench --compare`: ratios with bounds, refusals, usage errors; and what `--dry-run` makes of results."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ddpm_lmk.measure import Result
-from tests.cli.commands import Lmk
+from tests.cli.commands import SMOKE, Lmk
+from tests.test_forecast import run, write_results
 
 
 def write(folder: Path, seconds: float, *, noise: float) -> Path:
@@ -42,3 +44,28 @@ def test_compare_of_what_is_no_result_is_a_usage_error(lmk: Lmk, tmp_path: Path)
     assert lmk("bench", "--compare", tmp_path, tmp_path).code == 2
     assert lmk("bench", "--compare", tmp_path / "nowhere.json", tmp_path).code == 2
     assert lmk("bench", "no-such-benchmark").code == 2
+
+
+def test_dry_run_forecasts_from_results_of_this_machine(
+    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_results(tmp_path / "bench-results", run())
+    words = ("--dry-run", f"data.path={packed_phantoms}", "train.length=3600 steps")
+
+    result = lmk("pretrain", SMOKE / "pretrain.yaml", "--cpu", 1, *words)
+    assert result.code == 0, result.err
+    assert "process-hours on an idle machine; from step-made-cpu-" in result.out
+    assert "images/s" in result.out
+    assert "reduction between processes not counted" in lmk("pretrain", SMOKE / "pretrain.yaml", "--cpu", 2, *words).out
+
+
+def test_dry_run_without_a_result_says_how_to_get_one(
+    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("--cpu", 1, "--dry-run", f"data.path={packed_phantoms}", "train.precision=fp16")
+
+    out = lmk("pretrain", SMOKE / "pretrain.yaml", *words).out
+    assert "not known: no fp16 result of this machine; run `ddpm-lmk bench device` and" in out
+    assert "`ddpm-lmk bench step --precision fp16`" in out

@@ -123,20 +123,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(lmk: Lmk, packed_phantom
         "4 steps, 16 images",
     ):
         assert said in result.out
-    assert "not measured" in result.out
     assert not out.exists()
-
-
-def test_dry_run_knows_the_time_where_it_was_measured(
-    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bench-results").mkdir()
-    facts = {"image_size_px": 32, "group_size_images": 4, "micro_batch_images": None, "precision": "auto"}
-    facts |= {"compile": False, "images_per_s": 2.0, "device": "this one"}
-    (tmp_path / "bench-results" / "train_step-smoke-pretrain-cpu.json").write_text(json.dumps(facts))
-    words = ("--cpu", 1, "--dry-run", f"data.path={packed_phantoms}", "train.length=3600 steps")
-    assert "2.00 h on one process at 2 images/s (this one" in lmk("pretrain", SMOKE / "pretrain.yaml", *words).out
 
 
 def test_diff_lists_what_two_run_files_do_differently(lmk: Lmk, pretrained: Path) -> None:

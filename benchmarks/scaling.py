@@ -1,0 +1,126 @@
+"""One to N processes, weak and strong, and where the rest of the time goes.
+
+    ddpm-lmk bench scaling [--processes N] [--model PRESET | --run RUN.yaml] [--device auto] [--out DIR]
+
+gloo on a CPU, with one thread per process; NCCL on GPUs. In one run, in turn: a step on one process alone; the same
+step on all of them side by side, each keeping its gradient; the same with the gradient reduced (weak scaling: every
+process has a whole batch); and a step whose batch they share (strong scaling). Side by side against alone is what
+processes take from one another (memory bandwidth, caches, half a physical core); weak against side by side is the
+reduction and waiting for it. What a triad (memory only) and a matrix product (arithmetic only) lose side by side says
+which of these it is. Efficiency by the wall clock suffers from other programs, that by processor time does not, but
+does not see waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _subject import RESULTS, command_words, device_of, option_parser, run_config
+
+from ddpm_lmk.console import say
+from ddpm_lmk.errors import LaunchError
+from ddpm_lmk.launcher.placement import Placement
+from ddpm_lmk.launcher.start import run_ranks
+from ddpm_lmk.measure import Comparison, Result, compare_paired
+from ddpm_lmk.measure.ratio import FEWEST_PAIRS
+from ddpm_lmk.measure.verdict import conclude
+
+MOST_CPU_PROCESSES = 8
+PATIENCE_S = 600.0  # between two signs of life, of which a benchmark gives none
+
+PAIRS = {
+    "weak scaling efficiency": ("alone", "weak"),
+    "kept side by side": ("alone", "side by side"),
+    "kept while reducing": ("side by side", "weak"),
+    "kept by memory": ("triad alone", "triad side by side"),
+    "kept by arithmetic": ("product alone", "product side by side"),
+    "reduction alone over a step": ("reduction", "weak"),
+}
+
+
+def main() -> None:
+    """Launch each number of processes and write the result file."""
+    parser = option_parser(__doc__)
+    parser.add_argument("--processes", type=int, help="the most (default: cores, or GPUs)")
+    options = parser.parse_intermixed_args()
+    cfg, device = run_config(options), device_of(options)
+    result = Result("scaling", settings=cfg.model_dump(mode="json"), device=device)
+    batch = options.batch or cfg.train.micro_batch or cfg.train.group_size
+    counts = process_counts(options.processes or available(device), batch)
+    for count in counts:
+        found = run_on(count, options, device, budget_s=options.budget_s / len(counts))
+        add_rows(result, found, count, cfg_facts(cfg, batch, device))
+    conclude(result, options.out, cfg.name, earlier=[RESULTS])
+
+
+def available(device: str) -> int:
+    """GPUs, or cores this process may use."""
+    if device == "cuda":
+        return torch.cuda.device_count()
+    return min(MOST_CPU_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+def process_counts(most: int, batch: int) -> list[int]:
+    """2, 4, 8, ... up to `most`, that share a batch evenly; one process is in every run, as `alone`."""
+    counts = [2**k for k in range(1, 11) if 2**k <= most and batch % 2**k == 0]
+    if not counts:
+        raise LaunchError(f"scaling needs two processes that share a batch of {batch}, found {most}; see --processes")
+    return counts
+
+
+def run_on(
+    count: int, options: argparse.Namespace, device: str, *, budget_s: float, ways: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What `count` ranks found, for all ways or some."""
+    say(f"bench scaling: {count} processes")
+    placed = ("cpu" if device == "cpu" else "cuda", count)
+    with tempfile.TemporaryDirectory() as folder:
+        file, job = Path(folder) / "found.json", Path(folder) / "job.json"
+        words = [*command_words(options), "--budget-s", f"{budget_s:g}"]
+        wanted = {} if ways is None else {"ways": list(ways)}
+        job.write_text(json.dumps({"words": words, "file": str(file), "fewest": FEWEST_PAIRS, **wanted}))
+        placement = Placement(*placed, restarts=0, stall_s=PATIENCE_S)  # type: ignore[arg-type] # a literal
+        code = run_ranks([str(Path(__file__).with_name("_ranks.py")), str(job)], placement)
+        if code or not file.is_file():
+            raise LaunchError(f"{count} processes ended with exit code {code} and no figures; see the lines above")
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+
+def cfg_facts(cfg: Any, batch: int, device: str) -> dict[str, Any]:
+    """What the rows have in common."""
+    precision = cfg.train.precision
+    resolved = ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
+    return {"image_size_px": cfg.data.image_size, "batch_images": batch, "precision": resolved, "network": cfg.name}
+
+
+def add_rows(result: Result, found: dict[str, Any], count: int, conditions: dict[str, Any]) -> None:
+    """A row per way, and the ratios that explain one another."""
+    ways = found["ways"]
+    for name, samples in ways.items():
+        images = conditions["batch_images"] * (count if name in ("weak", "side by side") else 1)
+        row = result.add(name, samples, conditions={**conditions, "processes": count})
+        row.warm_up = 2
+        if name in ("alone", "weak", "strong"):
+            row.samples["images_per_s"] = [images / seconds for seconds in row.samples["wall_s"]]
+    for clock in ("wall_s", "cpu_s"):
+        for what, (first, second) in PAIRS.items():
+            _note(result, what, count, clock, compare_paired(ways[first][clock], ways[second][clock]))
+        strong = compare_paired(ways["alone"][clock], [count * s for s in ways["strong"][clock]])
+        _note(result, "strong scaling efficiency", count, clock, strong)
+    result.add("gradient", conditions={"processes": count}, figures={"gradient_mib": found["gradient_bytes"] / 2**20})
+
+
+def _note(result: Result, what: str, count: int, clock: str, found: Comparison) -> None:
+    result.ratios.append({"what": what, "processes": count, "clock": clock, **found.facts()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Training as it really runs: images per second, waiting for data, and what the engine adds to a loop by hand.
+
+    ddpm-lmk bench train [--model PRESET | --run RUN.yaml] [--steps 30] [--out DIR] [key=value ...]
+
+`training` is a run through `fit`, loader, updates and logging included; without `data.path=DIR` synthetic chests are
+packed first. `engine step` and `bare step` take turns inside one process on the same images, which are in memory: what
+the ratio says is the engine's own cost (keyed noise, checks, exchange, metrics), everything but saving and scoring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from _bare import BareLoop, TurnTaking
+from _subject import RESULTS, Subject, option_parser, run_config
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.pack import pack
+from ddpm_lmk.engine.loop import Loaders, fit
+from ddpm_lmk.measure import Result, compare_paired
+from ddpm_lmk.measure.verdict import conclude
+from ddpm_lmk.rundir import RunDir
+from ddpm_lmk.runs import execute
+
+PHANTOMS = 128
+WARM_UP = 3
+
+
+def main() -> None:
+    """Measure both, and write the result file."""
+    parser = option_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=30, help="measured steps of each")
+    options = parser.parse_intermixed_args()
+    subject = Subject(options, cfg=shortened(run_config(options), options.steps + WARM_UP))
+    result = Result("train", settings=subject.cfg.model_dump(mode="json"), device=subject.device)
+    with tempfile.TemporaryDirectory() as folder:
+        measure_training(result, subject, Path(folder), options)
+        measure_overhead(result, subject, Path(folder))
+    conclude(result, options.out, f"{subject.label}-{subject.precision}", earlier=[RESULTS])
+
+
+def shortened(cfg: RunConfig, steps: int) -> RunConfig:
+    """The same run, `steps` long, with nothing saved or scored on the way."""
+    fields = cfg.model_dump(mode="json")
+    fields["train"] |= {"length": steps, "checkpoint_every": steps + 1, "snapshot_every": None}
+    fields["train"] |= {"evaluate_every": None, "patience": None, "select": "last", "keep_every": None}
+    fields["data"] |= {"validation_split": None}
+    fields["optim"] |= {"plateau": None}
+    fields["evaluate"] |= {"split": None, "samples": 0}
+    return RunConfig.model_validate(fields)
+
+
+def measure_training(result: Result, subject: Subject, folder: Path, options: argparse.Namespace) -> None:
+    """A real run on packed shards, a line of metrics per step."""
+    cfg = subject.cfg
+    data = [str(path) for path in cfg.data.path]
+    if data == ["."]:
+        pack("chest", "phantom", folder / "chests", counts={"train": PHANTOMS}, size=cfg.data.image_size)
+        data = [str(folder / "chests")]
+    fields = cfg.model_dump(mode="json")
+    fields["data"] |= {"path": data}
+    fields["train"] |= {"log_every": 1}
+    cpu = time.process_time()
+    execute(RunConfig.model_validate(fields), folder / "run", parallel=subject.parallel)
+    cpu = time.process_time() - cpu
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
+    seconds = [cfg.train.group_size / line["images_per_s"] for line in lines]
+    waited = [line["data_wait"] * wall_s for line, wall_s in zip(lines, seconds)]
+    figures: dict[str, Any] = {"data_wait_share_pct": 100 * sum(waited) / sum(seconds)}
+    figures |= {"largest_data_wait_share_pct": 100 * max(line["data_wait"] for line in lines)}
+    figures |= {"cpu_s_per_step_start_included": cpu / (len(lines) + WARM_UP)}
+    if subject.device == "cuda":
+        figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    conditions = {**subject.conditions(), "group_images": cfg.train.group_size, "data": "phantoms, prepared shards"}
+    if data != [str(folder / "chests")]:
+        conditions["data"] = "given"
+    samples = {"wall_s": seconds, "images_per_s": [line["images_per_s"] for line in lines]}
+    row = result.add("training", samples, conditions=conditions, figures=figures)
+    row.warm_up = WARM_UP
+
+
+def measure_overhead(result: Result, subject: Subject, folder: Path) -> None:
+    """The engine and a loop by hand, a step each in turn."""
+    loader = TurnTaking(subject, BareLoop(subject).step, warm_up=WARM_UP)
+    with RunDir.claim(folder / "turns", subject.cfg) as run:
+        loaders = Loaders(loader)  # type: ignore[arg-type] # what `fit` uses of a loader
+        fit(subject.cfg, subject.task, subject.state, loaders, subject.parallel, run)
+    clock = "wall_s" if subject.device == "cuda" else "cpu_s"
+    engine, around = getattr(loader.turns.engine, clock), getattr(loader.turns.bare, clock)
+    bare = [(before + after) / 2 for before, after in itertools.pairwise(around)][: len(engine)]
+    engine = engine[: len(bare)]  # every engine step stands between two bare ones
+    found = compare_paired(engine, bare)
+    facts = found.facts()
+    whole = {"ratio_of_medians": median(engine) / median(bare), "ratio_of_sums": sum(engine) / sum(bare)}
+    result.add("engine step", loader.turns.engine, conditions=subject.conditions())
+    result.add("bare step", loader.turns.bare, conditions=subject.conditions())
+    result.ratios.append({"what": "engine step over bare step", "clock": clock, **facts, **whole})
+
+
+if __name__ == "__main__":
+    main()

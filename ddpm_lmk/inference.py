@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddpm_lmk import atomic, leakage, scoring
+from ddpm_lmk import atomic, calibration, leakage, scoring
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.batch import Batch
@@ -27,8 +27,10 @@ from ddpm_lmk.data.records import SampleRecord
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
+from ddpm_lmk.landmarks import ContourCodec
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.loaded import LoadedRun, open_run, pixel_settings
+from ddpm_lmk.reliability import write_reliability
 from ddpm_lmk.tasks import LandmarkTask, Predictions
 
 COLUMNS = (
@@ -83,8 +85,7 @@ def evaluate_split(
         cache: pixels kept resident between the runs of a sweep, as `open_loader` takes it.
         train: what training took (steps, images, wall_s), copied into the results.
 
-    Returns:
-        The content of `results.json`, on every rank.
+    Returns the content of `results.json`, on every rank.
 
     Raises:
         DataError: an image was predicted twice or not at all, a prediction is not finite, or a spacing is missing.
@@ -108,8 +109,9 @@ def evaluate_split(
             "train": None if train is None else dict(train),
             "pixels": pixel_settings(corpus.manifest),
             "leakage": leakage.of_score(cfg.init.weights, corpus, shots),
+            "calibration": calibration.summary(out),
         }
-        return _score_and_write(task.spec, found, corpus, shape, out, facts)
+        return _score_and_write(task, task.spec, found, corpus, shape, out, facts)
 
     return parallel.on_main(score)
 
@@ -135,11 +137,11 @@ def evaluate_run(
     loaded = loaded.for_landmarks_of(spec)
     assert isinstance(loaded.task, LandmarkTask)
     found = predict_split(cfg, loaded.task, loaded.model, loaded.parallel, split=split)
-    kept = ("name", "seed", "draw", "shots", "start", "labels", "train", "pixels")
+    kept = ("name", "seed", "draw", "shots", "start", "labels", "train", "pixels", "calibration")
     facts = {key: loaded.results.get(key) for key in kept}
     facts |= {"dataset": corpus.manifest.dataset, "spec": spec.name, "split": split, "run": str(loaded.path)}
     facts["leakage"] = leakage.of_score(loaded.cfg.init.weights, corpus, _training_films(loaded))
-    return _score_and_write(spec, found, corpus, _shape_of(loaded), Path(out), facts)
+    return _score_and_write(loaded.task, spec, found, corpus, _shape_of(loaded), Path(out), facts)
 
 
 def _training_films(loaded: LoadedRun) -> Corpus | None:
@@ -245,14 +247,20 @@ def training_shape(records: list[SampleRecord]) -> np.ndarray:
 
 
 def _score_and_write(
-    spec: DatasetSpec, found: Mapping[str, Found], corpus: Corpus, shape: np.ndarray, out: Path, facts: dict[str, Any]
+    task: LandmarkTask,
+    spec: DatasetSpec,
+    found: Mapping[str, Found],
+    corpus: Corpus,
+    shape: np.ndarray,
+    out: Path,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Score what was found in a corpus, write predictions.csv and results.json, and return the latter's content."""
     labels = read_labels(corpus)
     scoring.check_ids(list(found), labels.ids)
     points = np.stack([found[name].points for name in labels.ids])
     failed = np.stack([found[name].failed for name in labels.ids])
-    results = {
+    results: dict[str, Any] = {
         "kind": "landmarks",
         **facts,
         "num_images": len(labels.ids),
@@ -260,6 +268,11 @@ def _score_and_write(
         "mean_shape": score_points(spec, scoring.place_shape(shape, labels.native_size), labels),
         "mean_shape_points": shape.round(6).tolist(),
     }
+    if isinstance(task.codec, ContourCodec):
+        scale = labels.mm_per_px[:, None] if spec.unit == "mm" else 1.0
+        spread = np.stack([found[name].spread_px for name in labels.ids]) * scale
+        errors = np.linalg.norm(points - labels.points, axis=-1) * scale
+        results["reliability"] = write_reliability(out, spread, errors, unit=spec.unit, title=facts["name"])
     atomic.write_text(out / "predictions.csv", predictions_csv(spec, found, labels))
     atomic.write_json(out / "results.json", results)
     return results

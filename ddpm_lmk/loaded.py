@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ddpm_lmk import calibration
 from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.shards import Manifest
@@ -119,4 +120,5 @@ def open_run(
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model = model.to(parallel.device).to(memory_format=layout).eval()  # type: ignore[call-overload]
     run = path if (path / "config.yaml").is_file() else Path(meta["path"]).parent.parent
+    calibration.put(calibration.read(run), task)
     return LoadedRun(run, cfg, spec, task, model, parallel, meta)

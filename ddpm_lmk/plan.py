@@ -32,11 +32,11 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
         raise ConfigError(
             f"data.shots={cfg.data.shots}, but there are {min(counts)} training images; use fewer, or null"
         )
-    num_images = sum(counts) if cfg.data.shots is None else cfg.data.shots * len(counts)
+    num_images = sum(_learnt(cfg, count) for count in counts)
     drop_last = cfg.task.stage == "pretrain"  # as the loader
     groups = GroupPlan(num_images, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows, drop_last=drop_last)
     steps = cfg.train.length.steps(cfg.train.group_size, num_images, groups.steps_per_epoch)
-    images = groups.start(steps)
+    images = groups.images(steps)
     rows = [
         ("run", f"{cfg.name}: {cfg.task.kind}, seed {cfg.seed}, config {config_hash(cfg)}"),
         ("directory", f"{out} ({'exists: continued if it holds this run' if out.exists() else 'new'})"),
@@ -51,6 +51,12 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
     rows.append(("length", f"{steps:,} steps, {images:,} images, {images / num_images:,.1f} passes over the data"))
     rows.append(("weights from", cfg.init.weights or f"random, seed {cfg.seed}"))
     return [*rows, ("time", _time(cfg, placement, images, build_task(cfg, manifests[0].spec)))]
+
+
+def _learnt(cfg: RunConfig, count: int) -> int:
+    """Images of a set of `count` that are trained on."""
+    shots, hold_out = cfg.data.shots or count, cfg.data.hold_out
+    return shots if hold_out is None else shots - len(range(hold_out.fold, shots, hold_out.of))
 
 
 def _images(cfg: RunConfig, manifests: list[Manifest]) -> list[int]:

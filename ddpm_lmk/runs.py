@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ddpm_lmk import leakage
+from ddpm_lmk import leakage, tempering
 from ddpm_lmk.checkpoint import load_checkpoint
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.console import say
@@ -85,6 +85,7 @@ def execute(
         with _open_loaders(cfg, parallel, workbench, run) as loaders:
             with parallel.together():
                 task = build_task(cfg, loaders.train.spec)
+            tempering.before_training(cfg, task, run, parallel, workbench, execute=execute)
             state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
             _want_same_everywhere(cfg, loaders, state, parallel)
             parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, kinds, forked or parent)))
@@ -237,6 +238,7 @@ def _conclude(
         "tflop": _tflop(cfg, task, state.images),
     }
     with state.ema.applied() as model:
+        tempering.after_training(cfg, task, model, run, parallel, workbench)
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
             split, cache = cfg.evaluate.split, workbench.cache
             score = evaluate_parts if task.spec.parts else evaluate_split

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from ddpm_lmk.config.data import AugmentConfig, DataConfig
+from ddpm_lmk.config.data import AugmentConfig, DataConfig, HoldOutConfig
 from ddpm_lmk.config.encoder import EncoderUNetConfig
 from ddpm_lmk.config.model import GU2NetConfig, Network, UNetConfig
 from ddpm_lmk.config.task import (
@@ -52,6 +52,7 @@ __all__ = [
     "Fraction",
     "GU2NetConfig",
     "GaussianCodecConfig",
+    "HoldOutConfig",
     "InitConfig",
     "LandmarksConfig",
     "MocoV3Config",
@@ -149,3 +150,12 @@ class RunConfig(Section):
             raise ValueError(f"task.std has {len(task.std)} numbers for model.in_channels={self.model.in_channels}")
         if min(self.train.micro_batch or self.train.group_size, self.train.group_size) < 2:
             raise ValueError(f"task {self.task.kind} normalises over a micro-batch; wanted at least 2 images in one")
+
+    @model_validator(mode="after")
+    def _labels_agree(self) -> RunConfig:
+        codec = self.task.codec if isinstance(self.task, LandmarksConfig) else None
+        if codec is None and self.data.hold_out is not None:
+            raise ValueError("data.hold_out keeps labelled shots from training; it is for task landmarks")
+        if isinstance(codec, ContourCodecConfig) and codec.temperatures == "fitted" and len(self.data.path) > 1:
+            raise ValueError("task.codec.temperatures=fitted is for one labelled set; a mixture goes without: use none")
+        return self

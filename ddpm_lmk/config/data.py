@@ -29,6 +29,19 @@ class AugmentConfig(Section):
     )
 
 
+class HoldOutConfig(Section):
+    """A part of the few shots that is not trained on: shots fold, fold + of, fold + 2 of, ... in the order drawn."""
+
+    fold: Annotated[int, Field(ge=0)] = Field(0, description="which part, from 0")
+    of: Annotated[int, Field(ge=2)] = Field(5, description="number of parts")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> HoldOutConfig:
+        if self.fold >= self.of:
+            raise ValueError(f"fold={self.fold} is none of {self.of} parts; use 0..{self.of - 1}")
+        return self
+
+
 class DataConfig(Section):
     """Where images come from, which of them are used, and how they reach the device."""
 
@@ -58,6 +71,9 @@ class DataConfig(Section):
     shots: Annotated[int, Field(ge=1)] | None = Field(None, description="number of labelled training images; null: all")
     draw: Literal["first", "random"] = Field(
         "first", description="which images the shots are: first by name (paper), or drawn from the seed"
+    )
+    hold_out: HoldOutConfig | None = Field(
+        None, description="part of the shots kept from training; it is split `held_out`, to validate or score on"
     )
     image_size: Annotated[int, Field(ge=16, le=4096)] = Field(
         256, description="side of the square network input, pixels"

@@ -73,6 +73,13 @@ class ContourCodecConfig(Section):
     ere_cut: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="the expected radial error leaves out what is below this share of the peak ([20]: 0.05)"
     )
+    temperatures: Literal["none", "fitted"] = Field(
+        "none",
+        description="one per landmark, fitted on data.validation_split, or where it is null on folds of the shots",
+    )
+    folds: Annotated[int, Field(ge=2, le=20)] = Field(
+        5, description="parts the shots are cut into for that; each costs a training without it"
+    )
 
 
 class GaussianCodecConfig(Section):

@@ -24,6 +24,8 @@ from ddpm_lmk.data.rows import ByShard, ListedRows, SplitRows
 from ddpm_lmk.data.shards import CorruptSampleError, Manifest, SampleRecord, to_stored_matrix
 from ddpm_lmk.errors import ConfigError, DataError
 
+HELD_OUT = "held_out"
+
 log = logging.getLogger(__name__)
 
 
@@ -111,13 +113,35 @@ def training_corpora(cfg: RunConfig) -> list[Corpus]:
             raise ConfigError(f"{key}={split} is also in data.splits, so it would be trained on; use another split")
     corpora = _open_splits(data, data.splits, labelled=labelled, is_pool=not labelled)
     for corpus in corpora if labelled else ():
-        corpus.keep(few_shot_rows(np.asarray(corpus.rows), corpus.manifest.dataset, data.shots, data.draw, cfg.seed))
+        corpus.keep(_shots(cfg, corpus)[0])
     return corpora
 
 
 def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
-    """All rows of one split, for landmarks those with labels. Raises as `training_corpora`."""
+    """All rows of one split, for landmarks those with labels. Raises as `training_corpora`.
+
+    Split `held_out` is the part of the shots that `data.hold_out` keeps from training.
+    """
+    if split == HELD_OUT and cfg.data.hold_out is not None:
+        corpora = _open_splits(cfg.data, cfg.data.splits, labelled=True)
+        for corpus in corpora:
+            corpus.keep(_shots(cfg, corpus)[1])
+        return corpora
     return _open_splits(cfg.data, (split,), labelled=cfg.task.kind == "landmarks")
+
+
+def _shots(cfg: RunConfig, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """The labelled rows a run learns from, and those it holds out, of one set."""
+    data, hold_out = cfg.data, cfg.data.hold_out
+    rows = few_shot_rows(np.asarray(corpus.rows), corpus.manifest.dataset, data.shots, data.draw, cfg.seed)
+    if hold_out is None:
+        return rows, rows[:0]
+    if len(rows) < hold_out.of:
+        raise ConfigError(
+            f"data.hold_out.of={hold_out.of}, but there are {len(rows)} shots; use at most as many parts as shots"
+        )
+    is_out = np.arange(len(rows)) % hold_out.of == hold_out.fold
+    return rows[~is_out], rows[is_out]
 
 
 def fingerprint(corpora: Sequence[Corpus]) -> str:

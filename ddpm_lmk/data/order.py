@@ -81,6 +81,13 @@ class GroupPlan:
             return self.group_size
         return min(self.group_size, self._used - step % self.steps_per_epoch * self.group_size)
 
+    def images(self, steps: int) -> int:
+        """Images of the first `steps` steps; fewer than positions where epochs leave some out."""
+        if self.steps_per_epoch is None:
+            return steps * self.group_size
+        epochs, within = divmod(steps, self.steps_per_epoch)
+        return epochs * self._used + within * self.group_size
+
     def worlds(self) -> list[int]:
         """Numbers of processes that divide the group into equal, whole micro-batches."""
         unit = self.micro_batch or 1

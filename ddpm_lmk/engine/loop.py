@@ -230,10 +230,7 @@ def fit(
 
 
 def _divisor(train: TrainConfig, batch: Batch, group: Group) -> Tensor | int:
-    """What a micro-batch's summed loss is divided by: the images of the group, or its own.
-
-    "nominal" divides by the number of micro-batches of a full group, too.
-    """
+    """What a micro-batch's summed loss is divided by: the group, or its own images, and the parts of a full group."""
     if train.gradient == "mean":
         return group.size
     parts = train.group_size // (train.micro_batch or train.group_size) if train.gradient == "nominal" else 1

@@ -31,8 +31,12 @@ class ContourCodec:
 
     def loss(self, logits: Tensor, points: Tensor, frame: Frame) -> Tensor:
         """-log p(pixel of the landmark), mean over landmarks `[B]`; points without a label or outside do not count."""
-        counts = inside(points, frame.size)
+        counts = self.counts(points, frame)
         return (self.surprise(logits.float(), points, frame) * counts).sum(-1) / counts.sum(-1).clamp(min=1)
+
+    def counts(self, points: Tensor, frame: Frame) -> Tensor:
+        """Which points `[B, N]` count: those with a label inside the picture."""
+        return inside(points, frame.size)
 
     def surprise(self, logits: Tensor, points: Tensor, frame: Frame) -> Tensor:
         """-log p `[B, N]` of the landmarks' pixels under maps `[B, N, h, w]`; of any pixel where there is none."""

@@ -82,9 +82,13 @@ class LandmarkTask(Task):
             maps = model(images, torch.full((len(images),), self.cfg.timestep, device=images.device))
         return maps if self._mixture is None else maps[:, self._mixture.columns(index)]
 
+    def maps(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the network says of a batch: maps `[B, N, h, w]`."""
+        return self._maps(model, batch.images, batch.domain)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The codec's loss, per image `[B]`."""
-        return self._codec_loss(self._maps(model, batch.images, batch.domain), batch)
+        return self._codec_loss(self.maps(model, batch), batch)
 
     def _codec_loss(self, maps: Tensor, batch: Batch) -> Tensor:
         assert batch.points is not None, "landmark batches carry points"
@@ -97,7 +101,7 @@ class LandmarkTask(Task):
         """
         frame = frame_of(batch)
         if self.cfg.views == 1:
-            decoded = self.codec.decode(self._maps(model, batch.images, batch.domain), frame)
+            decoded = self.codec.decode(self.maps(model, batch), frame)
             return Predictions(decoded.points, decoded.spread_px, decoded.failed)
         return _combine([self._predict_view(model, batch, frame, matrix) for matrix in view_matrices(self.cfg.views)])
 
@@ -118,7 +122,7 @@ class LandmarkTask(Task):
         from ddpm_lmk.metrics import MeanRadialError  # torchmetrics takes seconds to import; only validation needs it
 
         assert batch.points is not None, "landmark batches carry points"
-        maps = self._maps(model, batch.images, batch.domain)
+        maps = self.maps(model, batch)
         error = MeanRadialError(self.spec.num_landmarks).to(maps.device)
         error.update(self.codec.decode(maps, frame_of(batch)).points, batch.points, weight=batch.weight)
         return {
@@ -135,7 +139,9 @@ class LandmarkTask(Task):
 
     def export(self) -> dict[str, Any]:
         """Dataset facts and the codec, which a reader of the maps needs."""
-        return {"landmarks": self.cfg.model_dump(mode="json"), "spec": self.spec.model_dump(mode="json")}
+        facts = {"landmarks": self.cfg.model_dump(mode="json"), "spec": self.spec.model_dump(mode="json")}
+        temperatures = getattr(self.codec, "temperatures", None)
+        return facts if temperatures is None else {**facts, "temperatures": temperatures.tolist()}
 
 
 def frame_of(batch: Batch) -> Frame:

@@ -36,6 +36,7 @@ def test_image_passes_of_the_run_files(name: str, images: int, per_epoch: int, l
     assert groups.steps_per_epoch == per_epoch
     assert groups.size(per_epoch - 1) == last
     assert sum(groups.size(step) for step in range(steps)) == passes
+    assert groups.images(steps) == passes, "what --dry-run says"
 
 
 @pytest.mark.parametrize(

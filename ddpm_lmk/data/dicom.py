@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddpm_lmk.data.decode import Film, ReadOptions, RefusedImageError, check_frame, check_shape, luma
-from ddpm_lmk.data.dicom_grey import shown
+from ddpm_lmk.data.dicom_grey import COLOURS, grey_of_palette, shown
 from ddpm_lmk.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ _TECHNICAL = (
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing"),
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence", "WindowCenter", "WindowWidth"),
     *("VOILUTFunction", "PresentationLUTShape", "BurnedInAnnotation"),
+    *(f"{colour}PaletteColorLookupTable{part}" for colour in COLOURS for part in ("Descriptor", "Data")),
 )
+_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
 _PATIENT = ("PatientID", "IssuerOfPatientID")  # hashed, never written
 
 MODALITIES = frozenset({"CR", "DX", "MG", "IO", "PX", "RG"})
@@ -184,6 +186,10 @@ def _film(dataset: Dataset, options: ReadOptions) -> Film:
     patient = "\0".join(str(dataset.get(name) or "").strip() for name in _PATIENT).strip("\0") or None
     if pixels.ndim == 3:
         return Film(luma(pixels), facts, mm_per_px=spacing, patient=patient)
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        facts["applied"].append("palette")
+        values, full_range = grey_of_palette(pixels, dataset)
+        return Film(values, facts, full_range, mm_per_px=spacing, patient=patient)
     values, full_range, is_windowed = shown(pixels, dataset, facts["applied"], voi=options.voi)
     return Film(values, facts, full_range, is_windowed, spacing, patient)
 
@@ -208,8 +214,8 @@ def _stored_pixels(dataset: Dataset, frame: int | None) -> np.ndarray:
     is_colour = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
     if pixels.shape[:2] != (dataset.Rows, dataset.Columns) or not (pixels.ndim == 2 or is_colour):
         raise RefusedImageError("BROKEN", f"pixels of shape {pixels.shape}, which is not what the header says")
-    if pixels.ndim == 2 and dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        raise RefusedImageError("MODE", "one sample per pixel that is not MONOCHROME1 or MONOCHROME2")
+    if pixels.ndim == 2 and dataset.PhotometricInterpretation not in _ONE_SAMPLE:
+        raise RefusedImageError("MODE", f"one sample per pixel that is none of {', '.join(_ONE_SAMPLE)}")
     return pixels
 
 

@@ -6,14 +6,19 @@ records each stage. Files and tags are `dicom`'s.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ddpm_lmk.data.decode import RefusedImageError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 Range = tuple[float, float]
+COLOURS = ("Red", "Green", "Blue")
+_PARTS = ("Descriptor", "Data")
 
 
 def shown(pixels: np.ndarray, dataset: Dataset, applied: list[str], *, voi: bool) -> tuple[np.ndarray, Range, bool]:
@@ -37,6 +42,21 @@ def shown(pixels: np.ndarray, dataset: Dataset, applied: list[str], *, voi: bool
         values = _inverted(values, full_range)
         applied.append("inverted")
     return values, full_range, is_windowed
+
+
+def grey_of_palette(pixels: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, Range]:
+    """Stored `[H, W]` through a palette whose colours are greys (PS3.3 C.7.6.3.1.5), and what is black and white.
+
+    Raises:
+        RefusedImageError: it has colours, or is not there: then the values are numbers of colours and no picture.
+    """
+    tables = [dataset.get(f"{colour}PaletteColorLookupTable{part}") for part in _PARTS for colour in COLOURS]
+    if any(table is None for table in tables):
+        raise RefusedImageError("MODE", "a palette that is not in the file, so its values mean nothing")
+    if not (tables[0] == tables[1] == tables[2] and tables[3] == tables[4] == tables[5]):
+        raise RefusedImageError("MODE", "a palette of colours; only one of greys makes an x-ray")
+    item = SimpleNamespace(LUTDescriptor=tables[0], LUTData=tables[3])
+    return _looked_up(pixels, item, dataset)
 
 
 def _modality(pixels: np.ndarray, dataset: Dataset, applied: list[str]) -> tuple[np.ndarray, Range]:
@@ -64,7 +84,7 @@ def _ascending(first: float, second: float) -> Range:
     return min(first, second), max(first, second)
 
 
-def _looked_up(values: np.ndarray, item: Dataset, dataset: Dataset) -> tuple[np.ndarray, Range]:
+def _looked_up(values: np.ndarray, item: Dataset | SimpleNamespace, dataset: Dataset) -> tuple[np.ndarray, Range]:
     """Apply a table (PS3.3 C.11.1.1): values below its first entry take the first, above its last the last."""
     count, first, depth = (int(number) for number in item.LUTDescriptor)
     count = count or 1 << 16

@@ -12,6 +12,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack_settings import PackSettings, checked_settings
 from ddpm_lmk.data.pack_summary import PackSummary
 from ddpm_lmk.data.prints import write_prints
-from ddpm_lmk.data.raw import Convention, Kind, RawDataset, RawSample, read_dicom_tree, read_folder, read_phantom
+from ddpm_lmk.data.raw import Convention, Kind, RawDataset, RawSample, read_phantom
+from ddpm_lmk.data.raw_folder import read_dicom_tree, read_folder
 from ddpm_lmk.data.raw_public import read_cephalometric, read_chest, read_hand
 from ddpm_lmk.data.records import Aspect, Encoding
 from ddpm_lmk.data.stored import Filter, Window
 from ddpm_lmk.data.table import read_table
+from ddpm_lmk.data.unfinished import is_begun
 from ddpm_lmk.data.writer import ShardWriter, refuse_existing
-from ddpm_lmk.errors import ConfigError, DataError
+from ddpm_lmk.errors import ConfigError, DataError, LmkError
 from ddpm_lmk.machine import versions
 
 Progress = Callable[[int, int], None]
@@ -72,50 +75,65 @@ def pack(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> PackSummary:
-    """Pack `source` (a folder or list of files; for kind phantom: chest, skull or hand) into the new folder `out`.
+    """Pack `source` (a folder, a list of files, a tar or several; for kind phantom: chest, skull or hand) into `out`.
 
     Args:
         window: null: voi for kind dicom, else percentile.
         id_key: file with the key that turns paths into ids, made when it is not there; null: OUT.key for kind dicom,
-            else ids are paths.
-        id_map: file that is to say, to its owner only, which id is which path.
+            else ids are paths. id_map: file that is to say, to its owner only, which id is which path.
         workers: decoding processes; null: one per core this process may use.
         progress: called with (images done, images in all).
     Other arguments are the fields of `PackSettings`.
 
     Raises:
-        ConfigError: a setting that cannot be honoured.
-        DataError: contradictory labels, or nothing left to pack.
-        RunConflictError: `out` holds something already, or another process is packing into it.
-        StoppedError: the file system does not answer; the same call goes on.
+        ConfigError: a setting that cannot be honoured. DataError: contradictory labels, or nothing left to pack.
+        RunConflictError: `out` holds something, or another process is packing into it. StoppedError: the file system
+            does not answer; the same call goes on.
     """
-    out = Path(out)
-    names = {"kind": kind, "name": name or _default_name(source, kind), "seed": seed}
-    window = window or ("voi" if kind == "dicom" else "percentile")
-    shape = {"size": size, "aspect": aspect, "filter": filter, "bits": bits, "window": window}
-    stored = {
-        "encoding": encoding,
-        "quality": quality,
-        "counts": counts or (PHANTOM_COUNTS if kind == "phantom" else {}),
-    }
-    read = {"frame": frame, "allow_burned_in": allow_burned_in, "hashed_ids": kind == "dicom" or id_key is not None}
-    splits = {"convention": convention, "split": split, "val_fraction": val_fraction}
-    labels = {"annotator": annotator, "spec": spec, "unit": unit, "thresholds": tuple(thresholds)}
-    points = {"spacing_pair": spacing_pair, "clip_landmarks": clip_landmarks, "keep_unlabelled": keep_unlabelled}
-    settings = checked_settings(names | shape | read | stored | splits | labels | points)
+    settings, out, started = _settings(locals()), Path(out), time.perf_counter()
     refuse_existing(out)
-    started = time.perf_counter()
     key_file = Path(id_key or out.absolute().with_name(f"{out.name}.key"))
-    keys = open_key(key_file) if settings.hashed_ids else None
-    found = _read(Path(source) if kind != "phantom" else str(source), settings, keys)
-    if keys is not None:
-        found.warnings.append(f"ids are hashed with the key in {key_file}; keep it to yourself, and for further packs")
-    if id_map is not None:
-        _write_map(Path(id_map), found)
-    summary = _write(found, settings, out, available_cores() if workers is None else workers, progress)
+    with _keys(key_file if settings.hashed_ids else None, out) as keys:
+        found = _read(Path(source) if kind != "phantom" else str(source), settings, keys)
+        found.warnings += [_KEY_NOTE.format(key_file)] if keys is not None else []
+        if id_map is not None:
+            _write_map(Path(id_map), found)
+        summary = _write(found, settings, out, available_cores() if workers is None else workers, progress)
     write_prints(Manifest.open(out))
     summary.seconds = time.perf_counter() - started
     return summary
+
+
+_KEY_NOTE = "ids are hashed with the key in {}; keep it to yourself, and for further packs"
+
+
+def _settings(given: dict[str, Any]) -> PackSettings:
+    """The arguments of `pack`, checked, with what depends on others filled in. Raises ConfigError."""
+    kind, is_dicom = given["kind"], given["kind"] == "dicom"
+    filled = {
+        "name": given["name"] or _default_name(given["source"], kind),
+        "window": given["window"] or ("voi" if is_dicom else "percentile"),
+        "counts": given["counts"] or (PHANTOM_COUNTS if kind == "phantom" else {}),
+        "thresholds": tuple(given["thresholds"]),
+        "hashed_ids": is_dicom or given["id_key"] is not None,
+    }
+    return checked_settings({key: given[key] for key in PackSettings.model_fields if key in given} | filled)
+
+
+@contextmanager
+def _keys(path: Path | None, out: Path) -> Iterator[KeyedIds | None]:
+    """Ids under the key of a file; one that was made for nothing goes again: no id was ever made with it."""
+    if path is None:
+        yield None
+        return
+    was_there = path.exists()
+    keys = open_key(path)
+    try:
+        yield keys
+    except LmkError:
+        if not (was_there or is_begun(out)):
+            path.unlink()
+        raise
 
 
 def _read(source: Path | str, settings: PackSettings, keys: KeyedIds | None) -> RawDataset:

@@ -1,7 +1,8 @@
 """Readers: where the images, labels and splits of a source are, as `RawSample`s in ascending order of id.
 
 Readers look at names and label files, and at image headers where labels need a size; pixels are decoded later, in
-parallel. The public sets are in `raw_public`, tables in `table`; folders, DICOM trees and phantoms are here.
+parallel. The public sets are in `raw_public`, folders, tars and DICOM trees in `raw_folder`, tables in `table`;
+phantoms are here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,11 +19,9 @@ from typing import Literal, Protocol
 import numpy as np
 
 from ddpm_lmk.data.decode import SUFFIXES
-from ddpm_lmk.data.dicom import require_pydicom
 from ddpm_lmk.data.ids import KeyedIds
 from ddpm_lmk.data.listing import Listing, list_files
-from ddpm_lmk.data.spec import SPECS, DatasetSpec, unlabelled
-from ddpm_lmk.data.tars import DamagedTarError, members
+from ddpm_lmk.data.spec import SPECS, DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError
 
 Kind = Literal["folder", "dicom", "table", "phantom", "chest", "cephalometric", "hand"]
@@ -64,10 +63,22 @@ class RawSample:
     group: str | None = None
 
     def digest(self) -> bytes:
-        """Of everything known before the file is read: an interrupted packing continues only if it is the same."""
+        """Of everything known before the file is read: an interrupted packing continues only if it is the same.
+
+        Of the file that is size and time of change; its content would cost as much to read as to pack again.
+        """
         points = None if self.points is None else self.points.tolist()
-        said = (self.id, str(self.path), self.split, points, self.native_size, self.mm_per_px, self.group)
+        said = (self.id, str(self.path), self.split, points, self.native_size, self.mm_per_px, self.group, self._file())
         return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).digest()
+
+    def _file(self) -> tuple[int, int] | None:
+        if isinstance(self.path, PhantomSource):
+            return None
+        try:
+            found = (self.path.tar if isinstance(self.path, TarMember) else self.path).stat()
+        except (OSError, ValueError):  # gone, or no name at all: whoever decodes it will say so
+            return None
+        return found.st_size, found.st_mtime_ns
 
 
 class Samples(Protocol):
@@ -136,118 +147,10 @@ def image_files(root: Path) -> list[str]:
     return [path for _, path in list_files(root, SUFFIXES, lambda path: path, Counter())]
 
 
-def read_folder(
-    source: Path, *, name: str, split: str, val_fraction: float, seed: int, keys: KeyedIds | None = None
-) -> RawDataset:
-    """Any tree of images, a list of them, or a tar, without labels. The id is the path in there without its suffix.
-
-    A share `val_fraction` goes to split `val`, chosen by a hash of the id: added images move no others.
-    """
-    check_split_name(split, "--split")
-    if source.suffix == ".tar" and source.is_file():
-        return _read_tar(source, keys.of_path if keys else _without_suffix, name, split, val_fraction, seed, keys)
-    others: Counter[str] = Counter()
-    listing = list_files(source, SUFFIXES, keys.of_path if keys else _without_suffix, others)
-    found = _listed(source, listing, name, split, val_fraction, seed)
-    found.keys = keys
-    if others:
-        suffixes = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common(5))
-        found.warnings.append(f"{others.total()} files with other suffixes were not looked at ({suffixes})")
-    return found
-
-
-def read_dicom_tree(
-    source: Path, *, name: str, split: str, val_fraction: float, seed: int, keys: KeyedIds
-) -> RawDataset:
-    """Any tree of DICOM files, whatever their names, or a list of them. Ids and patients are keyed hashes.
-
-    The validation share is chosen by patient where the files name one.
-    """
-    check_split_name(split, "--split")
-    require_pydicom()
-    listing = list_files(source, None, keys.of_path, Counter())
-    found = _listed(source, listing, name, split, val_fraction, seed)
-    found.keys = keys
-    return found
-
-
 def folder_split(key: str, split: str, val_fraction: float, seed: int) -> str:
     """`val` for a share of all keys, else `split`: a function of the key and the seed alone."""
     digest = hashlib.sha256(b"%d:" % seed + os.fsencode(key)).digest()
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else split
-
-
-def _without_suffix(path: str) -> str:
-    return os.path.splitext(path)[0]  # noqa: PTH122 - strings: there may be millions
-
-
-def _listed(source: Path, listing: Listing, name: str, split: str, val_fraction: float, seed: int) -> RawDataset:
-    root = source if source.is_dir() else source.parent
-    splits = {split} if val_fraction == 0 else {"val"} if val_fraction == 1 else {split, "val"}
-    samples = _ListedSamples(root, listing, split, val_fraction, seed)
-    return RawDataset(unlabelled(name), samples, splits=ordered_splits(splits), listing=listing)
-
-
-@dataclass(frozen=True)
-class _ListedSamples:
-    """Samples made when they are asked for: a million files are no million objects."""
-
-    root: Path
-    listing: Listing
-    split: str
-    val_fraction: float
-    seed: int
-    is_tar: bool = False
-
-    def __len__(self) -> int:
-        return len(self.listing)
-
-    def __iter__(self) -> Iterator[RawSample]:
-        for sample_id, path in self.listing:
-            where = _tar_member(self.root, path) if self.is_tar else self.root / path
-            yield RawSample(sample_id, where, folder_split(sample_id, self.split, self.val_fraction, self.seed))
-
-
-def _read_tar(
-    source: Path,
-    id_of: Callable[[str], str],
-    name: str,
-    split: str,
-    val_fraction: float,
-    seed: int,
-    keys: KeyedIds | None,
-) -> RawDataset:
-    """Members are read where they lie; what has no business in a tar is refused, JSON members are passed over."""
-    refused: list[tuple[str, str]] = []
-    damage: list[str] = []
-
-    def names() -> Iterator[tuple[str, str]]:
-        try:
-            for member, fault in members(source):
-                is_image = os.path.splitext(member.name)[1].lower() in SUFFIXES  # noqa: PTH122
-                if fault is not None:
-                    refused.append((id_of(member.name), fault))
-                elif is_image:
-                    yield id_of(member.name), f"{member.offset_data}:{member.size}:{member.name}"
-        except DamagedTarError as error:
-            damage.append(str(error))
-
-    listing = Listing(names())
-    if damage:
-        raise DataError(f"{source}: {damage[0]}; restore it: what follows would be lost")
-    if not len(listing):
-        raise DataError(f"{source} holds no image; looked for {' '.join(sorted(SUFFIXES))}")
-    samples = _ListedSamples(source, listing, split, val_fraction, seed, is_tar=True)
-    splits = {split} if val_fraction == 0 else {"val"} if val_fraction == 1 else {split, "val"}
-    found = RawDataset(unlabelled(name), samples, splits=ordered_splits(splits), listing=listing, keys=keys)
-    for sample_id, fault in refused:
-        found.refuse(sample_id, "TAR_MEMBER", fault)
-    return found
-
-
-def _tar_member(tar: Path, place: str) -> TarMember:
-    offset, size, _ = place.split(":", 2)
-    return TarMember(tar, int(offset), int(size))
 
 
 def read_phantom(kind: str, *, counts: dict[str, int], seed: int, size: int) -> RawDataset:

@@ -32,7 +32,7 @@ class Unfinished:
     """
 
     def __init__(self, out: Path) -> None:
-        self._root = out.with_name(f".{out.name}.partial")
+        self._root = _folder(out)
         self.pack = self._root / "pack"
         self.shards: list[dict[str, Any]] = []
         try:
@@ -168,6 +168,15 @@ class Unfinished:
         for file in (self._journal, self._rows, self._refused):
             if file is not None:
                 file.close()
+
+
+def is_begun(out: Path) -> bool:
+    """Is there a packing into `out` that can go on?"""
+    return _folder(out).exists()
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
 
 
 def _flush(file: BinaryIO) -> None:

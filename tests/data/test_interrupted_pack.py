@@ -71,15 +71,28 @@ def test_a_killed_packing_goes_on_to_the_same_bytes(source, undisturbed, tmp_pat
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_source_that_changed_meanwhile_is_begun_anew(source, undisturbed, tmp_path):
+def rename(mine):
+    (mine / "03.png").rename(mine / "zz.png")
+
+
+def replace(mine):
+    """Another picture of the same name and size, in the place of one that was packed."""
+    replaced, content = mine / "03.png", (mine / "04.png").read_bytes()
+    length = replaced.stat().st_size
+    replaced.unlink()
+    replaced.write_bytes(content[:length].ljust(length, b"\0"))
+
+
+@pytest.mark.parametrize("change", [rename, replace])
+def test_a_source_that_changed_meanwhile_is_begun_anew(source, undisturbed, tmp_path, change):
     mine, out = tmp_path / "mine", tmp_path / "out"
     mine.mkdir()
     for path in source.iterdir():
         os.link(path, mine / path.name)
     kill(mine, out, KILL_AT)
-    (mine / "03.png").rename(mine / "zz.png")
+    change(mine)
     summary = pack(mine, "folder", out, name="set", **OPTIONS)
-    assert (summary.resumed_at, summary.packed) == (0, COUNT - 3)
+    assert (summary.resumed_at, summary.packed + summary.num_refused) == (0, COUNT)
     assert "begun anew" in summary.warnings[-1]
     assert verify(out).is_good
 

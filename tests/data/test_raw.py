@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from ddpm_lmk.data.raw import image_files, parse_decimal, read_folder
+from ddpm_lmk.data.raw import image_files, parse_decimal
+from ddpm_lmk.data.raw_folder import read_folder
 from ddpm_lmk.data.raw_public import CHEST_EXCLUDED, read_cephalometric, read_chest, read_hand
 from ddpm_lmk.data.table import read_table
 from ddpm_lmk.errors import ConfigError, DataError

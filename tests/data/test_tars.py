@@ -98,3 +98,36 @@ def test_a_damaged_archive_is_an_error_and_not_a_shorter_one(tmp_path, damage):
     with pytest.raises(DataError, match="restore it"):
         pack(tmp_path / "x.tar", "folder", tmp_path / "out", size=32, workers=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_tars_is_packed_whole_and_each_is_a_folder_of_its_own(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(3):
+        with tarfile.open(source / f"set-{number}.tar", "w") as tar:
+            for film in range(2):  # the same names in each
+                add(tar, f"{film}.png", picture(10 * number + film))
+            add(tar, "notes.txt")
+    summary = pack(source, "folder", tmp_path / "out", size=32, workers=1)
+    manifest = Manifest.open(tmp_path / "out")
+    ids = [manifest.read_record(row).id for row in range(len(manifest))]
+    assert ids == [f"set-{number}/{film}" for number in range(3) for film in range(2)]
+    assert dict(summary.reasons) == {"TAR_MEMBER": 3}
+    alone = pack(source / "set-1.tar", "folder", tmp_path / "alone", size=32, workers=1)
+    assert alone.packed == 2
+    assert Manifest.open(tmp_path / "alone").read_bytes(1) == manifest.read_bytes(3)
+
+
+def test_one_damaged_tar_of_several_is_named_and_pictures_beside_tars_are_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(2):
+        with tarfile.open(source / f"{number}.tar", "w") as tar:
+            add(tar, "a.png", picture(number))
+    (source / "x.png").write_bytes(picture(9))
+    with pytest.raises(DataError, match=r"holds tars \(0.tar\) and pictures \(x.png\)"):
+        pack(source, "folder", tmp_path / "out", size=32, workers=1)
+    (source / "x.png").unlink()
+    (source / "1.tar").write_bytes((source / "1.tar").read_bytes()[:700])
+    with pytest.raises(DataError, match=r"1\.tar: .*restore it"):
+        pack(source, "folder", tmp_path / "out", size=32, workers=1)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_modality_lut, apply_windowing, get_decoder
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing, get_decoder
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -23,12 +23,7 @@ from pydicom.uid import (
 
 from ddpm_lmk.data.decode import ReadOptions, RefusedImageError, film_from_bytes
 from ddpm_lmk.data.dicom import is_dicom
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.shards import Manifest
-from ddpm_lmk.errors import ConfigError
 from tests.data.dicoms import FILM, dataset, table, to_bytes
-
-PRIVATE = (b"Doe", b"4711", b"Elsewhere")
 
 
 def film(*, voi=False, with_header=True, pixels=FILM, **tags):
@@ -115,6 +110,34 @@ def test_colour_becomes_grey_whichever_way_its_planes_lie(planar):
     tags = {"Rows": 60, "Columns": 40, "SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "bits": 8}
     found = film(pixels=rgb, PlanarConfiguration=planar, **tags)
     np.testing.assert_array_equal(found.pixels, grey)
+
+
+def palette(entries, **others):
+    """Tags of a palette; `others`: entries of a colour that has its own."""
+    tags = {"PhotometricInterpretation": "PALETTE COLOR", "bits": 8}
+    for colour in ("Red", "Green", "Blue"):
+        values = others.get(colour, entries)
+        tags[f"{colour}PaletteColorLookupTableDescriptor"] = [len(values) % 65536, 0, 16]
+        tags[f"{colour}PaletteColorLookupTableData"] = np.asarray(values, "<u2").tobytes()
+    return tags
+
+
+def test_a_palette_of_greys_is_applied():
+    numbers = (FILM >> 4).astype(np.uint8)
+    entries = np.linspace(65535, 0, 256).astype(np.uint16)  # an inverted one: the numbers are the negative
+    made = dataset(numbers, **palette(entries))
+    found = film_from_bytes(to_bytes(made))
+    np.testing.assert_array_equal(found.pixels, apply_color_lut(numbers, made)[..., 0])
+    assert (found.full_range, found.facts["applied"]) == ((0, 65535), ["palette"])
+
+
+@pytest.mark.parametrize("colours", [{"Blue": np.arange(256)}, None], ids=["colours", "no table"])
+def test_a_palette_of_colours_or_none_is_refused(colours):
+    tags = palette(np.arange(256)[::-1], **(colours or {}))
+    if colours is None:
+        del tags["GreenPaletteColorLookupTableData"]
+    code, reason = refused(dataset((FILM >> 4).astype(np.uint8), **tags))
+    assert (code, "palette" in reason) == ("MODE", True)
 
 
 def test_a_file_without_preamble_or_header_is_read():
@@ -235,66 +258,6 @@ def test_a_missing_decoder_is_named_with_its_extra(syntax):
     assert code == "NO_DECODER"
     assert "ddpm-lmk[dicom-gpl]" in reason
     assert "GPL-3.0" in reason
-
-
-# --- packing a tree of them
-
-
-@pytest.fixture
-def tree(tmp_path):
-    root = tmp_path / "Doe_Jane"
-    (root / "study-4711").mkdir(parents=True)
-    for number in range(6):
-        pixels = np.roll(FILM, 3 * number, 1)
-        made = dataset(pixels, PatientID=f"MRN-4711-{number // 2}", PixelSpacing=[0.15, 0.15])
-        (root / "study-4711" / f"IM{number}").write_bytes(to_bytes(made))
-    (root / "study-4711" / "Doe.txt").write_text("no film")
-    return root
-
-
-def test_a_tree_is_packed_with_hashed_names_and_patients(tree, tmp_path):
-    summary = pack(tree, "dicom", tmp_path / "out", size=32, workers=1, id_map=tmp_path / "map.csv")
-    assert (summary.packed, dict(summary.reasons)) == (6, {"NOT_DICOM": 1})
-    manifest = Manifest.open(tmp_path / "out")
-    records = [manifest.read_record(row) for row in range(6)]
-    assert sorted(np.unique([record.group for record in records], return_counts=True)[1]) == [2, 2, 2]
-    assert {record.mm_per_px for record in records} == {0.15}
-    assert all(len(record.id) == 16 and int(record.id, 16) >= 0 for record in records)
-    with open(tmp_path / "map.csv", newline="") as file:
-        names = {row["id"]: row["path"] for row in csv.DictReader(file)}
-    assert {names[record.id] for record in records} == {f"study-4711/IM{number}" for number in range(6)}
-    for path in (tmp_path / "out.key", tmp_path / "map.csv"):
-        assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_a_list_names_files_of_many_folders(tree, tmp_path):
-    (tmp_path / "list.txt").write_text(f"# some\n{tree}/study-4711/IM0\nDoe_Jane/study-4711/IM5\n")
-    assert pack(tmp_path / "list.txt", "dicom", tmp_path / "out", size=32, workers=1).packed == 2
-
-
-def test_nothing_private_is_in_the_pack(tree, tmp_path, capfd):
-    (tree / "study-4711" / "Jane_Doe_broken").write_bytes(to_bytes(dataset())[:900])
-    pack(tree, "dicom", tmp_path / "out", size=32, workers=1)
-    written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
-    said = "".join(capfd.readouterr()).encode()
-    assert [word for word in PRIVATE if word in written + said] == []
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["hashed_ids"] is True
-
-
-def test_one_key_gives_one_name_and_others_may_not_read_it(tree, tmp_path):
-    for name in ("a", "b"):
-        pack(tree, "dicom", tmp_path / name, name="own", size=32, workers=1, id_key=tmp_path / "key")
-    assert Manifest.open(tmp_path / "a").fingerprint == Manifest.open(tmp_path / "b").fingerprint
-    (tmp_path / "key").chmod(0o644)
-    with pytest.raises(ConfigError, match="may be read by others"):
-        pack(tree, "dicom", tmp_path / "c", name="own", size=32, workers=1, id_key=tmp_path / "key")
-
-
-def test_patients_are_not_split_between_training_and_validation(tree, tmp_path):
-    pack(tree, "dicom", tmp_path / "out", size=32, workers=1, val_fraction=0.5)
-    manifest = Manifest.open(tmp_path / "out")
-    records = [manifest.read_record(row) for row in range(6)]
-    assert len({(record.group, record.split) for record in records}) == 3
 
 
 # --- real files

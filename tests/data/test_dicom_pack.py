@@ -1,0 +1,85 @@
+"""A tree of DICOM files becomes a pack in which nothing says whose they are."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from ddpm_lmk.data.ids import secret_key
+from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.errors import ConfigError, DataError
+from tests.data.dicoms import FILM, dataset, to_bytes
+
+PRIVATE = (b"Doe", b"4711", b"Elsewhere")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "Doe_Jane"
+    (root / "study-4711").mkdir(parents=True)
+    for number in range(6):
+        pixels = np.roll(FILM, 3 * number, 1)
+        made = dataset(pixels, PatientID=f"MRN-4711-{number // 2}", PixelSpacing=[0.15, 0.15])
+        (root / "study-4711" / f"IM{number}").write_bytes(to_bytes(made))
+    (root / "study-4711" / "Doe.txt").write_text("no film")
+    return root
+
+
+def test_a_tree_is_packed_with_hashed_names_and_patients(tree, tmp_path):
+    summary = pack(tree, "dicom", tmp_path / "out", size=32, workers=1, id_map=tmp_path / "map.csv")
+    assert (summary.packed, dict(summary.reasons)) == (6, {"NOT_DICOM": 1})
+    manifest = Manifest.open(tmp_path / "out")
+    records = [manifest.read_record(row) for row in range(6)]
+    assert sorted(np.unique([record.group for record in records], return_counts=True)[1]) == [2, 2, 2]
+    assert {record.mm_per_px for record in records} == {0.15}
+    assert all(len(record.id) == 16 and int(record.id, 16) >= 0 for record in records)
+    with open(tmp_path / "map.csv", newline="") as file:
+        names = {row["id"]: row["path"] for row in csv.DictReader(file)}
+    assert {names[record.id] for record in records} == {f"study-4711/IM{number}" for number in range(6)}
+    for path in (tmp_path / "out.key", tmp_path / "map.csv"):
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_list_names_files_of_many_folders(tree, tmp_path):
+    (tmp_path / "list.txt").write_text(f"# some\n{tree}/study-4711/IM0\nDoe_Jane/study-4711/IM5\n")
+    assert pack(tmp_path / "list.txt", "dicom", tmp_path / "out", size=32, workers=1).packed == 2
+
+
+def test_nothing_private_is_in_the_pack(tree, tmp_path, capfd):
+    (tree / "study-4711" / "Jane_Doe_broken").write_bytes(to_bytes(dataset())[:900])
+    pack(tree, "dicom", tmp_path / "out", size=32, workers=1)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    said = "".join(capfd.readouterr()).encode()
+    assert [word for word in PRIVATE if word in written + said] == []
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["hashed_ids"] is True
+
+
+def test_one_key_gives_one_name_and_others_may_not_read_it(tree, tmp_path):
+    for name in ("a", "b"):
+        pack(tree, "dicom", tmp_path / name, name="own", size=32, workers=1, id_key=tmp_path / "key")
+    assert Manifest.open(tmp_path / "a").fingerprint == Manifest.open(tmp_path / "b").fingerprint
+    (tmp_path / "key").chmod(0o644)
+    with pytest.raises(ConfigError, match="may be read by others"):
+        pack(tree, "dicom", tmp_path / "c", name="own", size=32, workers=1, id_key=tmp_path / "key")
+
+
+def test_patients_are_not_split_between_training_and_validation(tree, tmp_path):
+    pack(tree, "dicom", tmp_path / "out", size=32, workers=1, val_fraction=0.5)
+    manifest = Manifest.open(tmp_path / "out")
+    records = [manifest.read_record(row) for row in range(6)]
+    assert len({(record.group, record.split) for record in records}) == 3
+
+
+def test_a_packing_that_failed_leaves_no_key_that_it_made(tmp_path):
+    root = tmp_path / "films"
+    root.mkdir()
+    (root / "broken").write_bytes(to_bytes(dataset())[:900])
+    with pytest.raises(DataError, match="nothing to pack"):
+        pack(root, "dicom", tmp_path / "out", size=32, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["films"]
+    secret_key(tmp_path / "out.key")
+    with pytest.raises(DataError, match="nothing to pack"):
+        pack(root, "dicom", tmp_path / "out", size=32, workers=1)
+    assert (tmp_path / "out.key").is_file()

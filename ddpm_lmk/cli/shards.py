@@ -23,7 +23,7 @@ PackArgument = Annotated[
 ]
 ShardsArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder written by `shards pack`")]
 Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="folder or list of x-rays; for phantoms: chest, skull or hand")
+    str, typer.Argument(metavar="SOURCE", help="folder, list or tars of x-rays; for phantoms: chest, skull or hand")
 ]
 Kind = Annotated[str, typer.Option(help="folder, dicom, table, phantom, chest, cephalometric or hand")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder for the shards")]

@@ -11,21 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-import numpy as np
-
-from ddpm_lmk.report.data import MEAN_SHAPE, SCRATCH, Row, Run, Score, Spread, Study, paper_rows, paper_tables
+from ddpm_lmk.report.data import MEAN_SHAPE, Row, Score, Spread, Study, paper_rows, paper_tables
 from ddpm_lmk.report.figures import SHAPE_COLOUR, colours
 from ddpm_lmk.report.html import spread_text, swatch
-from ddpm_lmk.report.significance import Difference, over_films, over_seeds
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of ours beside one of the paper's; either may be missing.
-
-    Attributes:
-        over_seeds, over_films: our error (protocol original) less that of training from scratch.
-    """
+    """A row of ours beside one of the paper's; either may be missing."""
 
     title: str
     start: str | None
@@ -33,8 +26,6 @@ class Pair:
     validation: int | None
     ours: dict[str, Score] | None
     paper: Row | None
-    over_seeds: Difference | None = None
-    over_films: Difference | None = None
 
 
 def pairs(study: Study) -> list[Pair]:
@@ -51,9 +42,8 @@ def pairs(study: Study) -> list[Pair]:
             method = study.texts.get(row.method, {}).get("paper")
             theirs = published.get((method, labels)) if method else None
             used.add(method)
-            seeds, films = _against_scratch(study, row.method, labels)
             title = study.title(row.method)
-            found.append(Pair(title, row.method, labels, row.validation, row.scores, theirs, seeds, films))
+            found.append(Pair(title, row.method, labels, row.validation, row.scores, theirs))
         rest = [row for (method, k), row in published.items() if k == labels and method not in used]
         found += [Pair(row.method, None, labels, None, None, row) for row in rest]
     return found
@@ -71,44 +61,23 @@ def _published(study: Study) -> dict[tuple[str, int], Row]:
     return {(method, row.training): row for method in methods for row in paper_rows(study.spec, [method])}
 
 
-def _against_scratch(study: Study, start: str, labels: int) -> tuple[Difference | None, Difference | None]:
-    ours, other = study.select(start, labels), study.select(SCRATCH, labels)
-    if start == SCRATCH or not ours or not other:
-        return None, None
-    return over_seeds(_by_seed(ours), _by_seed(other)), over_films(_by_film(ours), _by_film(other))
-
-
-def _by_seed(runs: Sequence[Run]) -> dict[int, float]:
-    return {run.results["seed"]: run.results["protocols"]["original"]["mre"] for run in runs}
-
-
-def _by_film(runs: Sequence[Run]) -> dict[str, float]:
-    """Mean error of each film over the runs."""
-    errors = [run.image_errors() for run in runs]
-    return {name: float(np.mean([each[name] for each in errors])) for name in (errors[0] if errors else {})}
-
-
 def table(study: Study) -> str:
     """The table as HTML."""
     thresholds = list(study.runs[0].results["protocols"]["paper"]["sdr"])
     units = {protocol: study.runs[0].results["protocols"][protocol]["unit"] for protocol in ("paper", "original")}
-    has_scratch = SCRATCH in study.starts
     groups = [f'<th class="first" colspan="3">MRE, {units["paper"]}</th>']
     groups += [f'<th class="first" colspan="2">SDR {key} {units["paper"]}, %</th>' for key in thresholds]
-    groups += [
-        f'<th class="first"{" colspan=3" if has_scratch else ""}>protocol original: MRE, {units["original"]}</th>'
-    ]
+    groups += [f'<th class="first">original: MRE, {units["original"]}</th>']
     heads = '<th class="first">ours</th><th>paper</th><th>differ&shy;ence</th>'
     heads += '<th class="first">ours</th><th>paper</th>' * len(thresholds) + '<th class="first">ours</th>'
-    heads += "<th>less scratch, 95 %<br>over seeds</th><th>less scratch, 95 %<br>over films</th>" if has_scratch else ""
-    width = 3 + 3 + 2 * len(thresholds) + (3 if has_scratch else 1)
+    width = 3 + 3 + 2 * len(thresholds) + 1
     rows = pairs(study)
     lines = []
     for labels in study.shots:
         name = "training label" if labels == 1 else "training labels"
         lines.append(f'<tr class="heading"><td colspan="{width}">{labels} {name}</td></tr>')
         here = [row for row in rows if row.training == labels]
-        lines += [_line(row, here, study, thresholds, has_scratch=has_scratch) for row in here]
+        lines += [_line(row, here, study, thresholds) for row in here]
     return (
         '<div class="scroll"><table class="against"><thead>'
         f'<tr class="protocols"><th></th><th colspan="2"></th>{"".join(groups)}</tr>'
@@ -117,7 +86,7 @@ def table(study: Study) -> str:
     )
 
 
-def _line(row: Pair, beside: Sequence[Pair], study: Study, thresholds: Sequence[str], *, has_scratch: bool) -> str:
+def _line(row: Pair, beside: Sequence[Pair], study: Study, thresholds: Sequence[str]) -> str:
     ours = row.ours["paper"] if row.ours else None
     theirs = row.paper.scores["paper"] if row.paper else None
     best = min((other.ours["paper"].mre[0] for other in beside if other.ours and other.start), default=None)
@@ -129,11 +98,9 @@ def _line(row: Pair, beside: Sequence[Pair], study: Study, thresholds: Sequence[
     cells.append(_number(theirs.mre if theirs else None, "theirs"))
     cells.append(f"<td>{ours.mre[0] - theirs.mre[0]:+.2f}</td>" if ours and theirs else "<td></td>")
     for key in thresholds:
-        cells.append(_number(ours.sdr.get(key) if ours else None, "first"))
-        cells.append(_number(theirs.sdr.get(key) if theirs else None, "theirs"))
+        cells.append(_rate(ours.sdr.get(key) if ours else None, "first"))
+        cells.append(_rate(theirs.sdr.get(key) if theirs else None, "theirs"))
     cells.append(_number(row.ours["original"].mre if row.ours else None, "first"))
-    if has_scratch:
-        cells += [_interval(row.over_seeds), _interval(row.over_films)]
     kind = "" if row.start else "shape" if row.ours else "published"
     return f'<tr class="{kind}">{"".join(cells)}</tr>'
 
@@ -149,12 +116,9 @@ def _number(value: Spread | None, kind: str) -> str:
     return f'<td class="{kind}">{"" if value is None else spread_text(value)}</td>'
 
 
-def _interval(found: Difference | None) -> str:
-    """`−0.42 [−0.60, −0.24]`, bold where it leaves out zero."""
-    if found is None:
-        return "<td></td>"
-    reach = "" if found.low is None else f' <span class="spread">[{found.low:+.2f}, {found.high:+.2f}]</span>'
-    return f'<td class="{"best" if found.is_clear else ""}">{found.mean:+.2f}{reach}</td>'
+def _rate(value: Spread | None, kind: str) -> str:
+    """A success rate without its deviation, which is in the CSV: the table is wide enough."""
+    return f'<td class="{kind}">{"" if value is None else f"{value[0]:.2f}"}</td>'
 
 
 def _mark(study: Study, row: Pair) -> str:

@@ -69,7 +69,16 @@ def mre_by_labels(study: Study, protocol: str) -> str:
             colour = colours(study)[start]
             axes.fill_between(shots, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
             marker = MARKERS[study.starts.index(start) % len(MARKERS)]
-            axes.plot(shots, means, color=colour, marker=marker, markersize=5, linewidth=1.8, label=start, zorder=3)
+            axes.plot(
+                shots,
+                means,
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linewidth=1.8,
+                label=study.title(start),
+                zorder=3,
+            )
             top = max(top, float((means + spread).max()))
         shape = [study.mean_shape(k, protocol).mre[0] for k in study.shots]
         axes.plot(
@@ -113,7 +122,7 @@ def cumulative_error(study: Study, shots: Sequence[int]) -> str:
                 limit = limit or float(np.quantile(errors, 0.95))
                 x = np.linspace(0, limit, CURVE_POINTS)
                 share = 100 * np.searchsorted(np.sort(errors), x, side="right") / len(errors)
-                name = f"{start}, {labels} {'label' if labels == 1 else 'labels'}"
+                name = f"{study.title(start)}, {labels} {'label' if labels == 1 else 'labels'}"
                 axes.plot(x, share, color=colours(study)[start], linestyle=style, linewidth=1.7, label=name)
         for threshold in thresholds:
             axes.axvline(threshold, color=SHAPE_COLOUR, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
@@ -140,7 +149,7 @@ def fine_tuning_curves(study: Study, labels: int) -> str | None:
                     is_drawn = True
                     axes.plot(
                         steps, losses, color=colours(study)[start], linewidth=1.2, alpha=0.85,
-                        label=start if index == 0 else None,
+                        label=study.title(start) if index == 0 else None,
                     )  # fmt: skip
         if not is_drawn:
             return None
@@ -165,7 +174,7 @@ def pre_training_curves(study: Study) -> str | None:
             images, losses = _series(lines, "loss", against="images")
             if len(images) > 1:
                 axes.plot(images, losses, color=colours(study)[start], linewidth=0.8, alpha=0.35)
-                axes.plot(images, _smooth(losses), color=colours(study)[start], linewidth=1.8, label=start)
+                axes.plot(images, _smooth(losses), color=colours(study)[start], linewidth=1.8, label=study.title(start))
         if not axes.lines:
             return None
         _log_if_positive(axes)

@@ -40,14 +40,14 @@ def cards(study: Study) -> str:
         score = study.score(best, labels, "original")
         assert score is not None
         others = [(start, study.score(start, labels, "original")) for start in study.starts if start != best]
-        versus = [f"{escape(start)} {other.mre[0]:.2f}" for start, other in others if other is not None]
+        versus = [f"{escape(study.title(start))} {other.mre[0]:.2f}" for start, other in others if other is not None]
         versus.append(f"mean shape {study.mean_shape(labels, 'original').mre[0]:.2f}")
         name = "label" if labels == 1 else "labels"
         std = "" if score.mre[1] is None else f" ± {score.mre[1]:.2f}"
         shown.append(
             f'<div class="card"><div class="what">{labels} {name}</div>'
             f'<div class="number">{score.mre[0]:.2f}<small>{std} {score.unit}</small></div>'
-            f'<div class="versus">{swatch(colours(study)[best])}{escape(best)}<br>{" · ".join(versus)}</div></div>'
+            f'<div class="versus">{swatch(colours(study)[best])}{escape(study.title(best))}<br>{" · ".join(versus)}</div></div>'
         )
     return f'<div class="cards">{"".join(shown)}</div>'
 
@@ -79,7 +79,7 @@ def headline_table(study: Study) -> str:
 
 def _headline_row(row: Row, beside: Sequence[Row], study: Study, thresholds: dict[str, list[str]]) -> str:
     colour = {"run": colours(study).get(row.method), "mean shape": SHAPE_COLOUR}.get(row.kind)
-    name = (swatch(colour) if colour else "") + escape(row.method)
+    name = (swatch(colour) if colour else "") + escape(study.title(row.method))
     runs = next(iter(row.scores.values())).mre[2]
     cells = [f"<td>{name}</td>", f"<td>{row.validation}</td>"]
     cells.append(f"<td>{'–' if row.kind == 'mean shape' else runs}</td>")

@@ -16,7 +16,7 @@ from typing import Any
 from ddpm_lmk import atomic, leakage
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.leakage import refuse_seen
-from ddpm_lmk.report import against, compute, figures, html, notes, pictures, steps
+from ddpm_lmk.report import against, compute, differences, figures, html, notes, pictures, steps
 from ddpm_lmk.report.data import PROTOCOLS, Study, collect, paper_tables, parent_of
 from ddpm_lmk.report.text import csv_rows, markdown_table
 from ddpm_lmk.runfile import load_run
@@ -68,7 +68,7 @@ def _section(study: Study, *, against_paper: bool) -> str:
         pictures.panels(study),
         pictures.overlays(study, best),
         "<h2>Landmark by landmark</h2>",
-        f'<p class="note">Protocol original, starting from {escape(best)}, mean over seeds; bars to compare.</p>',
+        f'<p class="note">Protocol original, starting from {escape(study.title(best))}, mean over seeds; bars to compare.</p>',
         html.landmark_table(study, best),
         "<h2>The runs</h2>",
         html.facts_table(*_facts(study)),
@@ -90,6 +90,7 @@ def _beside_paper(study: Study) -> list[str]:
     return [
         f"<h2>Beside table {published['table']} of the paper</h2>",
         against.table(study),
+        differences.table(study),
         f'<div class="footnotes"><ol>{numbered}</ol>{general}</div>',
     ]
 

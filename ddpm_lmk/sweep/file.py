@@ -41,7 +41,9 @@ class Grid(Section):
     """One block of a sweep: every combination of its three lists is a cell."""
 
     run: str | None = Field(None, description="fine-tuning run file or a name in `runs`; null: the sweep's `run`")
-    pack: Label | None = Field(None, description="name in `packs` the cells learn from; null: as the run file")
+    pack: Label | tuple[Label, ...] = Field(
+        (), description="name in `packs` the cells learn from, several for a mixture; empty: as the run file"
+    )
     shots: Shots | None = Field(None, min_length=1, description="labelled images (null in it: all); null: the sweep's")
     seeds: Seeds | None = Field(None, min_length=1, description="root of all randomness of a cell; null: the sweep's")
     start: dict[Label, str | None] = Field(
@@ -49,6 +51,11 @@ class Grid(Section):
     )
     draw: Literal["first", "random"] | None = Field(None, description="how shots are chosen; null: as the run file")
     set: dict[str, Any] = Field(default_factory=dict, description="dotted run keys for this grid")
+
+    @property
+    def packs(self) -> tuple[str, ...]:
+        """Names of packs."""
+        return (self.pack,) if isinstance(self.pack, str) else self.pack
 
 
 class Stage(Section):
@@ -85,7 +92,7 @@ class SweepFile(Section):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> SweepFile:
-        packs = [grid.pack for grid in self.grids if grid.pack is not None]
+        packs = [pack for grid in self.grids for pack in grid.packs]
         packs += [pack for stage in self.stages.values() for pack in stage.packs or ()]
         starts = [start for grid in self.grids for start in grid.start.values()]
         stages = [stage_of(start)[0] for start in starts if start is not None and is_stage(start)]
@@ -126,6 +133,8 @@ def read_sweep(path: str | Path, words: list[str], scale: str | None) -> tuple[S
         if scale not in scales:
             raise ConfigError(f"{path} has no scale {scale!r}; it has: {', '.join(scales) or 'none'}")
         _lay_over(data, scales[scale])
+        labels = {label for grid in _grids(data) for label in grid.get("start") or {}}
+        data["rows"] = {label: text for label, text in (data.get("rows") or {}).items() if label in labels}
     given: dict[str, str] = {}
     chosen: dict[str, list[str]] = {}
     rest = [word for word in words if not _apply(data, word, given, chosen)]

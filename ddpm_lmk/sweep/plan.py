@@ -114,7 +114,7 @@ def load_sweep(
         shots_, seeds = grid.shots or sweep.shots, grid.seeds or sweep.seeds
         if shots_ is None or seeds is None:
             raise ConfigError(f"{path}: grids.{number} has no {'seeds' if shots_ else 'shots'}, and the sweep has none")
-        settings = sweep.set | files.pack(grid.pack) | _draw(grid) | grid.set
+        settings = sweep.set | files.pack(*grid.packs) | _draw(grid) | grid.set
         for start, weights in grid.start.items():
             for shots in shots_:
                 for seed in seeds:
@@ -146,9 +146,9 @@ class _RunFiles:
             raise ConfigError(f"{self.path}: run={name}: there is no file {file}; give a run file or a name in `runs`")
         return file
 
-    def pack(self, *names: str | None) -> dict[str, Any]:
-        """What to set so that a run reads these packs."""
-        paths = [self.sweep.packs[name] for name in names if name is not None]
+    def pack(self, *names: str) -> dict[str, Any]:
+        """What to set so that a run reads these packs; without names it reads its own."""
+        paths = [self.sweep.packs[name] for name in names]
         return {"data.path": paths, "data.weights": None} if paths else {}
 
 

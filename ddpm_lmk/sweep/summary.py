@@ -24,8 +24,9 @@ def write_summary(sweep: Sweep, out: Path, *, done: Collection[str], failed: Map
         rows.append({**facts, "status": status, "error": failed.get(cell.name)})
         results = read_json(cell_folder(out, cell.name) / "results.json") if status == "done" else None
         if results is not None:
-            dataset = results["dataset"]
-            scores.append(facts | flat_scores(results))
+            parts = results["parts"] if results["kind"] == "mixture" else [results]
+            dataset = ", ".join(part["dataset"] for part in parts)
+            scores += [facts | flat_scores(part) for part in parts]
     texts = {label: text.model_dump(exclude_none=True) for label, text in sweep.rows.items()}
     stages = {stage.name: str(stage.folder) for stage in sweep.stages}
     facts = {"kind": "sweep", "name": sweep.name, "dataset": dataset}

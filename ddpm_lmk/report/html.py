@@ -47,7 +47,8 @@ def cards(study: Study) -> str:
         shown.append(
             f'<div class="card"><div class="what">{labels} {name}</div>'
             f'<div class="number">{score.mre[0]:.2f}<small>{std} {score.unit}</small></div>'
-            f'<div class="versus">{swatch(colours(study)[best])}{escape(study.title(best))}<br>{" · ".join(versus)}</div></div>'
+            f'<div class="versus">{swatch(colours(study)[best])}{escape(study.title(best))}<br>'
+            f"{' · '.join(versus)}</div></div>"
         )
     return f'<div class="cards">{"".join(shown)}</div>'
 

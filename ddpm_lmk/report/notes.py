@@ -18,15 +18,16 @@ def footnotes(study: Study) -> list[str]:
     published = paper_tables()["datasets"][study.spec]
     return [
         "Rounding is the paper's. ± is the standard deviation over runs; the paper's three runs share one seed, which "
-        "is why its own is near zero; those of success rates (SDR) are in the CSV. Bold in the column of ours: the lowest error of ours with as many labels.",
+        "is why its own is near zero; those of success rates (SDR) are in the CSV. Bold in the column of ours: the "
+        "lowest error of ours with as many labels.",
         _protocol(study),
         _films(study, published["test_images"]),
         _labels(study, published["validation_labels"]),
         _networks(study),
-        "Differences are paired by seed (the same shots), with Student's interval of 95 %, and by film, with a bootstrap "
-        "interval over films. Bold where the interval over seeds leaves out zero. Three seeds give wide intervals; "
-        "what is clear over films alone says nothing about other shots. The paper's rows come without single runs, so "
-        "no test is possible against them.",
+        "Differences are paired by seed (the same shots), with Student's interval of 95 %, and by film, with a "
+        "bootstrap interval over films. Bold where the interval over seeds leaves out zero. Three seeds give wide "
+        "intervals; what is clear over films alone says nothing about other shots. The paper's rows come without "
+        "single runs, so no test is possible against them.",
         _leakage(study),
         f"The paper's numbers: {paper_tables()['source']}. {paper_tables()['note']}",
     ]

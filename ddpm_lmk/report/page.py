@@ -68,7 +68,7 @@ def _section(study: Study, *, against_paper: bool) -> str:
         pictures.panels(study),
         pictures.overlays(study, best),
         "<h2>Landmark by landmark</h2>",
-        f'<p class="note">Protocol original, starting from {escape(study.title(best))}, mean over seeds; bars to compare.</p>',
+        f'<p class="note">Protocol original, {escape(study.title(best))}, mean over seeds; bars to compare.</p>',
         html.landmark_table(study, best),
         "<h2>The runs</h2>",
         html.facts_table(*_facts(study)),

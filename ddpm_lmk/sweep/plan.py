@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,20 +111,10 @@ def load_sweep(
     places = {start: _place(stages, start, given) for start in used}
     cells: dict[str, Cell] = {}
     for number, grid in enumerate(sweep.grids):
-        shots_, seeds = grid.shots or sweep.shots, grid.seeds or sweep.seeds
-        if shots_ is None or seeds is None:
-            raise ConfigError(f"{path}: grids.{number} has no {'seeds' if shots_ else 'shots'}, and the sweep has none")
-        settings = sweep.set | files.pack(*grid.packs) | _draw(grid) | grid.set
-        for start, weights in grid.start.items():
-            for shots in shots_:
-                for seed in seeds:
-                    own = {"data.shots": shots, "seed": seed, "init.weights": places.get(weights or "", weights)}
-                    cell = _cell(files.find(grid.run), settings | own, run_words, start)
-                    if cell.name in cells:
-                        raise ConfigError(
-                            f"{path}: two grids make the cell {cell.name}; give their starts different labels"
-                        )
-                    cells[cell.name] = cell
+        for cell in _cells(files, number, grid, places, run_words):
+            if cell.name in cells:
+                raise ConfigError(f"{path}: two grids make the cell {cell.name}; give their starts different labels")
+            cells[cell.name] = cell
     needed = tuple(stage for name, stage in stages.items() if name not in given)
     return Sweep(sweep.name, tuple(sorted(cells.values(), key=lambda cell: -cell.images)), needed, sweep.rows)
 
@@ -177,16 +167,34 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
-def _cell(run: Path, settings: dict[str, Any], words: list[str], start: str) -> Cell:
-    """The cell of one combination; the command line's `words` come last."""
-    shots, seed = settings["data.shots"], settings["seed"]
-    name = f"{start}-k{'all' if shots is None else shots}-s{seed}"
-    cfg = load_run(run, [*_words(settings | {"name": name}), *words])
+def _cells(
+    files: _RunFiles, number: int, grid: Grid, places: Mapping[str, str], words: Sequence[str]
+) -> Iterator[Cell]:
+    """The cells of a grid; the command line's `words` come last."""
+    sweep = files.sweep
+    shots_, seeds = grid.shots or sweep.shots, grid.seeds or sweep.seeds
+    if shots_ is None or seeds is None:
+        missing = "seeds" if shots_ else "shots"
+        raise ConfigError(f"{files.path}: grids.{number} has no {missing}, and the sweep has none")
+    settings = sweep.set | files.pack(*grid.packs) | _draw(grid) | grid.set
+    run = files.find(grid.run)
+    for start, weights in grid.start.items():
+        for shots in shots_:
+            own = {"data.shots": shots, "seed": seeds[0], "init.weights": places.get(weights or "", weights)}
+            cfg = _tuning(run, settings | own, words)
+            for seed in seeds:
+                name = f"{start}-k{'all' if shots is None else shots}-s{seed}"
+                yield Cell(name, start, shots, seed, cfg.model_copy(update={"seed": seed, "name": name}))
+
+
+def _tuning(run: Path, settings: Mapping[str, Any], words: Sequence[str]) -> RunConfig:
+    """The fine-tuning run of a cell; those of other seeds differ in seed and name only."""
+    cfg = load_run(run, [*_words(settings), *words])
     if cfg.task.kind != "landmarks":
         raise ConfigError(f"{run}: a sweep needs a fine-tuning run (task.kind: landmarks), found {cfg.task.kind}")
-    if (cfg.data.shots, cfg.seed) != (shots, seed):
+    if (cfg.data.shots, cfg.seed) != (settings["data.shots"], settings["seed"]):
         raise ConfigError("data.shots and seed are the sweep's own; override shots=[...] and seeds=[...] instead")
-    return Cell(name, start, shots, seed, cfg)
+    return cfg
 
 
 def count_steps(cfg: RunConfig, shots: int | None) -> int | None:

@@ -60,6 +60,10 @@ def export_run(run: str | Path, *, format: Format = "safetensors", out: str | Pa
     loaded = open_run(run, device="cpu")
     path = loaded.path / "export" / f"{loaded.cfg.name}.{format}" if out is None else Path(out)
     facts = _facts(loaded)
+    if format == "onnx" and not isinstance(loaded.task, DenoiseTask | LandmarkTask):
+        raise ConfigError(
+            f"{run} has learnt an encoder by {loaded.cfg.task.kind}, which gives no maps; use safetensors"
+        )
     if format == "safetensors":
         tensors = {name: value.detach().contiguous() for name, value in loaded.model.state_dict().items()}
         atomic.write_bytes(path, safetensors.torch.save(tensors, metadata=facts))

@@ -18,7 +18,6 @@ from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.forecast import find_forecast, is_here, threads_of_a_process, worst_error_pct
 from ddpm_lmk.launcher import Placement
 from ddpm_lmk.measure import read_results
-from ddpm_lmk.models import model_cost
 from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.shipped import shipped
 from ddpm_lmk.tasks import Task, build_task
@@ -68,7 +67,7 @@ def _images(cfg: RunConfig, manifests: list[Manifest]) -> list[int]:
 
 def _model_rows(cfg: RunConfig, spec: DatasetSpec, placement: Placement) -> list[tuple[str, str]]:
     task = build_task(cfg, spec)
-    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size, domains=task.domains)
+    cost = task.cost(cfg.model, cfg.data.image_size)
     group = cfg.train.group_size
     micro_batch = cfg.train.micro_batch or group // (placement.processes * placement.nodes)
     world = placement.processes * placement.nodes
@@ -83,7 +82,7 @@ def _model_rows(cfg: RunConfig, spec: DatasetSpec, placement: Placement) -> list
 
 def memory_gib(cfg: RunConfig, task: Task, *, device: str, micro_batch: int, world: int = 1, zero: int = 0) -> float:
     """Estimated memory of one process: weights, gradients, moments and average, and a micro-batch's activations."""
-    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size, domains=task.domains)
+    cost = task.cost(cfg.model, cfg.data.image_size)
     activations = cost.activation_bytes * micro_batch / (2 if is_half(cfg, device) else 1)
     return (cost.weight_bytes * copies_of_weights(cfg, world=world, zero=zero) + activations) / 2**30
 

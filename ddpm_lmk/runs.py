@@ -35,7 +35,6 @@ from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.machine import code_digest, versions
 from ddpm_lmk.mixtures import evaluate_parts
-from ddpm_lmk.models import model_cost
 from ddpm_lmk.models.encoder_weights import is_encoder_only, load_encoder, want_file
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir import RunDir
@@ -266,12 +265,9 @@ def _left_out(cfg: RunConfig, run: RunDir) -> dict[str, int] | None:
     return leakage.summary(leakage.read_record(run.path)) if cfg.task.stage == "pretrain" else None
 
 
-def _tflop(cfg: RunConfig, task: Task, images: int) -> float | None:
-    """Operations of training as executed, 10^12; None for tasks that do not pass the network once per image."""
-    if not isinstance(task, LandmarkTask | DenoiseTask):
-        return None
-    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size, domains=task.domains)
-    return round(cost.flops_train * images / 1e12, 6)
+def _tflop(cfg: RunConfig, task: Task, images: int) -> float:
+    """Operations of training as executed, 10^12."""
+    return round(task.cost(cfg.model, cfg.data.image_size).flops_train * images / 1e12, 6)
 
 
 def run_job(job: dict[str, Any]) -> int:

@@ -16,7 +16,6 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import ResourceError, StoppedError
-from ddpm_lmk.models import model_cost
 from ddpm_lmk.tasks.task import Task
 
 FIRST_STEPS = 3
@@ -62,9 +61,7 @@ class MemoryWatch:
     def _images_that_fit(self) -> int:
         """By the estimate of `models.cost`: weights, gradients, moments and average, the rest for activations."""
         cfg, task = self._cfg, self._task
-        cost = model_cost(
-            cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size, domains=task.domains
-        )
+        cost = task.cost(cfg.model, cfg.data.image_size)
         copies = copies_of_weights(cfg, world=self._parallel.world, zero=self._parallel.zero)
         room = USABLE * self._device_bytes() - copies * cost.weight_bytes
         return int(room // (cost.activation_bytes / (2 if is_half(cfg, self._parallel.device.type) else 1)))

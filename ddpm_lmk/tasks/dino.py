@@ -58,6 +58,10 @@ class DinoNet(nn.Module):
 class DinoTask(EncoderTask[DinoConfig]):
     """Self-distillation between crops."""
 
+    def __init__(self, cfg: DinoConfig, *, seed: int, channels: int) -> None:
+        super().__init__(cfg, seed=seed, channels=channels)
+        self.num_followed = cfg.num_global
+
     def net(self, encoder: Encoder) -> nn.Module:
         """Student, teacher, centre."""
         return DinoNet(encoder, self.cfg)

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm_lmk.config import EncoderUNetConfig, Network
 from ddpm_lmk.config.views import EncoderTaskConfig
 from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.models import ModelCost
+from ddpm_lmk.models.cost import FLOAT_BYTES
 from ddpm_lmk.models.encoder_unet import EncoderUNet
-from ddpm_lmk.models.encoders import Encoder
+from ddpm_lmk.models.encoders import Encoder, build_encoder
+from ddpm_lmk.models.traced import traced_cost
 from ddpm_lmk.tasks.task import Everyone, Task
 from ddpm_lmk.tasks.views import draw_views
 
@@ -32,6 +36,7 @@ class EncoderTask(Task, Generic[Config]):
     """Learn an encoder without labels."""
 
     out_channels = 1
+    num_followed = 0  # first views, which a follower sees too
 
     def __init__(self, cfg: Config, *, seed: int, channels: int) -> None:
         self.cfg, self.seed, self.channels = cfg, seed, channels
@@ -41,6 +46,27 @@ class EncoderTask(Task, Generic[Config]):
     def meet(self, everyone: Everyone, *, total: int) -> None:
         """Take the way to the other ranks, and the steps of the run."""
         self.everyone, self.total = everyone, total
+
+    def cost(self, network: Network, image_size: int) -> ModelCost:
+        """All views through the encoder, those the follower sees once more, and the layers of the heads."""
+        assert isinstance(network, EncoderUNetConfig), "RunConfig wants it"
+        with torch.device("meta"):
+            net = self.net(build_encoder(network))
+        heads = sum(module.weight.numel() for module in net.modules() if _is_trained_linear(module))
+        views = [view.size or image_size for view in self.cfg.views for _ in range(view.count)]
+        cost = {s: traced_cost(lambda: build_encoder(network), network.in_channels, s, s) for s in set(views)}
+        forward = sum(cost[side].flops_forward + 2 * heads for side in views)
+        followed = sum(cost[side].flops_forward + 2 * heads for side in views[: self.num_followed])
+        params = sum(parameter.numel() for parameter in net.parameters())
+        return ModelCost(
+            params=params,
+            flops_forward=forward + followed,
+            flops_executed=forward + followed,
+            flops_train=3 * forward + followed,
+            activation_bytes=sum(cost[side].activation_bytes for side in views),
+            weight_bytes=FLOAT_BYTES * params,
+            optimizer_bytes=2 * FLOAT_BYTES * params,
+        )
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The encoder of `model` under this task's head."""
@@ -78,6 +104,10 @@ class EncoderTask(Task, Generic[Config]):
     def export(self) -> dict[str, Any]:
         """The method, which says what the tensors beside the encoder are."""
         return {"encoder": self.cfg.model_dump(mode="json")}
+
+
+def _is_trained_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(module, nn.Linear) and isinstance(module.weight, nn.Parameter)
 
 
 def pooled(encoder: nn.Module, images: Tensor) -> Tensor:

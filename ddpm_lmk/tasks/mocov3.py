@@ -40,6 +40,8 @@ class MocoV3Net(nn.Module):
 class MocoV3Task(EncoderTask[MocoV3Config]):
     """Contrast with the momentum encoder's keys."""
 
+    num_followed = 2
+
     def net(self, encoder: Encoder) -> nn.Module:
         """Encoder, projector, predictor, and the momentum encoder."""
         return MocoV3Net(encoder, self.cfg)

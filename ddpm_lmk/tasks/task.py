@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ddpm_lmk.config import Network
 from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.models import ModelCost, model_cost
 
 
 class Everyone:
@@ -46,6 +48,10 @@ class Task(ABC):
     @abstractmethod
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """Figures from added-up sums; `score` is what selection looks at, lower is better."""
+
+    def cost(self, network: Network, image_size: int) -> ModelCost:
+        """What one training image costs; by default a pass of the network and back."""
+        return model_cost(network, image_size, self.out_channels, full_size=self.full_size, domains=self.domains)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module that is trained, around the network; by default the network itself."""

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.heads import follow, follower
@@ -190,3 +191,16 @@ def test_mocov3_has_the_scale_of_the_method_or_of_the_released_code() -> None:
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(task.loss(model, batch(3)), 0.4 * released.loss(model, batch(3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cost_is_what_torch_counts(kind: str) -> None:
+    """Without the drawing of views, the comparison, and DINO's prototypes, whose weights are no layer's."""
+    task, model = make(kind)
+    model.eval()
+    views = task.views(batch(1), "view")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        task.compare(model, views, batch(1), Everyone())
+    cost = task.cost(EncoderUNetConfig.model_validate(NETWORK), 64)
+    assert cost.flops_forward == pytest.approx(counter.get_total_flops(), rel=1e-2)
+    assert cost.params == sum(p.numel() for p in model.parameters())

@@ -110,7 +110,9 @@ def starting_state(
        else all but the output layer, which stays random from `seed`.
     3. Random from `seed`.
     """
-    newest = parallel.on_main(lambda: _newest_path(run))
+    with parallel.together():
+        verified = run.load_latest() if parallel.is_main else None
+    newest = parallel.broadcast(None if verified is None else verified.path)
     with parallel.together():
         model = workbench.model(cfg, task, parallel.device)
         parent = None
@@ -118,7 +120,7 @@ def starting_state(
             parent = _load_parent(cfg, task, model, workbench)
         state = TrainState.fresh(cfg, model)
         if newest is not None:
-            state.load(load_checkpoint(newest), load_all=load_all)
+            state.load(verified or load_checkpoint(newest), load_all=load_all)
     return state, parent
 
 
@@ -131,12 +133,6 @@ def _note_left_out(cfg: RunConfig, run: RunDir) -> None:
             "%d images are left out, of %d in protected splits and %d copies; %s says which",
             *(found["left_out"], found["leaks"], found["copies"], run.path / leakage.FILE_NAME),
         )
-
-
-def _newest_path(run: RunDir) -> Path | None:
-    """Verify, set damaged ones aside, and name the checkpoint to use."""
-    checkpoint = run.load_latest()
-    return None if checkpoint is None else checkpoint.path
 
 
 def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, workbench: Workbench) -> dict[str, Any]:

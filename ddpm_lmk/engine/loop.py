@@ -164,7 +164,7 @@ def fit(
             if is_due(pace.snapshot, state.step) and not is_last:
                 beat("write", step=state.step)
                 with meter.paused():
-                    _keep_weights(cfg, task, state, loaders, parallel, run, is_final=False)
+                    saver.keep_weights(state, _about(cfg, task, state, loaders, is_final=False))
             # A checkpoint is where a run goes back to, so none is made in between while updates are left out.
             is_good = not state.health.in_a_row
             is_regular = is_due(pace.checkpoint, state.step) or (is_last and state.step > pace.checkpoint)
@@ -225,7 +225,11 @@ def fit(
     if not state.select_best():
         _warn("train.select=best, but no validation gave a score; the last weights are kept", run, parallel)
     beat("write", step=state.step)
-    _keep_weights(cfg, task, state, loaders, parallel, run, is_final=True)
+    about = _about(cfg, task, state, loaders, is_final=True)
+    if not parallel.on_main(lambda: run.save_snapshot(state.weights(), about)):
+        raise ResourceError(
+            f"the disk took no final weights in {run.path}; free some space, the same command continues"
+        )
     return state
 
 
@@ -269,12 +273,10 @@ def _go_back(state: TrainState, parallel: Parallel, run: RunDir, saver: Saver, *
     _warn(f"{why}; went back to step {source}, the updates up to step {step} are left out", run, parallel)
 
 
-def _keep_weights(
-    cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, parallel: Parallel, run: RunDir, *, is_final: bool
-) -> None:
-    """Write a snapshot: of this step on the way, of the selected weights at the end."""
+def _about(cfg: RunConfig, task: Task, state: TrainState, loaders: Loaders, *, is_final: bool) -> dict[str, Any]:
+    """What a snapshot says of itself: of this step on the way, of the selected weights at the end."""
     is_best = is_final and bool(state.best)
-    meta: dict[str, Any] = {
+    return {
         "step": state.patience.best_step if is_best else state.step,
         "images": state.images,
         "selected": is_final,
@@ -285,11 +287,6 @@ def _keep_weights(
         "fingerprint": loaders.train.fingerprint,
         "export": task.export(),
     }
-    is_saved = parallel.on_main(lambda: run.save_snapshot(state.weights(), meta))
-    if is_final and not is_saved:
-        raise ResourceError(
-            f"the disk took no final weights in {run.path}; free some space, the same command continues"
-        )
 
 
 def _warn(message: str | None, run: RunDir, parallel: Parallel) -> None:

@@ -9,7 +9,7 @@ save, or when somebody waits. There is one write at a time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes checkpoints of one run in the background for as long as the `with` block lasts.
+    """Writes checkpoints and snapshots of one run in the background for as long as the `with` block lasts.
 
     Every rank makes the same calls; an error of the write is raised on all of them.
     """
@@ -36,7 +36,7 @@ class Saver:
     def __init__(self, run: RunDir, parallel: Parallel, *, keep: Keep) -> None:
         self._run, self._parallel, self._keep = run, parallel, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._write: Future[bool] | None = None
+        self._write: Future[Any] | None = None
         self._was_saved = True
         self._copy = HostCopy()
 
@@ -59,8 +59,19 @@ class Saver:
         Raises:
             LmkError: the write before this one ended the run; see `RunDir.save_checkpoint`.
         """
-        tensors, facts = state.tensors(moments), state.facts()
-        self._parallel.on_main(lambda: self._begin(tensors, facts, pinned={state.patience.best_step}))
+        tensors, facts, pinned = state.tensors(moments), state.facts(), {state.patience.best_step}
+
+        def write() -> None:
+            copy = self._copy.on_host()
+            self._was_saved = self._run.save_checkpoint(copy, facts, keep=self._keep, pinned=pinned)
+
+        self._parallel.on_main(lambda: self._begin(tensors, write))
+
+    def keep_weights(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Begin to write a snapshot of the weights as they are now; raises as `save` does."""
+        self._parallel.on_main(
+            lambda: self._begin(state.weights(), lambda: self._run.save_snapshot(self._copy.on_host(), meta))
+        )
 
     def wait(self) -> bool:
         """Wait until nothing is being written; was the last save a success?
@@ -73,17 +84,15 @@ class Saver:
         beat("write")
         return self._parallel.on_main(self._finish)
 
-    def _begin(self, tensors: Tensors, facts: dict[str, Any], *, pinned: set[int | None]) -> None:
+    def _begin(self, tensors: Tensors, write: Callable[[], Any]) -> None:
         self._finish()
         self._copy.take(tensors)
-        self._write = self._thread.submit(
-            lambda: self._run.save_checkpoint(self._copy.on_host(), facts, keep=self._keep, pinned=pinned)
-        )
+        self._write = self._thread.submit(write)
 
     def _finish(self) -> bool:
         if self._write is not None:
             write, self._write = self._write, None
-            self._was_saved = write.result()
+            write.result()
         return self._was_saved
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddpm_lmk import lifeline
-from ddpm_lmk.checkpoint import Checkpoint, Tensors, load_latest
+from ddpm_lmk.checkpoint import Checkpoint, Tensors, load_latest, load_weights
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.saver import HostCopy, Saver
@@ -85,6 +85,28 @@ def test_training_goes_on_while_the_state_of_the_call_is_written(run: SlowRun, p
     assert saved.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in saved.items())
     assert "optim" in found.tensors
+
+
+def test_training_goes_on_while_a_snapshot_of_the_call_is_written(
+    run: SlowRun, parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written after the checkpoint before it, from the same buffers."""
+    state, written = at(1), threading.Event()
+    plain = run.save_snapshot
+    monkeypatch.setattr(run, "save_snapshot", lambda *given: written.wait(20) and plain(*given))
+    run.go.set()
+    wanted = {name: value.clone() for name, value in state.model.state_dict().items()}
+    with Saver(run, parallel, keep=Keep(3)) as saver:
+        saver.save(at(1), moments(state.optimizer, state.model))
+        saver.keep_weights(state, {"step": 1, "selected": False})  # returns although the disk does not
+        with torch.no_grad():
+            for parameter in state.model.parameters():
+                parameter.add_(1.0)
+        written.set()
+        assert saver.wait(), "the last checkpoint was a success, whatever was written since"
+    found, meta = load_weights(run.path / "snapshots" / "step-00000001", "model")
+    assert meta["step"] == 1
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 def test_the_next_save_waits_for_the_one_before(run: SlowRun, parallel: Parallel) -> None:

@@ -177,6 +177,7 @@ class Treed(Updater):
         self._stack = tree.Stack(0)
         self._count = 0
         self._free: list[Tensor] = []
+        self._known_flags: dict[tuple[bool, ...], Tensor] = {}
 
     def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
         """The first of a group decides which leaves of the tree are this rank's."""
@@ -188,7 +189,7 @@ class Treed(Updater):
         """Backward of one micro-batch, whose gradient becomes a leaf."""
         super().add(total, divisor)
         leaf = self._free.pop() if self._free else total.new_zeros(self._length, dtype=torch.float32)
-        reached = [p.grad is not None for p in self._parameters]
+        reached = tuple(p.grad is not None for p in self._parameters)
         places = self._places(leaf)
         torch._foreach_copy_(
             [place for place, is_reached in zip(places, reached) if is_reached],
@@ -197,7 +198,7 @@ class Treed(Updater):
         for place, is_reached in zip(places, reached):
             if not is_reached:
                 place.zero_()
-        leaf[self._starts[-1] : self._starts[-1] + len(reached)] = torch.tensor(reached, device=leaf.device)
+        leaf[self._starts[-1] : self._starts[-1] + len(reached)] = self._flags(reached)
         leaf[self._starts[-1] + len(reached)] = total.detach()
         self._state.optimizer.zero_grad(set_to_none=True)
         self._free += self._stack.push(leaf)
@@ -227,6 +228,12 @@ class Treed(Updater):
 
     def _loss_of_group(self, losses: list[float]) -> float:
         return losses[0]
+
+    def _flags(self, reached: tuple[bool, ...]) -> Tensor:
+        """A 1 for each that was reached, on the device: made once, because bringing it there waits for the device."""
+        if reached not in self._known_flags:
+            self._known_flags[reached] = torch.tensor(reached, dtype=torch.float32, device=self._loss.device)
+        return self._known_flags[reached]
 
     def _places(self, flat: Tensor) -> list[Tensor]:
         """By parameter, the part of a leaf that is its gradient."""

@@ -5,8 +5,8 @@ engine's, so that they mean the same as under DDP: weights are fp32, its clippin
 group ends where the loop says. Sums are in its own order, so the class is `ordered`.
 
 Checkpoints do not know of it: weights are whole on every rank, and moments are gathered and shared out by parameter,
-so a run moves between DDP and ZeRO and between numbers of processes. One difference remains: a parameter that nothing
-reaches has a gradient of zero here and none under DDP, so AdamW's weight decay acts on it. No output depends on it.
+so a run moves between DDP and ZeRO and between numbers of processes. A parameter that no backward pass of any rank has
+come to has a gradient of zero here and none under DDP, so that weight decay would act on it: it is put back.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class Sharded(Updater):
         self.net = self._engine
         self._flat: list[Tensor] = [group["params"][0] for group in state.optimizer.param_groups]
         self._has_moments = "betas" in state.optimizer.defaults
+        self._trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        self._reached: set[int] = set()  # numbers of those a backward pass of this group has come to on this rank
+        self._unreached: list[nn.Parameter] = []  # by any rank
+        marks = [lambda _, number=number: self._reached.add(number) for number in range(len(self._trained))]
+        self._hooks = [parameter.register_hook(mark) for parameter, mark in zip(self._trained, marks)]
         self._take_over(saved)
 
     def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
@@ -58,13 +63,19 @@ class Sharded(Updater):
     def apply(self, cfg: ClipConfig | None) -> None:
         """Clip this rank's part of the gradient by the norm of the whole, and update the weights."""
         clip(cfg, self._parts(), self._norm)
+        before = [parameter.detach().clone() for parameter in self._unreached]
         self._engine.step()
+        with torch.no_grad():
+            for parameter, value in zip(self._unreached, before):
+                parameter.copy_(value)
+                self._parallel.set_whole(parameter, value)
 
     def clear(self) -> None:
         """Forget the gradient, in the way DeepSpeed itself leaves out an update: one whose norm is not finite."""
         if unused := self._parts():
             torch._foreach_mul_(unused, torch.nan)
             self._engine.step()
+        self._reached.clear()
         self._loss.zero_()
 
     def moments(self) -> Mapping[str, Tensor]:
@@ -74,6 +85,8 @@ class Sharded(Updater):
             states = self._state.optimizer.state
             steps = {id(parameter): states[flat]["step"] for flat, group in self._groups() for parameter in group}
             for name, parameter in self._state.model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 found |= {f"{key}/{name}": self._parallel.whole(parameter, key) for key in MOMENTS}
                 found[f"step/{name}"] = steps[id(parameter)].clone()
         return found
@@ -83,14 +96,16 @@ class Sharded(Updater):
         self._take_over(moments(self._state.optimizer, self._state.model))
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the parameters, so that another run can use the model."""
+        """Take all hooks off the parameters, so that another run can use the model."""
+        for hook in self._hooks:
+            hook.remove()
         self._engine.destroy()
 
     def _take_over(self, saved: Mapping[str, Tensor]) -> None:
         """Share out whole weights and moments; the optimizer's state is then keyed by this rank's flat parts."""
         state, names = self._state.optimizer.state, {id(p): name for name, p in self._state.model.named_parameters()}
         state.clear()
-        for parameter in self._state.model.parameters():
+        for parameter in self._trained:
             self._parallel.set_whole(parameter, parameter.detach())
         if not self._has_moments:
             return
@@ -102,7 +117,7 @@ class Sharded(Updater):
         # have none yet, and then finds none for ever.
         self._engine.optimizer._hp_optimizer_states_linked = False
         self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-        for parameter in self._state.model.parameters():
+        for parameter in self._trained:
             for key in MOMENTS:
                 value = saved.get(f"{key}/{names[id(parameter)]}")
                 if value is not None:
@@ -116,6 +131,8 @@ class Sharded(Updater):
         self._engine.backward(loss * self._parallel.world, scale_wrt_gas=False)  # it averages over ranks
 
     def _reduce(self) -> list[Tensor]:
+        mine = torch.tensor([float(n in self._reached) for n in range(len(self._trained))], device=self._loss.device)
+        self._unreached = [p for p, count in zip(self._trained, self._parallel.sum(mine)) if not count]
         return self._unscaled(self._parts())
 
     def _norm_of(self, grads: list[Tensor]) -> Tensor:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ddpm_lmk.config import RunConfig
+
 ROOT = Path(__file__).resolve().parent.parent
+NETWORK = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8}
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +36,16 @@ def packed_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("phantoms") / "skulls"
     pack("skull", "phantom", out, size=32, counts={"train": 12, "val": 4, "test": 6}, seed=7, workers=1)
     return out
+
+
+@pytest.fixture(scope="session")
+def pretraining(packed_phantoms: Path) -> Callable[..., RunConfig]:
+    """Makes the run file of a tiny pre-training; sections given overlay its own."""
+
+    def make(**sections: Any) -> RunConfig:
+        train = {"length": 3, "group_size": 4, "log_every": 1, "checkpoint_every": 2, **sections.pop("train", {})}
+        data = {"path": str(packed_phantoms), "image_size": 32, "workers": 0, **sections.pop("data", {})}
+        task = {"kind": "denoise", "num_timesteps": 20}
+        return RunConfig.model_validate({"data": data, "model": NETWORK, "task": task, "train": train, **sections})
+
+    return make

@@ -29,7 +29,7 @@ from ddpm_lmk.models import build_model
 HEAD_DIM = 32
 GRAIN = 16  # channels of matched networks are multiples of it: what vector units and norm groups like
 GROUPS = (32, 16, 8, 4)
-MATCHING_TRIES = 40
+MATCHING_TRIES = 12  # half a second each
 PACKAGES = {
     "diffusers": ("diffusers", "diffusers"),
     "lucidrains": ("denoising_diffusion_pytorch", "denoising-diffusion-pytorch"),
@@ -88,13 +88,13 @@ def matched(name: str, shape: Shape, target: Counts) -> Shape:
     """The shape at which a network is nearest to `target` in parameters and operations, one level at a time."""
     best, apart, tries = shape, _apart(name, shape, target), 0
     improved = True
-    while improved and tries < MATCHING_TRIES:
+    while improved:
         improved = False
-        for level in range(len(best.channels)):
+        for level in reversed(range(len(best.channels))):  # the deepest has most of the parameters
             for change in (-GRAIN, GRAIN):
                 channels = list(best.channels)
                 channels[level] += change
-                if channels[level] < GRAIN:
+                if channels[level] < GRAIN or tries == MATCHING_TRIES:
                     continue
                 candidate = Shape(tuple(channels), shape.size_px, shape.batch)
                 found, tries = _apart(name, candidate, target), tries + 1

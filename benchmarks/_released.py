@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -124,12 +125,12 @@ class TimeEmbedding(nn.Sequential):
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Identity(), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 4 * width))
-        self.half = width // 2
+        self.num_waves = width // 2
 
     def forward(self, t: Tensor) -> Tensor:
         weight = cast(nn.Linear, self[1]).weight
-        steps = torch.arange(self.half, device=t.device, dtype=weight.dtype)
-        angles = t[:, None] * torch.exp(steps * (-math.log(10_000) / (self.half - 1)))[None]
+        steps = torch.arange(self.num_waves, device=t.device, dtype=weight.dtype)
+        angles = t[:, None] * torch.exp(steps * (-math.log(10_000) / (self.num_waves - 1)))[None]
         return super().forward(torch.cat((angles.sin(), angles.cos()), dim=-1))
 
 
@@ -140,7 +141,7 @@ class ReleasedUNet(nn.Module):
         super().__init__()
         self.checkpointing = checkpointing
         channels, time_dim = [width, *(width * m for m in multipliers)], 4 * width
-        levels = list(zip(channels[:-1], channels[1:]))
+        levels = list(pairwise(channels))
 
         def level(channels_in: int, channels_out: int, resample: nn.Module) -> nn.ModuleList:
             blocks = [ResnetBlock(channels_in, channels_out, time_dim) for _ in range(2)]

@@ -5,8 +5,9 @@
 
 A step is forward, backward and AdamW's update on the same random images, with the same precision, threads and
 optimizer for all. Every network lives in a process of its own, started fresh, so that its memory is its own; all
-processes of a group are alive and step in turn (A B C, C B A, ...), so that a busy machine is busy for all of them. On
-a GPU they would share its memory: there each process starts anew for each of three turns and steps a third of the rounds.
+processes of a group are alive and step in turn (A B C, C B A, ...), so that a busy machine is busy for all of them.
+On a GPU they would share its memory: there a process starts anew for each of three turns and steps a third of the
+rounds.
 
 Groups: `width` has networks of equal width, as in the paper's code and those packages' examples (they differ in depth,
 so look at time per operation); `matched` has channels chosen so that parameters and operations are nearly ours; `way`

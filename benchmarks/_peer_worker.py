@@ -24,6 +24,9 @@ from torch.nn import functional as F
 
 from ddpm_lmk.config import EmaConfig
 from ddpm_lmk.engine.ema import Ema
+from ddpm_lmk.models.blocks import use_norm
+from ddpm_lmk.models.fused import choose_norm
+from ddpm_lmk.models.standard import OncePerStep
 
 EMA_DECAY, CLIP = 0.995, 1.0
 
@@ -122,13 +125,22 @@ class Memory:
         return _status_mib("VmRSS")
 
 
-def make_step(spec: Spec, device: torch.device, folder: Path) -> Callable[[], None]:
-    """The network on its device with random images that stay, and what one step does."""
+def make_step(
+    spec: Spec, device: torch.device, folder: Path, *, note: Callable[[float], None] | None = None
+) -> Callable[[], None]:
+    """The network on its device with random images that stay, and what one step does.
+
+    Args:
+        folder: where a step that saves does so.
+        note: is told every loss, at the price of waiting for the device.
+    """
     torch.manual_seed(0)
     model, call = build(spec.network, spec.shape)
     layout = torch.channels_last if spec.layout == "channels-last" else torch.contiguous_format
     model.to(device).train()
     model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs do not know it
+    if spec.network.startswith("ours"):
+        use_norm(model, choose_norm("auto", device, is_compiled=False))  # as a run does it
     size = spec.shape.size_px
     images = spec.shape.batch * spec.micro_batches
     x = torch.rand(images, 1, size, size, device=device).contiguous(memory_format=layout)
@@ -137,18 +149,38 @@ def make_step(spec: Spec, device: torch.device, folder: Path) -> Callable[[], No
     def loss(x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.precision == "bf16"):
             out = call(x, t)
-        return F.mse_loss(out.float(), x)
+        value = F.mse_loss(out.float(), x)
+        if note is not None:
+            note(value.item())
+        return value
 
     if spec.way == "released":
         return _released_way(spec, model, loss, x, t, folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    average = Ema(EmaConfig(decay=EMA_DECAY) if spec.way == "ours" else None, model)
+    if spec.way == "ours":
+        return _our_way(spec, model, optimizer, lambda: loss(x, t))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         loss(x, t).backward()
-        if spec.way == "ours":
-            torch.nn.utils.clip_grad_value_(model.parameters(), CLIP, foreach=True)
+        optimizer.step()
+
+    return step
+
+
+def _our_way(
+    spec: Spec, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
+) -> Callable[[], None]:
+    """A step as the engine does it: weights standardised once, all images at once, whole lists in one kernel."""
+    average = Ema(EmaConfig(decay=EMA_DECAY), model)
+    standard = OncePerStep(model, dtype=torch.bfloat16 if spec.precision == "bf16" else None)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        standard.begin()
+        loss().backward()
+        standard.end()
+        torch.nn.utils.clip_grad_value_(model.parameters(), CLIP, foreach=True)
         optimizer.step()
         average.update(1)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm_lmk.models import linear_attention
 from ddpm_lmk.models.fused import Norm, group_norm
 from ddpm_lmk.models.standard import WeightStandardizedConv2d, at_least_fp32
 
@@ -129,14 +130,22 @@ class LinearAttention(nn.Module):
         heads, dim, wide = self.heads, self.head_dim, at_least_fp32(x.dtype)
         pixels = to_pixels(x).reshape(batch, height * width, channels)
         to_query, to_key, to_value = self.to_qkv.weight.flatten(1).chunk(3)  # each [heads dim, C]
-        query = F.linear(pixels, to_query).unflatten(2, (heads, dim)).softmax(3, dtype=wide).flatten(2)
-        key = torch.bmm(to_key.expand(batch, -1, -1), pixels.mT).softmax(2, dtype=wide)  # [B, heads dim, N]
-        pooled = torch.bmm(key, pixels).unflatten(1, (heads, dim))  # [B, heads, dim, C]
-        context = pooled @ to_value.view(heads, dim, channels).mT  # [B, heads, dim, dim]
+        by_image = linear_attention.is_wanted(pixels, heads * dim)
+        if by_image:
+            pooled = linear_attention.Pool.apply(pixels, to_key)
+        else:
+            key = torch.bmm(to_key.expand(batch, -1, -1), pixels.mT).softmax(2, dtype=wide)  # [B, heads dim, N]
+            pooled = torch.bmm(key, pixels)  # [B, heads dim, C]
+        context = pooled.unflatten(1, (heads, dim)) @ to_value.view(heads, dim, channels).mT  # [B, heads, dim, dim]
         project, norm = cast(nn.Conv2d, self.to_out[0]), self.to_out[1]
         mix = context @ project.weight.view(channels, heads, dim).permute(1, 2, 0)  # [B, heads, dim, C]
         assert project.bias is not None
-        out = torch.baddbmm(project.bias, query, mix.flatten(1, 2) * dim**-0.5)
+        mix = mix.flatten(1, 2) * dim**-0.5
+        if by_image:
+            out = linear_attention.Spread.apply(pixels, to_query, mix, project.bias, heads)
+        else:
+            query = F.linear(pixels, to_query).unflatten(2, (heads, dim)).softmax(3, dtype=wide).flatten(2)
+            out = torch.baddbmm(project.bias, query, mix)
         return norm(from_pixels(out.view(batch, height, width, channels)))
 
 

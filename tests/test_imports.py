@@ -54,6 +54,7 @@ LAYERS: list[set[str]] = [
     {"forecast"},
     {"tempering"},
     {"runs", "plan", "doctor"},
+    {"budget"},
     {"report"},
     {"demo"},
     {"cli"},

@@ -95,6 +95,13 @@ def test_stages_nobody_starts_from_are_not_run(file: Path) -> None:
     assert cells(given)["early-k1-s0"].data.path == ("shards/other",)
 
 
+def test_the_command_line_reaches_into_a_stage(file: Path) -> None:
+    sweep = load_sweep(file, ["stages.ddpm.train.length=9 steps", "only=[late]"])
+    assert sweep.stages[0].cfg.train.length.steps(2, 1, 1) == 9
+    with pytest.raises(ConfigError, match="NAME of ddpm, elsewhere"):
+        load_sweep(file, ["stages.isbi.train.length=9 steps"])
+
+
 def test_a_stage_is_no_fine_tuning(file: Path) -> None:
     content = json.loads(file.read_text())
     content["stages"]["ddpm"] = {"run": "ours"}

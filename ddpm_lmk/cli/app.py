@@ -219,6 +219,7 @@ def sweep(
     explain: ExplainOption = False,
 ) -> None:
     """Pre-train what is missing, then fine-tune over methods × shots × seeds; finished cells are kept."""
+    from ddpm_lmk.launcher import place
     from ddpm_lmk.sweep import SweepFile, load_sweep, plan_table
 
     if explain:
@@ -227,8 +228,11 @@ def sweep(
     folder = out or Path("runs") / loaded.name
     if dry_run:
         console().print(plan_table(loaded, folder))
+        if loaded.has_packs():
+            from ddpm_lmk.budget import budget_table  # torch
+
+            console().print(budget_table(loaded, folder, place(gpus=gpus, cpu=cpu)))
         return
-    from ddpm_lmk.launcher import place
     from ddpm_lmk.sweep.run import run_sweep
 
     placement = place(gpus=gpus, cpu=cpu)

@@ -40,7 +40,7 @@ def table(study: Study) -> str:
     lines = [_line(study, start) for start in others]
     unit = study.runs[0].unit
     return (
-        f"<h3>Less {escape(study.title(SCRATCH))}: difference of mean radial errors, {unit} (protocol original)</h3>"
+        f"<h3>Error less that of “{escape(study.title(SCRATCH))}”, {unit} (protocol original)</h3>"
         '<div class="scroll"><table class="against differences"><thead>'
         f"<tr><th>method</th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )

@@ -33,14 +33,15 @@ def swatch(colour: str) -> str:
 
 
 def cards(study: Study) -> str:
-    """The best MRE at each number of labels, against the others and the mean shape."""
+    """The best MRE at each number of labels, against the next two and the mean shape."""
     shown = []
     for labels in study.shots:
         best = study.best_start(labels)
         score = study.score(best, labels, "original")
         assert score is not None
         others = [(start, study.score(start, labels, "original")) for start in study.starts if start != best]
-        versus = [f"{escape(study.title(start))} {other.mre[0]:.2f}" for start, other in others if other is not None]
+        ranked = sorted((other.mre[0], start) for start, other in others if other is not None)
+        versus = [f"{escape(study.title(start))} {error:.2f}" for error, start in ranked[:2]]
         versus.append(f"mean shape {study.mean_shape(labels, 'original').mre[0]:.2f}")
         name = "label" if labels == 1 else "labels"
         std = "" if score.mre[1] is None else f" ± {score.mre[1]:.2f}"

@@ -30,7 +30,7 @@ from ddpm_lmk.runfile import load_yaml, validate
 from ddpm_lmk.yamlfile import parse
 
 STAGE = "stage:"
-OWN_KEYS = ("name", "run", "shots", "seeds", "start", "stage", "packs", "only", "without")
+OWN_KEYS = ("name", "run", "shots", "seeds", "start", "stage", "stages", "packs", "only", "without")
 
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=40)]
 Shots = tuple[Annotated[int, Field(ge=1)] | None, ...]
@@ -165,6 +165,8 @@ def _apply(data: dict[str, Any], word: str, given: dict[str, str], chosen: dict[
         chosen[section] = value if isinstance(value, list) else [value]
     elif section == "stage":
         given[label] = str(value)
+    elif section == "stages":
+        _override_stage(data, key, label, value)
     elif section == "packs":
         data.setdefault("packs", {})[label] = value
     elif section == "start":
@@ -180,6 +182,15 @@ def _apply(data: dict[str, Any], word: str, given: dict[str, str], chosen: dict[
 
 def _grids(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [grid for grid in data.get("grids") or [] if isinstance(grid, dict)]
+
+
+def _override_stage(data: dict[str, Any], key: str, label: str, value: Any) -> None:
+    """`stages.NAME.RUN.KEY=value`: a setting of one pre-training run."""
+    name, _, setting = label.partition(".")
+    stages = data.get("stages") or {}
+    if name not in stages or not setting:
+        raise ConfigError(f"command line: {key}: wanted stages.NAME.KEY=VALUE, NAME of {', '.join(stages) or 'none'}")
+    stages[name].setdefault("set", {})[setting] = value
 
 
 def _override_start(data: dict[str, Any], key: str, label: str, value: Any) -> None:

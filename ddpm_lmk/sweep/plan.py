@@ -83,6 +83,12 @@ class Sweep:
         """Starting weights by label."""
         return {cell.start: cell.cfg.init.weights for cell in self.cells}
 
+    def has_packs(self) -> bool:
+        """Are the packs of all its runs on this machine?"""
+        runs = [cell.cfg for cell in self.cells] + [stage.cfg for stage in self.stages]
+        paths = {path for cfg in runs for path in cfg.data.path}
+        return all((Path(path) / "manifest.json").is_file() for path in paths)
+
     def makes(self, weights: str) -> bool:
         """Do these weights come from a stage?"""
         return any(Path(weights).is_relative_to(stage.folder) for stage in self.stages)
@@ -95,8 +101,8 @@ def load_sweep(
 
     Args:
         overrides: `key=value` words. `name`, `run`, `shots`, `seeds`, `packs.NAME` and `start.LABEL` change the sweep,
-            `stage.NAME=PATH` gives weights in place of a stage, `only=[...]` and `without=[...]` choose starts;
-            anything else is a key of the cells' run files and wins over every `set`.
+            `stages.NAME.KEY` its pre-training, `stage.NAME=PATH` gives weights in place of it, `only=[...]` and
+            `without=[...]` choose starts; anything else is a key of the cells' run files and wins over every `set`.
         out: the sweep's folder, where stages are kept; None: runs/NAME.
         scale: one of the file's `scales`.
 

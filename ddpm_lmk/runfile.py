@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -68,7 +67,7 @@ def validate(model: type[Model], data: dict[str, Any], *, source: str, origins: 
 
 def dump_run(config: RunConfig) -> str:
     """YAML of a resolved run; `load_run` of it gives the same run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    return yamlfile.dump(config.model_dump(mode="json"))
 
 
 def config_hash(config: BaseModel) -> str:

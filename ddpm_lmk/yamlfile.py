@@ -115,6 +115,27 @@ def _build_mapping(node: yaml.MappingNode, path: KeyPath, source: str, origins: 
     return found
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text so that this module reads the same text: quoted where a bare word would be something else."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = yaml.ScalarNode("tag:yaml.org,2002:str", text)
+    try:
+        is_read_back = _scalar(plain, (), "") == text
+    except ConfigError:
+        is_read_back = False
+    return dumper.represent_scalar(plain.tag, text, style=None if is_read_back else "'")
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump(data: Any) -> str:
+    """YAML text of plain values, which `parse_mapping` reads back as they were."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
 def _scalar(node: yaml.ScalarNode, path: KeyPath, origin: str) -> Any:
     text = node.value
     if node.style in QUOTED or node.tag == "!":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ddpm_lmk.config import Duration, RunConfig
@@ -102,6 +102,7 @@ def test_written_file_loads_to_the_same_run(run_file: Path, tmp_path: Path) -> N
     name=st.from_regex(r"[A-Za-z0-9._-]{1,20}", fullmatch=True),
     path=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20),
 )
+@example(lr=1.0, name="Y", path="no")
 def test_any_value_survives_the_round_trip(
     tmp_path_factory: pytest.TempPathFactory, lr: float, name: str, path: str
 ) -> None:

@@ -1,20 +1,26 @@
 """The one door for foreign PyTorch files: a `.pt` or `.pth` becomes safetensors, without running what it may hold.
 
 A PyTorch file is a pickle, and a pickle is a program. So it is looked at from the outside first (a plain archive, no
-compression, only the names a dict of tensors needs), then read by PyTorch's restricted reader in a process of its own
-with limits on memory, processor time, file size, and no network where the kernel allows that. Only dense tensors that
-are really in the file come out. Nothing else in this package opens such files (failures.md, D8).
+compression, only the names a dict of tensors needs; or the older form, pickles one after the other, which torchvision's
+ImageNet files still have), then read by PyTorch's restricted reader in a process of its own with limits on memory,
+processor time, file size, and no network where the kernel allows that. Only dense tensors that are really in the file
+come out. Nothing else in this package opens such files (failures.md, D8).
 
 The published checkpoints of the paper hold their network under `model_state_dict` (paper.md, section 1); its other
-baselines are plain state dicts in torchvision's names.
+baselines are plain state dicts in torchvision's names. Files of torchvision carry the beginning of their SHA-256 in
+their names, which is compared.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import io
 import json
 import os
+import pickle
 import pickletools
+import re
 import resource
 import subprocess
 import sys
@@ -33,6 +39,9 @@ STATE_KEYS = ("model_state_dict", "state_dict", "model")
 DATA_PREFIX = "module."  # what DataParallel puts before every name
 LARGEST_PICKLE = 64 << 20  # bytes; names and shapes only, the numbers lie beside it
 SECONDS = 900
+OLD_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file older than PyTorch 1.6
+OLD_PICKLES = 5  # it, the protocol, facts of the machine, the tensors, the order of their numbers
+NAMED_DIGEST = re.compile(r"-([0-9a-f]{8})\.pth$")
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 ALLOWED = {
     "collections OrderedDict",
@@ -70,14 +79,17 @@ def import_weights(file: Path, out: Path) -> dict[str, Any]:
 
 
 def inspect(file: Path) -> None:
-    """Look at the archive and list the names its pickle asks for, running nothing; raises `CheckpointError`."""
+    """Look at the file and list the names its pickles ask for, running nothing; raises `CheckpointError`."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            pickle = _the_pickle(archive, file)
-            asked = _globals(archive.read(pickle))
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        _want_named_digest(file)
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                asked = _globals(io.BytesIO(archive.read(_the_pickle(archive, file))))
+        else:
+            asked = _globals_of_old(file)
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{file} is not a PyTorch archive ({error}); wanted a file written by torch.save of PyTorch 1.6 or newer"
+            f"{file} is not a PyTorch file ({error}); wanted one written by torch.save, whole"
         ) from None
     if asked - ALLOWED:
         raise CheckpointError(
@@ -105,8 +117,32 @@ def _the_pickle(archive: zipfile.ZipFile, file: Path) -> zipfile.ZipInfo:
     return pickles[0]
 
 
-def _globals(data: bytes) -> set[str]:
-    """What a pickle would import, as `module name`; the opcodes are read, not run."""
+def _want_named_digest(file: Path) -> None:
+    """Raise where a name ends with the beginning of a digest, as torchvision's do, and the file has another."""
+    named = NAMED_DIGEST.search(file.name)
+    if named is None:
+        return
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if not found.startswith(named[1]):
+        raise CheckpointError(
+            f"{file} is named after digest {named[1]}, but has {found[:8]}: it is not the file that was published; "
+            "fetch it again"
+        )
+
+
+def _globals_of_old(file: Path) -> set[str]:
+    """What the pickles at the head of a file older than PyTorch 1.6 would import; numbers follow them."""
+    with file.open("rb") as content:
+        head = io.BytesIO(content.read(LARGEST_PICKLE))
+    first = [argument for _, argument, _ in pickletools.genops(head) if argument is not None]
+    if OLD_MAGIC not in first:
+        raise ValueError("neither an archive nor the older form")
+    return set().union(*(_globals(head) for _ in range(OLD_PICKLES - 1)))
+
+
+def _globals(data: io.BytesIO) -> set[str]:
+    """What the next pickle would import, as `module name`; the opcodes are read, not run."""
     found: set[str] = set()
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(data):
@@ -172,7 +208,8 @@ def dense_tensors(file: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        is_archive = zipfile.is_zipfile(file)  # only these can be mapped
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # the restricted reader has no error of its own
         raise CheckpointError(f"PyTorch's restricted reader refuses it ({str(error).splitlines()[0]})") from None
     inner = next((content[key] for key in STATE_KEYS if isinstance(content, dict) and key in content), content)
@@ -204,7 +241,28 @@ def describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
         facts["network"] = (
             f"released DDPM U-Net: width {cfg.width}, multipliers {list(cfg.multipliers)}, {outputs} outputs"
         )
+    elif encoder := _published_encoder(tensors):
+        facts["network"] = f"{encoder} of published size, for model.kind=encoder_unet"
     return facts
+
+
+def _published_encoder(tensors: dict[str, Tensor]) -> str | None:
+    """Which of the baselines' encoders these are, exactly; their heads and counters do not matter."""
+    import torch
+
+    from ddpm_lmk.config import EncoderUNetConfig
+    from ddpm_lmk.config.encoder import STAGES
+    from ddpm_lmk.models.encoder_weights import encoder_tensors
+    from ddpm_lmk.models.encoders import build_encoder
+
+    found = {name: value.shape for name, value in encoder_tensors(tensors).items() if not name.endswith("_tracked")}
+    for encoder in STAGES:
+        for channels in (1, 3):
+            with torch.device("meta"):
+                own = build_encoder(EncoderUNetConfig(encoder=encoder, in_channels=channels)).state_dict()
+            if found == {name: value.shape for name, value in own.items() if not name.endswith("_tracked")}:
+                return encoder
+    return None
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -16,8 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ddpm_lmk.config import EncoderUNetConfig
 from ddpm_lmk.errors import CheckpointError, RunConflictError
-from ddpm_lmk.import_weights import import_weights, inspect
+from ddpm_lmk.import_weights import describe, import_weights, inspect
+from ddpm_lmk.models.encoders import build_encoder
 from tests.cli.commands import SMOKE, run_command
 from tests.reference.released_unet import random_state, released_shapes
 
@@ -120,9 +124,12 @@ def test_what_is_no_plain_archive_of_tensors_is_refused(tmp_path: Path) -> None:
     good = (tmp_path / "good.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save({"a": torch.zeros(3)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save({"a": torch.zeros(300)}, tmp_path / "whole.pt", _use_new_zipfile_serialization=False)
+    old = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "oldcut.pt").write_bytes(old[: len(old) - 1300])
+    (tmp_path / "whole.pt").unlink()
     rewritten(tmp_path / "good.pt", tmp_path / "packed.pt", lambda name, data: data, compression=zipfile.ZIP_DEFLATED)
-    for name in ("cut", "empty", "legacy", "packed", "absent"):
+    for name in ("cut", "empty", "oldcut", "packed", "absent"):
         with pytest.raises(CheckpointError, match=r"not a (P|p)"):
             import_weights(tmp_path / f"{name}.pt", tmp_path / "out.safetensors")
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".pt"] * 5
@@ -153,6 +160,54 @@ def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:
     with pytest.raises(RunConflictError):
         import_weights(tmp_path / "good.pt", tmp_path / "out.safetensors")
     assert (tmp_path / "out.safetensors").read_bytes() == b"mine"
+
+
+def saved_as_of_old(path: Path, content: object) -> Path:
+    """The form of PyTorch before 1.6, which torchvision's ImageNet files have."""
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def test_a_file_of_the_older_form_gives_the_same_tensors(tmp_path: Path) -> None:
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).state_dict()
+    import_weights(saved_as_of_old(tmp_path / "old.pth", encoder), tmp_path / "old.safetensors")
+    found = load_file(tmp_path / "old.safetensors")
+    assert found.keys() == encoder.keys()
+    assert all(torch.equal(found[name], value) for name, value in encoder.items())
+
+
+def test_code_in_the_older_form_is_named_and_never_runs(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    file = saved_as_of_old(tmp_path / "bad.pth", {"a": torch.zeros(3), "b": Gadget(os.mkdir, str(canary))})
+    with pytest.raises(CheckpointError, match="posix mkdir, which tensors do not need"):
+        import_weights(file, tmp_path / "out.safetensors")
+    data = file.read_bytes()
+    (tmp_path / "first.pth").write_bytes(pickle.dumps(Gadget(os.mkdir, str(canary))) + data)
+    with pytest.raises(CheckpointError, match="neither an archive nor the older form"):
+        import_weights(tmp_path / "first.pth", tmp_path / "out.safetensors")
+    assert not canary.exists()
+
+
+def test_a_digest_in_the_name_is_compared(tmp_path: Path) -> None:
+    file = saved_as_of_old(tmp_path / "net.pth", {"a": torch.zeros(3)})
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    good, bad = tmp_path / f"net-{digest}.pth", tmp_path / "net-0123abcd.pth"
+    good.write_bytes(file.read_bytes())
+    bad.write_bytes(file.read_bytes())
+    inspect(good)
+    with pytest.raises(CheckpointError, match=f"named after digest 0123abcd, but has {digest}"):
+        inspect(bad)
+
+
+@pytest.mark.parametrize("encoder", ["densenet161", "resnext50", "vgg19"])
+def test_published_encoders_are_recognised_also_under_old_names(encoder: Any) -> None:
+    with torch.device("meta"):
+        state = build_encoder(EncoderUNetConfig(encoder=encoder, in_channels=3)).state_dict()
+        state["classifier.weight"] = torch.zeros(1000, 8)
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in state.items()}
+    assert describe(old)["network"] == f"{encoder} of published size, for model.kind=encoder_unet"
+    del old[next(name for name in old if name.endswith(".weight"))]
+    assert describe(old)["network"].startswith("unknown")
 
 
 def test_a_flipped_bit_in_the_numbers_is_noticed_by_the_archive(tmp_path: Path) -> None:

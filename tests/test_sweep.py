@@ -129,7 +129,7 @@ def test_a_dry_run_says_what_is_to_do_without_torch(tmp_path: Path) -> None:
         "Console(width=160).print(plan_table(load_sweep(Path(sys.argv[1])), None)); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
-    for words in ("4 cells, 0 done", "scratch-k2-s1", "12 steps", "18 images", "pending"):
+    for words in ("4 cells, 0 done", "scratch-k2-s1", "12 steps", "24 images", "pending"):
         assert words in done.stdout, done.stdout
 
 

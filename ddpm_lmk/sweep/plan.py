@@ -48,7 +48,10 @@ class Cell:
     @property
     def images(self) -> int:
         """Image passes of training, the measure of a cell's length (upper bound when a group is cut short)."""
-        return (self.steps or 0) * min(self.cfg.train.group_size, self.shots or self.cfg.train.group_size)
+        group = self.cfg.train.group_size
+        if self.cfg.train.windows == "epoch" and self.shots is not None:  # else groups repeat images
+            group = min(group, self.shots)
+        return (self.steps or 0) * group
 
 
 @dataclass(frozen=True)

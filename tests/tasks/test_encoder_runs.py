@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ddpm_lmk.checkpoint import load_weights
-from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError
+from ddpm_lmk.models.encoders import build_encoder
 from ddpm_lmk.runs import execute
 from tests.tasks.test_encoder_tasks import KINDS
 
@@ -96,3 +98,24 @@ def test_finetuning_takes_the_encoder_and_nothing_else(pretrained: Path, tmp_pat
     wrong = RunConfig.model_validate(sections | {"model": NETWORK | {"blocks": [1, 2, 1, 1]}})
     with pytest.raises(CheckpointError, match=r"does not fit.*model\.blocks"):
         execute(wrong, tmp_path / "wrong", parallel=parallel)
+
+
+def test_finetuning_takes_a_classifier_s_file(packed_phantoms: Path, tmp_path: Path, parallel: Parallel) -> None:
+    """As ImageNet's come: torchvision's names, a stem for colour, a classifier; and an error that says where from."""
+    torch.manual_seed(1)
+    colour = build_encoder(EncoderUNetConfig.model_validate(NETWORK | {"in_channels": 3})).state_dict()
+    save_file(colour | {"classifier.weight": torch.zeros(3, 3)}, tmp_path / "net.safetensors")
+    sections: dict[str, Any] = {
+        "data": {"path": str(packed_phantoms), "image_size": 32, "workers": 0, "shots": 2},
+        "model": NETWORK,
+        "task": {"kind": "landmarks"},
+        "init": {"weights": str(tmp_path / "net.safetensors")},
+        "optim": {"kind": "sgd", "lr": 1e-30},
+        "train": {"length": 1, "group_size": 2, "ema": None},
+    }
+    execute(RunConfig.model_validate(sections), tmp_path / "tuned", parallel=parallel)
+    found = load_weights(tmp_path / "tuned", "model")[0]
+    assert torch.equal(found["encoder.features.conv0.weight"], colour["features.conv0.weight"].sum(1, keepdim=True))
+    sections["init"] = {"weights": str(tmp_path / "nowhere.safetensors")}
+    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors does not exist.*download\.pytorch\.org"):
+        execute(RunConfig.model_validate(sections), tmp_path / "none", parallel=parallel)

@@ -43,23 +43,6 @@ def pack_table(source: Path) -> str:
     return f"{machine(result)}\n\n{markdown(heads, rows)}"
 
 
-def loader_table(source: Path) -> str:
-    """Images per second of the loader per size, residency and augmentation."""
-    result = json.loads(source.read_text())
-    heads = ["size, px", "residency", "share of images moved", "images/s", "images/CPU-s"]
-    rows = [
-        [
-            row["image_size_px"],
-            row["residency"],
-            row["augmented_share"],
-            f"{row['images_per_s']:,.0f}",
-            f"{row['images_per_cpu_s']:,.0f}",
-        ]
-        for row in result["rows"]
-    ]
-    return f"{machine(result)}\n\n{markdown(heads, rows)}"
-
-
 def picked(part: str, columns: dict[str, str]) -> Callable[[Path], str]:
     """A table of fields of the rows of a result: `columns` are heads and keys."""
 
@@ -69,46 +52,6 @@ def picked(part: str, columns: dict[str, str]) -> Callable[[Path], str]:
         return f"{machine(result)}\n\n{markdown([*columns], rows)}"
 
     return table
-
-
-def model_table(source: Path) -> str:
-    """Forward, backward and update of a preset."""
-    result = json.loads(source.read_text())
-    heads = ["preset", "size, px", "batch", "what", "median ms", "images/s", "share of measured conv/matmul peak, %"]
-    rows = [
-        [
-            result["preset"],
-            row["image_size_px"],
-            row["batch"],
-            part.replace("_", " + "),
-            f"{row[part]['median_ms']:.0f}",
-            f"{row[part]['images_per_s']:.1f}",
-            f"{row[part]['share_of_measured_peak_pct']:.0f}",
-        ]
-        for row in result["rows"]
-        for part in ("forward", "forward_backward", "train_step")
-    ]
-    return f"{machine(result)}, {result['threads']} thread\n\n{markdown(heads, rows)}"
-
-
-def train_table(source: Path) -> str:
-    """Images per second of real runs."""
-    results = [json.loads(path.read_text()) for path in sorted(source.parent.glob("train_step-*.json"))]
-    heads = ["run file", "size, px", "group", "images/s", "data wait, %", "threads", "load", "day"]
-    rows = [
-        [
-            Path(result["run_file"]).name,
-            result["image_size_px"],
-            result["group_size_images"],
-            f"{result['images_per_s']:.1f}",
-            f"{100 * result['data_wait']:.1f}",
-            result["threads"],
-            result["load_average"][0],
-            result["date"][:10],
-        ]
-        for result in results
-    ]
-    return markdown(heads, rows)
 
 
 def save_table(source: Path) -> str:
@@ -286,9 +229,6 @@ def exactness_table(source: Path) -> str:
     return f"{machine(result)}\n\n{markdown(heads, rows)}"
 
 
-RATE = {"from": "from", "images/s": "images_per_s"}
-WAYS = {"way": "way", **RATE, "images/CPU-s": "images_per_cpu_s", "cores for 4,000 images/s": "cores_for_4000_per_s"}
-TRAINING = {"loader": "loader", **RATE, "waiting for data, %": "data_wait_pct"}
 RESIZE = {"bits": "bits", "to, px": "size_px", "triangular: max": "triangular_max_levels"}
 RESIZE |= {"mean": "triangular_mean_levels", "linear: max": "linear_max_levels"}
 RESIZE |= {"linear: mean": "linear_mean_levels", "host, us": "host_us"}

@@ -12,25 +12,31 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from _bench_tables import (
+    device_rates_table,
+    forecast_table,
+    loader_training_table,
+    loading_table,
+    newest,
+    scaling_table,
+    step_parts_table,
+    training_table,
+    ways_table,
+)
 from _tables import (
     QUARANTINE,
     RESIZE,
-    TRAINING,
-    WAYS,
     copied,
     exactness_table,
     faults_table,
     fuzz_table,
-    loader_table,
     manifest_table,
-    model_table,
     pack_table,
     packing_table,
     picked,
     pool_table,
     save_table,
     survived_table,
-    train_table,
 )
 
 from ddpm_lmk.report.text import update_between_markers
@@ -61,18 +67,21 @@ PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (BENCHMARKS, "pack-phantoms", RESULTS / "pack_phantoms.json", pack_table),
     (BENCHMARKS, "packing", RESULTS / "packing_real.json", packing_table),
     (BENCHMARKS, "fuzz", RESULTS / "fuzz.json", fuzz_table),
-    (BENCHMARKS, "loader", RESULTS / "loader-isbi2015_ceph.json", loader_table),
-    (BENCHMARKS, "loader-ways", RESULTS / "loader.json", picked("ways", WAYS)),
-    (BENCHMARKS, "loader-training", RESULTS / "loader.json", picked("training", TRAINING)),
+    (BENCHMARKS, "device", newest(RESULTS, "device"), device_rates_table),
+    (BENCHMARKS, "step", newest(RESULTS, "step", "tiny"), step_parts_table),
+    (BENCHMARKS, "train", newest(RESULTS, "train"), training_table),
+    (BENCHMARKS, "scaling", newest(RESULTS, "scaling"), scaling_table),
+    (BENCHMARKS, "forecast", newest(RESULTS, "forecast"), forecast_table),
+    (BENCHMARKS, "loader", newest(RESULTS, "loader", "phantom"), loading_table),
+    (BENCHMARKS, "loader-ways", newest(RESULTS, "loader", "phantom"), ways_table),
+    (BENCHMARKS, "loader-training", newest(RESULTS, "loader", "phantom"), loader_training_table),
     (BENCHMARKS, "dali-resize", RESULTS / "dali_resize.json", picked("rows", RESIZE)),
     (BENCHMARKS, "quarantine", RESULTS / "quarantine.json", picked("rows", QUARANTINE)),
     (BENCHMARKS, "manifest", RESULTS / "manifest_10m.json", manifest_table),
     (BENCHMARKS, "pool", RESULTS / "pool_duplicates.json", pool_table),
-    (BENCHMARKS, "model", RESULTS / "model_step_tiny_cpu.json", model_table),
     (BENCHMARKS, "save", RESULTS / "checkpoint_save-pretrain-isbi-cpu.json", save_table),
     (BENCHMARKS, "exactness", RESULTS / "exactness_cpu.json", exactness_table),
     (BENCHMARKS, "faults-checkpoint", RESULTS / "faults_checkpoint.json", faults_table),
-    (BENCHMARKS, "train", RESULTS / "train_step-pretrain-isbi-cpu.json", train_table),
 )
 
 if __name__ == "__main__":

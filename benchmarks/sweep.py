@@ -23,8 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _subject import RESULTS, device_of
+
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.measure import Result, Timings, compare_paired
+from ddpm_lmk.measure.verdict import conclude
 from ddpm_lmk.runfile import load_run
 from ddpm_lmk.sweep import cell_folder
 
@@ -82,7 +85,10 @@ def main() -> None:
         result = Result("sweep", settings=settings, device=options.device)
         arms = Arms(folder, options, words)
         timings = {"sweep": Timings(), "one by one": Timings()}
+        begin = time.monotonic()
         for seed in range(options.rounds):
+            if seed and time.monotonic() - begin > options.budget_s * seed / (seed + 1):
+                break  # another round would not end in time
             calls: list[tuple[str, Callable[[int], None]]] = [("sweep", arms.sweep), ("one by one", arms.one_by_one)]
             for arm, call in calls[:: 1 if seed % 2 == 0 else -1]:
                 _time(call, seed, timings[arm])
@@ -90,7 +96,7 @@ def main() -> None:
         threads = max(1, cores // options.workers)
         checked = {shots: _compare(arms, shots, threads) for shots in SHOTS[: options.check]}
         _report(result, timings, options, words, checked)
-        _say(str(result.write(options.out, options.run.stem)))
+        conclude(result, options.out, options.run.stem, earlier=[RESULTS])
 
 
 def _time(call: Callable[[int], None], seed: int, timings: Timings) -> None:
@@ -148,9 +154,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6, help="seeds; every one is five cells, run both ways")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the sweep")
     parser.add_argument("--check", type=int, default=len(SHOTS), help="cells that are compared bit by bit")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds the rounds may take, about")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    options.device = device_of(options)
+    return options
 
 
 def _say(text: str) -> None:

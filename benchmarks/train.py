@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from _bare import BareLoop, TurnTaking
-from _subject import RESULTS, Subject, option_parser, run_config
+from _subject import RESULTS, Subject, option_parser
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.pack import pack
@@ -32,6 +32,7 @@ from ddpm_lmk.runs import execute
 
 PHANTOMS = 128
 WARM_UP = 3
+FEWEST_STEPS = 8
 
 
 def main() -> None:
@@ -39,12 +40,24 @@ def main() -> None:
     parser = option_parser(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each")
     options = parser.parse_intermixed_args()
-    subject = Subject(options, cfg=shortened(run_config(options), options.steps + WARM_UP))
+    subject = Subject(options)
+    options.steps = affordable(subject, options)
+    subject.cfg = shortened(subject.cfg, options.steps + WARM_UP)
     result = Result("train", settings=subject.cfg.model_dump(mode="json"), device=subject.device)
     with tempfile.TemporaryDirectory() as folder:
         measure_training(result, subject, Path(folder), options)
         measure_overhead(result, subject, Path(folder))
     conclude(result, options.out, f"{subject.label}-{subject.precision}", earlier=[RESULTS])
+
+
+def affordable(subject: Subject, options: argparse.Namespace) -> int:
+    """Steps that fit the budget: the run, and both loops that take turns; enough for a ratio in any case."""
+    subject.step()
+    begin = time.perf_counter()
+    subject.step()
+    passes = subject.cfg.train.group_size // subject.batch_images
+    step_s = passes * (time.perf_counter() - begin)
+    return max(FEWEST_STEPS, min(options.steps, int(options.budget_s / (3 * step_s))))
 
 
 def shortened(cfg: RunConfig, steps: int) -> RunConfig:

@@ -94,10 +94,7 @@ def _time(cfg: RunConfig, placement: Placement, images: int, task: Task) -> str:
         return "not known: forecasts are of ddpm_unet; measure with `ddpm-lmk bench train --run RUN.yaml`"
     forecast = find_forecast(placement.device, precision)
     if forecast is None:
-        return (
-            f"not known: no {precision} result of this machine; run `ddpm-lmk bench device` and "
-            f"`ddpm-lmk bench step --precision {precision}`"
-        )
+        return _how_to_measure(precision)
     world = placement.processes * placement.nodes
     threads = threads_of_a_process(placement.processes)
     step_s = forecast.step_s(
@@ -109,6 +106,13 @@ def _time(cfg: RunConfig, placement: Placement, images: int, task: Task) -> str:
     spent = f"{hours:,.2f} h at {rate:,.3g} images/s, {hours * world:,.2f} {kind}"
     beyond = ", the reduction between processes not counted" if world > 1 else ""
     return f"about {spent} on an idle machine{beyond}; from {forecast}{_trust(placement.device)}"
+
+
+def _how_to_measure(precision: str) -> str:
+    return (
+        f"not known: no {precision} result of this machine; run `ddpm-lmk bench device` and "
+        f"`ddpm-lmk bench step --precision {precision}`"
+    )
 
 
 def _trust(device: str) -> str:

@@ -28,7 +28,7 @@ def bench(
         "bench-results"
     ),
     budget_min: Annotated[
-        float, typer.Option("--budget-min", metavar="MIN", min=0.1, help="minutes that `all` may take, about")
+        float, typer.Option("--budget-min", metavar="MIN", min=0.1, help="minutes that it may take, about")
     ] = DEFAULT_BUDGET_MIN,
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -37,8 +37,9 @@ def bench(
 ) -> None:
     """Measure this machine: its peaks, loading, the step, training, several processes, a sweep.
 
-    Every result is compared with the earlier ones and drawn. Further words go to the benchmark itself (try --help
-    after its name). To report new hardware, run `ddpm-lmk bench all` and send the folder.
+    Every result is compared with the earlier ones and drawn. Further words go to the benchmark itself (the head of its
+    file lists them); `all` takes --device auto|cpu|cuda. To report new hardware, run `ddpm-lmk bench all` and send the
+    folder.
     """
     if compare is not None:
         _compare(*compare)
@@ -47,7 +48,8 @@ def bench(
     if name is None or (name != "all" and name not in scripts):
         raise ConfigError(f"there is no benchmark {name!r}; use one of {', '.join(scripts)}, or all")
     chosen = [script for script in ALL if script in scripts] if name == "all" else [name]
-    shared = ["--budget-s", f"{60 * budget_min / len(chosen):.0f}"] if name == "all" else []
+    has_budget = name == "all" or budget_min != DEFAULT_BUDGET_MIN
+    shared = ["--budget-s", f"{60 * budget_min / len(chosen):.0f}"] if has_budget else []
     failed = {}
     for number, script in enumerate(chosen, 1):
         say(f"bench {script} ({number} of {len(chosen)}) {' '.join(context.args)}".rstrip())

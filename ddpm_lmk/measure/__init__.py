@@ -13,13 +13,14 @@
 from __future__ import annotations
 
 from ddpm_lmk.measure.ratio import Comparison, compare_paired, compare_samples
-from ddpm_lmk.measure.result import Result, Row, read_result, read_results
+from ddpm_lmk.measure.result import Result, Row, Stored, read_result, read_results
 from ddpm_lmk.measure.timing import Timings, alternate
 
 __all__ = [
     "Comparison",
     "Result",
     "Row",
+    "Stored",
     "Timings",
     "alternate",
     "compare_paired",

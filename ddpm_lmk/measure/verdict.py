@@ -99,9 +99,8 @@ def conclude(result: Result, folder: Path, label: str, *, earlier: Sequence[Path
     from ddpm_lmk.console import say
     from ddpm_lmk.measure.chart import draw
 
-    before = [
-        found for place in dict.fromkeys([*earlier, Path(folder)]) for found in read_results(place, result.benchmark)
-    ]
+    places = dict.fromkeys(Path(place).resolve() for place in (*earlier, folder))
+    before = [found for place in places for found in read_results(place, result.benchmark)]
     path = result.write(folder, label)
     new = read_result(path)
     for old in before:

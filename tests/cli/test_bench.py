@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_lmk.measure import Result
+from ddpm_lmk.measure import Result, read_results
 from tests.cli.commands import SMOKE, Lmk
 from tests.test_forecast import run, write_results
 
@@ -44,6 +44,19 @@ def test_compare_of_what_is_no_result_is_a_usage_error(lmk: Lmk, tmp_path: Path)
     assert lmk("bench", "--compare", tmp_path, tmp_path).code == 2
     assert lmk("bench", "--compare", tmp_path / "nowhere.json", tmp_path).code == 2
     assert lmk("bench", "no-such-benchmark").code == 2
+
+
+@pytest.mark.slow
+def test_bench_runs_a_benchmark_in_a_process_of_its_own(
+    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(SMOKE.parents[1]))
+    words = ("--run", SMOKE / "pretrain.yaml", f"data.path={packed_phantoms}", "--steps", 8, "--device", "cpu")
+
+    result = lmk("bench", "train", *words, "--out", tmp_path)
+    assert result.code == 0, result.err
+    [found] = read_results(tmp_path, "train")
+    assert found.facts["settings"]["name"] == "smoke-pretrain"
 
 
 def test_dry_run_forecasts_from_results_of_this_machine(

@@ -198,17 +198,6 @@ def test_export_writes_safetensors(lmk: Lmk, finetuned: Path, tmp_path: Path) ->
     assert out.stat().st_size > 1000
 
 
-def test_bench_writes_a_result_file(
-    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    words = ("train_step", SMOKE / "pretrain.yaml", f"data.path={packed_phantoms}", "--steps", 6, "--device", "cpu")
-    result = lmk("bench", *words, "--out", tmp_path)
-    assert result.code == 0, result.err
-    (file,) = tmp_path.glob("train_step-*.json")
-    assert json.loads(file.read_text())["images_per_s"] > 0
-
-
 def test_demo_goes_the_whole_road_and_takes_it_up_again(tmp_path: Path) -> None:
     from ddpm_lmk.demo import run_demo
     from ddpm_lmk.launcher import Placement

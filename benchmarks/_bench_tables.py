@@ -19,9 +19,7 @@ def newest(folder: Path, benchmark: str, label: str = "") -> Path:
 
 
 def _head(found: Stored) -> str:
-    before, after = found.facts["load_1_min_before_and_after"]
-    threads = found.facts["hardware"]["threads"]
-    return f"{machine(found.facts)} (load {before:.1f} before, {after:.1f} after), {threads} thread"
+    return f"{machine(found.facts)}; {found.facts['hardware']['threads']} thread"
 
 
 def _spread(values: list[float], factor: float = 1.0, digits: int = 1) -> str:

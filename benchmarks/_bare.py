@@ -80,7 +80,7 @@ class TurnTaking:
         cfg = subject.cfg
         self.spec, self.fingerprint = spec_of(cfg), "benchmark"
         self.num_images = 4 * subject.batch_images
-        self.plan = GroupPlan(self.num_images, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows)
+        self.plan = GroupPlan(self.num_images, cfg.train.group_size, cfg.train.given_micro_batch, cfg.train.windows)
         self.quarantine = Quarantine([], 0.0)
         self.turns = Turns(Timings(warm_up=warm_up), Timings(warm_up=warm_up))
         self._batches: Sequence[Batch] = [subject.random_batch(seed=seed) for seed in range(4)]

@@ -17,7 +17,8 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.spec import SPECS, DatasetSpec
-from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.parallel import Parallel, Precision
+from ddpm_lmk.engine.precision import choose_precision
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.models import ModelCost, model_cost
@@ -109,9 +110,10 @@ class Subject:
         self.label = self.cfg.name
         self.device = device_of(options)
         self.parallel = Parallel("cuda" if self.device == "cuda" else "cpu")
+        self.parallel.auto_precision = self.precision
         self.task = build_task(self.cfg, spec_of(self.cfg))
         self.batch_images = (
-            (self.cfg.train.micro_batch or self.cfg.train.group_size) if options.batch is None else options.batch
+            (self.cfg.train.given_micro_batch or self.cfg.train.group_size) if options.batch is None else options.batch
         )
         model = Workbench().model(self.cfg, self.task, self.parallel.device)
         self.state = TrainState.fresh(self.cfg, model)
@@ -120,9 +122,8 @@ class Subject:
         self.batch = self.random_batch(seed=0)
 
     @property
-    def precision(self) -> str:
-        wanted = self.cfg.train.precision
-        return ("bf16" if self.device == "cuda" else "fp32") if wanted == "auto" else wanted
+    def precision(self) -> Precision:
+        return choose_precision(self.cfg, self.device).name
 
     @property
     def cost(self) -> ModelCost:

@@ -133,7 +133,7 @@ class _Lane:
         self._state = TrainState.fresh(self.cfg, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         self._updater = build_updater(self.cfg, self._state, parallel)
         share = GROUP // parallel.world
-        self._micro = self.cfg.train.micro_batch or share
+        self._micro = self.cfg.train.given_micro_batch or share
         self._count = share // self._micro
 
     def step(self, number: int) -> None:

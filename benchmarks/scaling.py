@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     cfg, device = run_config(options), device_of(options)
     result = Result("scaling", settings=cfg.model_dump(mode="json"), device=device)
-    batch = options.batch or cfg.train.micro_batch or cfg.train.group_size
+    batch = options.batch or cfg.train.given_micro_batch or cfg.train.group_size
     counts = process_counts(options.processes or available(device), batch)
     for count in counts:
         found = run_on(count, options, device, budget_s=options.budget_s / len(counts))

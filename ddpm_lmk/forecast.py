@@ -67,7 +67,7 @@ class Forecast:
         """Seconds of one optimizer step of a process that has `images` of the group, as one micro-batch or several."""
         is_cuda = self.step.facts["hardware"]["device"] == "cuda"
         rates = self.rates.share(1, 1) if is_cuda else self.rates.share(processes, threads or self.threads)
-        micro = min(cfg.train.micro_batch or images, images)
+        micro = min(cfg.train.given_micro_batch or images, images)
         work = sum(_work(cfg, task, micro, rates).values())
         parameters = _parameters(cfg, task)
         seconds = float(np.dot(work, self.times)) * images / micro

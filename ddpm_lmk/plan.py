@@ -13,7 +13,8 @@ from ddpm_lmk.data.corpora import training_corpora
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.order import GroupPlan
 from ddpm_lmk.data.spec import DatasetSpec, mixture
-from ddpm_lmk.engine.memory import copies_of_weights, is_half
+from ddpm_lmk.engine.memory import is_half, process_bytes, training_cost, uses_fused
+from ddpm_lmk.engine.precision import choose_precision
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.forecast import find_forecast, is_here, threads_of_a_process, worst_error_pct
 from ddpm_lmk.launcher import Placement
@@ -33,7 +34,9 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
         )
     num_images = sum(_learnt(cfg, count) for count in counts)
     drop_last = cfg.task.stage == "pretrain"  # as the loader
-    groups = GroupPlan(num_images, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows, drop_last=drop_last)
+    groups = GroupPlan(
+        num_images, cfg.train.group_size, cfg.train.given_micro_batch, cfg.train.windows, drop_last=drop_last
+    )
     steps = cfg.train.length.steps(cfg.train.group_size, num_images, groups.steps_per_epoch)
     images = groups.images(steps)
     rows = [
@@ -69,7 +72,7 @@ def _model_rows(cfg: RunConfig, spec: DatasetSpec, placement: Placement) -> list
     task = build_task(cfg, spec)
     cost = task.cost(cfg.model, cfg.data.image_size)
     group = cfg.train.group_size
-    micro_batch = cfg.train.micro_batch or group // (placement.processes * placement.nodes)
+    micro_batch = cfg.train.given_micro_batch or group // (placement.processes * placement.nodes)
     world = placement.processes * placement.nodes
     memory = memory_gib(cfg, task, device=placement.device, micro_batch=micro_batch, world=world, zero=placement.zero)
     size = f"{cost.params:,} parameters, {cost.flops_forward / 1e9:,.2f} GFLOP forward per image"
@@ -82,14 +85,13 @@ def _model_rows(cfg: RunConfig, spec: DatasetSpec, placement: Placement) -> list
 
 def memory_gib(cfg: RunConfig, task: Task, *, device: str, micro_batch: int, world: int = 1, zero: int = 0) -> float:
     """Estimated memory of one process: weights, gradients, moments and average, and a micro-batch's activations."""
-    cost = task.cost(cfg.model, cfg.data.image_size)
-    activations = cost.activation_bytes * micro_batch / (2 if is_half(cfg, device) else 1)
-    return (cost.weight_bytes * copies_of_weights(cfg, world=world, zero=zero) + activations) / 2**30
+    cost = training_cost(cfg, task, is_fused=uses_fused(cfg, device))
+    return process_bytes(cfg, cost, micro_batch, is_half=is_half(cfg, device), world=world, zero=zero) / 2**30
 
 
 def _time(cfg: RunConfig, placement: Placement, images: int, task: Task) -> str:
     """Rate, hours and process-hours on this machine, from measurements only; without any, how to get them."""
-    precision = resolved_precision(cfg, placement.device)
+    precision = choose_precision(cfg, placement.device).name
     if cfg.model.kind != "ddpm_unet":
         return "not known: forecasts are of ddpm_unet; measure with `ddpm-lmk bench train --run RUN.yaml`"
     forecast = find_forecast(placement.device, precision)
@@ -120,9 +122,3 @@ def _trust(device: str) -> str:
     checks = read_results(shipped("benchmarks") / "results", "forecast")
     found = worst_error_pct([check for check in checks if is_here(check, device)])
     return f"; {found[1]} such forecasts were off by at most {found[0]:.0f} %" if found else ""
-
-
-def resolved_precision(cfg: RunConfig, device: str) -> str:
-    """The precision of products on this kind of device."""
-    auto = "bf16" if device == "cuda" else "fp32"
-    return auto if cfg.train.precision == "auto" else cfg.train.precision

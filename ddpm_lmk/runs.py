@@ -24,6 +24,8 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.console import say
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.backend import choose_backend
+from ddpm_lmk.data.manifest import Manifest
+from ddpm_lmk.engine.autofit import Fitted, fit_to_device, is_free
 from ddpm_lmk.engine.everyone import AllRanks
 from ddpm_lmk.engine.exactness import device_kinds, kept
 from ddpm_lmk.engine.loop import Loaders, Pace, fit
@@ -81,19 +83,23 @@ def execute(
             return finished
         kinds = device_kinds(parallel, run, is_strict=is_strict)
         forked = None if fork is None else parallel.on_main(lambda: bring_checkpoint(fork, run.path))
-        with _open_loaders(cfg, parallel, workbench, run) as loaders:
+        fitted = _fitted(cfg, parallel, run)
+        here = fitted.applied(cfg)
+        with _open_loaders(here, parallel, workbench, run) as loaders:
             with parallel.together():
                 task = build_task(cfg, loaders.train.spec)
             tempering.before_training(cfg, task, run, parallel, workbench, execute=execute)
-            state, parent = starting_state(cfg, task, workbench=workbench, parallel=parallel, run=run)
-            _want_same_everywhere(cfg, loaders, state, parallel)
-            parallel.on_main(lambda: run.begin(cfg, _facts(cfg, loaders, parallel, kinds, forked or parent)))
+            state, parent = starting_state(here, task, workbench=workbench, parallel=parallel, run=run)
+            _want_same_everywhere(here, loaders, state, parallel)
+            facts = _facts(cfg, loaders, parallel, kinds, forked or parent) | {"fit": fitted.facts()}
+            parallel.on_main(lambda: run.begin(cfg, facts))
             if cfg.task.stage == "pretrain":
                 parallel.on_main(lambda: _note_left_out(cfg, run))
             run.journal.rewind_metrics(state.step)
             everyone = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else Everyone()
             task.meet(everyone, total=Pace.of(cfg, loaders.train).total)
-            fit(cfg, task, state, loaders, parallel, run, is_strict=is_strict)
+            with parallel.training_in(fitted.precision):
+                fit(here, task, state, loaders, parallel, run, is_strict=is_strict)
             results = _conclude(cfg, task, state, loaders, parallel, run, workbench)
         parallel.on_main(lambda: run.finish(cfg, results))
         return results
@@ -122,6 +128,27 @@ def starting_state(
         if newest is not None:
             state.load(verified or load_checkpoint(newest), load_all=load_all)
     return state, parent
+
+
+def _fitted(cfg: RunConfig, parallel: Parallel, run: RunDir) -> Fitted:
+    """What this run does on this device: as before where it is continued, else chosen now."""
+    before = parallel.on_main(lambda: run.facts().get("fit"))
+    if before is not None:
+        return Fitted.of(before)
+    with parallel.together():
+        manifests = [Manifest.open(path) for path in cfg.data.path] if _needs_data(cfg) else []
+    images = sum(len(manifest.rows(cfg.data.splits)) for manifest in manifests)
+    outputs = sum(manifest.spec.num_landmarks for manifest in manifests) if cfg.task.kind == "landmarks" else 1
+    steps = cfg.train.length.steps(cfg.train.group_size, cfg.data.shots or images)
+    fitted = fit_to_device(cfg, max(1, outputs), parallel, steps=steps)
+    if parallel.is_main:
+        say(str(fitted))
+    return fitted
+
+
+def _needs_data(cfg: RunConfig) -> bool:
+    """Does what is chosen depend on the data's landmarks, or its number of images?"""
+    return is_free(cfg) or (cfg.train.compile == "auto" and cfg.train.length.unit == "epochs")
 
 
 def _note_left_out(cfg: RunConfig, run: RunDir) -> None:

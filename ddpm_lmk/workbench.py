@@ -53,7 +53,7 @@ class Workbench:
         else:
             layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
             model = fresh.to(device).to(memory_format=layout)  # type: ignore[call-overload]
-            use_norm(model, choose_norm(cfg.train.group_norm, device, is_compiled=cfg.train.compile))
+            use_norm(model, choose_norm(cfg.train.group_norm, device, is_compiled=cfg.train.compile is True))
             if cfg.train.compile:
                 model.compile()
         self._networks[key] = model  # now the youngest

@@ -265,7 +265,7 @@ def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None
     from ddpm_lmk.launcher import launch
 
     # Before any process starts; how many images there are does not matter for this.
-    groups = GroupPlan(cfg.train.group_size, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows)
+    groups = GroupPlan(cfg.train.group_size, cfg.train.group_size, cfg.train.given_micro_batch, cfg.train.windows)
     groups.check_world(placement.processes * placement.nodes)
     if dry_run:
         from ddpm_lmk.plan import plan_run

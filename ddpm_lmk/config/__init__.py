@@ -99,6 +99,7 @@ class RunConfig(Section):
         ]
         if needs_validation and self.data.validation_split is None:
             raise ValueError(f"{', '.join(needs_validation)} needs data.validation_split")
+        self._want_free_micro_batch()
         if self.train.gradient != "mean" and self.train.micro_batch is None:
             raise ValueError(
                 f"train.gradient={self.train.gradient} adds up means of micro-batches; it needs train.micro_batch, a size "
@@ -128,6 +129,19 @@ class RunConfig(Section):
         self._want_fitting_network()
         return self
 
+    def _want_free_micro_batch(self) -> None:
+        """Where something depends on the micro-batch, it cannot be left to the device."""
+        if self.train.micro_batch != "auto":
+            return
+        reasons = {
+            "train.exactness=exact": self.train.exactness == "exact",
+            f"train.gradient={self.train.gradient}": self.train.gradient != "mean",
+            "train.windows=epoch in pre-training": self.train.windows == "epoch" and self.task.stage == "pretrain",
+            f"model.kind={self.model.kind}": self.model.kind != "ddpm_unet",
+        }
+        if found := [name for name, is_so in reasons.items() if is_so]:
+            raise ValueError(f"train.micro_batch=auto would change what {found[0]} computes; give a number, or null")
+
     def _want_fitting_network(self) -> None:
         if not self.model.takes_time and self.task.kind == "denoise":
             raise ValueError(f"model.kind={self.model.kind} takes no timestep, which task denoise needs; use ddpm_unet")
@@ -148,7 +162,7 @@ class RunConfig(Section):
             )
         if len(task.std) not in (1, self.model.in_channels):
             raise ValueError(f"task.std has {len(task.std)} numbers for model.in_channels={self.model.in_channels}")
-        if min(self.train.micro_batch or self.train.group_size, self.train.group_size) < 2:
+        if min(self.train.given_micro_batch or self.train.group_size, self.train.group_size) < 2:
             raise ValueError(f"task {self.task.kind} normalises over a micro-batch; wanted at least 2 images in one")
 
     @model_validator(mode="after")

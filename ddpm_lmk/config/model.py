@@ -32,9 +32,9 @@ class UNetConfig(Section):
     patch: Literal[1, 2, 4, 8] = Field(
         1, description="pixel-unshuffle factor before the first level: the network works at 1/patch of the image side"
     )
-    checkpointing: bool = Field(
+    checkpointing: Literal["auto"] | tuple[bool, ...] | bool = Field(
         False,
-        description="recompute activations in the backward pass: less memory, about a quarter more FLOPs (the paper: always)",
+        description="recompute activations in the backward pass, per level or everywhere: less memory, about a quarter more FLOPs (the paper: everywhere); auto: where memory is short",
     )
 
     @property

@@ -92,8 +92,9 @@ class TrainConfig(Section):
     group_size: Annotated[int, Field(ge=1)] = Field(
         32, description="images per optimizer step, over all processes (paper: 4 x 8 and 2 x 8)"
     )
-    micro_batch: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="images a device computes at once; null: its whole share of the group"
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="images a device computes at once; null: its whole share of the group; auto: as many as fit this device",
     )
     windows: Literal["straddle", "epoch"] = Field(
         "straddle", description="may a group reach over the end of an epoch, or is the last one short (paper)"
@@ -104,7 +105,8 @@ class TrainConfig(Section):
         "over the number of micro-batches of a full group, also in a short one (released fine-tuning code)",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="autocast type; auto: bf16 on CUDA, fp32 on the CPU; fp16 scales the loss"
+        "auto",
+        description="autocast type; auto: bf16 on CUDA and on CPUs with instructions for it, else fp32; fp16 scales the loss",
     )
     exactness: Literal["exact", "ordered", "none"] = Field(
         "ordered",
@@ -117,9 +119,12 @@ class TrainConfig(Section):
     )
     group_norm: Literal["auto", "native", "fused"] = Field(
         "auto",
-        description="GroupNorm, scale and shift, SiLU: PyTorch's three operations, or one that keeps less (Triton on CUDA); auto: one, unless compiled",
+        description="GroupNorm, scale and shift, SiLU: PyTorch's three operations, or one that keeps less (Triton on CUDA); auto: one on CUDA, unless compiled",
     )
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool | Literal["auto"] = Field(
+        False,
+        description="torch.compile the model; auto: on CUDA in a run long enough to make up for the minutes it takes",
+    )
     ema: EmaConfig | None = Field(default_factory=EmaConfig, description="moving average of weights; null: none")
     spikes: SpikeConfig | None = Field(
         default_factory=SpikeConfig, description="leave out updates of loss spikes; null: take all that are finite"
@@ -145,6 +150,11 @@ class TrainConfig(Section):
     select: Literal["last", "best"] = Field(
         "last", description="weights that are kept and tested: the last, or the best on validation (paper)"
     )
+
+    @property
+    def given_micro_batch(self) -> int | None:
+        """The micro-batch, where the run file says one."""
+        return None if self.micro_batch == "auto" else self.micro_batch
 
 
 class InitConfig(Section):

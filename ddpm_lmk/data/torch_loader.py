@@ -158,7 +158,9 @@ class TrainLoader(_Loader):
         *,
         plan: GroupPlan,
     ) -> None:
-        super().__init__(cfg, corpora, seat, cache, largest=cfg.train.micro_batch or -(-plan.largest // seat.world))
+        super().__init__(
+            cfg, corpora, seat, cache, largest=cfg.train.given_micro_batch or -(-plan.largest // seat.world)
+        )
         self.plan = plan
         self._order = SampleOrder(cfg.seed, [c.by_shard for c in corpora], cfg.data.weights, cfg.data.shuffle_window)
         self.quarantine = Quarantine(corpora, cfg.data.max_bad_fraction)
@@ -261,7 +263,9 @@ def open_training(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None) -> T
     count = sum(len(corpus.rows) for corpus in corpora)
     train = cfg.train
     # The paper leaves out a part of a micro-batch in pre-training, but uses every labelled image (paper.md, 2 and 3).
-    plan = GroupPlan(count, train.group_size, train.micro_batch, train.windows, drop_last=cfg.task.stage == "pretrain")
+    plan = GroupPlan(
+        count, train.group_size, train.given_micro_batch, train.windows, drop_last=cfg.task.stage == "pretrain"
+    )
     plan.check_world(seat.world)
     if count < plan.largest:
         log.warning("%d images are fewer than train.group_size=%d: groups repeat them", count, train.group_size)

@@ -237,7 +237,7 @@ def _divisor(train: TrainConfig, batch: Batch, group: Group) -> Tensor | int:
     """What a micro-batch's summed loss is divided by: the group, or its own images, and the parts of a full group."""
     if train.gradient == "mean":
         return group.size
-    parts = train.group_size // (train.micro_batch or train.group_size) if train.gradient == "nominal" else 1
+    parts = train.group_size // (train.given_micro_batch or train.group_size) if train.gradient == "nominal" else 1
     return batch.weight.sum().clamp(min=1.0) * parts
 
 

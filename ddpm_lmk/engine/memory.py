@@ -7,19 +7,27 @@ a step and cannot be saved, and a restart from the last checkpoint at the same m
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import TracebackType
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config import RunConfig, UNetConfig
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.precision import choose_precision
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import ResourceError, StoppedError
+from ddpm_lmk.models import ModelCost, model_cost
+from ddpm_lmk.models.cost import FLOAT_BYTES
+from ddpm_lmk.models.fused import choose_norm
 from ddpm_lmk.tasks.task import Task
 
 FIRST_STEPS = 3
 USABLE = 0.9  # of a device's memory; the rest goes to the CUDA context and to fragmentation
+WORKING_MAPS = 8  # of the first level's size: input, result and gradients of the block that is running
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CPU_WORDS = "can't allocate memory"  # of the RuntimeError of torch's CPU allocator
 
 
@@ -48,7 +56,7 @@ class MemoryWatch:
 
     def _advice(self) -> str:
         share = self._cfg.train.group_size // self._parallel.world
-        tried = self._cfg.train.micro_batch or share
+        tried = self._cfg.train.given_micro_batch or share
         sizes = [size for size in range(1, tried) if share % size == 0]
         fitting = [size for size in sizes if size <= self._images_that_fit()] or sizes[:1]
         if not fitting:
@@ -59,17 +67,56 @@ class MemoryWatch:
         )
 
     def _images_that_fit(self) -> int:
-        """By the estimate of `models.cost`: weights, gradients, moments and average, the rest for activations."""
-        cfg, task = self._cfg, self._task
-        cost = task.cost(cfg.model, cfg.data.image_size)
-        copies = copies_of_weights(cfg, world=self._parallel.world, zero=self._parallel.zero)
-        room = USABLE * self._device_bytes() - copies * cost.weight_bytes
-        return int(room // (cost.activation_bytes / (2 if is_half(cfg, self._parallel.device.type) else 1)))
+        """By the estimate of `process_bytes`, which grows evenly with the images."""
+        cfg, parallel = self._cfg, self._parallel
+        cost = training_cost(cfg, self._task, is_fused=uses_fused(cfg, parallel.device.type))
+        is_half = parallel.dtype(cfg.train.precision) is not None
+        none, one = (
+            process_bytes(cfg, cost, images, is_half=is_half, world=parallel.world, zero=parallel.zero)
+            for images in (0, 1)
+        )
+        return int((USABLE * device_bytes(parallel) - none) // (one - none))
 
-    def _device_bytes(self) -> int:
-        if self._parallel.device.type == "cuda":
-            return torch.cuda.get_device_properties(self._parallel.device).total_memory
-        return psutil.virtual_memory().total // self._parallel.world
+
+def training_cost(cfg: RunConfig, task: Task, *, is_fused: bool) -> ModelCost:
+    """What one training image costs; `is_fused`: norms of a ddpm_unet keep nothing but their input."""
+    if not isinstance(cfg.model, UNetConfig):
+        return task.cost(cfg.model, cfg.data.image_size)
+    size, outputs = cfg.data.image_size, task.out_channels
+    return model_cost(cfg.model, size, outputs, full_size=task.full_size, is_fused=is_fused)
+
+
+def process_bytes(cfg: RunConfig, cost: ModelCost, images: int, *, is_half: bool, world: int = 1, zero: int = 0) -> int:
+    """Estimated peak of one process that computes `images` of this cost at once.
+
+    Copies of the weights in fp32; the weights convolutions compute with, standardised and in the type they compute in,
+    which live until the backward pass; what the blocks keep for it; and the maps one block works on while it runs.
+
+    Args:
+        is_half: activations are kept in 16 bits.
+    """
+    share, work = 2 if is_half else 1, 0
+    if isinstance(cfg.model, UNetConfig):
+        work = FLOAT_BYTES * WORKING_MAPS * cfg.model.width * (cfg.data.image_size // cfg.model.patch) ** 2
+    weights = cost.weight_bytes * (copies_of_weights(cfg, world=world, zero=zero) + 1 / share)
+    return int(weights + images * (cost.activation_bytes + work) / share)
+
+
+def uses_fused(cfg: RunConfig, device: str) -> bool:
+    """Do the norms of this run keep nothing but their input?"""
+    norm = choose_norm(cfg.train.group_norm, torch.device(device), is_compiled=cfg.train.compile is True)
+    return norm.name != "native"
+
+
+def device_bytes(parallel: Parallel) -> int:
+    """Memory of this process's device; on a CPU its share of what this machine, or its container, has."""
+    if parallel.device.type == "cuda":
+        return torch.cuda.get_device_properties(parallel.device).total_memory
+    try:
+        limit = int(CGROUP_LIMIT.read_text())
+    except (OSError, ValueError):  # not in a container, or "max"
+        limit = sys.maxsize
+    return min(psutil.virtual_memory().total, limit) // parallel.world
 
 
 def copies_of_weights(cfg: RunConfig, *, world: int, zero: int) -> float:
@@ -81,14 +128,14 @@ def copies_of_weights(cfg: RunConfig, *, world: int, zero: int) -> float:
     moments, average = 2 * (cfg.optim.kind == "adamw"), cfg.train.ema is not None
     if zero:
         return 1 + average + (moments + 1) / world + (1 if zero == 1 else 1 / world)
-    leaves = cfg.train.group_size // ((cfg.train.micro_batch or cfg.train.group_size) * world)
+    leaves = cfg.train.group_size // ((cfg.train.given_micro_batch or cfg.train.group_size) * world)
     sums = leaves.bit_length() + 1 if cfg.train.exactness == "exact" else 0
     return 2 + moments + average + sums
 
 
 def is_half(cfg: RunConfig, device: str) -> bool:
     """Are activations kept in 16 bits on this kind of device?"""
-    return cfg.train.precision in ("bf16", "fp16") or (cfg.train.precision == "auto" and device == "cuda")
+    return choose_precision(cfg, device).name != "fp32"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

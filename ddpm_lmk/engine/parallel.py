@@ -61,6 +61,7 @@ class Parallel:
         self.rank = self._accelerator.process_index
         self.world = self._accelerator.num_processes
         self.device = self._accelerator.device
+        self.auto_precision: Precision = "fp32" if self.device.type == "cpu" else "bf16"  # a run may choose another
         if self.world != promised:
             raise LaunchError(f"joined a group of {self.world} processes, wanted WORLD_SIZE={promised}; start it again")
         if zero:
@@ -133,13 +134,23 @@ class Parallel:
         self._accelerator.free_memory()
 
     def autocast(self, precision: Precision) -> AbstractContextManager[Any]:
-        """The precision of a forward pass; auto is bf16 on CUDA and fp32 on the CPU."""
+        """The precision of a forward pass; auto is `auto_precision`."""
         dtype = self.dtype(precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
+    @contextmanager
+    def training_in(self, precision: Precision) -> Iterator[None]:
+        """Have `auto` mean this while the block lasts."""
+        before, self.auto_precision = self.auto_precision, precision
+        try:
+            yield
+        finally:
+            self.auto_precision = before
+
     def dtype(self, precision: Precision) -> torch.dtype | None:
         """The type that convolutions and matrix products compute in under `autocast`; None: that of the weights."""
-        if precision == "fp32" or (precision == "auto" and self.device.type == "cpu"):
+        precision = self.auto_precision if precision == "auto" else precision
+        if precision == "fp32":
             return None
         return torch.float16 if precision == "fp16" else torch.bfloat16
 

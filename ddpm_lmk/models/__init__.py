@@ -37,17 +37,24 @@ def build_model(cfg: Network, *, out_channels: int, full_size: bool = True, doma
 
 
 def model_cost(
-    cfg: Network, image_size: int, out_channels: int, *, full_size: bool = True, domains: Sequence[int] = ()
+    cfg: Network,
+    image_size: int,
+    out_channels: int,
+    *,
+    full_size: bool = True,
+    domains: Sequence[int] = (),
+    is_fused: bool = False,
 ) -> ModelCost:
     """Cost of `build_model(cfg, out_channels=..., ...)` for one image of `image_size` squared, with time.
 
-    Of a mixture's network, operations are those for an image of the first dataset.
+    Of a mixture's network, operations are those for an image of the first dataset. `is_fused` is for a ddpm_unet whose
+    norms keep nothing but their input.
     """
     if isinstance(cfg, GU2NetConfig):
         return traced_cost(lambda: GU2Net(cfg, domains=domains or (out_channels,)), 1, image_size, image_size)
     if isinstance(cfg, EncoderUNetConfig):
         return traced_cost(lambda: EncoderUNet(cfg, out_channels=out_channels), 1, image_size, image_size)
-    return cost.model_cost(cfg, image_size, out_channels, full_size=full_size)
+    return cost.model_cost(cfg, image_size, out_channels, full_size=full_size, is_fused=is_fused)
 
 
 def _want_groups(cfg: UNetConfig) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ddpm_lmk.config import UNetConfig
-from ddpm_lmk.models.unet import linear_levels
+from ddpm_lmk.models.unet import checkpointed_levels, linear_levels
 
 FLOAT_BYTES = 4
+SEPARATE, FUSED = 6, 3  # maps a residual block keeps beside its input, by how its norms are computed
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,26 @@ class _Part:
     executed: int
     kept: int
     given: int
-    recomputed: bool = True
 
 
-def model_cost(cfg: UNetConfig, image_size: int, out_channels: int, *, full_size: bool = True) -> ModelCost:
-    """Cost of `build_model(cfg, out_channels=..., full_size=...)` for one image of `image_size` squared, with time."""
-    parts = list(_parts(cfg, image_size // cfg.patch, out_channels * (cfg.patch**2 if full_size else 1)))
+def model_cost(
+    cfg: UNetConfig, image_size: int, out_channels: int, *, full_size: bool = True, is_fused: bool = False
+) -> ModelCost:
+    """Cost of `build_model(cfg, out_channels=..., full_size=...)` for one image of `image_size` squared, with time.
+
+    Args:
+        is_fused: norms keep nothing but their input (`fused`).
+    """
+    outputs = out_channels * (cfg.patch**2 if full_size else 1)
+    by_level = list(_parts_by_level(cfg, image_size // cfg.patch, outputs, maps=FUSED if is_fused else SEPARATE))
+    parts = [part for _, part in by_level]
     params = sum(part.params for part in parts)
     executed = 2 * sum(part.executed for part in parts)
-    kept = sum(part.kept for part in parts)
-    repeated = 0
-    if cfg.checkpointing:
-        again = [part for part in parts if part.recomputed]
-        kept += sum(part.given - part.kept for part in again) + max(part.kept for part in again)
-        repeated = 2 * sum(part.executed for part in again)
+    recomputed = _recomputed(cfg)
+    again = [part for level, part in by_level if level in recomputed]
+    kept = sum(part.kept for part in parts) + sum(part.given - part.kept for part in again)
+    kept += max((part.kept for part in again), default=0)
+    repeated = 2 * sum(part.executed for part in again)
     return ModelCost(
         params=params,
         flops_forward=2 * sum(part.macs for part in parts),
@@ -77,7 +84,8 @@ class LevelCost:
 def level_costs(cfg: UNetConfig, image_size: int, out_channels: int, *, full_size: bool = True) -> dict[str, LevelCost]:
     """Cost by level: `ends` (first and last layers, time), `downs.0`, ..., `mid`, `ups.0`, ...; nothing recomputed."""
     found: dict[str, list[_Part]] = {}
-    for level, part in _parts_by_level(cfg, image_size // cfg.patch, out_channels * (cfg.patch**2 if full_size else 1)):
+    outputs = out_channels * (cfg.patch**2 if full_size else 1)
+    for level, part in _parts_by_level(cfg, image_size // cfg.patch, outputs, maps=SEPARATE):
         found.setdefault(level, []).append(part)
     return {
         level: LevelCost(
@@ -90,13 +98,27 @@ def level_costs(cfg: UNetConfig, image_size: int, out_channels: int, *, full_siz
     }
 
 
-def _parts(cfg: UNetConfig, side: int, num_outputs: int) -> Iterator[_Part]:
-    """The blocks in the order of the forward pass; `side` is that of the first level."""
-    return (part for _, part in _parts_by_level(cfg, side, num_outputs))
+def _recomputed(cfg: UNetConfig) -> set[str]:
+    """Names of the levels whose activations are computed again; the middle goes with the deepest."""
+    wanted = checkpointed_levels(cfg)
+    last = len(wanted) - 1
+    names = [
+        {f"downs.{level}", f"ups.{last - level}", *(["mid"] if level == last else [])} for level in range(last + 1)
+    ]
+    return {name for again, level in zip(wanted, names, strict=True) if again for name in level}
 
 
-def _parts_by_level(cfg: UNetConfig, side: int, num_outputs: int) -> Iterator[tuple[str, _Part]]:
-    """The blocks in the order of the forward pass, each with the name of its level."""
+def _parts_by_level(cfg: UNetConfig, side: int, num_outputs: int, *, maps: int) -> Iterator[tuple[str, _Part]]:
+    """The blocks in the order of the forward pass, each with the name of its level.
+
+    Args:
+        side: of the first level, pixels.
+        maps: what a residual block keeps beside its input, in maps of its output's size.
+    """
+
+    def resnet(cin: int, cout: int, area: int) -> _Part:
+        return _resnet(cin, cout, area, time_dim, maps=maps)
+
     width, time_dim, hidden = cfg.width, 4 * cfg.width, cfg.heads * cfg.head_dim
     channels = [width, *(width * m for m in cfg.multipliers)]
     levels = list(zip(channels[:-1], channels[1:], linear_levels(cfg), strict=True))
@@ -106,33 +128,33 @@ def _parts_by_level(cfg: UNetConfig, side: int, num_outputs: int) -> Iterator[tu
     yield "ends", _linear(time_dim, time_dim)
     for level, (inner, outer, attends) in enumerate(levels):
         name = f"downs.{level}"
-        yield from ((name, _resnet(inner, inner, area[level], time_dim)) for _ in range(2))
+        yield from ((name, resnet(inner, inner, area[level])) for _ in range(2))
         if attends:
             yield name, _linear_attention(inner, area[level], hidden, cfg.head_dim)
         is_last = level == last
         yield name, _conv(inner, outer, area[level], taps=9) if is_last else _half(inner, outer, area[level])
     deepest = channels[-1]
-    yield "mid", _resnet(deepest, deepest, area[last], time_dim)
+    yield "mid", resnet(deepest, deepest, area[last])
     yield "mid", _full_attention(deepest, area[last], hidden)
-    yield "mid", _resnet(deepest, deepest, area[last], time_dim)
+    yield "mid", resnet(deepest, deepest, area[last])
     for level, (inner, outer, attends) in reversed(list(enumerate(levels))):
         name = f"ups.{last - level}"
-        yield from ((name, _resnet(outer + inner, outer, area[level], time_dim)) for _ in range(2))
+        yield from ((name, resnet(outer + inner, outer, area[level])) for _ in range(2))
         if attends:
             yield name, _linear_attention(outer, area[level], hidden, cfg.head_dim)
         is_first = level == 0
         yield name, _conv(outer, inner, area[level], taps=9) if is_first else _double(outer, inner, area[level])
-    yield "ends", _resnet(2 * width, width, area[0], time_dim, recomputed=False)
+    yield "ends", resnet(2 * width, width, area[0])
     yield "ends", _conv(width, num_outputs, area[0], taps=1)
 
 
 def _conv(cin: int, cout: int, area: int, *, taps: int) -> _Part:
     macs = taps * cin * cout * area
-    return _Part(taps * cin * cout + cout, macs, macs, cin * area, cin * area, recomputed=taps > 1)
+    return _Part(taps * cin * cout + cout, macs, macs, cin * area, cin * area)
 
 
 def _linear(cin: int, cout: int) -> _Part:
-    return _Part(cin * cout + cout, cin * cout, cin * cout, cin, cin, recomputed=False)
+    return _Part(cin * cout + cout, cin * cout, cin * cout, cin, cin)
 
 
 def _half(cin: int, cout: int, area: int) -> _Part:
@@ -146,16 +168,17 @@ def _double(cin: int, cout: int, area: int) -> _Part:
     return _Part(9 * cin * cout + cout, 36 * cin * cout * area, 16 * cin * cout * area, cin * area, cin * area)
 
 
-def _resnet(cin: int, cout: int, area: int, time_dim: int, *, recomputed: bool = True) -> _Part:
+def _resnet(cin: int, cout: int, area: int, time_dim: int, *, maps: int) -> _Part:
     """Two 3x3 convolutions, two norms, the time projection and, where channels change, a 1x1 convolution.
 
-    Kept: the input; what each norm, the modulation and each SiLU was given; the first block's output.
+    Kept: the input; what each norm, the modulation and each SiLU was given (fused: each norm only); the first block's
+    output.
     """
     shortcut = cin * cout if cin != cout else 0
     weights = 9 * cin * cout + 9 * cout * cout + shortcut
     params = weights + (2 * cout + 4 * cout) + (cout if shortcut else 0) + 2 * cout * (time_dim + 1)
     macs = weights * area + 2 * cout * time_dim
-    return _Part(params, macs, macs, (cin + 6 * cout) * area, cin * area, recomputed)
+    return _Part(params, macs, macs, (cin + maps * cout) * area, cin * area)
 
 
 def _linear_attention(channels: int, area: int, hidden: int, head_dim: int) -> _Part:

@@ -38,7 +38,7 @@ class UNet(nn.Module):
 
     def __init__(self, cfg: UNetConfig, *, out_channels: int, full_size: bool) -> None:
         super().__init__()
-        self.patch, self.full_size, self.checkpointing = cfg.patch, full_size, cfg.checkpointing
+        self.patch, self.full_size, self.checkpointing = cfg.patch, full_size, checkpointed_levels(cfg)
         width, time_dim = cfg.width, 4 * cfg.width
         channels = [width, *(width * m for m in cfg.multipliers)]
         levels = list(zip(channels[:-1], channels[1:], linear_levels(cfg), strict=True))
@@ -85,41 +85,56 @@ class UNet(nn.Module):
         x = self.init_conv(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         time = None if t is None else self.time_mlp(t)
         first, skips = x, []
-        for level in self.downs:
+        for again, level in zip(self.checkpointing, self.downs, strict=True):
             block1, block2, attend, resample = cast(nn.ModuleList, level)
-            x = self._run(block1, x, time)
+            x = _run(again, block1, x, time)
             skips.append(x)
-            x = self._run(attend, self._run(block2, x, time))
+            x = _run(again, attend, _run(again, block2, x, time))
             skips.append(x)
-            x = self._run(resample, x)
-        x = self._run(self.mid_block1, x, time)
-        x = self._run(self.mid_attn, x)
-        x = self._run(self.mid_block2, x, time)
-        for level in self.ups:
+            x = _run(again, resample, x)
+        x = _run(self.checkpointing[-1], self.mid_block1, x, time)
+        x = _run(self.checkpointing[-1], self.mid_attn, x)
+        x = _run(self.checkpointing[-1], self.mid_block2, x, time)
+        for again, level in zip(reversed(self.checkpointing), self.ups, strict=True):
             block1, block2, attend, resample = cast(nn.ModuleList, level)
-            x = self._run(block1, torch.cat((x, skips.pop()), dim=1), time)
-            x = self._run(block2, torch.cat((x, skips.pop()), dim=1), time)
-            x = self._run(resample, self._run(attend, x))
+            x = _run(again, block1, torch.cat((x, skips.pop()), dim=1), time)
+            x = _run(again, block2, torch.cat((x, skips.pop()), dim=1), time)
+            x = _run(again, resample, _run(again, attend, x))
         x = self.final_conv(self.final_res_block(torch.cat((x, first), dim=1), time))
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 and self.full_size else x
 
-    def _run(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """Call a block, keeping none of its activations when checkpointing (no block draws random numbers)."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return module(*inputs)
+
+def _run(again: bool, module: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """Call a block, keeping none of its activations if it shall run `again` in the backward pass.
+
+    No block draws random numbers, so their state is not kept either.
+    """
+    if again and torch.is_grad_enabled():
+        return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return module(*inputs)
+
+
+def checkpointed_levels(cfg: UNetConfig) -> tuple[bool, ...]:
+    """Which levels recompute their activations; the middle goes with the deepest. `auto`, not yet chosen, is none."""
+    if isinstance(cfg.checkpointing, tuple):
+        return _per_level("checkpointing", cfg.checkpointing, cfg)
+    return (cfg.checkpointing is True,) * len(cfg.multipliers)
 
 
 def linear_levels(cfg: UNetConfig) -> tuple[bool, ...]:
     """Which levels have linear attention."""
     if isinstance(cfg.linear_attention, bool):
         return (cfg.linear_attention,) * len(cfg.multipliers)
-    if len(cfg.linear_attention) != len(cfg.multipliers):
+    return _per_level("linear_attention", cfg.linear_attention, cfg)
+
+
+def _per_level(key: str, values: tuple[bool, ...], cfg: UNetConfig) -> tuple[bool, ...]:
+    if len(values) != len(cfg.multipliers):
         raise ConfigError(
-            f"model.linear_attention has {len(cfg.linear_attention)} entries for {len(cfg.multipliers)} levels; "
+            f"model.{key} has {len(values)} entries for {len(cfg.multipliers)} levels; "
             "give one per level, or a single true or false"
         )
-    return cfg.linear_attention
+    return values
 
 
 def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:

@@ -212,7 +212,7 @@ def count_steps(cfg: RunConfig, shots: int | None) -> int | None:
     if num_images is None and cfg.train.length.unit == "epochs":
         return None
     train = cfg.train
-    plan = GroupPlan(num_images or 1, train.group_size, train.micro_batch, train.windows, drop_last=False)
+    plan = GroupPlan(num_images or 1, train.group_size, train.given_micro_batch, train.windows, drop_last=False)
     return train.length.steps(train.group_size, num_images or 1, plan.steps_per_epoch)
 
 

@@ -53,7 +53,8 @@ def test_a_network_with_folded_norms_has_the_gradients_of_the_plain_one_and_keep
 
 def test_the_norm_of_a_run_is_chosen_by_what_is_there() -> None:
     cpu = torch.device("cpu")
-    assert choose_norm("auto", cpu, is_compiled=False).name == "folded"
+    assert choose_norm("auto", cpu, is_compiled=False).name == "native"
+    assert choose_norm("fused", cpu, is_compiled=False).name == "folded"
     assert choose_norm("auto", cpu, is_compiled=True).name == "native"
     assert choose_norm("native", cpu, is_compiled=False).name == "native"
     assert choose_norm("fused", cpu, is_compiled=True).name == "folded"

@@ -2,7 +2,8 @@
 
 A rank writes a short record over itself at every sign of progress (a step, a batch of an evaluation). The launcher
 reads the records; a rank that has stopped writing hangs. Times are of the monotonic clock, which all processes of a
-machine share and which nobody sets back. Without a launcher nothing is written.
+machine share and which nobody sets back. Without a launcher nothing is written, and the process looks after itself
+(`launcher.alone`).
 """
 
 from __future__ import annotations
@@ -57,50 +58,72 @@ def die_with_parent(parent: int) -> None:
 
 
 class Pulse:
-    """Writes the record of this rank."""
+    """Keeps the last sign of this rank, as a record in `folder` where there is one.
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    Attributes:
+        last: the last sign.
+    """
+
+    def __init__(self, folder: Path | None, rank: int) -> None:
+        self.last: Beat | None = None
         self._rank = rank
-        self._file = os.open(folder / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._intervals: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=INTERVALS))
         self._reaches: deque[float] = deque(maxlen=REACHES)
-        self._last: tuple[str, float] | None = None
-        self._stacks = (folder / f"stacks-{rank}").open("w")
-        faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
+        self._file: int | None = None
+        if folder is not None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            self._file = os.open(folder / f"rank-{rank}", flags, 0o600)
+            self._stacks = (folder / f"stacks-{rank}").open("w")
+            faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
 
     def close(self) -> None:
         """Write no more signs and no stacks."""
-        faulthandler.unregister(DUMP_SIGNAL)
-        self._stacks.close()
-        os.close(self._file)
+        if self._file is not None:
+            faulthandler.unregister(DUMP_SIGNAL)
+            self._stacks.close()
+            os.close(self._file)
 
     def beat(self, phase: str, step: int, reach_s: float | None) -> None:
-        """Write one sign."""
+        """Give one sign."""
         now = time.monotonic()
-        if self._last is not None:
-            self._intervals[self._last[0]].append(now - self._last[1])
-            if (self._last[0], phase) == ("train", "step"):  # the first step, from its beginning
-                self._intervals["step"] = deque([now - self._last[1]], maxlen=INTERVALS)
+        if self.last is not None:
+            self._intervals[self.last.phase].append(now - self.last.at)
+            if (self.last.phase, phase) == ("train", "step"):  # the first step, from its beginning
+                self._intervals["step"] = deque([now - self.last.at], maxlen=INTERVALS)
         intervals = self._intervals[phase]
         if reach_s is not None:
             self._reaches.append(reach_s)
-        self._last = (phase, now)
         middle, reach = (statistics.median(values) if values else 0.0 for values in (intervals, self._reaches))
-        fields = (phase.encode(), os.getpid(), step, now, middle, reach, len(intervals), len(self._reaches))
-        record = RECORD.pack(*fields)
-        os.pwrite(self._file, record + struct.pack("<L", zlib.crc32(record)), 0)
+        counts = {"count": len(intervals), "reaches": len(self._reaches)}
+        beat = Beat(self._rank, os.getpid(), phase, step, now, interval_s=middle, reach_s=reach, **counts)
+        if self._file is not None:
+            os.pwrite(self._file, _packed(beat), 0)
+        self.last = beat
+
+
+def _packed(beat: Beat) -> bytes:
+    at = (beat.pid, beat.step, beat.at, beat.interval_s, beat.reach_s, beat.count, beat.reaches)
+    record = RECORD.pack(beat.phase.encode(), *at)
+    return record + struct.pack("<L", zlib.crc32(record))
 
 
 _pulse: Pulse | None = None
 
 
-def start_pulse(rank: int, *, folder: Path | None = None) -> None:
-    """Begin to write signs in `folder`, or where a launcher asks for them."""
+def start_pulse(rank: int) -> None:
+    """Begin to give signs where a launcher asks for them."""
     global _pulse
-    wanted = folder or os.environ.get(PULSE)
-    if wanted:
-        _pulse = Pulse(Path(wanted), rank)
+    folder = os.environ.get(PULSE)
+    if folder:
+        _pulse = Pulse(Path(folder), rank)
         beat("start")
+
+
+def start_own_pulse() -> Pulse:
+    """Begin to give signs to this process itself."""
+    global _pulse
+    _pulse = Pulse(None, 0)
+    return _pulse
 
 
 def stop_pulse() -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from ddpm_lmk import lifeline, privacy
 from ddpm_lmk.errors import StoppedError
 from ddpm_lmk.launcher import watch
 from ddpm_lmk.launcher.notes import Notes
-from ddpm_lmk.lifeline import Beat
+from ddpm_lmk.lifeline import Beat, Pulse
 
 POLL_S = 0.5
 
@@ -30,9 +28,7 @@ POLL_S = 0.5
 @contextmanager
 def looked_after(out: Path, stall_s: float) -> Iterator[None]:
     """End this process if it makes no progress within the block (see `watch.limit_s`)."""
-    pulse = Path(tempfile.mkdtemp(prefix="ddpm-lmk-"))
-    lifeline.start_pulse(0, folder=pulse)
-    over = threading.Event()
+    pulse, over = lifeline.start_own_pulse(), threading.Event()
     thread = threading.Thread(target=_look, args=(pulse, stall_s, Notes(out, node_rank=0), over), daemon=True)
     thread.start()
     try:
@@ -41,20 +37,17 @@ def looked_after(out: Path, stall_s: float) -> Iterator[None]:
         over.set()
         thread.join()
         lifeline.stop_pulse()
-        shutil.rmtree(pulse, ignore_errors=True)
 
 
-def _look(pulse: Path, stall_s: float, notes: Notes, over: threading.Event) -> None:
+def _look(pulse: Pulse, stall_s: float, notes: Notes, over: threading.Event) -> None:
     """In the thread."""
-    last_at, awake_s = 0.0, 0.0
+    seen, awake_s = pulse.last, 0.0
     while not over.wait(POLL_S):
-        for beat in lifeline.read_beats(pulse):
-            awake_s = awake_s + POLL_S if beat.at == last_at else 0.0
-            last_at = beat.at
-            if awake_s > watch.limit_s(beat, stall_s):
-                _leave(beat, notes)
-                shutil.rmtree(pulse, ignore_errors=True)
-                os._exit(StoppedError.exit_code)
+        beat = pulse.last
+        awake_s, seen = awake_s + POLL_S if beat is seen else 0.0, beat
+        if beat is not None and awake_s > watch.limit_s(beat, stall_s):
+            _leave(beat, notes)
+            os._exit(StoppedError.exit_code)
 
 
 def _leave(beat: Beat, notes: Notes) -> None:

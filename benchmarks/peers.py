@@ -81,14 +81,14 @@ def _contenders(group: str, options: argparse.Namespace, device: str) -> Iterato
         return
     if group == "width":
         yield contender("ours, checkpointing", "channels-last")
-        yield from (contender(PLAIN, layout) for layout in LAYOUTS)
+        yield from (contender(PLAIN, layout) for layout in options.layouts)
         yield contender("released, checkpointing", "nchw")
     for peer in PEERS:
         if not is_installed(peer):
             say(f"{PACKAGES[peer][1]} is not installed: left out (pip install -c constraints.txt -e '.[bench]')")
             continue
         chosen = matched(peer, shape, released) if group == "matched" else shape
-        yield from (contender(peer, layout, chosen) for layout in LAYOUTS)
+        yield from (contender(peer, layout, chosen) for layout in options.layouts)
 
 
 def _label(spec: Spec) -> str:
@@ -196,6 +196,7 @@ def _ratios(group: str, there: Sequence[Contender]) -> Iterator[tuple[dict[str, 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the others' memory")
     parser.add_argument("--width", type=int, default=32, help="channels of the first level")
     parser.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 4], help="channels per level, times width")
     parser.add_argument("--size", type=int, default=64, help="image side, pixels")

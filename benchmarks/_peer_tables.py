@@ -20,12 +20,6 @@ NAMES = {
 WAYS = {"plain": "", "ours": ", our step", "released": ", its own step"}
 
 
-def newest(folder: Path, pattern: str) -> Path:
-    """The file with the latest moment at the end of its name; the pattern itself where there is none."""
-    found = sorted(folder.glob(pattern), key=lambda path: path.stem.rsplit("-", 2)[-2:])
-    return found[-1] if found else folder / pattern
-
-
 def peers_table(source: Path) -> str:
     """Both tables of every group of a file, and its picture."""
     result = json.loads(source.read_text())

@@ -23,7 +23,7 @@ from _bench_tables import (
     training_table,
     ways_table,
 )
-from _peer_tables import newest, peers_table
+from _peer_tables import peers_table
 from _tables import (
     QUARANTINE,
     RESIZE,
@@ -83,7 +83,7 @@ PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (BENCHMARKS, "save", RESULTS / "checkpoint_save-pretrain-isbi-cpu.json", save_table),
     (BENCHMARKS, "exactness", RESULTS / "exactness_cpu.json", exactness_table),
     (BENCHMARKS, "faults-checkpoint", RESULTS / "faults_checkpoint.json", faults_table),
-    (BENCHMARKS, "peers", newest(RESULTS, "peers-width32_64px*-cpu-*.json"), peers_table),
+    (BENCHMARKS, "peers", newest(RESULTS, "peers", "width32_64px_fp32-cpu"), peers_table),
 )
 
 if __name__ == "__main__":

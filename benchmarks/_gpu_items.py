@@ -81,14 +81,26 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
 
 
 def _films(packs: Path, runs: Path, pretrain: tuple[str, ...], sweep: tuple[str, ...], *, is_smoke: bool) -> Item:
-    """Pre-training, and a sweep from it and from scratch; real films at 256 pixels."""
+    """Pre-training, and a sweep from it and from scratch; real films at 256 pixels.
+
+    Longer than a call may be: both go on where they were cut off.
+    """
     configs, pack = REPO / "configs", "phantoms" if is_smoke else "isbi256"
     data, one = f"data.path={packs / pack}", ("--cpu", "1") if is_smoke else ("--gpus", "1")
     if is_smoke:
         files, lengths, more = (configs / "smoke" / "pretrain.yaml", configs / "smoke" / "sweep.yaml"), ("2", "1"), ()
     else:
         files = (configs / "pretrain" / "base.yaml", configs / "sweep" / "base.yaml")
-        lengths, more = ("1500", "120"), (f"start.pretrained={runs / 'pretrain'}",)
-    first = (*pretrain, str(files[0]), "--out", str(runs / "pretrain"), *one, data, f"train.length={lengths[0]} steps")
+        lengths, more = ("600", "60"), (f"start.pretrained={runs / 'pretrain'}",)
+    first = (
+        *pretrain,
+        str(files[0]),
+        "--out",
+        str(runs / "pretrain"),
+        *one,
+        data,
+        f"train.length={lengths[0]} steps",
+        "train.checkpoint_every=100 steps",
+    )
     then = (*sweep, str(files[1]), "--out", str(runs / "sweep"), *one, data, f"train.length={lengths[1]} steps", *more)
     return Item("films", (first, then), 900, pack=pack)

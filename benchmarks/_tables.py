@@ -43,6 +43,23 @@ def pack_table(source: Path) -> str:
     return f"{machine(result)}\n\n{markdown(heads, rows)}"
 
 
+def loader_table(source: Path) -> str:
+    """Images per second of the loader per size, residency and augmentation."""
+    result = json.loads(source.read_text())
+    heads = ["size, px", "residency", "share of images moved", "images/s", "images/CPU-s"]
+    rows = [
+        [
+            row["image_size_px"],
+            row["residency"],
+            row["augmented_share"],
+            f"{row['images_per_s']:,.0f}",
+            f"{row['images_per_cpu_s']:,.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    return f"{machine(result)}\n\n{markdown(heads, rows)}"
+
+
 def picked(part: str, columns: dict[str, str]) -> Callable[[Path], str]:
     """A table of fields of the rows of a result: `columns` are heads and keys."""
 
@@ -235,3 +252,6 @@ RESIZE |= {"linear: mean": "linear_mean_levels", "host, us": "host_us"}
 QUARANTINE = {"processes": "processes", "damaged": "damaged_samples", "listed": "listed_samples"}
 QUARANTINE |= {"healthy, listed": "healthy_and_listed", "trained on": "damaged_and_trained_on"}
 QUARANTINE |= {"same if killed": "killed_run_agrees", "same as one process": "agrees_with_one_process"}
+RATE = {"from": "from", "images/s": "images_per_s"}
+WAYS = {"way": "way", **RATE, "images/CPU-s": "images_per_cpu_s", "cores for 4,000 images/s": "cores_for_4000_per_s"}
+TRAINING = {"loader": "loader", **RATE, "waiting for data, %": "data_wait_pct"}

@@ -27,10 +27,13 @@ from _peer_tables import peers_table
 from _tables import (
     QUARANTINE,
     RESIZE,
+    TRAINING,
+    WAYS,
     copied,
     exactness_table,
     faults_table,
     fuzz_table,
+    loader_table,
     manifest_table,
     pack_table,
     packing_table,
@@ -42,6 +45,7 @@ from _tables import (
 
 from ddpm_lmk.report.text import update_between_markers
 
+Table = Callable[[Path], str]
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 
@@ -60,7 +64,13 @@ README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
 
 
-PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
+def newer(old: str, table: Table, old_table: Table) -> tuple[Path, Table]:
+    """The newest result of the loader, or the one of the form before, each with its table."""
+    found = newest(RESULTS, "loader", "phantom")
+    return (found, table) if found.exists() else (RESULTS / f"{old}.json", old_table)
+
+
+PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (README, "isbi", RESULTS / "isbi_cpu" / "report.md", copied),
     (README, "demo", RESULTS / "demo" / "report.md", copied),
     (README, "survived", RESULTS / "soak.json", survived_table),
@@ -73,9 +83,9 @@ PLACES: tuple[tuple[Path, str, Path, Callable[[Path], str]], ...] = (
     (BENCHMARKS, "train", newest(RESULTS, "train"), training_table),
     (BENCHMARKS, "scaling", newest(RESULTS, "scaling"), scaling_table),
     (BENCHMARKS, "forecast", newest(RESULTS, "forecast"), forecast_table),
-    (BENCHMARKS, "loader", newest(RESULTS, "loader", "phantom"), loading_table),
-    (BENCHMARKS, "loader-ways", newest(RESULTS, "loader", "phantom"), ways_table),
-    (BENCHMARKS, "loader-training", newest(RESULTS, "loader", "phantom"), loader_training_table),
+    (BENCHMARKS, "loader", *newer("loader-isbi2015_ceph", loading_table, loader_table)),
+    (BENCHMARKS, "loader-ways", *newer("loader", ways_table, picked("ways", WAYS))),
+    (BENCHMARKS, "loader-training", *newer("loader", loader_training_table, picked("training", TRAINING))),
     (BENCHMARKS, "dali-resize", RESULTS / "dali_resize.json", picked("rows", RESIZE)),
     (BENCHMARKS, "quarantine", RESULTS / "quarantine.json", picked("rows", QUARANTINE)),
     (BENCHMARKS, "manifest", RESULTS / "manifest_10m.json", manifest_table),

@@ -207,11 +207,18 @@ def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
     for _ in range(3):
         subject.step()
     estimate = memory_gib(cfg, subject.task, device=subject.device, micro_batch=subject.batch_images)
-    if subject.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    is_cuda = subject.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else _highest_rss_gib() - before
     return {"peak_memory_gib": peak, "estimated_memory_gib": estimate, "estimate_over_measured": estimate / peak}
+
+
+def _highest_rss_gib() -> float:
+    """Of this process alone: `ru_maxrss` would begin with that of the process that started it."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from typing import Any
 from ddpm_lmk.measure.result import Row, Stored, quartiles
 
 UNITS = {
-    "images_per_s": "images/s (right is better)",
     "gflop_per_s": "GFLOP/s (right is better)",
     "gbyte_per_s": "GB/s (right is better)",
     "device_s": "seconds on the device (left is better)",
     "cpu_s": "processor seconds (left is better)",
+    "images_per_s": "images/s (right is better)",
     "wall_s": "seconds (left is better)",
 }
 MOST_FILES, MOST_ROWS = 8, 40

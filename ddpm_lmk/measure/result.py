@@ -125,7 +125,7 @@ class Result:
         return path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stored:
     """A result file that was read."""
 
@@ -139,6 +139,10 @@ class Stored:
     @property
     def date(self) -> str:
         return str(self.facts["date"])
+
+    @property
+    def is_on_cpu(self) -> bool:
+        return bool(self.facts["hardware"]["device"] == "cpu")
 
     @property
     def machine(self) -> str:

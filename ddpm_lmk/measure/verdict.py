@@ -68,7 +68,7 @@ def compare_sides(first: Sequence[Stored], second: Sequence[Stored]) -> tuple[li
             remarks.append(f"{_words(row)}: measured once, so its noise is not known: not compared")
             continue
         values = row.samples[clock], other.samples[clock]
-        found = compare_samples(*values, anchor=_anchor(source, partner))
+        found = _while_busy(clock, source, partner) or compare_samples(*values, anchor=_anchor(source, partner))
         lines.append(Line(row.what, _condition_words(row), clock, median(values[0]), median(values[1]), found))
     remarks += [
         _why_alone(key, row, [mine for mine, _ in ours.values()], other_keys=ours)
@@ -124,6 +124,15 @@ def _clock(first: Row, second: Row, *, same_device: bool) -> str | None:
     """What both rows have repeated values of; processor time says nothing between a CPU and a GPU."""
     candidates = (*(BUSY if same_device else ()), *WALL)
     return next((clock for clock in candidates if clock in first.samples and clock in second.samples), None)
+
+
+def _while_busy(clock: str, first: Stored, second: Stored) -> Comparison | None:
+    """A refusal where the clock of a CPU measured what else ran there, not what was measured."""
+    loads = {found: found.facts["load_1_min_before_and_after"][0] for found in (first, second) if found.is_on_cpu}
+    if clock not in WALL or not any(load > found.facts["hardware"]["cores"] for found, load in loads.items()):
+        return None
+    seen = " and ".join(f"{load:g}" for load in loads.values())
+    return Comparison(None, None, None, f"not distinguishable: by the clock of a busy machine (load {seen})")
 
 
 def _anchor(first: Stored, second: Stored) -> float:

@@ -63,6 +63,20 @@ def test_a_cpu_and_a_gpu_are_not_compared_by_processor_time(tmp_path: Path) -> N
     assert "differs: hardware.device_name: None | a card" in remarks
 
 
+@pytest.mark.parametrize(("load", "is_refused"), [(0.5, False), (64.0, True)])
+def test_the_clock_of_a_busy_cpu_supports_no_ratio(load: float, is_refused: bool, tmp_path: Path) -> None:
+    sides = []
+    for seconds in (1.0, 3.0):
+        result = Result("train", settings={})
+        result.add("training", {"wall_s": [seconds] * 8})
+        sides.append(read(result.write(tmp_path, f"{seconds}"), cores=2))
+        sides[-1].facts["load_1_min_before_and_after"] = [load, load]
+
+    [line], _ = compare_sides(sides[:1], sides[1:])
+    assert (line.comparison.ratio is None) == is_refused
+    assert not is_refused or "by the clock of a busy machine (load 64 and 64)" in str(line.comparison)
+
+
 def test_every_earlier_result_is_compared_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (write(tmp_path / name, 1.0, seed=number) for number, name in enumerate("ab"))
     result = Result("step", settings={})

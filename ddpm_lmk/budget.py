@@ -20,7 +20,7 @@ from ddpm_lmk.data.order import GroupPlan
 from ddpm_lmk.data.spec import mixture
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.forecast import find_forecast, threads_of_a_process
-from ddpm_lmk.launcher import Placement
+from ddpm_lmk.launcher import Device
 from ddpm_lmk.models import model_cost
 from ddpm_lmk.plan import memory_gib, resolved_precision
 from ddpm_lmk.sweep import Cell, Sweep, cell_folder, is_done
@@ -42,10 +42,12 @@ class Need:
     source: str
 
 
-def needs(sweep: Sweep, out: Path, placement: Placement) -> list[Need]:
+def needs(sweep: Sweep, out: Path, device: Device, *, workers: int) -> list[Need]:
     """Rows of stages and starts that are not done; raises what opening their packs raises."""
     rows = [
-        _need(f"stage {stage.name}", [stage.cfg], [(stage.steps or 0) * stage.cfg.train.group_size], [], placement)
+        _need(
+            f"stage {stage.name}", [stage.cfg], [(stage.steps or 0) * stage.cfg.train.group_size], [], device, workers
+        )
         for stage in sweep.stages
         if not is_done(stage.folder, stage)
     ]
@@ -55,18 +57,16 @@ def needs(sweep: Sweep, out: Path, placement: Placement) -> list[Need]:
         if left:
             rates = _measured(out, [cell for cell in cells if cell not in left])
             images = [(cell.steps or 0) * cell.cfg.train.group_size for cell in left]
-            rows.append(_need(start, [cell.cfg for cell in left], images, rates, placement))
+            rows.append(_need(start, [cell.cfg for cell in left], images, rates, device, workers))
     return rows
 
 
-def budget_table(sweep: Sweep, out: Path, placement: Placement) -> Table:
+def budget_table(sweep: Sweep, out: Path, device: Device, *, workers: int) -> Table:
     """The rows as a table, with their sum shared out over the workers."""
-    found = needs(sweep, out, placement)
+    found = needs(sweep, out, device, workers=workers)
     known = [need.hours for need in found if need.hours is not None]
     unknown = len(found) - len(known)
-    total = (
-        f"{sum(known) / placement.processes:,.2f} h on {placement.processes} workers" if known else "hours not known"
-    )
+    total = f"{sum(known) / workers:,.2f} h on {workers} workers" if known else "hours not known"
     missing = f"; {unknown} rows not known, run `ddpm-lmk bench` or some of their cells" if unknown else ""
     table = Table(title="what it needs", caption=f"together {total}{missing}")
     for heading in ("what", "runs", "images", "TFLOP", "GiB a worker", "worker-hours", "hours from"):
@@ -79,7 +79,9 @@ def budget_table(sweep: Sweep, out: Path, placement: Placement) -> Table:
     return table
 
 
-def _need(what: str, runs: Sequence[RunConfig], images: Sequence[int], rates: list[float], where: Placement) -> Need:
+def _need(
+    what: str, runs: Sequence[RunConfig], images: Sequence[int], rates: list[float], device: Device, workers: int
+) -> Need:
     """Runs that differ in shots and seed only."""
     cfg = runs[0]
     manifests = [Manifest.open(path) for path in cfg.data.path]
@@ -87,8 +89,8 @@ def _need(what: str, runs: Sequence[RunConfig], images: Sequence[int], rates: li
     task = build_task(cfg, specs[0] if cfg.task.stage == "pretrain" else mixture(specs))
     scored = sum(_scored(run, manifests, count) for run, count in zip(runs, images, strict=True))
     micro_batch = cfg.train.micro_batch or cfg.train.group_size
-    memory = memory_gib(cfg, task, device=where.device, micro_batch=micro_batch)
-    seconds, source = (statistics.median(rates), "its own cells") if rates else _forecast(cfg, task, where)
+    memory = memory_gib(cfg, task, device=device, micro_batch=micro_batch)
+    seconds, source = (statistics.median(rates), "its own cells") if rates else _forecast(cfg, task, device, workers)
     hours = None if seconds is None else seconds * sum(images) / 3600
     return Need(what, len(runs), sum(images), _tflop(cfg, task, sum(images), scored), memory, hours, source)
 
@@ -126,11 +128,11 @@ def _measured(out: Path, done: Sequence[Cell]) -> list[float]:
     return [train["wall_s"] / train["images"] for train in found if train.get("images") and train.get("wall_s")]
 
 
-def _forecast(cfg: RunConfig, task: Task, where: Placement) -> tuple[float | None, str]:
+def _forecast(cfg: RunConfig, task: Task, device: Device, workers: int) -> tuple[float | None, str]:
     """Seconds per training image of one of the workers, and where that is from."""
-    forecast = find_forecast(where.device, resolved_precision(cfg, where.device))
+    forecast = find_forecast(device, resolved_precision(cfg, device))
     if forecast is None or cfg.model.kind != "ddpm_unet" or cfg.task.kind not in ONE_PASS:
         return None, "not measured"
-    group, threads = cfg.train.group_size, threads_of_a_process(where.processes)
-    step_s = forecast.step_s(cfg, task, images=group, processes=where.processes, threads=threads)
+    group, threads = cfg.train.group_size, threads_of_a_process(workers)
+    step_s = forecast.step_s(cfg, task, images=group, processes=workers, threads=threads)
     return step_s / group, "bench of this machine"

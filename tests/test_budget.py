@@ -10,7 +10,6 @@ from rich.console import Console
 
 from ddpm_lmk.budget import budget_table, needs
 from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.launcher import Placement
 from ddpm_lmk.models import model_cost
 from ddpm_lmk.sweep import Sweep, cell_folder, load_sweep
 from tests.known_runs import put
@@ -40,7 +39,7 @@ def sweep(tmp_path: Path, packed_phantoms: Path) -> Sweep:
 def test_operations_are_those_of_training_validation_and_the_score(
     sweep: Sweep, tmp_path: Path, packed_phantoms: Path
 ) -> None:
-    found = {need.what: need for need in needs(sweep, tmp_path / "out", Placement("cpu", 2))}
+    found = {need.what: need for need in needs(sweep, tmp_path / "out", "cpu", workers=2)}
     scratch, manifest = found["scratch"], Manifest.open(packed_phantoms)
     cfg = sweep.cells[0].cfg
     cost = model_cost(cfg.model, 32, manifest.spec.num_landmarks)
@@ -58,11 +57,11 @@ def test_hours_are_those_of_cells_that_are_done(sweep: Sweep, tmp_path: Path, mo
     put(cell_folder(out, first.name) / "results.json", {"train": {"images": 48, "wall_s": 96.0}})
     monkeypatch.setattr("ddpm_lmk.budget.is_done", lambda folder, run: folder.name == first.name)
     monkeypatch.setattr("ddpm_lmk.budget.find_forecast", lambda device, precision: None)
-    found = {need.what: need for need in needs(sweep, out, Placement("cpu", 2))}
+    found = {need.what: need for need in needs(sweep, out, "cpu", workers=2)}
     assert found["scratch"].hours == pytest.approx(3 * 96 / 3600)  # three cells are left, two seconds an image
     assert found["p"].hours is None
     console = Console(file=io.StringIO(), width=200)
-    console.print(budget_table(sweep, out, Placement("cpu", 2)))
+    console.print(budget_table(sweep, out, "cpu", workers=2))
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "0.04 h on 2 workers" in said
     assert "2 rows not known" in said

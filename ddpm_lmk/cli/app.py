@@ -214,6 +214,7 @@ def sweep(
     out: OutOption = None,
     gpus: GpusOption = None,
     cpu: CpuOption = None,
+    per_device: Annotated[str, typer.Option(metavar="N|auto", help="workers that share a device; auto: try")] = "1",
     scale: Annotated[str | None, typer.Option(metavar="NAME", help="a variant of the file, e.g. small")] = None,
     dry_run: DryRunOption = False,
     explain: ExplainOption = False,
@@ -229,15 +230,17 @@ def sweep(
     if dry_run:
         console().print(plan_table(loaded, folder))
         if loaded.has_packs():
-            from ddpm_lmk.budget import budget_table  # torch
+            from ddpm_lmk.budget import budget_table
 
-            console().print(budget_table(loaded, folder, place(gpus=gpus, cpu=cpu)))
+            console().print(budget_table(loaded, folder, "cuda" if gpus else "cpu", workers=gpus or cpu or 1))
         return
+    from ddpm_lmk.sweep.probe import workers_per_device
     from ddpm_lmk.sweep.run import run_sweep
 
-    placement = place(gpus=gpus, cpu=cpu)
-    say(f"sweep {loaded.name}: {placement}, {folder}")
-    raise typer.Exit(run_sweep(loaded, folder, processes=placement.processes, device=placement.device))
+    where = place(gpus=gpus, cpu=cpu)
+    shared = workers_per_device(per_device, loaded, device=where.device, say=say)
+    say(f"sweep {loaded.name}: {where}, {folder}{f', {shared} workers on each' if shared > 1 else ''}")
+    raise typer.Exit(run_sweep(loaded, folder, processes=where.processes, per_device=shared, device=where.device))
 
 
 app.add_typer(results_app)

@@ -120,9 +120,9 @@ class Study:
 
     @property
     def starts(self) -> list[str]:
-        """Labels of starting weights, from scratch first."""
-        names = dict.fromkeys(run.start for run in self.runs)
-        return sorted(names, key=lambda name: (name != SCRATCH, list(names).index(name)))
+        """Labels of starting weights: from scratch first, then in the order of the sweep file's `rows`."""
+        order = list(dict.fromkeys([SCRATCH, *self.texts, *(run.start for run in self.runs)]))
+        return sorted({run.start for run in self.runs}, key=order.index)
 
     @property
     def shots(self) -> list[int]:

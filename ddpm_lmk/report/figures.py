@@ -21,7 +21,7 @@ from ddpm_lmk.report.data import SCRATCH, Study, paper_rows, parent_of, read_lin
 
 INK, MUTED, HAIRLINE = "#1c2733", "#6b7785", "#dfe4ea"
 SCRATCH_COLOUR, SHAPE_COLOUR, PAPER_COLOUR = "#c4621b", "#8a94a0", "#7d4fa3"
-PALETTE = ("#0b66b0", "#138a6b", "#b0447f", "#8a7a12", "#3d9bd1", "#5b4fb3")
+PALETTE = ("#0b66b0", "#138a6b", "#b0447f", "#8a7a12", "#3d9bd1", "#5b4fb3", "#d0872a", "#4d6b2f", "#a3443a", "#4a5a6b")
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",

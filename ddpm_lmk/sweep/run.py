@@ -64,6 +64,7 @@ class SweepRun:
     device: str
     processes: int
     vigil: Vigil
+    per_device: int = 1
     session: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     events: queue.Queue[tuple[Worker, dict[str, Any]]] = field(default_factory=queue.Queue)
     done: set[str] = field(default_factory=set)
@@ -77,6 +78,7 @@ def run_sweep(
     out: Path,
     *,
     processes: int = 1,
+    per_device: int = 1,
     device: str = "cpu",
     console: Console | None = None,
     stall_s: float = STALL_S,
@@ -84,6 +86,8 @@ def run_sweep(
     """Run every cell of `sweep` that is not done in `out`; returns the exit code (see the module).
 
     Args:
+        processes: GPUs, or processes on the CPU.
+        per_device: workers that share one of these (`probe` finds out how many pay).
         stall_s: seconds without a sign of progress after which a worker is ended, where its usual pace is no slower.
 
     Raises:
@@ -92,7 +96,7 @@ def run_sweep(
     if processes < 1:
         raise ConfigError(f"a sweep needs at least 1 process, found {processes}")
     check_starts(sweep)
-    run = SweepRun(sweep, Path(out), device, processes, Vigil(Path(out) / "stacks", stall_s))
+    run = SweepRun(sweep, Path(out), device, processes, Vigil(Path(out) / "stacks", stall_s), per_device)
     (run.out / "cells").mkdir(parents=True, exist_ok=True)
     _see_done(run)
     view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done))
@@ -138,7 +142,7 @@ def _pre_train(run: SweepRun, view: SweepView) -> None:
 
 def _supervise(run: SweepRun, view: SweepView) -> None:
     """Start the workers and follow them until the last has gone."""
-    count = min(run.processes, len(_pending(run)))
+    count = min(run.processes * run.per_device, len(_pending(run)))
     workers = [_start(run, slot, count) for slot in range(count)]
     told_to_stop = 0.0
     while workers:
@@ -214,7 +218,7 @@ def _start(run: SweepRun, slot: int, count: int, *, restarts: int = 0) -> Worker
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=_environment(run.device, slot, count) | run.vigil.expect(slot),
+            env=_environment(run.device, slot, count, devices=run.processes) | run.vigil.expect(slot),
             start_new_session=True,  # Ctrl-C reaches the parent only, which then stops the workers cleanly
         )
     worker = Worker(slot, process, restarts=restarts)
@@ -245,14 +249,14 @@ def log_file(run: SweepRun, slot: int) -> Path:
     return run.out / "logs" / f"worker-{slot}.log"
 
 
-def _environment(device: str, slot: int, count: int) -> dict[str, str]:
-    """CPU threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker."""
+def _environment(device: str, slot: int, count: int, *, devices: int) -> dict[str, str]:
+    """CPU threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker, in turn."""
     environment = dict(os.environ)
     if device == "cpu":
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     else:
         visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)] if visible else str(slot)
+        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % devices % len(visible)] if visible else str(slot % devices)
     return environment
 
 

@@ -26,7 +26,7 @@ def write_summary(sweep: Sweep, out: Path, *, done: Collection[str], failed: Map
         if results is not None:
             parts = results["parts"] if results["kind"] == "mixture" else [results]
             dataset = ", ".join(part["dataset"] for part in parts)
-            scores += [facts | flat_scores(part) for part in parts]
+            scores += [facts | flat_scores(part) for part in parts if "protocols" in part]  # else it was not scored
     texts = {label: text.model_dump(exclude_none=True) for label, text in sweep.rows.items()}
     stages = {stage.name: str(stage.folder) for stage in sweep.stages}
     facts = {"kind": "sweep", "name": sweep.name, "dataset": dataset}

@@ -86,7 +86,7 @@ class SweepView:
     def _score(self, name: str) -> str:
         results = read_json(cell_folder(self.out, name) / "results.json") or {}
         scores = results.get("protocols", {}).get("original")
-        leak = results.get("leakage", {}).get("pretraining", {})
+        leak = (results.get("leakage") or {}).get("pretraining", {})
         if leak.get("status") == "overlap":
             return f", scored on {leak['images']} images that pre-training saw: see `ddpm-lmk report`"
         return f", MRE {scores['mre']:.2f} {scores['unit']}" if scores else ""

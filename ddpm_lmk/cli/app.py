@@ -2,8 +2,7 @@
 
 Commands import what they need when they run, so that `--help` answers at once. An `LmkError` becomes one line on
 standard error and its exit code; anything else is a bug and keeps its traceback. Commands about shards are in
-`cli.shards`, those about finished runs in `cli.results`, measuring in `cli.bench`; what a command does is in the module
-it calls.
+`cli.shards`, about finished runs in `cli.results`, measuring in `cli.bench`; what one does is in the module it calls.
 """
 
 from __future__ import annotations

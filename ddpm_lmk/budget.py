@@ -19,10 +19,11 @@ from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.order import GroupPlan
 from ddpm_lmk.data.spec import mixture
 from ddpm_lmk.durable import read_json
+from ddpm_lmk.engine.precision import choose_precision
 from ddpm_lmk.forecast import find_forecast, threads_of_a_process
 from ddpm_lmk.launcher import Device
 from ddpm_lmk.models import model_cost
-from ddpm_lmk.plan import memory_gib, resolved_precision
+from ddpm_lmk.plan import memory_gib
 from ddpm_lmk.sweep import Cell, Sweep, cell_folder, is_done
 from ddpm_lmk.tasks import Task, build_task
 
@@ -88,7 +89,7 @@ def _need(
     specs = [manifest.spec for manifest in manifests]
     task = build_task(cfg, specs[0] if cfg.task.stage == "pretrain" else mixture(specs))
     scored = sum(_scored(run, manifests, count) for run, count in zip(runs, images, strict=True))
-    micro_batch = cfg.train.micro_batch or cfg.train.group_size
+    micro_batch = cfg.train.given_micro_batch or cfg.train.group_size
     memory = memory_gib(cfg, task, device=device, micro_batch=micro_batch)
     seconds, source = (statistics.median(rates), "its own cells") if rates else _forecast(cfg, task, device, workers)
     hours = None if seconds is None else seconds * sum(images) / 3600
@@ -104,7 +105,7 @@ def _scored(cfg: RunConfig, manifests: Sequence[Manifest], images: int) -> int:
     times = 1
     if cfg.train.evaluate_every is not None:
         learnt = cfg.data.shots or images
-        plan = GroupPlan(learnt, cfg.train.group_size, cfg.train.micro_batch, cfg.train.windows, drop_last=False)
+        plan = GroupPlan(learnt, cfg.train.group_size, cfg.train.given_micro_batch, cfg.train.windows, drop_last=False)
         every = cfg.train.evaluate_every.steps(cfg.train.group_size, learnt, plan.steps_per_epoch)
         times = max(1, steps // max(1, every))
     validation = 0 if cfg.data.validation_split is None else count[cfg.data.validation_split] * times
@@ -130,7 +131,7 @@ def _measured(out: Path, done: Sequence[Cell]) -> list[float]:
 
 def _forecast(cfg: RunConfig, task: Task, device: Device, workers: int) -> tuple[float | None, str]:
     """Seconds per training image of one of the workers, and where that is from."""
-    forecast = find_forecast(device, resolved_precision(cfg, device))
+    forecast = find_forecast(device, choose_precision(cfg, device).name)
     if forecast is None or cfg.model.kind != "ddpm_unet" or cfg.task.kind not in ONE_PASS:
         return None, "not measured"
     group, threads = cfg.train.group_size, threads_of_a_process(workers)

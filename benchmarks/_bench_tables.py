@@ -145,6 +145,22 @@ def forecast_table(source: Path) -> str:
     return f"{_head(found)}\n\n{markdown(heads, rows)}"
 
 
+def sweep_table(source: Path) -> str:
+    """A sweep and its cells run one by one, round by round; a ratio only where there are enough rounds for one."""
+    found = read_result(source)
+    rows = []
+    for row in found.rows:
+        walls, busy = (", ".join(f"{value:.0f}" for value in row.samples[clock]) for clock in ("wall_s", "cpu_s"))
+        name = f"{row.what}, {row.conditions['workers']} workers" if row.what == "sweep" else row.what
+        rows.append([name, walls, busy, f"{row.figures['images_per_s']:.2f}"])
+    sweep = _row(found, "sweep").figures
+    equal = f"{sweep['cells_equal_bit_by_bit']} of {sweep['cells_compared']} cells compared are equal bit by bit"
+    ratios = "; ".join(f"{ratio['what']}: {_bounds(ratio)}" for ratio in found.facts["ratios"])
+    heads = ["", "wall time of a round of 5 cells, s", "processor time, s", "training images/s"]
+    head = f"{machine(found.facts)}; {found.facts['settings']['run_file']}"
+    return f"{head}\n\n{markdown(heads, rows)}\n\n{equal}; {ratios}."
+
+
 def loading_table(source: Path) -> str:
     """Images per second of the loader per size, residency and augmentation."""
     found = read_result(source)

@@ -20,6 +20,7 @@ from _bench_tables import (
     newest,
     scaling_table,
     step_parts_table,
+    sweep_table,
     training_table,
     ways_table,
 )
@@ -82,6 +83,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "step", newest(RESULTS, "step", "tiny"), step_parts_table),
     (BENCHMARKS, "train", newest(RESULTS, "train"), training_table),
     (BENCHMARKS, "scaling", newest(RESULTS, "scaling"), scaling_table),
+    (BENCHMARKS, "sweep", newest(RESULTS, "sweep"), sweep_table),
     (BENCHMARKS, "forecast", newest(RESULTS, "forecast"), forecast_table),
     (BENCHMARKS, "loader", *newer("loader-isbi2015_ceph", loading_table, loader_table)),
     (BENCHMARKS, "loader-ways", *newer("loader", ways_table, picked("ways", WAYS))),

@@ -34,7 +34,7 @@ def _row(study: Study, start: str) -> list[str]:
     before = [_dash(value) for value in _parent_cost(parent)] if parent is not None else ["none", "–", "–"]
     images = [float(cost["images"]) for run in runs if (cost := _train(run)).get("images") is not None]
     tflop = [float(cost["tflop"]) for run in runs if (cost := _train(run)).get("tflop") is not None]
-    hours = [found for run in runs if (found := _hours(run.folder, _train(run))) is not None]
+    hours = [found for run in runs if (found := _hours(run.home, _train(run))) is not None]
     after = [_dash(statistics.median(values) if values else None) for values in (images, tflop, hours)]
     return [study.title(start), *before, *after, _dash(sum(hours) if hours else None), _unit(runs)]
 
@@ -63,7 +63,7 @@ def _is_cpu(facts: dict[str, Any]) -> bool:
 
 def _unit(runs: Sequence[Run]) -> str:
     """What an hour is an hour of."""
-    facts = [(read_json(run.folder / "run.json") or {}).get("hardware") or {} for run in runs]
+    facts = [(read_json(run.home / "run.json") or {}).get("hardware") or {} for run in runs]
     names = dict.fromkeys(
         f"one thread of {fact['device']}" if _is_cpu(fact) else f"one {fact['device']}" for fact in facts if fact
     )

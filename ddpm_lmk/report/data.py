@@ -38,6 +38,11 @@ class Run:
     results: dict[str, Any]
 
     @property
+    def home(self) -> Path:
+        """The run directory; a dataset of a mixture lies in RUN/parts."""
+        return self.folder.parents[1] if self.folder.parent.name == "parts" else self.folder
+
+    @property
     def labels(self) -> int:
         """Labelled training images."""
         return int(self.results["labels"]["training"])

@@ -63,9 +63,9 @@ def _labels(study: Study, validation: int) -> str:
 def _networks(study: Study) -> str:
     """What our networks are, where run files are still there."""
     found = dict.fromkeys(
-        load_run(run.folder / "config.yaml").model.kind + f" at {load_run(run.folder / 'config.yaml').data.image_size}²"
+        load_run(run.home / "config.yaml").model.kind + f" at {load_run(run.home / 'config.yaml').data.image_size}²"
         for run in {run.start: run for run in study.runs}.values()
-        if (run.folder / "config.yaml").is_file()
+        if (run.home / "config.yaml").is_file()
     )
     ours = _listed(found) if found else "not recorded"
     return f"Networks of ours: {ours} (sizes under The runs); the paper's own has {PAPER_NETWORK}."

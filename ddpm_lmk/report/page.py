@@ -184,8 +184,8 @@ def _facts(study: Study) -> tuple[list[list[str]], list[str]]:
                 _range([entry.get("steps") for entry in train]),
                 _range([entry.get("images") for entry in train]),
                 f"{statistics.median(times):,.0f} s" if times else "–",
-                _hardware(runs[0].folder),
-                _network(runs[0].folder),
+                _hardware(runs[0].home),
+                _network(runs[0].home),
             ]
         )
         parent = parent_of(runs[0])

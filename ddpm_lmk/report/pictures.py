@@ -88,8 +88,9 @@ def _panel(run: Run | None, name: str) -> str:
 
 def _draw(run: Run, name: str, longest: int) -> bytes:
     """JPEG of one test picture, in its native aspect, with found and annotated points."""
-    cfg = load_run(run.folder / "config.yaml")
-    manifest = Manifest.open(cfg.data.path[0])
+    cfg = load_run(run.home / "config.yaml")
+    packs = [Manifest.open(path) for path in cfg.data.path]
+    manifest = next((pack for pack in packs if pack.dataset == run.results["dataset"]), packs[0])
     for row in manifest.rows([run.results["split"]]):
         record = manifest.read_record(int(row))
         if record.id == name:

@@ -22,7 +22,7 @@ def by_step(study: Study) -> dict[Source, dict[int, str]]:
     found: dict[Source, dict[int, str]] = {}
     for start in study.starts:
         run = next(run for run in study.runs if run.start == start)
-        parent: dict[str, Any] = (read_json(run.folder / "run.json") or {}).get("parent") or {}
+        parent: dict[str, Any] = (read_json(run.home / "run.json") or {}).get("parent") or {}
         if parent.get("step") is not None and parent.get("path"):
             folder = Path(parent["path"])
             root = folder.parents[1] if folder.parent.name == "snapshots" else folder

@@ -108,6 +108,9 @@ class DinoConfig(EncoderTaskConfig):
     )
     num_global: Annotated[int, Field(ge=1)] = Field(2, description="first views, which the teacher sees too")
     head: tuple[Width, ...] = Field((2048, 2048, 256), min_length=1, description="widths of the head's layers")
+    head_norm: bool = Field(
+        False, description="BatchNorm in the head, an option of the method; keeps images apart that look alike"
+    )
     prototypes: Annotated[int, Field(ge=2)] = Field(
         4096, description="outputs of the last, weight-normed layer (the method: 65536; released code: 256)"
     )

@@ -33,15 +33,19 @@ class DinoHead(nn.Module):
     """Linear layers with GELU between them, a unit vector, and its cosines to a number of prototypes.
 
     The last layer is DINO's weight-normed one with its scale held at 1: only the directions of its rows count.
+
+    Args:
+        has_norm: BatchNorm before each GELU.
     """
 
-    def __init__(self, count: int, widths: Sequence[int], prototypes: int) -> None:
+    def __init__(self, count: int, widths: Sequence[int], prototypes: int, *, has_norm: bool) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width in widths:
-            layers += [nn.Linear(count, width), nn.GELU()]
+        for width in widths[:-1]:
+            layers += [nn.Linear(count, width), *([nn.BatchNorm1d(width)] if has_norm else []), nn.GELU()]
             count = width
-        self.mlp = nn.Sequential(*layers[:-1])
+        self.mlp = nn.Sequential(*layers, nn.Linear(count, widths[-1]))
+        count = widths[-1]
         self.last = nn.Parameter(torch.empty(prototypes, count))
         for module in self.mlp:
             if isinstance(module, nn.Linear):

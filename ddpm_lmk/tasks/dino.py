@@ -36,7 +36,7 @@ class DinoNet(nn.Module):
         super().__init__()
         self.num_global, self.center_momentum = cfg.num_global, cfg.center_momentum
         self.encoder = encoder
-        self.head = DinoHead(encoder.channels[-1], cfg.head, cfg.prototypes)
+        self.head = DinoHead(encoder.channels[-1], cfg.head, cfg.prototypes, has_norm=cfg.head_norm)
         self.teacher = nn.ModuleDict({"encoder": follower(encoder), "head": follower(self.head)})
         self.register_buffer("running_center", torch.zeros(cfg.prototypes))
         self.register_buffer("teacher_temperature", torch.tensor(cfg.teacher_temperature[0]))

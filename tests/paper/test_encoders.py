@@ -112,7 +112,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
 def test_the_protocol_runs_at_a_small_size(method: str, packed_phantoms: Path, tmp_path: Path) -> None:
     """Pre-training with short last windows and gradient sums, then fine-tuning from its encoder, as in the tables."""
     words = [*SMALL, f"data.path={packed_phantoms}"]

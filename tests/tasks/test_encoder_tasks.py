@@ -129,6 +129,14 @@ def test_dino_s_last_layer_waits_and_its_schedules_move() -> None:
     assert model.head.last.grad.abs().sum() > 0
 
 
+def test_a_norm_in_dino_s_head_follows_too() -> None:
+    task, model = make("dino", head_norm=True, frozen=0)
+    assert isinstance(model, DinoNet)
+    assert "teacher.head.mlp.1.running_mean" in model.state_dict()
+    task.loss(model.train(), batch(4)).sum().backward()
+    assert model.head.mlp[1].weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+
+
 def test_prototypes_are_directions() -> None:
     _, model = make("dino")
     assert isinstance(model, DinoNet)

@@ -246,6 +246,8 @@ def exactness_table(source: Path) -> str:
     return f"{machine(result)}\n\n{markdown(heads, rows)}"
 
 
+POOL_SCALE = {"films": "films", "s": "wall_s", "processor s": "cpu_s", "highest memory, MB": "highest_mb"}
+POOL_SCALE |= {"planted": "planted", "found": "found", "others": "others_found"}
 RESIZE = {"bits": "bits", "to, px": "size_px", "triangular: max": "triangular_max_levels"}
 RESIZE |= {"mean": "triangular_mean_levels", "linear: max": "linear_max_levels"}
 RESIZE |= {"linear: mean": "linear_mean_levels", "host, us": "host_us"}

@@ -26,6 +26,7 @@ from _bench_tables import (
 )
 from _peer_tables import peers_table
 from _tables import (
+    POOL_SCALE,
     QUARANTINE,
     RESIZE,
     TRAINING,
@@ -88,6 +89,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "loader", *newer("loader-isbi2015_ceph", loading_table, loader_table)),
     (BENCHMARKS, "loader-ways", *newer("loader", ways_table, picked("ways", WAYS))),
     (BENCHMARKS, "loader-training", *newer("loader", loader_training_table, picked("training", TRAINING))),
+    (BENCHMARKS, "pool-scale", RESULTS / "pool_scale.json", picked("rows", POOL_SCALE)),
     (BENCHMARKS, "dali-resize", RESULTS / "dali_resize.json", picked("rows", RESIZE)),
     (BENCHMARKS, "quarantine", RESULTS / "quarantine.json", picked("rows", QUARANTINE)),
     (BENCHMARKS, "manifest", RESULTS / "manifest_10m.json", manifest_table),

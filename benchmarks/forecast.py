@@ -56,7 +56,8 @@ def main() -> None:
     if forecast is None:
         raise ConfigError(f"{options.results or options.out} has no results of this machine; run bench device and step")
     source = {"step": forecast.step.path.name, "device": forecast.device.path.name, "times": list(forecast.times)}
-    result = Result("forecast", settings={**source, "cases": CASES[device]}, device=device)
+    shown = [[word.removeprefix(f"{CONFIGS}/") for word in words] for words in CASES[device]]
+    result = Result("forecast", settings={**source, "cases": shown}, device=device)
     calls: dict[str, Callable[[], object]] = {_name(subject): subject.step for subject in subjects}
     found = alternate(calls, rounds=options.rounds, device=device, budget_s=options.budget_s / 2)
     for case, subject in zip(cases, subjects):

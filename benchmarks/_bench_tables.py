@@ -200,6 +200,32 @@ def loader_training_table(source: Path) -> str:
     return f"{_head(found)}\n\n{markdown(heads, rows)}"
 
 
+def switches_table(source: Path) -> str:
+    """Time of a step with each switch, against the plain step, and what a micro-batch keeps."""
+    found = read_result(source)
+    ratios = {ratio["what"].removesuffix(" over plain"): _ratio(ratio) for ratio in found.facts["ratios"]}
+    rows = [
+        [
+            row.conditions["switch"],
+            _spread(row.busy_s, 1e3),
+            ratios.get(row.conditions["switch"], ""),
+            f"{row.figures['kept_mib']:.1f}",
+        ]
+        for row in found.rows
+    ]
+    where = found.rows[0].conditions
+    head = f"{_head(found)}; {where['image_size_px']} pixels, {where['micro_batches']} x {where['batch_images']} images"
+    heads = ["switch", "step, busy ms (quartiles)", "time over plain", "kept by a micro-batch, MiB"]
+    return f"{head}\n\n{markdown(heads, rows)}"
+
+
+def _ratio(facts: dict[str, Any]) -> str:
+    """A ratio with its bounds, or why there is none."""
+    if facts["ratio"] is None:
+        return str(facts["reason"])
+    return f"{facts['ratio']:.2f} ({facts['ratio_low']:.2f} to {facts['ratio_high']:.2f})"
+
+
 RATES = ("images/s (quartiles)", "images/CPU-s (quartiles)")
 
 

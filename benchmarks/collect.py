@@ -21,6 +21,7 @@ from _bench_tables import (
     scaling_table,
     step_parts_table,
     sweep_table,
+    switches_table,
     training_table,
     ways_table,
 )
@@ -82,6 +83,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "fuzz", RESULTS / "fuzz.json", fuzz_table),
     (BENCHMARKS, "device", newest(RESULTS, "device"), device_rates_table),
     (BENCHMARKS, "step", newest(RESULTS, "step", "tiny"), step_parts_table),
+    (BENCHMARKS, "switches", newest(RESULTS, "switches"), switches_table),
     (BENCHMARKS, "train", newest(RESULTS, "train"), training_table),
     (BENCHMARKS, "scaling", newest(RESULTS, "scaling"), scaling_table),
     (BENCHMARKS, "sweep", newest(RESULTS, "sweep"), sweep_table),

@@ -102,6 +102,7 @@ def measure_training(result: Result, subject: Subject, folder: Path, options: ar
 
 def measure_overhead(result: Result, subject: Subject, folder: Path) -> None:
     """The engine and a loop by hand, a step each in turn."""
+    subject.state.step = 0  # it has tried some already
     loader = TurnTaking(subject, BareLoop(subject).step, warm_up=WARM_UP)
     with RunDir.claim(folder / "turns", subject.cfg) as run:
         loaders = Loaders(loader)  # type: ignore[arg-type] # what `fit` uses of a loader

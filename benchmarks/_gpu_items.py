@@ -87,8 +87,9 @@ def _films(packs: Path, runs: Path, pretrain: tuple[str, ...], sweep: tuple[str,
     """
     configs, pack = REPO / "configs", "phantoms" if is_smoke else "isbi256"
     data, one = f"data.path={packs / pack}", ("--cpu", "1") if is_smoke else ("--gpus", "1")
+    more: tuple[str, ...] = ()
     if is_smoke:
-        files, lengths, more = (configs / "smoke" / "pretrain.yaml", configs / "smoke" / "sweep.yaml"), ("2", "1"), ()
+        files, lengths = (configs / "smoke" / "pretrain.yaml", configs / "smoke" / "sweep.yaml"), ("2", "1")
     else:
         files = (configs / "pretrain" / "base.yaml", configs / "sweep" / "base.yaml")
         lengths, more = ("600", "60"), (f"start.pretrained={runs / 'pretrain'}",)

@@ -28,8 +28,10 @@ from pathlib import Path
 
 from _gpu_items import REPO, Item, items
 
-WANTED = ("torch", "accelerate", "cv2", "matplotlib", "numpy", "PIL", "psutil", "pydantic", "rich", "safetensors")
-WANTED += ("torchmetrics", "typer", "webdataset", "yaml")
+WANTED = (
+    *("torch", "accelerate", "cv2", "matplotlib", "numpy", "PIL", "psutil", "pydantic", "rich", "safetensors"),
+    *("torchmetrics", "typer", "webdataset", "yaml"),
+)
 FEWEST_S = 15.0  # with less left in a call, no item begins
 SMOKE_PATIENCE = 5  # a smoke run is for any machine, however busy
 LAST_LINES = 4

@@ -125,7 +125,7 @@ def copies_of_weights(cfg: RunConfig, *, world: int, zero: int) -> float:
     Weights and average are whole everywhere. ZeRO shares out AdamW's moments and keeps a second copy of the weights,
     shared out too; stage 2 shares out the gradient. Class exact keeps the partial sums of its tree.
     """
-    moments, average = 2 * (cfg.optim.kind == "adamw"), cfg.train.ema is not None
+    moments, average = 2 * (cfg.optim.kind != "sgd"), cfg.train.ema is not None
     if zero:
         return 1 + average + (moments + 1) / world + (1 if zero == 1 else 1 / world)
     leaves = cfg.train.group_size // ((cfg.train.given_micro_batch or cfg.train.group_size) * world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.config import RunConfig
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a parent like nohup hands on that it is ignored; runs honour that
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8}

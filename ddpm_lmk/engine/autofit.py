@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddpm_lmk.config import RunConfig, UNetConfig
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.memory import USABLE, device_bytes, is_out_of_memory, process_bytes, uses_fused
 from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.precision import choose_precision
@@ -44,7 +44,7 @@ class Fitted:
         if cfg.train.micro_batch == "auto":
             train["micro_batch"] = self.micro_batch
         model = cfg.model
-        if isinstance(model, UNetConfig) and model.checkpointing == "auto":
+        if getattr(model, "checkpointing", False) == "auto":
             model = model.model_copy(update={"checkpointing": self.checkpointing})
         return cfg.model_copy(update={"model": model, "train": cfg.train.model_copy(update=train)})
 
@@ -141,8 +141,7 @@ def _levels(cfg: RunConfig) -> Iterator[bool | tuple[bool, ...]]:
     if wanted != "auto":
         yield wanted
         return
-    assert isinstance(cfg.model, UNetConfig)
-    levels = len(cfg.model.multipliers)
+    levels = len(getattr(cfg.model, "multipliers", ()))
     yield False
     for count in range(1, levels):
         yield tuple(level < count for level in range(levels))

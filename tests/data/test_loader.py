@@ -256,8 +256,8 @@ def test_requests_that_cannot_be_honoured_are_refused(pack, sections, error, mes
         open_loader(run_config(pack, **sections), stage="train", world=2)
 
 
-def test_landmarks_need_one_labelled_set(pack, pool, tmp_path):
-    with pytest.raises(ConfigError, match="2 folders"):
+def test_landmarks_need_labels(pack, pool, tmp_path):
+    with pytest.raises(DataError, match="without landmarks"):
         open_loader(run_config([pack, pool[0]]), stage="train")
     with pytest.raises(DataError, match="without landmarks"):
         open_loader(run_config(pool[0]), stage="train")

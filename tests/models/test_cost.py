@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_lmk.config import UNetConfig
-from ddpm_lmk.models import build_model, model_cost
+from ddpm_lmk.models import build_model, linear_attention, model_cost
 from tests.reference.released_unet import ReleasedUNet, random_state, released_shapes
 
 VARIANTS = [
@@ -54,7 +56,9 @@ def test_parameters_are_counted_exactly(cfg, full_size):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("cfg", VARIANTS)
-def test_activation_estimate_is_near_what_autograd_keeps(cfg, checkpointing):
+def test_activation_estimate_is_near_what_autograd_keeps(cfg, checkpointing, monkeypatch):
+    """The estimate is for a GPU: on a processor the attention of large maps keeps less (`linear_attention`)."""
+    monkeypatch.setattr(linear_attention, "LARGE_BYTES", math.inf)
     cfg = cfg.model_copy(update={"checkpointing": checkpointing})
     model = build_model(cfg, out_channels=3).to(memory_format=torch.channels_last)
     one, three = (_kept_bytes(model, torch.rand(batch, 1, 64, 64)) for batch in (1, 3))

@@ -38,7 +38,7 @@ test-slow: $(READY)
 
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --kills $(KILLS) --steps $$(( 20 * $(KILLS) )) --out soak.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.sweep_soak --out soak_sweep.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.sweep_soak --steps 90 --out soak_sweep.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

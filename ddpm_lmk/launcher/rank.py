@@ -11,13 +11,14 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from ddpm_lmk import lifeline, privacy, stop
 from ddpm_lmk.errors import LmkError, StoppedError
 
 
-def main(arguments: list[str]) -> int:
-    """Do the job in the file; returns the exit code."""
+def main(arguments: list[str]) -> NoReturn:
+    """Do the job in the file, and leave with its exit code."""
     parent = os.environ.get(lifeline.PARENT)
     if parent is not None:
         lifeline.die_with_parent(int(parent))
@@ -26,12 +27,11 @@ def main(arguments: list[str]) -> int:
     lifeline.start_pulse(rank)
     with stop.leaving_at_once():
         code = _do(Path(arguments[0]), rank)
-    # Threads and communicators of a run that failed may wait for ever for ranks that are gone.
+    # Everything is on disk. Threads and communicators of a run that failed may wait for ever for ranks that are gone,
+    # and those of one that ended well now and then abort while the interpreter takes itself down.
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        os._exit(code)
-    return code
+    os._exit(code)
 
 
 def _do(path: Path, rank: int) -> int:
@@ -52,4 +52,4 @@ def _do(path: Path, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -16,9 +16,10 @@ LARGEST_SHARE_OF_START = 0.1
 
 
 class Ema:
-    """The average of one model's parameters and running statistics, copies of its other buffers.
+    """The average of one model's parameters and running statistics; what is frozen, and other buffers, as they are.
 
-    Without settings it holds and does nothing. Statistics are averaged with the weights that made them: those of the
+    Without settings it holds and does nothing. Parameters that do not learn are their own average to the bit, so none
+    is kept: freeze before the average is made. Statistics are averaged with the weights that made them: those of the
     present weights would not fit the maps of averaged ones.
     """
 
@@ -83,5 +84,5 @@ class Ema:
                 value.data, self._average[name] = self._average[name], value.data
 
     def _followed(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._model.named_parameters()
+        yield from ((name, value) for name, value in self._model.named_parameters() if value.requires_grad)
         yield from ((name, buffer) for name, buffer in self._model.named_buffers() if is_running(name))

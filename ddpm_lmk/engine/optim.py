@@ -25,13 +25,15 @@ GROWS_AFTER = 2000  # updates, as in torch.amp
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW, Adam or plain SGD over up to four groups: output layer or trunk, with or without weight decay.
 
-    Every group carries `share`, what the learning rate of the step is multiplied by. What is frozen is in no group.
+    Every group carries `share`, what the learning rate of the step is multiplied by. What is frozen, here or by
+    its task, is in no group.
     """
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_head = HEAD in name.split(".")
         if cfg.freeze == "trunk" and not is_head:
-            parameter.requires_grad = False  # no gradient, so no decay and no moments either
+            parameter.requires_grad = False
+        if not parameter.requires_grad:  # no gradient, so no decay and no moments either
             continue
         key = (is_head, cfg.decay_all or parameter.ndim > 1)
         members.setdefault(key, []).append(parameter)

@@ -84,10 +84,11 @@ class TrainState:
     @classmethod
     def fresh(cls, cfg: RunConfig, model: nn.Module) -> TrainState:
         """Step 0 of a run whose `model` already holds its first weights, on its device."""
+        optimizer = build_optimizer(cfg.optim, model)  # first, since it freezes what the average then leaves out
         return cls(
             model=model,
             ema=Ema(cfg.train.ema, model),
-            optimizer=build_optimizer(cfg.optim, model),
+            optimizer=optimizer,
             plateau=Plateau(cfg.optim.plateau),
             patience=Patience(cfg.train.patience),
             health=Health(cfg.train.spikes),

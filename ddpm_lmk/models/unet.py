@@ -76,6 +76,12 @@ class UNet(nn.Module):
         self.final_res_block = resnet(2 * width, width)
         self.final_conv = PointwiseConv2d(width, out_channels * (cfg.patch**2 if full_size else 1))
 
+    def freeze_time(self) -> None:
+        """Have the layers that only a timestep reaches not learn: for training that tells the network none."""
+        blocks = [module for module in self.modules() if isinstance(module, ResnetBlock)]
+        for layers in (self.time_mlp, *(block.mlp for block in blocks)):
+            layers.requires_grad_(False)
+
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         if x.shape[-1] % self.side_multiple or x.shape[-2] % self.side_multiple:
             raise ConfigError(

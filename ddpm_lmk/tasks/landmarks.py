@@ -14,6 +14,7 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.landmarks import Decoded, Frame, build_codec
+from ddpm_lmk.models.unet import UNet
 from ddpm_lmk.tasks.task import Task
 
 VIEW_SHIFT = 0.02  # of the image side
@@ -70,6 +71,15 @@ class LandmarkTask(Task):
             f"found the {spec.num_landmarks} landmarks of {spec.name}, but what was learnt is {found}; "
             "use a set with the same landmarks"
         )
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The network itself; what learns from a timestep is left out of training where it is told none.
+
+        Weights stay what they would be without: AdamW decays only what has a gradient (paper.md, section 3).
+        """
+        if isinstance(model, UNet) and self.cfg.timestep is None:
+            model.freeze_time()
+        return model
 
     def _maps(self, model: nn.Module, images: Tensor, domain: Tensor | None) -> Tensor:
         """Maps `[B, N, h, w]` of the landmarks of this task; `domain` `[B]` as in a batch."""

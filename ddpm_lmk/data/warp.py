@@ -44,7 +44,7 @@ def warp(images: Tensor, changes: Changes) -> Tensor:
         for k, i in enumerate(moved.tolist()):
             images[i : i + 1] = _sample(images[i : i + 1], columns[k : k + 1], rows[k : k + 1])
         return images
-    index = torch.from_numpy(moved).to(images.device)
+    index = torch.from_numpy(moved).to(images.device, non_blocking=True)
     return images.index_copy_(0, index, _sample(images.index_select(0, index), columns, rows))
 
 
@@ -75,7 +75,8 @@ def _sampling_axes(matrix: np.ndarray, size: int, device: torch.device) -> tuple
     u = (2 * np.arange(size) + 1) / size - 1
     columns = (back[:, 0, 0] + 1j * back[:, 1, 0])[:, None] * u
     rows = (back[:, 0, 1] + 1j * back[:, 1, 1])[:, None] * u + (offset[:, 0] + 1j * offset[:, 1])[:, None]
-    column_part, row_part = (torch.from_numpy(part.astype(np.complex64)).to(device) for part in (columns, rows))
+    parts = (torch.from_numpy(part.astype(np.complex64)) for part in (columns, rows))
+    column_part, row_part = (part.to(device, non_blocking=True) for part in parts)
     return column_part, row_part
 
 
@@ -100,7 +101,7 @@ def _stretch(images: Tensor) -> None:
 
 def _tone(images: Tensor, changes: Changes, seed: int, positions: np.ndarray) -> Tensor:
     def column(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.float32)).to(images.device).view(-1, 1, 1, 1)
+        return torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
 
     toned = images ** column(changes.gamma)
     mean = toned.mean((1, 2, 3), keepdim=True)

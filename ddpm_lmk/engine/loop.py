@@ -197,7 +197,7 @@ def fit(
                     total = (losses.float() * batch.weight).sum()
                     reach_s = time.perf_counter() - begin  # from here on it may wait for other ranks
                     updater.add(total, _divisor(cfg.train, batch, group))
-            seen = updater.finish(max(stop.level, supply.level))
+            seen = updater.finish(max(stop.level, supply.level), wait_s)
             if seen.stop_level == DRY:  # a rank has no group: this step never was
                 stop_level = DRY
                 statistics.settle(is_kept=False)
@@ -215,7 +215,7 @@ def fit(
                 run.event("update.skipped", step=state.step, reason=reason, in_a_row=state.health.in_a_row)
             updater.clear()
             stop_level = supply.settle(seen.stop_level, step=state.step)
-            meter.step(seen, size=group.size, wait_s=wait_s, is_skipped=reason is not None, lr=lr)
+            meter.step(seen, size=group.size, is_skipped=reason is not None, lr=lr)
             if state.scale.is_lost or state.health.trouble:
                 _go_back(state, parallel, run, saver, every=pace.checkpoint)
                 updater.reload()

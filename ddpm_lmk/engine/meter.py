@@ -1,7 +1,10 @@
 """What a run says about itself: `metrics.jsonl`, a progress bar on a terminal, plain `key=value` lines elsewhere.
 
 Losses are those all ranks agreed on. Rates leave out validation and saving, and include waiting for
-data, whose share is reported beside them.
+data, whose share is reported beside them. Every number is on the host when a line is due: the exchange that decides
+about a step brings it, so a line costs the device nothing. Lines are written by a thread of their own, in order, so
+that a file system that takes its time does not hold up training either; what was handed to it is on the disk before a
+checkpoint is made, and when the loop is left in whatever way.
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -22,6 +26,7 @@ from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.updater import Seen
 
 PLAIN_LINE_EVERY_S = 10.0
+MOST_UNWRITTEN = 64  # lines; where more wait, the disk is slower than training, and training waits
 
 
 class Meter:
@@ -41,6 +46,8 @@ class Meter:
         self._steps = self._images = self._updated = 0
         self._wait_s = self._paused_s = 0.0
         self._since = self._tick = time.perf_counter()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._unwritten: deque[Future[None]] = deque()
         self._said = -math.inf
         self._screen: Progress | None = None
         if parallel.is_main and sys.stderr.isatty():
@@ -55,30 +62,33 @@ class Meter:
             self._screen.start()
         return self
 
-    def __exit__(self, *unused: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *unused: object) -> None:
+        self._writer.shutdown()
         if self._screen is not None:
             self._screen.stop()
+        if error is None:
+            self._settle(most=0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside is no training time."""
+        """Time spent inside is no training time; lines of the steps before are on the disk when it begins."""
         begin = time.perf_counter()
+        self._settle(most=0)
         yield
         self._paused_s += time.perf_counter() - begin
 
-    def step(self, seen: Seen, *, size: int, wait_s: float, is_skipped: bool, lr: float) -> None:
+    def step(self, seen: Seen, *, size: int, is_skipped: bool, lr: float) -> None:
         """Take in one finished step.
 
         Args:
             size: images of the group, over all ranks.
-            wait_s: seconds this rank waited for data.
         """
         now = time.perf_counter()
         self._state.seconds += now - self._tick
         self._tick = now
         self._steps += 1
         self._images += size
-        self._wait_s += wait_s
+        self._wait_s += seen.wait_s
         if not is_skipped:
             self._loss += seen.loss
             self._norm = seen.norm
@@ -89,13 +99,11 @@ class Meter:
     def validated(self, figures: dict[str, float]) -> None:
         """Take in one evaluation."""
         facts = {key: value for key, value in figures.items() if math.isfinite(value)}
-        self._write({"step": self._state.step, "images": self._state.images, "validation": facts})
-        self._say(
-            {"step": self._state.step, **{f"validation_{key}": value for key, value in facts.items()}}, force=True
-        )
+        shown = {"step": self._state.step, **{f"validation_{key}": value for key, value in facts.items()}}
+        line = {"step": self._state.step, "images": self._state.images, "validation": facts}
+        self._hand_over(line, shown, force=True)
 
     def _line(self, lr: float) -> None:
-        [wait_s] = self._parallel.sum(torch.tensor([self._wait_s], device=self._parallel.device))
         elapsed = max(time.perf_counter() - self._since - self._paused_s, 1e-9)
         images_per_s = self._images / elapsed
         steps_left = self._total - self._state.step
@@ -106,21 +114,34 @@ class Meter:
             "lr": lr,
             "grad_norm": self._norm,
             "images_per_s": images_per_s,
-            "data_wait": min(1.0, wait_s / self._parallel.world / elapsed),
+            "data_wait": min(1.0, self._wait_s / self._parallel.world / elapsed),
             "eta_s": steps_left * elapsed / self._steps,
             "seconds": self._state.seconds,
             "skipped": self._state.health.skipped,
         }
-        self._write(line)
-        self._say(line, force=steps_left == 0)
+        self._hand_over(line, line, force=steps_left == 0)
         self._loss = 0.0
         self._steps = self._images = self._updated = 0
         self._wait_s = self._paused_s = 0.0
         self._since = time.perf_counter()
 
+    def _hand_over(self, line: dict[str, Any], shown: dict[str, Any], *, force: bool) -> None:
+        """Have a line written, and told, while training goes on."""
+
+        def write() -> None:
+            self._write(line)
+            self._say(shown, force=force)
+
+        if self._parallel.is_main:
+            self._unwritten.append(self._writer.submit(write))
+            self._settle(most=MOST_UNWRITTEN)
+
+    def _settle(self, *, most: int) -> None:
+        """Wait until so many lines at most are not written; raises what writing one raised."""
+        while self._unwritten and (len(self._unwritten) > most or self._unwritten[0].done()):
+            self._unwritten.popleft().result()
+
     def _say(self, line: dict[str, Any], *, force: bool) -> None:
-        if not self._parallel.is_main:
-            return
         shown = {
             key: f"{v:.4g}" if isinstance(v, float) else v
             for key, v in line.items()
@@ -128,8 +149,8 @@ class Meter:
         }
         words = " ".join(f"{key}={value}" for key, value in shown.items())
         if self._screen is not None:
-            self._screen.update(self._task, completed=self._state.step, description=words.partition(" ")[2])
+            self._screen.update(self._task, completed=line["step"], description=words.partition(" ")[2])
         elif force or time.perf_counter() - self._said >= PLAIN_LINE_EVERY_S:
             self._said = time.perf_counter()
-            sys.stderr.write(f"step={self._state.step}/{self._total} {words.partition(' ')[2]}\n")
+            sys.stderr.write(f"step={line['step']}/{self._total} {words.partition(' ')[2]}\n")
             sys.stderr.flush()

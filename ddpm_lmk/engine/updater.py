@@ -43,11 +43,13 @@ class Seen:
         loss: weighted sum of losses over the group.
         norm: norm of the reduced gradient, before clipping; infinite where any rank's is not finite.
         stop_level: the largest of any rank.
+        wait_s: seconds that ranks waited for the data of this step, added up.
     """
 
     loss: float
     norm: float
     stop_level: float
+    wait_s: float
 
 
 class Updater(ABC):
@@ -79,16 +81,20 @@ class Updater(ABC):
         self._loss += total.detach()
         self._backward(total / divisor * self._state.scale.value)
 
-    def finish(self, stop_level: float) -> Seen:
-        """Reduce the gradient and exchange what decides about the step; the one synchronisation of a step."""
+    def finish(self, stop_level: float, wait_s: float = 0.0) -> Seen:
+        """Reduce the gradient and exchange what decides about the step; the one synchronisation of a step.
+
+        What is only told rides along. Numbers of the host are filled in by the device: copying them would wait for it.
+        """
         grads = self._reduce()
         if self._standard is not None:
             self._standard.end()
         self._norm = self._norm_of(grads)
-        mine = torch.stack([self._loss.double(), self._norm.double(), self._loss.new_tensor(stop_level).double()])
-        losses, norms, levels = self._parallel.exchange(mine)
+        told = [self._loss.new_full((), value, dtype=torch.float64) for value in (stop_level, wait_s)]
+        mine = torch.stack([self._loss.double(), self._norm.double(), *told])
+        losses, norms, levels, waits = self._parallel.exchange(mine)
         norm = max(norms) if all(map(math.isfinite, norms)) else math.inf
-        return Seen(self._loss_of_group(losses), norm, max(levels))
+        return Seen(self._loss_of_group(losses), norm, max(levels), math.fsum(waits))
 
     @abstractmethod
     def apply(self, cfg: ClipConfig | None) -> None:
@@ -176,13 +182,14 @@ class Treed(Updater):
         self._length = -(-needed // parallel.world) * parallel.world
         self._stack = tree.Stack(0)
         self._count = 0
+        self._reached: set[int] = set()  # numbers of parameters a micro-batch of this rank came to
         self._free: list[Tensor] = []
         self._known_flags: dict[tuple[bool, ...], Tensor] = {}
 
     def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
         """The first of a group decides which leaves of the tree are this rank's."""
         if number == 0:
-            self._stack, self._count = tree.Stack(self._parallel.rank * of), of
+            self._stack, self._count, self._reached = tree.Stack(self._parallel.rank * of), of, set()
         return nullcontext()
 
     def add(self, total: Tensor, divisor: Tensor | int) -> None:
@@ -190,6 +197,7 @@ class Treed(Updater):
         super().add(total, divisor)
         leaf = self._free.pop() if self._free else total.new_zeros(self._length, dtype=torch.float32)
         reached = tuple(p.grad is not None for p in self._parameters)
+        self._reached |= {number for number, is_reached in enumerate(reached) if is_reached}
         places = self._places(leaf)
         torch._foreach_copy_(
             [place for place, is_reached in zip(places, reached) if is_reached],
@@ -217,11 +225,13 @@ class Treed(Updater):
         total = tree.fold_over_ranks(nodes, count=self._count, world=self._parallel.world)
         self._free = [*self._free, *(node.values for node in nodes)]  # used again from the next group on
         tail = self._starts[-1] + len(self._parameters)
-        reached = total[self._starts[-1] : tail].tolist()
+        reached = self._reached
+        if self._parallel.world > 1:  # a process that is alone knows it, and need not wait for its device
+            reached = {number for number, count in enumerate(total[self._starts[-1] : tail].tolist()) if count}
         self._loss.copy_(total[tail])
         grads = []
-        for parameter, place, count in zip(self._parameters, self._places(total), reached, strict=True):
-            if count:
+        for number, (parameter, place) in enumerate(zip(self._parameters, self._places(total), strict=True)):
+            if number in reached:
                 parameter.grad = place
                 grads.append(place)
         return self._unscaled(grads)

@@ -48,7 +48,8 @@ class ContourCodec:
         height, width = maps.shape[-2:]
         if self.cfg.pixel == "floor":
             points = points + grid_shift(frame)
-        scale = points.new_tensor((width / frame.size, height / frame.size))
+        scale = torch.tensor((width / frame.size, height / frame.size), dtype=points.dtype)
+        scale = scale.to(points.device, non_blocking=True)
         cell = (points.nan_to_num() + 0.5) * scale - 0.5
         cell = cell.floor() if self.cfg.pixel == "floor" else cell.round()
         column, row = cell[..., 0].clamp(0, width - 1), cell[..., 1].clamp(0, height - 1)

@@ -97,7 +97,7 @@ class EncoderTask(Task, Generic[Config]):
 
     def views(self, batch: Batch, stream: str) -> list[Tensor]:
         """Views of a batch, normalised, with the encoder's number of channels."""
-        std = torch.tensor(self.cfg.std, device=batch.images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.cfg.std).to(batch.images.device, non_blocking=True).view(1, -1, 1, 1)
         drawn = draw_views(self.cfg, batch.images, batch.positions, seed=self.seed, stream=stream)
         return [((view - self.cfg.mean) / std).expand(-1, self.channels, -1, -1) for view in drawn]
 

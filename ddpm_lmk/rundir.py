@@ -94,6 +94,12 @@ class RunDir:
             atomic.write_json(self.path / "run.json", kept)
         self.event("run.continued" if before is not None else "run.started", config=self._config_hash)
 
+    def note(self, **facts: Any) -> None:
+        """Put into `run.json` what only training could tell; what it says of an earlier session goes."""
+        before = self.facts()
+        if self.writes and before | facts != before:
+            atomic.write_json(self.path / "run.json", before | facts)
+
     def results(self, cfg: RunConfig) -> dict[str, Any] | None:
         """Results of this very run if it is finished and they are as they were written, else None."""
         done, stored = self._read_json("done.json"), self.stored_config()

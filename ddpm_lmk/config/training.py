@@ -112,7 +112,10 @@ class TrainConfig(Section):
         "ordered",
         description="same bits at any number of processes (needs micro_batch); bits up to the order of sums; or kernels chosen by speed",
     )
-    channels_last: bool = Field(True, description="NHWC memory layout")
+    channels_last: bool = Field(
+        True,
+        description="lay out weights as maps are (NHWC; those of ddpm_unet are either way); the first step tells whether a layer loses it",
+    )
     standardise: Literal["auto", "step", "pass"] = Field(
         "auto",
         description="standardise 3x3 weights once per optimizer step (equal but for rounding), or in every forward pass; auto: step, with ZeRO pass",

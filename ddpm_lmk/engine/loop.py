@@ -22,6 +22,7 @@ from ddpm_lmk.data.backend import Backend
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
 from ddpm_lmk.engine.exactness import kernels, say_class
+from ddpm_lmk.engine.layout import watch_layout
 from ddpm_lmk.engine.memory import MemoryWatch
 from ddpm_lmk.engine.meter import Meter
 from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
@@ -141,6 +142,7 @@ def fit(
         StopRequest() as stop,
         kernels(cfg.train.exactness, parallel.device),
         MemoryWatch(cfg, task, state, parallel),
+        watch_layout(cfg, state.model, parallel, run),
         meter,
         supply,
         closing(updater),

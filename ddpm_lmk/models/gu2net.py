@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ddpm_lmk.config import GU2NetConfig
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.models.blocks import PointwiseConv2d
 
 DILATIONS = (1, 2, 5, 2, 1)
 REDUCTION = 4  # the global network works at 1/4 of the image side
@@ -68,7 +69,7 @@ class LocalNet(nn.Module):
     def __init__(self, width: int, domains: int) -> None:
         super().__init__()
         channels = [width * factor for factor in (1, 2, 4, 8, 8)]
-        self.stem = PerDomain(domains, lambda _: nn.Conv2d(1, width, 1))
+        self.stem = PerDomain(domains, lambda _: PointwiseConv2d(1, width))
         self.enter = DoubleBlock(width, width, domains)
         self.downs = nn.ModuleList(DoubleBlock(inner, outer, domains) for inner, outer in pairwise(channels))
         given = [*channels[-3::-1], width]  # what each way up hands on

@@ -192,6 +192,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 # The kind of an optimizer, a network, clipping or an exception is no task; nor are values that isinstance is asked of.
 ALLOWED = {
     "autofit.py": {"isinstance"},
+    "layout.py": {"isinstance"},
     "optim.py": {"kind", "isinstance"},
     "updater.py": {"isinstance"},
     "parallel.py": {"isinstance"},

@@ -77,6 +77,32 @@ def test_a_row_has_a_run_file_a_pack_and_weights_of_its_own(file: Path) -> None:
     assert (stages["ddpm"].cfg.data.path, stages["elsewhere"].cfg.seed) == (("shards/hand", "shards/ceph"), 3)
 
 
+def split_by_shots(file: Path, *shots: list[int | None]) -> Path:
+    """Grids of one start, each with numbers of labels and a width of the target of its own."""
+    own = {"run": "ours", "pack": "ceph", "start": {"late": "stage:ddpm"}}
+    codecs = [{"task.codec.kind": "spatial", "task.codec.sigma_px": 4 - i} for i in range(len(shots))]
+    grids = [own | {"shots": each, "set": codec} for each, codec in zip(shots, codecs)]
+    return write(file.parent, SWEEP | {"grids": grids, "rows": {}, "seeds": [0, 1]})
+
+
+def test_few_and_many_labels_of_a_row_may_follow_recipes_of_their_own(file: Path) -> None:
+    file = split_by_shots(file, [1, 2], [5])
+    sigma = {name: cfg.task.codec.sigma_px for name, cfg in cells(load_sweep(file)).items()}
+    assert sigma == {f"late-k{k}-s{seed}": 3.0 if k == 5 else 4.0 for k in (1, 2, 5) for seed in (0, 1)}
+    console = Console(file=io.StringIO(), width=150)
+    console.print(plan_table(load_sweep(file), None))
+    assert console.file.getvalue().count("late-k5-s") == 2  # type: ignore[attr-defined]
+    assert set(cells(load_sweep(file, ["shots=[5, 1]", "seeds=0"]))) == {"late-k1-s0", "late-k5-s0"}
+    assert set(cells(load_sweep(file, ["shots=5"]))) == {"late-k5-s0", "late-k5-s1"}
+    with pytest.raises(ConfigError, match="no grid of late has 7; its grids have: 1, 2, 5"):
+        load_sweep(file, ["shots=[1, 7]"])
+
+
+def test_recipes_of_a_row_that_claim_the_same_labels_are_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match="two grids make the cell late-k2-s0; give them other shots, or their starts"):
+        load_sweep(split_by_shots(file, [1, 2], [2, 5]))
+
+
 def test_a_scale_is_laid_over_the_file(file: Path) -> None:
     sweep = load_sweep(file, scale="small")
     assert cells(sweep)["scratch-k2-s1"].train.length.steps(2, 1, 1) == 3

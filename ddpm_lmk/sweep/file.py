@@ -174,14 +174,31 @@ def _apply(data: dict[str, Any], word: str, given: dict[str, str], chosen: dict[
     elif section in ("name", "run"):
         data[key] = value
     else:
-        data[key] = value if isinstance(value, list) else [value]
-        for grid in _grids(data):
-            grid.pop(key, None)
+        _override_list(data, key, value if isinstance(value, list) else [value])
     return True
 
 
 def _grids(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [grid for grid in data.get("grids") or [] if isinstance(grid, dict)]
+
+
+def _override_list(data: dict[str, Any], key: str, values: list[Any]) -> None:
+    """`shots=[...]` or `seeds=[...]`, for all grids; grids that share a start keep the shots that are theirs."""
+    data[key] = values
+    grids = _grids(data)
+    names = [label for grid in grids for label in grid.get("start") or {}]
+    for grid in grids:
+        shared = [label for label in grid.get("start") or {} if names.count(label) > 1]
+        if key != "shots" or not shared or not isinstance(grid.get(key), list):
+            grid.pop(key, None)
+            continue
+        known = [k for other in grids if shared[0] in (other.get("start") or {}) for k in other.get(key) or values]
+        unknown = [k for k in values if k not in known]
+        if unknown:
+            found = ", ".join(map(str, known))
+            raise ConfigError(f"command line: shots: no grid of {shared[0]} has {unknown[0]}; its grids have: {found}")
+        grid[key] = [k for k in grid[key] if k in values]
+    data["grids"] = [grid for grid in data.get("grids") or [] if grid not in grids or grid.get(key) != []]
 
 
 def _override_stage(data: dict[str, Any], key: str, label: str, value: Any) -> None:

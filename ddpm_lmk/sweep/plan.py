@@ -122,7 +122,9 @@ def load_sweep(
     for number, grid in enumerate(sweep.grids):
         for cell in _cells(files, number, grid, places, run_words):
             if cell.name in cells:
-                raise ConfigError(f"{path}: two grids make the cell {cell.name}; give their starts different labels")
+                raise ConfigError(
+                    f"{path}: two grids make the cell {cell.name}; give them other shots, or their starts other labels"
+                )
             cells[cell.name] = cell
     needed = tuple(stage for name, stage in stages.items() if name not in given)
     return Sweep(sweep.name, tuple(sorted(cells.values(), key=lambda cell: -cell.images)), needed, sweep.rows)

@@ -11,7 +11,7 @@ import numpy as np
 from ddpm_lmk import scoring
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import SPECS, DatasetSpec
-from ddpm_lmk.runfile import dump_run
+from ddpm_lmk.runfile import dump_run, load_run
 
 CEPH = SPECS["cephalometric"]
 SIZE = (1935, 2400)
@@ -34,6 +34,7 @@ def write_run(
     spec: DatasetSpec = CEPH,
     truth: dict[str, tuple[np.ndarray, tuple[int, int], float]] | None = None,
     data: Path | None = None,
+    settings: list[str] | None = None,
 ) -> dict[str, Any]:
     """A finished run whose image i is off by `errors_px[i]` to the right, at every landmark, and nothing else."""
     if truth is None:
@@ -82,6 +83,8 @@ def write_run(
     put(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in losses) + '{"torn')
     cfg = {"data": {"path": str(data or folder / "no-data")}, "task": {"kind": "landmarks"}}
     put(folder / "config.yaml", dump_run(RunConfig.model_validate(cfg)))
+    if settings:
+        put(folder / "config.yaml", dump_run(load_run(folder / "config.yaml", settings)))
     return results
 
 
@@ -90,14 +93,19 @@ def write_sweep(
     cells: dict[tuple[str, int, int], float],
     weights: dict[str, str | None],
     rows: dict[str, dict[str, str]] | None = None,
+    settings: dict[tuple[str, int], list[str]] | None = None,
     **facts: Any,
 ) -> None:
-    """A sweep folder with one run per (start, labels, seed), off by that many pixels everywhere."""
+    """A sweep folder with one run per (start, labels, seed), off by that many pixels everywhere.
+
+    `settings` are words for the run files of (start, labels).
+    """
     listed = []
     images = facts.pop("images", 4)
     for (start, labels, seed), error in cells.items():
         name = f"{start}-k{labels}-s{seed}"
         listed.append({"cell": name, "start": start, "shots": labels, "seed": seed, "status": "done"})
         errors = np.full(images, float(error))
-        write_run(folder / "cells" / name, errors_px=errors, labels=labels, seed=seed, weights=weights[start], **facts)
+        facts |= {"labels": labels, "seed": seed, "weights": weights[start]}
+        write_run(folder / "cells" / name, errors_px=errors, settings=(settings or {}).get((start, labels)), **facts)
     put(folder / "sweep.json", {"kind": "sweep", "name": "known", "rows": rows or {}, "cells": listed})

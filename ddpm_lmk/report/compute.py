@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.durable import read_json
-from ddpm_lmk.report.data import Run, Study, parent_of
+from ddpm_lmk.report.data import Run, Study
+from ddpm_lmk.report.parents import parents_of
 
 HEADINGS = (
     "method",
@@ -30,8 +31,8 @@ def rows(study: Study) -> list[list[str]]:
 
 def _row(study: Study, start: str) -> list[str]:
     runs = [run for run in study.runs if run.start == start]
-    parent = parent_of(runs[0])
-    before = [_dash(value) for value in _parent_cost(parent)] if parent is not None else ["none", "–", "–"]
+    costs = [_parent_cost(parent) for parent in parents_of(study, start)]
+    before = [_dash(_total(values)) for values in zip(*costs)] if costs else ["none", "–", "–"]
     images = [float(cost["images"]) for run in runs if (cost := _train(run)).get("images") is not None]
     tflop = [float(cost["tflop"]) for run in runs if (cost := _train(run)).get("tflop") is not None]
     hours = [found for run in runs if (found := _hours(run.home, _train(run))) is not None]
@@ -46,6 +47,12 @@ def _train(run: Run) -> dict[str, Any]:
 def _parent_cost(parent: Path) -> tuple[float | None, float | None, float | None]:
     train = (read_json(parent / "results.json") or {}).get("train") or {}
     return train.get("images"), train.get("tflop"), _hours(parent, train)
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    """The sum of what several pre-training runs cost; None where one of them does not say."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _hours(folder: Path, train: dict[str, Any]) -> float | None:

@@ -278,15 +278,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
-
-
-def parent_of(run: Run) -> Path | None:
-    """The run directory a run's starting weights came from, where it is still there."""
-    weights = run.results["start"]["weights"]
-    if weights is None:
-        return None
-    path = Path(weights)
-    for candidate in (path, *path.parents[:2]):
-        if (candidate / "metrics.jsonl").is_file():
-            return candidate
-    return None

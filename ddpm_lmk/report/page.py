@@ -7,19 +7,30 @@ are read from the packed data, where it is still there. Numbers in other documen
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from ddpm_lmk import atomic, leakage
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.leakage import refuse_seen
-from ddpm_lmk.report import against, compute, differences, figures, html, notes, pictures, steps
-from ddpm_lmk.report.data import PROTOCOLS, Study, collect, paper_tables, parent_of
+from ddpm_lmk.report import (
+    against,
+    compute,
+    differences,
+    figures,
+    html,
+    key,
+    learning,
+    notes,
+    pictures,
+    recipes,
+    runs,
+    steps,
+)
+from ddpm_lmk.report.data import PROTOCOLS, Study, collect, paper_rows, paper_tables
+from ddpm_lmk.report.parents import parents_of
 from ddpm_lmk.report.text import csv_rows, markdown_table
-from ddpm_lmk.runfile import load_run
 from ddpm_lmk.sweep.summary import to_csv
 
 
@@ -63,6 +74,7 @@ def _section(study: Study, *, against_paper: bool) -> str:
         f'<p class="note">{_explanation(study)}</p>',
         html.headline_table(study),
         "<h2>Error against labels</h2>",
+        key.html(study, paper=bool(paper_rows(study.spec)), shape=True),
         f'<div class="figures">{"".join(_mre_figure(study, protocol) for protocol in PROTOCOLS)}</div>',
         _curves(study),
         pictures.panels(study),
@@ -70,8 +82,9 @@ def _section(study: Study, *, against_paper: bool) -> str:
         "<h2>Landmark by landmark</h2>",
         f'<p class="note">Protocol original, {escape(study.title(best))}, mean over seeds; bars to compare.</p>',
         html.landmark_table(study, best),
+        _recipes(study),
         "<h2>The runs</h2>",
-        html.facts_table(*_facts(study)),
+        html.facts_table(runs.rows(study), runs.HEADINGS),
         "<h2>Compute</h2>",
         html.facts_table(compute.rows(study), compute.HEADINGS),
         _left_out(study),
@@ -131,7 +144,7 @@ def _explanation(study: Study) -> str:
 
 def _mre_figure(study: Study, protocol: str) -> str:
     caption = {
-        "original": "Bands are one standard deviation over seeds.",
+        "original": "Bars are one standard deviation over seeds; methods stand side by side for clarity.",
         "paper": "The released code's metric, with the paper's own curves where it has them.",
     }[protocol]
     return html.figure(figures.mre_by_labels(study, protocol), caption, f"Protocol {protocol}")
@@ -141,106 +154,56 @@ def _curves(study: Study) -> str:
     """Cumulative error and learning curves, as far as the runs have kept what they need."""
     featured = pictures.featured_shots(study.shots)
     middle = featured[len(featured) // 2]
-    drawn = []
+    within = ""
     if any(run.predictions for run in study.runs):
-        caption = "Dotted verticals are the thresholds of the table."
-        drawn.append(html.figure(figures.cumulative_error(study, featured), caption, "Cumulative error"))
+        caption = "Protocol original, all runs of a row together. Dotted verticals are the thresholds of the table."
+        within = html.figure(figures.cumulative_error(study, featured), caption, "Cumulative error")
+    drawn = []
     if (svg := steps.curve(study, featured)) is not None:
         caption = "Starts that are snapshots of one pre-training run; bands are one standard deviation over seeds."
         drawn.append(html.figure(svg, caption, "Length of pre-training"))
-    if (svg := figures.pre_training_curves(study)) is not None:
+    for svg in learning.pre_training_curves(study).values():
         drawn.append(html.figure(svg, "The runs the starting weights came from; pale: as logged.", "Pre-training"))
-    if (svg := figures.fine_tuning_curves(study, middle)) is not None:
-        drawn.append(html.figure(svg, f"All runs with {middle} training labels.", "Fine-tuning"))
-    return f'<h2>Curves</h2><div class="figures three">{"".join(drawn)}</div>' if drawn else ""
+    if (svg := learning.fine_tuning_curves(study, middle)) is not None:
+        caption = f"All runs with {middle} training labels. Losses of different targets do not compare."
+        drawn.append(html.figure(svg, caption, "Fine-tuning"))
+    if not within and not drawn:
+        return ""
+    return f'<h2>Curves</h2>{key.html(study)}{within}<div class="figures three">{"".join(drawn)}</div>'
 
 
-def _facts(study: Study) -> tuple[list[list[str]], list[str]]:
-    """One row per start: what ran, for how long, on what."""
-    headings = [
-        "starting weights",
-        "weights from",
-        "runs",
-        "seeds",
-        "steps",
-        "images seen",
-        "median time",
-        "hardware",
-        "network",
-    ]
-    rows = []
-    for start in study.starts:
-        runs = [run for run in study.runs if run.start == start]
-        train = [run.results.get("train") or {} for run in runs]
-        seeds = sorted({run.results["seed"] for run in runs})
-        times = [entry["wall_s"] for entry in train if entry.get("wall_s") is not None]
-        weights = runs[0].results["start"]["weights"]
-        rows.append(
-            [
-                start,
-                "random" if weights is None else f"{weights} ({runs[0].results['start']['use']})",
-                str(len(runs)),
-                ", ".join(map(str, seeds)),
-                _range([entry.get("steps") for entry in train]),
-                _range([entry.get("images") for entry in train]),
-                f"{statistics.median(times):,.0f} s" if times else "–",
-                _hardware(runs[0].home),
-                _network(runs[0].home),
-            ]
-        )
-        parent = parent_of(runs[0])
-        if parent is not None:
-            rows.append(_parent_facts(parent))
-    return rows, headings
+def _recipes(study: Study) -> str:
+    """How every row was trained, and which settings depend on the number of labels; nothing without run files."""
+    lines = recipes.rows(study)
+    if not lines:
+        return ""
+    found = recipes.differing(study)
+    text = (
+        "Settings that depend on the number of labels, a row by itself. " + " ".join(found)
+        if found
+        else ("No setting depends on the number of labels.")
+    )
+    table = html.facts_table(lines, recipes.HEADINGS)
+    return f'<h2>Recipes</h2>{table}<p class="note wide">{escape(text)}</p>'
 
 
 def _left_out(study: Study) -> str:
     """What each pre-training did not see, and why."""
-    lines = []
+    told: dict[Path, list[str]] = {}
     for start in study.starts:
-        parent = parent_of(next(run for run in study.runs if run.start == start))
-        record = None if parent is None else read_json(parent / leakage.FILE_NAME)
+        for parent in parents_of(study, start):
+            told.setdefault(parent, []).append(study.title(start))
+    lines = []
+    for parent, titles in told.items():
+        record = read_json(parent / leakage.FILE_NAME)
         if record is not None:
             found = leakage.summary(record)
             offered = sum(facts["images"] for facts in record["trained_on"])
             lines.append(
-                f"Pre-training of {start} left out {found['left_out']:,} of {offered:,} images: {found['leaks']:,} "
-                f"were found in protected splits, {found['copies']:,} repeat another one."
+                f"Pre-training of {'; '.join(titles)} left out {found['left_out']:,} of {offered:,} images: "
+                f"{found['leaks']:,} were found in protected splits, {found['copies']:,} repeat another one."
             )
     return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
-
-
-def _parent_facts(parent: Path) -> list[str]:
-    results = read_json(parent / "results.json") or {}
-    train = results.get("train") or {}
-    time = train.get("wall_s")
-    figures_ = [_range([train.get("steps")]), _range([train.get("images")]), "–" if time is None else f"{time:,.0f} s"]
-    seed = str(results.get("seed", "–"))
-    return ["↳ pre-training", str(parent), "1", seed, *figures_, _hardware(parent), _network(parent)]
-
-
-def _range(values: Sequence[int | None]) -> str:
-    found = sorted({value for value in values if value is not None})
-    if not found:
-        return "–"
-    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
-
-
-def _hardware(folder: Path) -> str:
-    facts: dict[str, Any] = (read_json(folder / "run.json") or {}).get("hardware") or {}
-    if not facts:
-        return "–"
-    count = facts.get("processes", 1)
-    return (
-        f"{facts.get('device', '?')}, {count} process{'es' if count != 1 else ''}, {facts.get('threads', '?')} threads"
-    )
-
-
-def _network(folder: Path) -> str:
-    if not (folder / "config.yaml").is_file():
-        return "–"
-    cfg = load_run(folder / "config.yaml")
-    return cfg.model.describe(cfg.data.image_size)
 
 
 def _footer() -> str:

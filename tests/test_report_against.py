@@ -11,7 +11,7 @@ import pytest
 
 from ddpm_lmk.report import against, compute, steps
 from ddpm_lmk.report.data import Study, collect, paper_rows, paper_tables
-from ddpm_lmk.report.differences import less_scratch
+from ddpm_lmk.report.differences import best_overall, less, less_scratch, ratio
 from ddpm_lmk.report.page import write_report
 from ddpm_lmk.report.significance import over_films, over_seeds
 from tests.known_runs import put, write_sweep
@@ -61,6 +61,34 @@ def test_differences_are_paired_by_seed_with_students_interval(study: Study) -> 
     assert discs.is_clear
     assert not moco.is_clear  # 1, -1.5 and 0.5: nothing that three seeds can tell
     assert found["scratch"] is None
+
+
+def test_every_method_is_held_against_the_best_one_too(study: Study, tmp_path: Path) -> None:
+    assert best_overall(study) == "discs"
+    seeds, films = less(study, "moco", "discs", 5)
+    assert seeds is not None
+    assert films is not None
+    assert seeds.mean == pytest.approx(np.mean([3.0, 1.4, 4.3]))
+    assert less(study, "discs", "discs", 5) == (None, None)
+    found = ratio(study, "scratch", "discs")
+    assert found is not None
+    assert found.mean == pytest.approx(np.mean(np.log([4 / 2, 5 / 2.1, 6 / 2.2])))
+    assert found.count == 3
+    page = write_report([tmp_path / "sweep"], tmp_path / "report.html", against_paper=True)[0].read_text()
+    assert "Error less that of “scratch”" in page
+    assert "Error less that of “Discs, pre-trained”" in page
+    assert "of 2 differences of equal methods about 0.1 would be bold" in page
+
+
+def test_the_mean_over_numbers_of_labels_is_that_of_seeds_with_all_of_them(tmp_path: Path) -> None:
+    cells = {("scratch", labels, seed): 40.0 for labels in (1, 5) for seed in (0, 1)}
+    cells |= {("ours", 1, 0): 20.0, ("ours", 5, 0): 10.0, ("ours", 1, 1): 20.0}
+    write_sweep(tmp_path, cells, {"scratch": None, "ours": None})
+    (found,) = collect([tmp_path])
+    mean = ratio(found, "ours", "scratch")
+    assert mean is not None
+    assert mean.mean == pytest.approx(np.log(8) / -2)  # a half and a quarter; seed 1 lacks five labels
+    assert mean.count == 1
 
 
 def test_a_single_seed_has_no_interval_and_foreign_seeds_are_left_out() -> None:

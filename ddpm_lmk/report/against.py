@@ -13,7 +13,7 @@ from html import escape
 
 from ddpm_lmk.report.data import MEAN_SHAPE, Row, Score, Spread, Study, paper_rows, paper_tables
 from ddpm_lmk.report.figures import SHAPE_COLOUR, colours
-from ddpm_lmk.report.html import spread_text, swatch
+from ddpm_lmk.report.html import signed, spread_text, swatch
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def table(study: Study) -> str:
     """The table as HTML."""
     thresholds = list(study.runs[0].results["protocols"]["paper"]["sdr"])
     units = {protocol: study.runs[0].results["protocols"][protocol]["unit"] for protocol in ("paper", "original")}
-    groups = [f'<th class="first" colspan="3">MRE, {units["paper"]}</th>']
+    groups = [f'<th class="first" colspan="3">protocol paper: MRE, {units["paper"]}</th>']
     groups += [f'<th class="first" colspan="2">SDR {key} {units["paper"]}, %</th>' for key in thresholds]
-    groups += [f'<th class="first">original: MRE, {units["original"]}</th>']
+    groups += [f'<th class="first">original:<br>MRE, {units["original"]}</th>']
     heads = '<th class="first">ours</th><th>paper</th><th>differ&shy;ence</th>'
     heads += '<th class="first">ours</th><th>paper</th>' * len(thresholds) + '<th class="first">ours</th>'
     width = 3 + 3 + 2 * len(thresholds) + 1
@@ -96,7 +96,7 @@ def _line(row: Pair, beside: Sequence[Pair], study: Study, thresholds: Sequence[
     is_best = ours is not None and row.start is not None and ours.mre[0] == best
     cells.append(_number(ours.mre if ours else None, f"first{' best' if is_best else ''}"))
     cells.append(_number(theirs.mre if theirs else None, "theirs"))
-    cells.append(f"<td>{ours.mre[0] - theirs.mre[0]:+.2f}</td>" if ours and theirs else "<td></td>")
+    cells.append(f"<td>{signed(ours.mre[0] - theirs.mre[0])}</td>" if ours and theirs else "<td></td>")
     for key in thresholds:
         cells.append(_rate(ours.sdr.get(key) if ours else None, "first"))
         cells.append(_rate(theirs.sdr.get(key) if theirs else None, "theirs"))

@@ -16,6 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ddpm_lmk.report.data import SCRATCH, Study, paper_rows
@@ -132,7 +133,7 @@ def cumulative_error(study: Study, shots: Sequence[int]) -> str:
     """Share of landmarks found within a distance; a panel per number of labels."""
     thresholds = [float(key) for key in study.runs[0].results["protocols"]["original"]["sdr"]]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=BROAD, layout="constrained")
+        figure = Figure(figsize=BROAD, layout=ConstrainedLayoutEngine(wspace=0.06))
         panels = figure.subplots(1, len(shots), sharey=True, squeeze=False)[0]
         for labels, axes in zip(shots, panels):
             _shares_within(axes, study, labels, thresholds)

@@ -27,6 +27,11 @@ def spread_text(value: Spread, digits: int = 2) -> str:
     return text if std is None else f'{text} <span class="spread">±{std:.{digits}f}</span>'
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """A difference with its sign, the minus as wide as the plus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def swatch(colour: str) -> str:
     """A small square of a curve's colour."""
     return f'<span class="swatch" style="background:{colour}"></span>'
@@ -72,7 +77,7 @@ def headline_table(study: Study) -> str:
         here = [row for row in rows if row.training == labels]
         lines += [_headline_row(row, here, study, thresholds) for row in here]
     return (
-        '<div class="scroll"><table><thead>'
+        '<div class="scroll"><table class="scores"><thead>'
         f'<tr class="protocols"><th></th><th colspan="2"></th>{titles}</tr>'
         f"<tr><th>starting weights</th><th>validation<br>labels</th><th>runs</th>{heads}</tr>"
         f"</thead><tbody>{''.join(lines)}</tbody></table></div>"

@@ -103,7 +103,7 @@ def _beside_paper(study: Study) -> list[str]:
     return [
         f"<h2>Beside table {published['table']} of the paper</h2>",
         against.table(study),
-        differences.table(study),
+        differences.tables(study),
         f'<div class="footnotes"><ol>{numbered}</ol>{general}</div>',
     ]
 

@@ -16,10 +16,12 @@ from ddpm_lmk.errors import DataError
 from ddpm_lmk.overlay import draw_overlay, encode_jpeg, to_uint8
 from ddpm_lmk.report import html
 from ddpm_lmk.report.data import Run, Study
+from ddpm_lmk.report.figures import colours
 from ddpm_lmk.runfile import load_run
 
 FEATURED = 3  # numbers of labels that are shown where there is no room for all
-SIDE, PANEL_SIDE = 760, 420
+SIDE, PANEL_SIDE = 760, 640
+MARGIN = 0.15  # of the extent of the landmarks, around them
 KEY = '<span class="key"><i style="color:#d07300">×</i> found, <i style="color:#2f9e44">○</i> annotated.</span>'
 
 
@@ -60,34 +62,34 @@ def panels(study: Study) -> str:
     if not ranked or len(study.starts) < 2:
         return ""
     name = ranked[len(ranked) // 2][0]
-    lines = []
+    blocks = []
     try:
         for start in study.starts:
-            chosen = [next(iter(study.select(start, labels)), None) for labels in shots]
-            cells = "".join(_panel(run, name) for run in chosen)
-            lines.append(f'<div class="name">{escape(study.title(start))}</div>{cells}')
+            cells = "".join(_panel(next(iter(study.select(start, labels)), None), name, labels) for labels in shots)
+            title = f"{html.swatch(colours(study)[start])}{escape(study.title(start))}"
+            blocks.append(f'<div class="method"><h3>{title}</h3><div class="panels">{cells}</div></div>')
     except DataError as error:
         return f'<h2>One film, every method</h2><p class="note">The pictures are not at hand: {escape(str(error))}</p>'
-    heads = "".join(f'<div class="head">{k} {"label" if k == 1 else "labels"}</div>' for k in shots)
     text = (
-        f"Film {escape(name)}, the median one of {escape(study.title(best))} with {shots[-1]} labels; first seed of "
-        f"every row. Below each picture its mean radial error. {KEY}"
+        f"Film {escape(name)}, the median one of {escape(study.title(best))} with {shots[-1]} labels, around its "
+        f"landmarks; first seed of every row. Below each picture its mean radial error. {KEY}"
     )
-    grid = f'<div class="panels" style="--columns:{len(shots)}"><div></div>{heads}{"".join(lines)}</div>'
+    grid = f'<div class="methods" style="--columns:{len(shots)}">{"".join(blocks)}</div>'
     return f'<h2>One film, every method</h2><p class="note">{text}</p>{grid}'
 
 
-def _panel(run: Run | None, name: str) -> str:
+def _panel(run: Run | None, name: str, labels: int) -> str:
     """A small picture with its error; a gap where there is no such run."""
+    told = f"{labels} {'label' if labels == 1 else 'labels'}"
     if run is None:
-        return '<div class="gap">not run</div>'
+        return f'<div class="gap">{told}: not run</div>'
     error = run.image_errors()[name]
-    picture = html.image(_draw(run, name, PANEL_SIDE), f"x-ray {name}, {run.start}, {run.labels} labels")
-    return f'<div class="panel">{picture}<span>{error:.2f} {run.unit}</span></div>'
+    picture = html.image(_draw(run, name, PANEL_SIDE, cropped=True), f"x-ray {name}, {run.start}, {told}")
+    return f'<div class="panel">{picture}<span>{told}: {error:.2f} {run.unit}</span></div>'
 
 
-def _draw(run: Run, name: str, longest: int) -> bytes:
-    """JPEG of one test picture, in its native aspect, with found and annotated points."""
+def _draw(run: Run, name: str, longest: int, *, cropped: bool = False) -> bytes:
+    """JPEG of one test picture in its native aspect with found and annotated points, whole or around the landmarks."""
     cfg = load_run(run.home / "config.yaml")
     packs = [Manifest.open(path) for path in cfg.data.path]
     manifest = next((pack for pack in packs if pack.dataset == run.results["dataset"]), packs[0])
@@ -111,4 +113,13 @@ def _draw(run: Run, name: str, longest: int) -> bytes:
         (np.array([[float(line[x]), float(line[y])] for line in rows]) + 0.5) * scale - 0.5
         for x, y in (("x", "y"), ("true_x", "true_y"))
     )
-    return encode_jpeg(draw_overlay(shown, points, true=true, side=max(size)))
+    drawn = draw_overlay(shown, points, true=true, side=max(size))
+    return encode_jpeg(_around(drawn, true) if cropped else drawn)
+
+
+def _around(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The part of a picture that holds all annotated points, with a margin."""
+    margin = MARGIN * float(np.ptp(points, axis=0).max())
+    low = np.maximum(points.min(0) - margin, 0).astype(int)
+    high = np.minimum(points.max(0) + margin, picture.shape[1::-1]).astype(int)
+    return np.ascontiguousarray(picture[low[1] : high[1] + 1, low[0] : high[0] + 1])

@@ -201,21 +201,21 @@ def loader_training_table(source: Path) -> str:
 
 
 def switches_table(source: Path) -> str:
-    """Time of a step with each switch, against the plain step, and what a micro-batch keeps."""
+    """Time of a step with each switch, against the first of as many micro-batches, and what one keeps."""
     found = read_result(source)
-    ratios = {ratio["what"].removesuffix(" over plain"): _ratio(ratio) for ratio in found.facts["ratios"]}
+    ratios = {ratio["what"].partition(" over ")[0]: _ratio(ratio) for ratio in found.facts["ratios"]}
     rows = [
         [
             row.conditions["switch"],
+            f"{row.conditions['micro_batches']} x {row.conditions['batch_images']}",
             _spread(row.busy_s, 1e3),
             ratios.get(row.conditions["switch"], ""),
-            f"{row.figures['kept_mib']:.1f}",
+            f"{row.figures['kept_mib']:.1f}" if "kept_mib" in row.figures else "",
         ]
         for row in found.rows
     ]
-    where = found.rows[0].conditions
-    head = f"{_head(found)}; {where['image_size_px']} pixels, {where['micro_batches']} x {where['batch_images']} images"
-    heads = ["switch", "step, busy ms (quartiles)", "time over plain", "kept by a micro-batch, MiB"]
+    head = f"{_head(found)}; {found.rows[0].conditions['image_size_px']} pixels"
+    heads = ["switch", "images", "step, busy ms (quartiles)", "time over the first", "kept by a micro-batch, MiB"]
     return f"{head}\n\n{markdown(heads, rows)}"
 
 

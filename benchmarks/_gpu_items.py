@@ -65,6 +65,8 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
     yield Item("step-base", (step("base"),), 90)
     for width in (64, 96, 128, 256):
         yield Item(f"step-width-{width}", (step("paper", f"model.width={width // 8 if is_smoke else width}"),), 90)
+    small = ("--run", smoke, "--rounds", "6") if is_smoke else ("--model", "small", "--size", "256", "--batch", "8")
+    yield Item("switches", (bench("switches", *device, *small),), 240)
     yield Item("peers", (peers("width", 128, "--precision", "bf16", "--rounds", "12"),), 300)
     yield Item("papers-way", (peers("way", 256, "--precision", "bf16", "--rounds", "6", "--save"),), 200)
     yield Item("peers-matched", (peers("matched", 128, "--precision", "bf16", "--rounds", "12"),), 300)

@@ -5,6 +5,7 @@
 A step is four micro-batches of random images and an update of AdamW and the average. The plain step standardises in
 every pass, computes norms with PyTorch's operations in fp32, and recomputes nothing. Beside the time stands what a
 micro-batch keeps between its forward and backward pass; parameters and what stays between micro-batches aside.
+On CUDA the compiler and CUDA graphs follow, in steps of one micro-batch, since graphs cannot add gradients up.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ddpm_lmk.console import progress
 from ddpm_lmk.measure import Result, alternate, compare_paired
 
 MICRO_BATCHES = 4
+WARM_UP = 3  # a graph is recorded in the second pass, and replayed from the third on
 PLAIN = "plain"
 TRAIN: dict[str, Any] = {"standardise": "pass", "group_norm": "native", "precision": "fp32"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -32,25 +34,41 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "model.checkpointing=[true, false, ...]": {"checkpointing": "first"},
     "model.checkpointing=true": {"checkpointing": True},
 }
+FAST: dict[str, Any] = {"standardise": "step", "precision": "bf16"}
+LAUNCHES: dict[str, dict[str, Any]] = {
+    "one micro-batch": {**FAST, "group_norm": "fused"},
+    "train.compile=true": {**FAST, "compile": True},
+    "train.cuda_graphs=true": {**FAST, "compile": True, "cuda_graphs": True},
+}
 
 
 def main() -> None:
     """Measure and write the result file."""
     options = option_parser(__doc__).parse_intermixed_args()
-    subjects = {name: variant(options, fields) for name, fields in VARIANTS.items()}
-    first = subjects[PLAIN]
+    first = variant(options, {})
     result = Result("switches", settings=first.cfg.model_dump(mode="json"), device=first.device)
-    calls: dict[str, Callable[[], object]] = {name: stepper(subject) for name, subject in subjects.items()}
-    with progress("bench switches", lines=False) as tell:
-        found = alternate(calls, rounds=options.rounds, warm_up=1, device=first.device, tell=tell)
-    for name, subject in subjects.items():
-        conditions = {"switch": name, "micro_batches": MICRO_BATCHES, **subject.conditions()}
-        result.add("train step", found[name], conditions=conditions, figures={"kept_mib": kept_mib(subject)})
-        if name != PLAIN:
-            ratio = compare_paired(found[name].busy_s, found[PLAIN].busy_s)
-            result.ratios.append({"what": f"{name} over plain", "clock": "busy_s", **ratio.facts()})
-            print(f"{name}: {ratio}")
+    measure(result, options, VARIANTS, micro_batches=MICRO_BATCHES)
+    if first.device == "cuda":
+        measure(result, options, LAUNCHES, micro_batches=1)
     print(f"wrote {result.write(Path(options.out), first.label)}")
+
+
+def measure(result: Result, options: Any, variants: dict[str, dict[str, Any]], *, micro_batches: int) -> None:
+    """A step with each of these, in turn; the first is what the others are compared with."""
+    subjects = {name: variant(options, fields) for name, fields in variants.items()}
+    plain, *others = subjects
+    calls = {name: stepper(subject, micro_batches) for name, subject in subjects.items()}
+    with progress("bench switches", lines=False) as tell:
+        device = subjects[plain].device
+        found = alternate(calls, rounds=options.rounds, warm_up=WARM_UP, device=device, tell=tell)
+    for name, subject in subjects.items():
+        conditions = {"switch": name, "micro_batches": micro_batches, **subject.conditions()}
+        kept = {} if subject.cfg.train.compile else {"kept_mib": kept_mib(subject)}
+        result.add("train step", found[name], conditions=conditions, figures=kept)
+    for name in others:
+        ratio = compare_paired(found[name].busy_s, found[plain].busy_s)
+        result.ratios.append({"what": f"{name} over {plain}", "clock": "busy_s", **ratio.facts()})
+        print(f"{name}: {ratio}")
 
 
 def variant(options: Any, fields: dict[str, Any]) -> Subject:
@@ -70,14 +88,14 @@ def variant(options: Any, fields: dict[str, Any]) -> Subject:
     return Subject(options, cfg=cfg)
 
 
-def stepper(subject: Subject) -> Callable[[], None]:
-    """One optimizer step over `MICRO_BATCHES` times the batch."""
+def stepper(subject: Subject, micro_batches: int) -> Callable[[], object]:
+    """One optimizer step over so many times the batch."""
 
     def step() -> None:
         subject.updater.clear()
-        for number in range(MICRO_BATCHES):
-            with subject.updater.micro_batch(number, of=MICRO_BATCHES):
-                subject.updater.add(subject.loss(), MICRO_BATCHES * subject.batch_images)
+        for number in range(micro_batches):
+            with subject.updater.micro_batch(number, of=micro_batches):
+                subject.updater.add(subject.loss(), micro_batches * subject.batch_images)
         subject.updater.finish(0.0)
         subject.updater.apply(None)
         subject.state.ema.update(1)

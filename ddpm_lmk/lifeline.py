@@ -36,7 +36,7 @@ class Beat:
 
     rank: int
     pid: int
-    phase: str  # start, setup, train (the loop begins), step, evaluate, save, write, score or sample
+    phase: str  # start, setup, train (the loop begins), step, compile, evaluate, save, write, score or sample
     step: int
     at: float  # monotonic seconds
     interval_s: float  # median time from a sign of this phase to the next sign

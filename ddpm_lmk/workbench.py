@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ddpm_lmk.checkpoint import META, load_weights
 from ddpm_lmk.config import InitConfig, RunConfig
+from ddpm_lmk.engine.compiling import compile_model
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import use_norm
 from ddpm_lmk.models.fused import choose_norm
@@ -42,7 +43,7 @@ class Workbench:
             fresh = task.wrap(
                 build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
             )
-        setting = (device, cfg.train.channels_last, cfg.train.compile, cfg.train.group_norm)
+        setting = (device, cfg.train.channels_last, cfg.train.compile, cfg.train.cuda_graphs, cfg.train.group_norm)
         head = cfg.task if cfg.task.stage == "pretrain" else None  # some tasks train more than the network
         key = (cfg.model, type(task), head, task.out_channels, task.full_size, task.domains, *setting)
         model = self._networks.pop(key, None)
@@ -54,8 +55,7 @@ class Workbench:
             layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
             model = fresh.to(device).to(memory_format=layout)  # type: ignore[call-overload]
             use_norm(model, choose_norm(cfg.train.group_norm, device, is_compiled=cfg.train.compile is True))
-            if cfg.train.compile:
-                model.compile()
+            compile_model(model, cfg, device)
         self._networks[key] = model  # now the youngest
         _shorten(self._networks, NETWORKS_GIB, lambda network: network.state_dict().values())
         return model

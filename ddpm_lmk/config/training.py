@@ -128,6 +128,11 @@ class TrainConfig(Section):
         False,
         description="torch.compile the model; auto: on CUDA in a run long enough to make up for the minutes it takes",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="launch the compiled passes as CUDA graphs, for networks so small that launching takes longer than "
+        "computing; needs compile=true and one micro-batch per process (off: not measured yet)",
+    )
     ema: EmaConfig | None = Field(default_factory=EmaConfig, description="moving average of weights; null: none")
     spikes: SpikeConfig | None = Field(
         default_factory=SpikeConfig, description="leave out updates of loss spikes; null: take all that are finite"
@@ -153,6 +158,12 @@ class TrainConfig(Section):
     select: Literal["last", "best"] = Field(
         "last", description="weights that are kept and tested: the last, or the best on validation (paper)"
     )
+
+    @model_validator(mode="after")
+    def _graphs_are_compiled(self) -> TrainConfig:
+        if self.cuda_graphs and self.compile is not True:
+            raise ValueError("cuda_graphs=true records what the compiler makes; set compile=true too")
+        return self
 
     @property
     def given_micro_batch(self) -> int | None:

@@ -21,6 +21,7 @@ from ddpm_lmk.config import Duration, RunConfig, TrainConfig
 from ddpm_lmk.data.backend import Backend
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
+from ddpm_lmk.engine.compiling import CompileClock
 from ddpm_lmk.engine.exactness import kernels, say_class
 from ddpm_lmk.engine.layout import watch_layout
 from ddpm_lmk.engine.memory import MemoryWatch
@@ -130,7 +131,8 @@ def fit(
     updater = build_updater(cfg, state, parallel)
     statistics = Statistics(state.model, parallel)
     supply = Supply(loaders.train, parallel, run, start=state.step)
-    meter = Meter(state, parallel, write=run.metrics, total=pace.total, every=pace.log)
+    clock = CompileClock(cfg, parallel, run)
+    meter = Meter(state, parallel, clock, write=run.metrics, total=pace.total, every=pace.log)
     saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint))
     validation = None
     if loaders.validation is not None:
@@ -143,6 +145,7 @@ def fit(
         kernels(cfg.train.exactness, parallel.device),
         MemoryWatch(cfg, task, state, parallel),
         watch_layout(cfg, state.model, parallel, run),
+        clock,
         meter,
         supply,
         closing(updater),

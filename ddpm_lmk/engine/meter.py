@@ -1,6 +1,6 @@
 """What a run says about itself: `metrics.jsonl`, a progress bar on a terminal, plain `key=value` lines elsewhere.
 
-Losses are those all ranks agreed on. Rates leave out validation and saving, and include waiting for
+Losses are those all ranks agreed on. Rates leave out validation, saving and compilation, and include waiting for
 data, whose share is reported beside them. Every number is on the host when a line is due: the exchange that decides
 about a step brings it, so a line costs the device nothing. Lines are written by a thread of their own, in order, so
 that a file system that takes its time does not hold up training either; what was handed to it is on the disk before a
@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ddpm_lmk.engine.compiling import CompileClock
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.updater import Seen
@@ -33,15 +34,24 @@ class Meter:
     """Counts between two lines and writes them; only rank 0 writes.
 
     Args:
+        clock: what was spent on compilation, which is told elsewhere.
         write: takes one line of `metrics.jsonl` as a mapping.
         total: steps of the run.
         every: steps between lines.
     """
 
     def __init__(
-        self, state: TrainState, parallel: Parallel, *, write: Callable[[dict[str, Any]], None], total: int, every: int
+        self,
+        state: TrainState,
+        parallel: Parallel,
+        clock: CompileClock,
+        *,
+        write: Callable[[dict[str, Any]], None],
+        total: int,
+        every: int,
     ) -> None:
         self._state, self._parallel, self._write, self._total, self._every = state, parallel, write, total, every
+        self._clock, self._compiled_s = clock, clock.seconds
         self._loss = self._norm = 0.0
         self._steps = self._images = self._updated = 0
         self._wait_s = self._paused_s = 0.0
@@ -76,6 +86,7 @@ class Meter:
         self._settle(most=0)
         yield
         self._paused_s += time.perf_counter() - begin
+        self._compiled_s = self._clock.seconds  # counted already
 
     def step(self, seen: Seen, *, size: int, is_skipped: bool, lr: float) -> None:
         """Take in one finished step.
@@ -86,6 +97,8 @@ class Meter:
         now = time.perf_counter()
         self._state.seconds += now - self._tick
         self._tick = now
+        self._paused_s += self._clock.seconds - self._compiled_s
+        self._compiled_s = self._clock.seconds
         self._steps += 1
         self._images += size
         self._wait_s += seen.wait_s

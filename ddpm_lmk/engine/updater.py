@@ -251,7 +251,18 @@ class Treed(Updater):
 
 
 def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Updater:
-    """The way of the run's exactness class and of the launch file's ZeRO stage."""
+    """The way of the run's exactness class and of the launch file's ZeRO stage.
+
+    Raises:
+        ConfigError: the run asks for what cannot be kept together.
+    """
+    share = cfg.train.group_size // parallel.world
+    if cfg.train.cuda_graphs and (parallel.zero or share > (cfg.train.given_micro_batch or share)):
+        raise ConfigError(
+            f"train.cuda_graphs=true with {f'ZeRO {parallel.zero}' if parallel.zero else 'several micro-batches'}: a "
+            "replayed graph writes its gradients over those of the micro-batch before (pytorch#169545); use one "
+            "micro-batch per process (train.micro_batch=null) and no ZeRO, or train.cuda_graphs=false"
+        )
     if parallel.zero:
         from ddpm_lmk.engine.sharded import Sharded
 

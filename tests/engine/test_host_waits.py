@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import SPECS
+from ddpm_lmk.engine.compiling import CompileClock
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.meter import Meter
 from ddpm_lmk.engine.parallel import Parallel
@@ -141,6 +142,11 @@ def test_a_step_waits_for_the_device_once(
     assert [line["step"] for line in lines] == list(range(1, STEPS)), "lines before the crash are all there"
 
 
+def clock(parallel: Parallel) -> CompileClock:
+    """Of a run that compiles nothing."""
+    return CompileClock(config(), parallel, RunDir(Path(), writes=False))
+
+
 def test_the_far_device_notices_a_read_and_a_plain_copy(tmp_path: Path) -> None:
     uploads, far = Uploads(), torch.zeros(3, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -160,7 +166,7 @@ def test_a_slow_disk_does_not_hold_up_steps_and_loses_no_line(parallel: Parallel
         time.sleep(0.05)
         written.append(line["step"])
 
-    with Meter(state, parallel, write=write, total=8, every=1) as meter:
+    with Meter(state, parallel, clock(parallel), write=write, total=8, every=1) as meter:
         for _ in range(4):
             state.step += 1
             meter.step(Seen(1.0, 1.0, 0.0, 0.0), size=4, is_skipped=False, lr=0.1)
@@ -180,7 +186,7 @@ def test_what_writing_a_line_raises_ends_the_run(parallel: Parallel) -> None:
         raise ValueError("no such number in JSON")
 
     def run() -> None:
-        with Meter(state, parallel, write=write, total=1, every=1) as meter:
+        with Meter(state, parallel, clock(parallel), write=write, total=1, every=1) as meter:
             state.step = 1
             meter.step(Seen(1.0, 1.0, 0.0, 0.0), size=4, is_skipped=False, lr=0.1)
 
@@ -191,7 +197,7 @@ def test_what_writing_a_line_raises_ends_the_run(parallel: Parallel) -> None:
 def test_waiting_for_data_is_that_of_all_ranks(tmp_path: Path, parallel: Parallel) -> None:
     seen: list[dict[str, Any]] = []
     state = TrainState.fresh(config(), nn.Linear(1, 1))
-    with Meter(state, parallel, write=seen.append, total=1, every=1) as meter:
+    with Meter(state, parallel, clock(parallel), write=seen.append, total=1, every=1) as meter:
         time.sleep(0.02)
         state.step = 1
         meter.step(Seen(1.0, 1.0, 0.0, 1e-3), size=4, is_skipped=False, lr=0.1)

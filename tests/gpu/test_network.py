@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.config import UNetConfig
+from ddpm_lmk.config import RunConfig, UNetConfig
+from ddpm_lmk.engine.compiling import compile_model
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import use_norm
 from ddpm_lmk.models.fused import choose_norm, group_norm
 from tests.models.norm_cases import CASES, Case
 
 CONFIG = UNetConfig(width=32, multipliers=(1, 2, 4), heads=4, head_dim=32)
+SGD = {"kind": "sgd", "lr": 0.1}
 
 
 def network(device: torch.device) -> nn.Module:
@@ -103,3 +109,33 @@ def test_compiled_gradients_are_those_of_eager(device: torch.device) -> None:
     _, compiled = loss_and_gradient(model, x, t, torch.bfloat16)
     assert F.cosine_similarity(eager, compiled, dim=0) > 0.99
     assert compiled.norm() == pytest.approx(eager.norm().item(), rel=0.05)
+
+
+@pytest.mark.slow
+def test_steps_of_cuda_graphs_are_those_of_eager(device: torch.device) -> None:
+    """Through the engine's own parts, with the average in the place of the weights once in between."""
+
+    def weights(**train: Any) -> Tensor:
+        settings = {"group_size": 4, "precision": "fp32", "group_norm": "native", **train}
+        cfg = RunConfig(data={"path": "."}, model=CONFIG, task={"kind": "denoise"}, optim=SGD, train=settings)
+        state = TrainState.fresh(cfg, network(device))
+        compile_model(state.model, cfg, device)
+        updater = build_updater(cfg, state, Parallel("cuda" if device.type == "cuda" else "cpu"))
+        x, t = inputs(device)
+        for step in range(1, 7):
+            with updater.micro_batch(0, of=1):
+                updater.add(F.mse_loss(updater.net(x + step / 10, t), x, reduction="sum"), x.numel())
+            updater.finish(0.0)
+            updater.apply(None)
+            updater.clear()
+            state.ema.update(step)
+            if step == 3:
+                with state.ema.applied() as model, torch.no_grad():
+                    model.eval()(x, t)
+                state.model.train()
+        updater.close()
+        return torch.cat([p.detach().double().cpu().flatten() for p in state.model.parameters()])
+
+    start = torch.cat([p.detach().double().cpu().flatten() for p in network(device).parameters()])
+    eager, graphs = weights(), weights(compile=True, cuda_graphs=device.type == "cuda")
+    assert (graphs - eager).norm() < 0.02 * (eager - start).norm()

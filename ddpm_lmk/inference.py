@@ -7,10 +7,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,50 +18,17 @@ from torch import nn
 from ddpm_lmk import atomic, calibration, leakage, scoring
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.corpora import Corpus, evaluation_corpora, training_corpora
 from ddpm_lmk.data.records import SampleRecord
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
+from ddpm_lmk.found import Found, Labels, peak_error, predictions_csv, to_native
 from ddpm_lmk.landmarks import ContourCodec
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.loaded import LoadedRun, open_run, pixel_settings
 from ddpm_lmk.reliability import write_reliability
-from ddpm_lmk.tasks import LandmarkTask, Predictions
-
-COLUMNS = (
-    "image_id",
-    "landmark_index",
-    "landmark_name",
-    "x",
-    "y",
-    "true_x",
-    "true_y",
-    "error_px",
-    "error_mm",
-    "spread_px",
-    "failed",
-)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a model found in one image, native px."""
-
-    points: np.ndarray  # [N, 2] float64
-    spread_px: np.ndarray  # [N]
-    failed: np.ndarray  # [N] bool
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The truth about a split, in order of id; M images, N landmarks, native px."""
-
-    ids: list[str]
-    points: np.ndarray  # [M, N, 2]
-    native_size: np.ndarray  # [M, 2] (width, height)
-    mm_per_px: np.ndarray  # [M], NaN where unknown
+from ddpm_lmk.tasks import LandmarkTask
 
 
 def evaluate_split(
@@ -204,17 +168,6 @@ def predict_split(
     return dict(gathered)
 
 
-def to_native(predictions: Predictions, batch: Batch) -> list[Found]:
-    """Predictions of a batch in native pixels, one `Found` per image; spreads grow with the mean of both scales."""
-    matrix = batch.to_native.double().cpu().numpy()  # [B, 2, 3]
-    points = predictions.points.double().cpu().numpy()
-    native = points @ matrix[:, :, :2].swapaxes(1, 2) + matrix[:, None, :, 2]
-    scale = np.sqrt(np.abs(np.linalg.det(matrix[:, :, :2])))[:, None]
-    spread = predictions.spread_px.double().cpu().numpy() * scale
-    failed = predictions.failed.cpu().numpy()
-    return [Found(*row) for row in zip(native, spread, failed, strict=True)]
-
-
 def read_labels(corpus: Corpus) -> Labels:
     """The labels of a corpus' rows, float64 as packed."""
     facts = [corpus.facts(int(row)) for row in corpus.rows]
@@ -273,6 +226,7 @@ def _score_and_write(
         spread = np.stack([found[name].spread_px for name in labels.ids]) * scale
         errors = np.linalg.norm(points - labels.points, axis=-1) * scale
         results["reliability"] = write_reliability(out, spread, errors, unit=spec.unit, title=facts["name"])
+        results["reliability"] |= peak_error([found[name] for name in labels.ids], labels)
     atomic.write_text(out / "predictions.csv", predictions_csv(spec, found, labels))
     atomic.write_json(out / "results.json", results)
     return results
@@ -283,18 +237,3 @@ def _count_validation(cfg: RunConfig) -> int:
     if cfg.data.validation_split is None:
         return 0
     return sum(len(corpus.rows) for corpus in evaluation_corpora(cfg, cfg.data.validation_split))
-
-
-def predictions_csv(spec: DatasetSpec, found: Mapping[str, Found], labels: Labels) -> str:
-    """The text of predictions.csv: native px, errors in px, and in mm where the spacing is known."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for name, true, spacing in zip(labels.ids, labels.points, labels.mm_per_px, strict=True):
-        here = found[name]
-        errors = np.linalg.norm(here.points - true, axis=-1)
-        for index, landmark in enumerate(spec.landmark_names):
-            numbers = [*here.points[index], *true[index], errors[index], errors[index] * spacing, here.spread_px[index]]
-            cells = ["" if np.isnan(number) else f"{number:.4f}" for number in numbers]
-            writer.writerow([name, index, landmark, *cells, int(here.failed[index])])
-    return text.getvalue()

@@ -28,7 +28,7 @@ from ddpm_lmk.data.records import to_stored_matrix
 from ddpm_lmk.data.stored import to_square
 from ddpm_lmk.data.warp import develop
 from ddpm_lmk.errors import ConfigError, DataError
-from ddpm_lmk.inference import Found, to_native
+from ddpm_lmk.found import Found, to_native
 from ddpm_lmk.loaded import LoadedRun, open_run
 from ddpm_lmk.overlay import draw_overlay, encode_png, to_uint8
 from ddpm_lmk.tasks import LandmarkTask

@@ -12,6 +12,7 @@ from ddpm_lmk import atomic
 
 PLOT_NAME = "calibration.png"
 BINS = 10
+PEAK_LIMIT = 0.15  # peaks of sharp maps of this size are rarely above it (paper.md, section 5)
 INK, DOTS, LINE = "#1c2733", "#0b66b0", "#c4621b"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -48,6 +49,30 @@ def reliability(spread: np.ndarray, error: np.ndarray) -> dict[str, Any]:
     ]
     gap = sum(each["count"] * abs(each["expected"] - each["error"]) for each in bins) / max(len(order), 1)
     return {"bins": bins, "correlation": _spearman(spread, error), "gap": gap}
+
+
+def calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> dict[str, Any]:
+    """Expected calibration error of peak probabilities `[K]`, as McCouat and Voiculescu (CVPR 2022) compute it.
+
+    The caller counts a point as right when it is within the circle that has the area of one pixel of the map.
+
+    Returns:
+        `ece_pct`, the mean distance of confidence and accuracy in per cent, weighted by count, and its bins: ten of
+        equal width up to 0.15, the last one open.
+    """
+    edges = np.linspace(0, PEAK_LIMIT, BINS + 1)[1:-1]
+    which = np.searchsorted(edges, confidence, side="right")
+    bins = [
+        {
+            "count": int(part.sum()),
+            "confidence": float(confidence[part].mean()),
+            "accuracy": float(is_right[part].mean()),
+        }
+        for index in range(BINS)
+        if (part := which == index).any()
+    ]
+    distance = sum(each["count"] * abs(each["confidence"] - each["accuracy"]) for each in bins)
+    return {"ece_pct": 100 * distance / max(len(confidence), 1), "peaks": bins}
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,8 @@ from ddpm_lmk.data.corpora import evaluation_corpora, training_corpora
 from ddpm_lmk.errors import CheckpointError, ConfigError
 from ddpm_lmk.landmarks import ContourCodec, Frame
 from ddpm_lmk.loaded import open_run
-from ddpm_lmk.reliability import reliability
+from ddpm_lmk.reliability import calibration_error, reliability
+from ddpm_lmk.report.page import write_report
 from ddpm_lmk.runfile import load_run
 from ddpm_lmk.runs import execute
 from tests.cli.commands import SMOKE, run_command
@@ -99,6 +101,20 @@ def test_reliability_of_an_honest_and_of_a_sure_model() -> None:
     assert reliability(shuffled, error)["correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
 
+def test_calibration_error_is_that_of_ten_bins_and_an_open_last_one() -> None:
+    confidence = np.array([0.01, 0.012, 0.02, 0.14, 0.5, 0.9])
+    is_right = np.array([0, 1, 0, 1, 1, 0], bool)
+    found = calibration_error(confidence, is_right)
+    bins = [np.array([0, 1]), np.array([2]), np.array([3, 4, 5])]
+    gaps = [len(part) * abs(confidence[part].mean() - is_right[part].mean()) for part in bins]
+    assert [each["count"] for each in found["peaks"]] == [2, 1, 3]
+    assert found["ece_pct"] == pytest.approx(100 * sum(gaps) / 6)
+    rng = np.random.default_rng(0)
+    honest = rng.uniform(0.005, 0.145, 200_000)
+    assert calibration_error(honest, rng.random(honest.size) < honest)["ece_pct"] < 0.2
+    assert calibration_error(np.full(100, 0.1), np.ones(100, bool))["ece_pct"] == pytest.approx(90)
+
+
 def finetuned(data: Path, out: Path, *words: str) -> dict:
     cfg = load_run(SMOKE / "finetune.yaml", [f"data.path={data}", FITTED, "train.length=1 steps", *words])
     return execute(cfg, out, device="cpu")
@@ -117,10 +133,19 @@ def test_a_run_fits_on_its_validation_split_keeps_uses_and_shows_it(packed_phant
     with Image.open(tmp_path / "run" / "calibration.png") as picture:
         assert picture.size[0] > 800
     assert sum(each["count"] for each in results["reliability"]["bins"]) == 6 * 19
+    peaks = results["reliability"]["peaks"]
+    assert sum(each["count"] for each in peaks) == 6 * 19
+    assert all(0 < each["confidence"] < 1 for each in peaks)
     done = run_command("evaluate", tmp_path / "run", "--data", packed_phantoms, "--split", "test")
     again = json.loads((tmp_path / "run" / "evaluate-test" / "results.json").read_text())
     assert done.code == 0
     assert again["reliability"] == results["reliability"]
+    for folder in (tmp_path / "run", tmp_path / "run" / "evaluate-test"):
+        page = write_report([folder], tmp_path / "report.html")[0].read_text()
+        assert "<h2>Calibration</h2>" in page
+        assert base64.b64encode((folder / "calibration.png").read_bytes()).decode() in page
+        assert f"sella {kept['temperatures'][0]:.2f}" in page
+        assert f"{results['reliability']['ece_pct']:.2f}" in page
 
     kept["temperatures"] = kept["temperatures"][1:]
     (tmp_path / "run" / "calibration.json").write_text(json.dumps(kept))

@@ -49,7 +49,7 @@ LAYERS: list[set[str]] = [
     {"tasks", "leakage"},
     {"sweep"},
     {"engine", "rundir", "fork"},
-    {"sampling", "loaded", "inference", "calibration", "reliability", "mixtures", "predict", "export"},
+    {"sampling", "loaded", "found", "inference", "calibration", "reliability", "mixtures", "predict", "export"},
     {"workbench"},
     {"forecast"},
     {"tempering"},

@@ -33,6 +33,7 @@ class Decoded:
     points: Tensor  # [B, N, 2]
     spread_px: Tensor  # [B, N], the codec's own measure of how far off the point may be
     failed: Tensor  # [B, N] bool
+    peak: Tensor | None = None  # [B, N] probability of the most probable pixel, from codecs that claim one
 
 
 class Codec(Protocol):

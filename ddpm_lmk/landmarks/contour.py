@@ -66,7 +66,7 @@ class ContourCodec:
         error = self.expected_radial_error(probability, points, x, y)
         if self.cfg.pixel == "floor":
             points = points - grid_shift(frame)
-        return Decoded(points, error, ~points.isfinite().all(-1))
+        return Decoded(points, error, ~points.isfinite().all(-1), probability.amax((-2, -1)))
 
     def expected_radial_error(self, probability: Tensor, points: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """ERE `[B, N]` px: sum over pixels of w |p - point|, w the map without what is below `ere_cut` of its peak."""

@@ -39,8 +39,10 @@ class Run:
 
     @property
     def home(self) -> Path:
-        """The run directory; a dataset of a mixture lies in RUN/parts."""
-        return self.folder.parents[1] if self.folder.parent.name == "parts" else self.folder
+        """The run directory; a dataset of a mixture lies in RUN/parts, another evaluation in RUN/evaluate-SPLIT."""
+        folder = self.folder.parents[1] if self.folder.parent.name == "parts" else self.folder
+        is_inside = not (folder / "config.yaml").is_file() and (folder.parent / "config.yaml").is_file()
+        return folder.parent if is_inside else folder
 
     @property
     def labels(self) -> int:

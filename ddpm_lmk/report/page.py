@@ -16,6 +16,7 @@ from ddpm_lmk.durable import read_json
 from ddpm_lmk.leakage import refuse_seen
 from ddpm_lmk.report import (
     against,
+    calibrated,
     compute,
     differences,
     figures,
@@ -82,6 +83,7 @@ def _section(study: Study, *, against_paper: bool) -> str:
         "<h2>Landmark by landmark</h2>",
         f'<p class="note">Protocol original, {escape(study.title(best))}, mean over seeds; bars to compare.</p>',
         html.landmark_table(study, best),
+        calibrated.section(study),
         _recipes(study),
         "<h2>The runs</h2>",
         html.facts_table(runs.rows(study), runs.HEADINGS),

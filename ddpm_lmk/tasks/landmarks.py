@@ -29,6 +29,7 @@ class Predictions:
     points: Tensor  # [B, N, 2]
     spread_px: Tensor  # [B, N] uncertainty
     failed: Tensor  # [B, N] bool
+    peak: Tensor | None = None  # [B, N] probability of the most probable pixel, mean over views
 
 
 class LandmarkTask(Task):
@@ -112,7 +113,7 @@ class LandmarkTask(Task):
         frame = frame_of(batch)
         if self.cfg.views == 1:
             decoded = self.codec.decode(self.maps(model, batch), frame)
-            return Predictions(decoded.points, decoded.spread_px, decoded.failed)
+            return Predictions(decoded.points, decoded.spread_px, decoded.failed, decoded.peak)
         return _combine([self._predict_view(model, batch, frame, matrix) for matrix in view_matrices(self.cfg.views)])
 
     def _predict_view(self, model: nn.Module, batch: Batch, frame: Frame, matrix: Tensor) -> Decoded:
@@ -125,7 +126,7 @@ class LandmarkTask(Task):
         unit = (decoded.points + 0.5) * (2 / size) - 1  # [B, N, 2] in [-1, 1]
         back = unit @ matrix[:, :2].T + matrix[:, 2]
         points = torch.where(decoded.failed.unsqueeze(-1), decoded.points, (back + 1) * (size / 2) - 0.5)
-        return Decoded(points, decoded.spread_px, decoded.failed)
+        return Decoded(points, decoded.spread_px, decoded.failed, decoded.peak)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss per image, and radial error in network pixels per labelled landmark."""
@@ -191,4 +192,6 @@ def _combine(views: list[Decoded]) -> Predictions:
     share = weight / weight.sum(0)
     mean = (share.unsqueeze(-1) * points).sum(0)
     disagreement = (share * (points - mean).square().sum(-1)).sum(0)
-    return Predictions(mean, ((share * spread.square()).sum(0) + disagreement).sqrt(), all_failed)
+    peaks = [view.peak for view in views if view.peak is not None]
+    peak = torch.stack(peaks).mean(0) if peaks else None
+    return Predictions(mean, ((share * spread.square()).sum(0) + disagreement).sqrt(), all_failed, peak)

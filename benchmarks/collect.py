@@ -1,6 +1,6 @@
 """Turn the result files of this folder into tables, and put them where the documents want them.
 
-    python benchmarks/collect.py         # writes README.md and benchmarks/README.md, between their markers
+    python benchmarks/collect.py         # writes README.md, benchmarks/README.md and docs, between markers
 
 No number in those documents is typed: each comes from a file under benchmarks/results, which names the machine, the
 versions and the day it was measured. A marker whose result file is missing keeps what it has.
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from _ablation_tables import ablations_table
 from _bench_tables import (
     device_rates_table,
     forecast_table,
@@ -45,6 +46,7 @@ from _tables import (
     save_table,
     survived_table,
 )
+from _trial_tables import trials_table
 
 from ddpm_lmk.report.text import update_between_markers
 
@@ -65,6 +67,7 @@ def main() -> None:
 
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
+RECIPE = HERE.parent / "docs" / "recipe.md"
 
 
 def newer(old: str, table: Table, old_table: Table) -> tuple[Path, Table]:
@@ -99,6 +102,8 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "save", RESULTS / "checkpoint_save-pretrain-isbi-cpu.json", save_table),
     (BENCHMARKS, "exactness", RESULTS / "exactness_cpu.json", exactness_table),
     (BENCHMARKS, "faults-checkpoint", RESULTS / "faults_checkpoint.json", faults_table),
+    (RECIPE, "trials", RESULTS / "isbi_recipe" / "trials.jsonl", trials_table),
+    (RECIPE, "ablations", RESULTS / "isbi_ablations" / "results.csv", ablations_table),
     (BENCHMARKS, "peers", newest(RESULTS, "peers", "width32_64px_fp32-cpu"), peers_table),
 )
 

@@ -21,7 +21,7 @@ from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.precision import choose_precision
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.updater import build_updater
-from ddpm_lmk.models import ModelCost, model_cost
+from ddpm_lmk.models import ModelCost
 from ddpm_lmk.runfile import config_hash, load_run, load_yaml
 from ddpm_lmk.tasks import build_task
 from ddpm_lmk.workbench import Workbench
@@ -128,8 +128,7 @@ class Subject:
     @property
     def cost(self) -> ModelCost:
         """Counts for one image."""
-        size, task = self.cfg.data.image_size, self.task
-        return model_cost(self.cfg.model, size, task.out_channels, full_size=task.full_size)
+        return self.task.cost(self.cfg.model, self.cfg.data.image_size)
 
     def conditions(self) -> dict[str, Any]:
         """What a time of this network depends on, besides the machine."""

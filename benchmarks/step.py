@@ -143,7 +143,7 @@ def level_calls(subject: Subject) -> dict[str, Callable[[], object]]:
         return hook
 
     for name, module in _blocks(subject.model):
-        hooks.append(module.register_forward_pre_hook(note(_level(name))))
+        hooks.append(module.register_forward_pre_hook(note(_level(name, subject.cfg.model.kind))))
     subject.forward()
     for hook in hooks:
         hook.remove()
@@ -162,15 +162,19 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _level(name: str) -> str:
-    """`downs.0.2` -> `downs.0`; `mid_block1` -> `mid`; everything else is the ends."""
+def _level(name: str, kind: str) -> str:
+    """`downs.0.2` -> `downs.0`; `mid_block1` -> `mid`; the rest of a ddpm_unet is the ends, of others a part each."""
     words = name.split(".")
+    if kind != "ddpm_unet":
+        return words[0]
     if words[0] in ("downs", "ups"):
         return ".".join(words[:2])
     return "mid" if name.startswith("mid") else "ends"
 
 
 def _leaf(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_leaf(part) for part in value]
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -181,14 +185,19 @@ def _run_blocks(subject: Subject, members: list[tuple[nn.Module, list[Any]]]) ->
         subject.updater.clear()
         with subject.parallel.autocast(subject.cfg.train.precision):
             outputs = [module(*inputs) for module, inputs in members]
-        outputs = [out for out in outputs if out.requires_grad]
+        outputs = [out for out in _tensors(outputs) if out.requires_grad]
         torch.autograd.backward(outputs, [out.detach() for out in outputs])
-        for _, inputs in members:
-            for value in inputs:
-                if isinstance(value, Tensor):
-                    value.grad = None
+        for value in _tensors([inputs for _, inputs in members]):
+            value.grad = None
 
     return call
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in lists of lists (an encoder returns one map per scale)."""
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, float]:

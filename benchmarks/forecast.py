@@ -1,10 +1,11 @@
 """Are the forecasts of `--dry-run` right? Predicted and measured step times and memory, of networks never measured.
 
-    ddpm-lmk bench forecast [--results DIR] [--device auto] [--out DIR]
+    ddpm-lmk bench forecast [--results DIR] [--device auto] [--precision P] [--out DIR]
 
-Forecasts come from the newest `bench device` and `bench step` results of `--results` (default: `--out`), which are of
-one network at one size. Measured are others, other sizes and batches, and a batch shared by two processes. On a CPU the
-measure is processor time per process, since a forecast is of an idle machine. Memory is that of a new process.
+Forecasts come by levels from the newest `bench device` and `bench step` results of `--results` (default: `--out`) in
+this precision, which are of one network at one size. Measured are others, other sizes and batches, and a batch shared
+by two processes. On a CPU the measure is processor time per process, since a forecast is of an idle machine. Memory is
+that of a new process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from step import measure_memory
 
 from ddpm_lmk.console import say
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.forecast import Forecast, find_forecast
+from ddpm_lmk.forecast import Results
+from ddpm_lmk.forecast.levels import Forecast, fit
+from ddpm_lmk.forecast.rates import whole_step
 from ddpm_lmk.measure import Result, alternate
 from ddpm_lmk.measure.verdict import conclude
 
@@ -50,11 +53,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder with the device and the step result (default: --out)")
     options = parser.parse_intermixed_args()
     device = device_of(options)
-    cases = [_options_of(words, device) for words in CASES[device]]
+    cases = [_options_of(words, device, options.precision or "fp32") for words in CASES[device]]
     subjects = [Subject(case) for case in cases]
-    forecast = find_forecast(device, subjects[0].precision, [options.results or options.out])
-    if forecast is None:
-        raise ConfigError(f"{options.results or options.out} has no results of this machine; run bench device and step")
+    forecast = newest_forecast(device, subjects[0].precision, options.results or options.out)
     source = {"step": forecast.step.path.name, "device": forecast.device.path.name, "times": list(forecast.times)}
     shown = [[word.removeprefix(f"{CONFIGS}/") for word in words] for words in CASES[device]]
     result = Result("forecast", settings={**source, "cases": shown}, device=device)
@@ -69,7 +70,17 @@ def main() -> None:
         check_shared(result, cases[number], subjects[number], forecast, options)
     for row in result.rows:
         say(f"{row.what}, {_words(row.conditions)}: {row.figures['error_pct']:+.1f} %")
-    conclude(result, options.out, "checks", earlier=[RESULTS])
+    conclude(result, options.out, f"checks-{subjects[0].precision}", earlier=[RESULTS])
+
+
+def newest_forecast(device: str, precision: str, folder: Path) -> Forecast:
+    """By the levels of the newest step of a ddpm_unet in the folder."""
+    found = Results.here(device, [folder])
+    steps = [step for step in found.steps if step.facts["settings"]["model"]["kind"] == "ddpm_unet"]
+    steps = [step for step in steps if whole_step(step).conditions["precision"] == precision]
+    if not steps or not found.devices:
+        raise ConfigError(f"{folder} has no {precision} results of this machine; run bench device and bench step")
+    return fit(steps[0], found.devices[0])
 
 
 def check_shared(
@@ -86,8 +97,8 @@ def check_shared(
     result.add("two processes", samples, conditions=conditions, figures=_check(predicted, measured))
 
 
-def _options_of(words: tuple[str, ...], device: str) -> argparse.Namespace:
-    return option_parser(None).parse_intermixed_args([*words, "--device", device])
+def _options_of(words: tuple[str, ...], device: str, precision: str) -> argparse.Namespace:
+    return option_parser(None).parse_intermixed_args([*words, "--device", device, "--precision", precision])
 
 
 def _check(predicted_s: float, measured_s: float) -> dict[str, float]:

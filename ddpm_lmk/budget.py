@@ -19,8 +19,7 @@ from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.order import GroupPlan
 from ddpm_lmk.data.spec import mixture
 from ddpm_lmk.durable import read_json
-from ddpm_lmk.engine.precision import choose_precision
-from ddpm_lmk.forecast import find_forecast, threads_of_a_process
+from ddpm_lmk.forecast import estimate_step
 from ddpm_lmk.launcher import Device
 from ddpm_lmk.models import model_cost
 from ddpm_lmk.plan import memory_gib
@@ -131,9 +130,5 @@ def _measured(out: Path, done: Sequence[Cell]) -> list[float]:
 
 def _forecast(cfg: RunConfig, task: Task, device: Device, workers: int) -> tuple[float | None, str]:
     """Seconds per training image of one of the workers, and where that is from."""
-    forecast = find_forecast(device, choose_precision(cfg, device).name)
-    if forecast is None or cfg.model.kind != "ddpm_unet" or cfg.task.kind not in ONE_PASS:
-        return None, "not measured"
-    group, threads = cfg.train.group_size, threads_of_a_process(workers)
-    step_s = forecast.step_s(cfg, task, images=group, processes=workers, threads=threads)
-    return step_s / group, "bench of this machine"
+    found = estimate_step(cfg, task, device, images=cfg.train.group_size, processes=workers)
+    return (None, "not measured") if found is None else (found.step_s / cfg.train.group_size, found.how)

@@ -16,11 +16,9 @@ from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.engine.memory import is_half, process_bytes, training_cost, uses_fused
 from ddpm_lmk.engine.precision import choose_precision
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.forecast import find_forecast, is_here, threads_of_a_process, worst_error_pct
+from ddpm_lmk.forecast import estimate_step
 from ddpm_lmk.launcher import Placement
-from ddpm_lmk.measure import read_results
 from ddpm_lmk.runfile import config_hash
-from ddpm_lmk.shipped import shipped
 from ddpm_lmk.tasks import Task, build_task
 
 
@@ -91,34 +89,18 @@ def memory_gib(cfg: RunConfig, task: Task, *, device: str, micro_batch: int, wor
 
 def _time(cfg: RunConfig, placement: Placement, images: int, task: Task) -> str:
     """Rate, hours and process-hours on this machine, from measurements only; without any, how to get them."""
-    precision = choose_precision(cfg, placement.device).name
-    if cfg.model.kind != "ddpm_unet":
-        return "not known: forecasts are of ddpm_unet; measure with `ddpm-lmk bench train --run RUN.yaml`"
-    forecast = find_forecast(placement.device, precision)
-    if forecast is None:
-        return _how_to_measure(precision)
     world = placement.processes * placement.nodes
-    threads = threads_of_a_process(placement.processes)
-    step_s = forecast.step_s(
-        cfg, task, images=cfg.train.group_size // world, processes=placement.processes, threads=threads
-    )
-    rate = cfg.train.group_size / step_s
+    share = cfg.train.group_size // world
+    found = estimate_step(cfg, task, placement.device, images=share, processes=placement.processes)
+    if found is None:
+        precision = choose_precision(cfg, placement.device).name
+        return (
+            f"not known: no result of this machine with {precision} and {cfg.model.kind}; run `ddpm-lmk bench device` "
+            "and `ddpm-lmk bench step --run RUN.yaml`"
+        )
+    rate = cfg.train.group_size / found.step_s
     hours = images / rate / 3600
     kind = "GPU-hours" if placement.device == "cuda" else "process-hours"
     spent = f"{hours:,.2f} h at {rate:,.3g} images/s, {hours * world:,.2f} {kind}"
     beyond = ", the reduction between processes not counted" if world > 1 else ""
-    return f"about {spent} on an idle machine{beyond}; from {forecast}{_trust(placement.device)}"
-
-
-def _how_to_measure(precision: str) -> str:
-    return (
-        f"not known: no {precision} result of this machine; run `ddpm-lmk bench device` and "
-        f"`ddpm-lmk bench step --precision {precision}`"
-    )
-
-
-def _trust(device: str) -> str:
-    """How good such forecasts were where they were checked."""
-    checks = read_results(shipped("benchmarks") / "results", "forecast")
-    found = worst_error_pct([check for check in checks if is_here(check, device)])
-    return f"; {found[1]} such forecasts were off by at most {found[0]:.0f} %" if found else ""
+    return f"about {spent} on an idle machine{beyond}; from {found.how}: {found.source}; {found.trust}"

@@ -56,7 +56,7 @@ def test_hours_are_those_of_cells_that_are_done(sweep: Sweep, tmp_path: Path, mo
     first = next(cell for cell in sweep.cells if cell.start == "scratch")
     put(cell_folder(out, first.name) / "results.json", {"train": {"images": 48, "wall_s": 96.0}})
     monkeypatch.setattr("ddpm_lmk.budget.is_done", lambda folder, run: folder.name == first.name)
-    monkeypatch.setattr("ddpm_lmk.budget.find_forecast", lambda device, precision: None)
+    monkeypatch.setattr("ddpm_lmk.budget.estimate_step", lambda *cfg, **more: None)
     found = {need.what: need for need in needs(sweep, out, "cpu", workers=2)}
     assert found["scratch"].hours == pytest.approx(3 * 96 / 3600)  # three cells are left, two seconds an image
     assert found["p"].hours is None

@@ -1,46 +1,30 @@
-"""How long a step will take that nobody has run: the network's counts, the device's measured rates, one step result.
+"""How long a step of a ddpm_unet will take that nobody has run, from one step result of another.
 
 A step is three kinds of work, level by level (`models.cost.level_costs`): operations, at the device's measured rate of
 arithmetic; activations, moved a number of times at its measured bandwidth; and weights, likewise. How many times its
 ideal each of them takes is fitted, non-negative, to the levels of one result of `bench step`, and their sum is scaled
-to its whole step. Processes on one CPU share its rates, as `bench device` measured them for several threads.
-
-Times are of a machine that does nothing else; waiting for data is left out (`bench train` measures it).
+to its whole step. For another precision than the result's, arithmetic goes at the rate of that precision and
+activations at the size it keeps them in; the factors stay.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.machine import cpu_name
-from ddpm_lmk.measure.result import Row, Stored, read_results
+from ddpm_lmk.forecast.rates import Rates, read_rates, threads_of, whole_step
+from ddpm_lmk.measure import Stored
 from ddpm_lmk.models.cost import LevelCost, level_costs
-from ddpm_lmk.shipped import shipped
 from ddpm_lmk.tasks import Task
 
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device does per second when `concurrency` threads of it work, by `bench device`."""
-
-    flops: Mapping[int, float]
-    bytes: Mapping[int, float]
-
-    def share(self, processes: int, threads: int) -> tuple[float, float]:
-        """Arithmetic and bandwidth of one of `processes` with `threads` each."""
-        return tuple(_at(table, processes * threads) / processes for table in (self.flops, self.bytes))  # type: ignore[return-value]
+ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -50,6 +34,8 @@ class Forecast:
     Attributes:
         times: how many times the ideal operations, activations and weights take.
         update_s_per_parameter: of the optimizer and the average.
+        whole: the whole step over the sum of its levels.
+        kept: size of what is kept for the backward pass over that in the precision of the result.
         step, device: the results it comes from.
     """
 
@@ -60,6 +46,15 @@ class Forecast:
     threads: int
     step: Stored
     device: Stored
+    kept: float = 1.0
+
+    def in_precision(self, precision: str) -> Forecast:
+        """The same for another precision: with its rate of arithmetic, and its size of activations."""
+        own = str(whole_step(self.step).conditions["precision"])
+        if own == precision:
+            return self
+        kept = ACTIVATION_BYTES[precision] / ACTIVATION_BYTES[own]
+        return replace(self, rates=read_rates(self.device, precision), kept=kept)
 
     def step_s(
         self, cfg: RunConfig, task: Task, *, images: int, processes: int = 1, threads: int | None = None
@@ -70,39 +65,16 @@ class Forecast:
         micro = min(cfg.train.given_micro_batch or images, images)
         work = sum(_work(cfg, task, micro, rates).values())
         parameters = _parameters(cfg, task)
-        seconds = float(np.dot(work, self.times)) * images / micro
+        seconds = float(np.dot(work * (1.0, self.kept, 1.0), self.times)) * images / micro
         slower = self.rates.share(1, self.threads)[1] / rates[1]
         return self.whole * seconds + self.update_s_per_parameter * parameters * slower
-
-    def __str__(self) -> str:
-        return f"{self.step.path.name} and {self.device.path.name}"
-
-
-def this_machine(device: str) -> str | None:
-    """The device as result files name it."""
-    if device != "cuda":
-        return cpu_name()
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def find_forecast(device: str, precision: str, folders: Iterable[Path] | None = None) -> Forecast | None:
-    """From the newest results of this machine: those in `bench-results`, else those that came with the package."""
-    for folder in folders or (Path("bench-results"), shipped("benchmarks") / "results"):
-        steps = [found for found in read_results(folder, "step") if is_here(found, device) and _is_counted(found)]
-        devices = [found for found in read_results(folder, "device") if is_here(found, device)]
-        fitting = [found for found in steps if _whole_step(found).conditions["precision"] == precision]
-        if fitting and devices:
-            return fit(fitting[-1], devices[-1])
-    return None
 
 
 def fit(step: Stored, device: Stored) -> Forecast:
     """The forecast that one step result and the rates of its device make."""
-    whole = _whole_step(step)
+    whole = whole_step(step)
     cfg = RunConfig.model_validate({**step.facts["settings"]})
-    threads = 1 if step.facts["hardware"]["device"] == "cuda" else whole.conditions["threads"]
+    threads = threads_of(step)
     rates = read_rates(device, whole.conditions["precision"])
     task = _TaskShape(whole.figures.get("out_channels", 1), whole.figures.get("full_size", True))
     ideal = _work(cfg, task, whole.conditions["batch_images"], rates.share(1, threads))
@@ -114,19 +86,6 @@ def fit(step: Stored, device: Stored) -> Forecast:
     predicted = float(np.dot(sum(ideal.values()), times))
     scale = (median(whole.busy_s) / threads - update_s) / predicted
     return Forecast(tuple(times), update_s / parameters, scale, rates, threads, step, device)
-
-
-def read_rates(device: Stored, precision: str) -> Rates:
-    """The fastest matrix product or convolution, and the triad, by threads."""
-    flops: dict[int, float] = {}
-    moved: dict[int, float] = {}
-    for row in device.rows:
-        threads = row.conditions.get("threads", 1)
-        if row.what == "matrix product" and row.conditions["precision"] == precision:
-            flops[threads] = max(flops.get(threads, 0.0), 1e9 * median(row.samples["gflop_per_s"]))
-        if row.what == "triad":
-            moved[threads] = 1e9 * median(row.samples["gbyte_per_s"])
-    return Rates(flops, moved)
 
 
 @dataclass(frozen=True)
@@ -177,36 +136,3 @@ def _nonnegative(ideal: NDArray[np.float64], seconds: NDArray[np.float64]) -> ND
                 best_error, best = error, np.zeros(ideal.shape[1])
                 best[list(columns)] = found
     return best
-
-
-def _at(table: Mapping[int, float], threads: int) -> float:
-    """The rate at a number of threads: measured, or between the nearest that were."""
-    counts = sorted(table)
-    return float(np.interp(threads, counts, [table[count] for count in counts]))
-
-
-def _is_counted(found: Stored) -> bool:
-    """Is it of the kind of network whose levels `models.cost` counts?"""
-    return bool(found.facts["settings"]["model"]["kind"] == "ddpm_unet")
-
-
-def is_here(found: Stored, device: str) -> bool:
-    """Was this measured on the kind of device that is here?"""
-    hardware: Mapping[str, Any] = found.facts["hardware"]
-    return hardware["device"] == device and (hardware["device_name"] or hardware["cpu"]) == this_machine(device)
-
-
-def _whole_step(found: Stored) -> Row:
-    return next(row for row in found.rows if row.what == "train step")
-
-
-def threads_of_a_process(processes: int) -> int:
-    """Threads a process of a run will use on this CPU: those asked for, else its share of the cores."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() else max(1, (os.cpu_count() or 1) // processes)
-
-
-def worst_error_pct(checks: Sequence[Stored]) -> tuple[float, int] | None:
-    """The largest error of forecasts that were checked against measurements, and how many were."""
-    rows = [row for found in checks for row in found.rows if "error_pct" in row.figures]
-    return (max(abs(row.figures["error_pct"]) for row in rows), len(rows)) if rows else None

@@ -68,7 +68,7 @@ def test_dry_run_forecasts_from_results_of_this_machine(
 
     result = lmk("pretrain", SMOKE / "pretrain.yaml", "--cpu", 1, *words)
     assert result.code == 0, result.err
-    assert "process-hours on an idle machine; from step-made-cpu-" in result.out
+    assert "process-hours on an idle machine; from levels of known: step-made-cpu-" in result.out
     assert "images/s" in result.out
     assert "reduction between processes not counted" in lmk("pretrain", SMOKE / "pretrain.yaml", "--cpu", 2, *words).out
 
@@ -80,5 +80,5 @@ def test_dry_run_without_a_result_says_how_to_get_one(
     words = ("--cpu", 1, "--dry-run", f"data.path={packed_phantoms}", "train.precision=fp16")
 
     out = lmk("pretrain", SMOKE / "pretrain.yaml", *words).out
-    assert "not known: no fp16 result of this machine; run `ddpm-lmk bench device` and" in out
-    assert "`ddpm-lmk bench step --precision fp16`" in out
+    assert "not known: no result of this machine with fp16 and ddpm_unet; run `ddpm-lmk bench device` and" in out
+    assert "`ddpm-lmk bench step --run RUN.yaml`" in out

@@ -1,8 +1,8 @@
 """What a sweep will cost, before it starts: operations, memory of a worker and, where rates are known, hours.
 
-A row is a stage, or the cells of a start that are not done. Operations are those of training and of everything that is
-scored on the way and at the end. Hours come from cells of the same start that are done in the folder, else from results
-of `ddpm-lmk bench` on this machine (see `forecast`), never from a guess.
+A row is a stage, or the cells of a start and recipe that are not done. Operations are those of training and of
+everything that is scored on the way and at the end. Hours come from cells of the same start that are done in the
+folder, else from results of `ddpm-lmk bench` on this machine (see `forecast`), never from a guess.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ddpm_lmk.forecast import estimate_step
 from ddpm_lmk.launcher import Device
 from ddpm_lmk.models import model_cost
 from ddpm_lmk.plan import memory_gib
-from ddpm_lmk.sweep import Cell, Sweep, cell_folder, is_done
+from ddpm_lmk.sweep import Cell, Sweep, cell_folder, is_done, listed_shots
 from ddpm_lmk.tasks import Task, build_task
 
 ONE_PASS = ("denoise", "landmarks")  # tasks that pass the network once per image; others are not counted
@@ -51,13 +51,15 @@ def needs(sweep: Sweep, out: Path, device: Device, *, workers: int) -> list[Need
         for stage in sweep.stages
         if not is_done(stage.folder, stage)
     ]
-    for start in sweep.starts():
-        cells = [cell for cell in sweep.cells if cell.start == start]
+    starts = [cells[0].start for cells in sweep.recipes()]
+    for cells in sweep.recipes():
+        start = cells[0].start
+        name = start if starts.count(start) == 1 else f"{start}, {listed_shots(cells)} labels"
         left = [cell for cell in cells if not is_done(cell_folder(out, cell.name), cell)]
         if left:
             rates = _measured(out, [cell for cell in cells if cell not in left])
             images = [(cell.steps or 0) * cell.cfg.train.group_size for cell in left]
-            rows.append(_need(start, [cell.cfg for cell in left], images, rates, device, workers))
+            rows.append(_need(name, [cell.cfg for cell in left], images, rates, device, workers))
     return rows
 
 
@@ -66,7 +68,11 @@ def budget_table(sweep: Sweep, out: Path, device: Device, *, workers: int) -> Ta
     found = needs(sweep, out, device, workers=workers)
     known = [need.hours for need in found if need.hours is not None]
     unknown = len(found) - len(known)
-    total = f"{sum(known) / workers:,.2f} h on {workers} workers" if known else "hours not known"
+    total = (
+        f"{sum(known) / workers:,.2f} h on {workers} worker{'' if workers == 1 else 's'}"
+        if known
+        else "hours not known"
+    )
     missing = f"; {unknown} rows not known, run `ddpm-lmk bench` or some of their cells" if unknown else ""
     table = Table(title="what it needs", caption=f"together {total}{missing}")
     for heading in ("what", "runs", "images", "TFLOP", "GiB a worker", "worker-hours", "hours from"):
@@ -108,7 +114,8 @@ def _scored(cfg: RunConfig, manifests: Sequence[Manifest], images: int) -> int:
         every = cfg.train.evaluate_every.steps(cfg.train.group_size, learnt, plan.steps_per_epoch)
         times = max(1, steps // max(1, every))
     validation = 0 if cfg.data.validation_split is None else count[cfg.data.validation_split] * times
-    return validation + (0 if cfg.evaluate.split is None else count[cfg.evaluate.split])
+    views = cfg.task.views if cfg.task.kind == "landmarks" else 1
+    return validation + (0 if cfg.evaluate.split is None else count[cfg.evaluate.split] * views)
 
 
 def _splits(cfg: RunConfig) -> list[str]:

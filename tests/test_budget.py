@@ -51,6 +51,27 @@ def test_operations_are_those_of_training_validation_and_the_score(
     assert (found["stage p"].runs, found["stage p"].images) == (1, 40)
 
 
+def test_recipes_of_a_start_have_rows_of_their_own_and_views_cost_a_pass_each(
+    tmp_path: Path, packed_phantoms: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(RUN.format(data=packed_phantoms))
+    few, many = (
+        "{start: {scratch: null}, shots: [1, 2]}",
+        "{start: {scratch: null}, shots: [5], set: {task.views: 3}}",
+    )
+    (tmp_path / "sweep.yaml").write_text(f"name: s\nrun: run.yaml\nseeds: [0]\ngrids: [{few}, {many}]\n")
+    found = {need.what: need for need in needs(load_sweep(tmp_path / "sweep.yaml"), tmp_path, "cpu", workers=1)}
+    assert {what: need.runs for what, need in found.items()} == {"scratch, 1, 2 labels": 2, "scratch, 5 labels": 1}
+    manifest = Manifest.open(packed_phantoms)
+    cfg = load_sweep(tmp_path / "sweep.yaml").cells[0].cfg
+    forward = model_cost(cfg.model, 32, manifest.spec.num_landmarks).flops_forward / 1e12
+    more = len(manifest.rows(["test"])) * 2 * forward
+    few, many = (found[what].tflop for what in ("scratch, 1, 2 labels", "scratch, 5 labels"))
+    assert few is not None
+    assert many is not None
+    assert many - few / 2 == pytest.approx(more)
+
+
 def test_hours_are_those_of_cells_that_are_done(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     first = next(cell for cell in sweep.cells if cell.start == "scratch")

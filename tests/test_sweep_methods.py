@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.sweep import Sweep, load_sweep, plan_table
+from ddpm_lmk.sweep import Sweep, hints, load_sweep, plan_table
 from ddpm_lmk.sweep.run import run_sweep
 
 NETWORK = "model: {width: 8, multipliers: [1, 2], heads: 2, head_dim: 8}\n"
@@ -96,6 +96,22 @@ def test_few_and_many_labels_of_a_row_may_follow_recipes_of_their_own(file: Path
     assert set(cells(load_sweep(file, ["shots=5"]))) == {"late-k5-s0", "late-k5-s1"}
     with pytest.raises(ConfigError, match="no grid of late has 7; its grids have: 1, 2, 5"):
         load_sweep(file, ["shots=[1, 7]"])
+
+
+def test_a_long_plan_has_a_row_per_recipe_and_says_what_is_missing(file: Path) -> None:
+    seeds = f"seeds={list(range(9))}"
+    sweep = load_sweep(split_by_shots(file, [1, 2], [5]), [seeds, "stage.ddpm=weights/none"], out=Path("out"))
+    console = Console(file=io.StringIO(), width=200)
+    table = plan_table(sweep, None)
+    console.print(table)
+    lines = [line for line in console.file.getvalue().splitlines() if "late" in line]  # type: ignore[attr-defined]
+    assert table.row_count == 2
+    for line, words in zip(lines, (("1, 2", "18", "144", "missing: weights/none"), ("│ 5 ", "9", "72", "pending"))):
+        assert all(word in line for word in words), line
+    told = hints(sweep)
+    assert [line.split(":")[0] for line in told] == ["packs that are not here", "weights that are not here"]
+    assert "shards/ceph;" in told[0]
+    assert "weights/none; give start.late=PATH or without=[late]" in told[1]
 
 
 def test_recipes_of_a_row_that_claim_the_same_labels_are_refused(file: Path) -> None:

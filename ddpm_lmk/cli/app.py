@@ -220,7 +220,7 @@ def sweep(
 ) -> None:
     """Pre-train what is missing, then fine-tune over methods × shots × seeds; finished cells are kept."""
     from ddpm_lmk.launcher import place
-    from ddpm_lmk.sweep import SweepFile, load_sweep, plan_table
+    from ddpm_lmk.sweep import SweepFile, hints, load_sweep, plan_table
 
     if explain:
         _explain(SweepFile)
@@ -232,7 +232,7 @@ def sweep(
             from ddpm_lmk.budget import budget_table
 
             console().print(budget_table(loaded, folder, "cuda" if gpus else "cpu", workers=gpus or cpu or 1))
-        return
+        return say("\n".join(hints(loaded)))
     from ddpm_lmk.sweep.probe import workers_per_device
     from ddpm_lmk.sweep.run import run_sweep
 

@@ -14,6 +14,7 @@ from typing import Any
 from ddpm_lmk.config import LandmarksConfig, RunConfig
 from ddpm_lmk.report.data import Study
 from ddpm_lmk.runfile import diff_runs, load_run
+from ddpm_lmk.sweep.plan import recipe_key
 
 HEADINGS = (
     "method",
@@ -47,19 +48,11 @@ def recipes(study: Study, start: str) -> list[Recipe]:
             if not path.is_file():
                 continue
             cfg = load_run(path)
-            key = _key(cfg)
+            key = recipe_key(cfg)
             before = found[key].labels if key in found else ()
             if labels not in before:
                 found[key] = Recipe((*before, labels), found[key].cfg if key in found else cfg)
     return list(found.values())
-
-
-def _key(cfg: RunConfig) -> str:
-    """What is equal for run files that differ only in what a cell is."""
-    data = cfg.data.model_copy(update={"shots": None, "path": ()})
-    init = cfg.init.model_copy(update={"weights": None})
-    same = cfg.model_copy(update={"name": "same", "seed": 0, "data": data, "init": init})
-    return json.dumps(same.model_dump(mode="json"), sort_keys=True)
 
 
 def rows(study: Study) -> list[list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ddpm_lmk.sweep.file import SweepFile
 from ddpm_lmk.sweep.plan import Cell, StageRun, Sweep, cell_folder, is_done, load_sweep, state_of
-from ddpm_lmk.sweep.table import plan_table
+from ddpm_lmk.sweep.table import hints, listed_shots, plan_table
 
 __all__ = [
     "Cell",
@@ -16,7 +16,9 @@ __all__ = [
     "Sweep",
     "SweepFile",
     "cell_folder",
+    "hints",
     "is_done",
+    "listed_shots",
     "load_sweep",
     "plan_table",
     "state_of",

@@ -45,6 +45,11 @@ class Cell:
         """Optimizer steps; None where the length is in epochs of a set that is not there to be counted."""
         return count_steps(self.cfg, self.shots)
 
+    @cached_property
+    def recipe(self) -> str:
+        """Equal for cells that differ in shots, seed and starting weights only."""
+        return recipe_key(self.cfg)
+
     @property
     def images(self) -> int:
         """Image passes of training, the measure of a cell's length (upper bound when a group is cut short)."""
@@ -91,6 +96,15 @@ class Sweep:
         runs = [cell.cfg for cell in self.cells] + [stage.cfg for stage in self.stages]
         paths = {path for cfg in runs for path in cfg.data.path}
         return all((Path(path) / "manifest.json").is_file() for path in paths)
+
+    def recipes(self) -> list[list[Cell]]:
+        """Cells by start and recipe, by number of labels and seed, in the order of the file's `rows`."""
+        order = list(dict.fromkeys([*self.rows, *(cell.start for cell in self.cells)]))
+        cells = sorted(self.cells, key=lambda cell: (order.index(cell.start), cell.shots or 10**9, cell.seed))
+        found: dict[tuple[str, str], list[Cell]] = {}
+        for cell in cells:
+            found.setdefault((cell.start, cell.recipe), []).append(cell)
+        return list(found.values())
 
     def makes(self, weights: str) -> bool:
         """Do these weights come from a stage?"""
@@ -224,6 +238,13 @@ def _count_images(cfg: RunConfig) -> int | None:
         return sum(len(Manifest.open(path).rows(cfg.data.splits)) for path in cfg.data.path)
     except DataError:
         return None
+
+
+def recipe_key(cfg: RunConfig) -> str:
+    """Equal for runs that differ in name, shots, seed, packs and starting weights only."""
+    data = cfg.data.model_copy(update={"shots": None, "path": ()})
+    init = cfg.init.model_copy(update={"weights": None})
+    return config_hash(cfg.model_copy(update={"name": "same", "seed": 0, "data": data, "init": init}))
 
 
 def is_done(folder: Path, cell: Cell | StageRun) -> bool:

@@ -86,6 +86,11 @@ class RunConfig(Section):
     init: InitConfig = Field(default_factory=InitConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
+    @property
+    def is_told_time(self) -> bool:
+        """Is the network told a timestep? Where it is not, the layers that only a timestep reaches do not learn."""
+        return getattr(self.task, "timestep", 0) is not None
+
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
         needs_validation = [

@@ -89,8 +89,9 @@ def training_cost(cfg: RunConfig, task: Task, *, is_fused: bool) -> ModelCost:
 def process_bytes(cfg: RunConfig, cost: ModelCost, images: int, *, is_half: bool, world: int = 1, zero: int = 0) -> int:
     """Estimated peak of one process that computes `images` of this cost at once.
 
-    Copies of the weights in fp32; the weights convolutions compute with, standardised and in the type they compute in,
-    which live until the backward pass; what the blocks keep for it; and the maps one block works on while it runs.
+    The weights in fp32, and copies of those that learn; the weights convolutions compute with, standardised and in the
+    type they compute in, which live until the backward pass; what the blocks keep for it; and the maps one block works
+    on while it runs.
 
     Args:
         is_half: activations are kept in 16 bits.
@@ -98,8 +99,16 @@ def process_bytes(cfg: RunConfig, cost: ModelCost, images: int, *, is_half: bool
     share, work = 2 if is_half else 1, 0
     if isinstance(cfg.model, UNetConfig):
         work = FLOAT_BYTES * WORKING_MAPS * cfg.model.width * (cfg.data.image_size // cfg.model.patch) ** 2
-    weights = cost.weight_bytes * (copies_of_weights(cfg, world=world, zero=zero) + 1 / share)
-    return int(weights + images * (cost.activation_bytes + work) / share)
+    kept = 0 if cfg.optim.freeze else cost.activation_bytes  # no backward pass goes through what is frozen
+    learning = learning_bytes(cfg, cost) * (copies_of_weights(cfg, world=world, zero=zero) - 1)
+    return int(cost.weight_bytes * (1 + 1 / share) + learning + images * (kept + work) / share)
+
+
+def learning_bytes(cfg: RunConfig, cost: ModelCost) -> int:
+    """Weights that have a gradient, moments and an average; what is frozen, by the run or its task, has none."""
+    if cfg.optim.freeze:
+        return cost.head_bytes or cost.weight_bytes
+    return cost.weight_bytes - (0 if cfg.is_told_time else cost.time_bytes)
 
 
 def uses_fused(cfg: RunConfig, device: str) -> bool:
@@ -120,7 +129,7 @@ def device_bytes(parallel: Parallel) -> int:
 
 
 def copies_of_weights(cfg: RunConfig, *, world: int, zero: int) -> float:
-    """How many times the size of the weights a process keeps in fp32, activations aside.
+    """How many times the size of the weights that learn a process keeps in fp32, activations aside.
 
     Weights and average are whole everywhere. ZeRO shares out AdamW's moments and keeps a second copy of the weights,
     shared out too; stage 2 shares out the gradient. Class exact keeps the partial sums of its tree.

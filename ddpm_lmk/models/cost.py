@@ -29,17 +29,24 @@ class ModelCost:
     activation_bytes: int  # kept between forward and backward; an estimate
     weight_bytes: int
     optimizer_bytes: int  # the two moments of AdamW
+    time_bytes: int = 0  # of the weights: what only a timestep reaches
+    head_bytes: int = 0  # of the weights: the output layer; 0 where it is not counted apart
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One block: parameters, multiply-adds (published, executed), values kept for the backward pass, values given."""
+    """One block: parameters, multiply-adds (published, executed), values kept for the backward pass, values given.
+
+    Attributes:
+        time: parameters only a timestep reaches.
+    """
 
     params: int
     macs: int
     executed: int
     kept: int
     given: int
+    time: int = 0
 
 
 def model_cost(
@@ -68,6 +75,8 @@ def model_cost(
         activation_bytes=kept * FLOAT_BYTES,
         weight_bytes=params * FLOAT_BYTES,
         optimizer_bytes=2 * params * FLOAT_BYTES,
+        time_bytes=sum(part.time for part in parts) * FLOAT_BYTES,
+        head_bytes=parts[-1].params * FLOAT_BYTES,
     )
 
 
@@ -124,8 +133,8 @@ def _parts_by_level(cfg: UNetConfig, side: int, num_outputs: int, *, maps: int) 
     levels = list(zip(channels[:-1], channels[1:], linear_levels(cfg), strict=True))
     last, area = len(levels) - 1, [(side >> level) ** 2 for level in range(len(levels))]
     yield "ends", _conv(cfg.patch**2, width, area[0], taps=1)
-    yield "ends", _linear(width, time_dim)
-    yield "ends", _linear(time_dim, time_dim)
+    yield "ends", _time(width, time_dim)
+    yield "ends", _time(time_dim, time_dim)
     for level, (inner, outer, attends) in enumerate(levels):
         name = f"downs.{level}"
         yield from ((name, resnet(inner, inner, area[level])) for _ in range(2))
@@ -153,8 +162,10 @@ def _conv(cin: int, cout: int, area: int, *, taps: int) -> _Part:
     return _Part(taps * cin * cout + cout, macs, macs, cin * area, cin * area)
 
 
-def _linear(cin: int, cout: int) -> _Part:
-    return _Part(cin * cout + cout, cin * cout, cin * cout, cin, cin)
+def _time(cin: int, cout: int) -> _Part:
+    """A linear layer of the time embedding."""
+    params = cin * cout + cout
+    return _Part(params, cin * cout, cin * cout, cin, cin, time=params)
 
 
 def _half(cin: int, cout: int, area: int) -> _Part:
@@ -176,9 +187,10 @@ def _resnet(cin: int, cout: int, area: int, time_dim: int, *, maps: int) -> _Par
     """
     shortcut = cin * cout if cin != cout else 0
     weights = 9 * cin * cout + 9 * cout * cout + shortcut
-    params = weights + (2 * cout + 4 * cout) + (cout if shortcut else 0) + 2 * cout * (time_dim + 1)
+    time = 2 * cout * (time_dim + 1)
+    params = weights + (2 * cout + 4 * cout) + (cout if shortcut else 0) + time
     macs = weights * area + 2 * cout * time_dim
-    return _Part(params, macs, macs, (cin + maps * cout) * area, cin * area)
+    return _Part(params, macs, macs, (cin + maps * cout) * area, cin * area, time)
 
 
 def _linear_attention(channels: int, area: int, hidden: int, head_dim: int) -> _Part:

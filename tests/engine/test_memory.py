@@ -7,11 +7,23 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_lmk.engine.memory import copies_of_weights, is_half, is_out_of_memory
+from ddpm_lmk.data.spec import SPECS
+from ddpm_lmk.engine.memory import (
+    copies_of_weights,
+    is_half,
+    is_out_of_memory,
+    learning_bytes,
+    process_bytes,
+    training_cost,
+)
 from ddpm_lmk.engine.precision import has_bf16_instructions
+from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.models import build_model
+from ddpm_lmk.tasks import build_task
 from tests.engine.toy import config
 
 SGD: dict[str, Any] = {"kind": "sgd"}
+NETWORK = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 4, "groups": 4}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +46,27 @@ def test_copies_of_the_weights(
     train: dict[str, Any], optim: dict[str, Any], world: int, zero: int, copies: float
 ) -> None:
     assert copies_of_weights(config(train=train, optim=optim), world=world, zero=zero) == pytest.approx(copies)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"task": {"kind": "landmarks"}},
+        {"task": {"kind": "landmarks", "timestep": 3}},
+        {"task": {"kind": "landmarks"}, "optim": {"freeze": "trunk"}},
+    ],
+)
+def test_only_what_learns_has_a_gradient_moments_and_an_average(sections: dict[str, Any]) -> None:
+    cfg = config(**sections, model=NETWORK)
+    task = build_task(cfg, SPECS["phantom-chest"])
+    network = build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size)
+    state = TrainState.fresh(cfg, task.wrap(network))
+    cost = training_cost(cfg, task, is_fused=False)
+    learning = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
+    assert learning_bytes(cfg, cost) == 4 * learning
+    needed = process_bytes(cfg, cost, 0, is_half=False)
+    assert needed == 4 * (2 * cost.params + 4 * learning)  # and a standardised copy of all weights
 
 
 def test_activations_are_half_as_large_in_sixteen_bits() -> None:

@@ -209,8 +209,14 @@ def measure_memory(options: argparse.Namespace) -> dict[str, float]:
 
 
 def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
-    """Memory that training added to this process, at most, and the estimate."""
+    """Memory that training added to this process, at most, and the estimate.
+
+    The process has trained a small network before, so that what PyTorch loads for any does not count.
+    """
     cfg = run_config(options)
+    for precision in ("fp32", cfg.train.precision):
+        words = ["--model", "small", "--size", "32", "--batch", "1", "--precision", precision]
+        Subject(option_parser(None).parse_intermixed_args([*words, "--device", options.device])).step()
     before = psutil.Process().memory_info().rss / 2**30
     subject = Subject(options, cfg=cfg)
     for _ in range(3):

@@ -84,7 +84,10 @@ def _model_rows(cfg: RunConfig, spec: DatasetSpec, placement: Placement) -> list
 def memory_gib(cfg: RunConfig, task: Task, *, device: str, micro_batch: int, world: int = 1, zero: int = 0) -> float:
     """Estimated memory of one process: weights, gradients, moments and average, and a micro-batch's activations."""
     cost = training_cost(cfg, task, is_fused=uses_fused(cfg, device))
-    return process_bytes(cfg, cost, micro_batch, is_half=is_half(cfg, device), world=world, zero=zero) / 2**30
+    return (
+        process_bytes(cfg, cost, micro_batch, device=device, is_half=is_half(cfg, device), world=world, zero=zero)
+        / 2**30
+    )
 
 
 def _time(cfg: RunConfig, placement: Placement, images: int, task: Task) -> str:

@@ -115,13 +115,14 @@ def _candidates(cfg: RunConfig, outputs: int, parallel: Parallel, fixed: dict[st
     """Every way to do the run, the fastest first, by operations and what each pass loses."""
     found: list[tuple[float, Fitted]] = []
     half = fixed["precision"] != "fp32"
+    place: dict[str, Any] = {"device": parallel.device.type, "world": parallel.world, "zero": parallel.zero}
     for micro_batch in _micro_batches(cfg, parallel.world):
         for again in _levels(cfg):
             fitted = Fitted(**fixed, micro_batch=micro_batch, checkpointing=again)
             run = fitted.applied(cfg)
             is_fused = uses_fused(run, parallel.device.type)
             cost = model_cost(run.model, cfg.data.image_size, outputs, is_fused=is_fused)
-            needed = process_bytes(run, cost, micro_batch, is_half=half, world=parallel.world, zero=parallel.zero)
+            needed = process_bytes(run, cost, micro_batch, is_half=half, **place)
             fitted = replace(fitted, predicted_gib=round(needed / GIB, 2))
             found.append((cost.flops_train * (1 + LOST_PER_PASS / micro_batch), fitted))
     return [fitted for _, fitted in sorted(found, key=lambda pair: pair[0])]

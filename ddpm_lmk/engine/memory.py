@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -22,11 +23,15 @@ from ddpm_lmk.errors import ResourceError, StoppedError
 from ddpm_lmk.models import ModelCost, model_cost
 from ddpm_lmk.models.cost import FLOAT_BYTES
 from ddpm_lmk.models.fused import choose_norm
+from ddpm_lmk.models.unet import linear_levels
 from ddpm_lmk.tasks.task import Task
 
 FIRST_STEPS = 3
 USABLE = 0.9  # of a device's memory; the rest goes to the CUDA context and to fragmentation
-WORKING_MAPS = 8  # of the first level's size: input, result and gradients of the block that is running
+WORKING_MAPS = {"cuda": 8, "cpu": 16}  # of the first level's size: gradients of a block, and what kernels rearrange
+WORKING_KEYS = 4  # of queries or keys, fp32 under autocast: the gradients around a softmax of linear attention
+KERNELS_HALF = {"cuda": 0, "cpu": 48 * 2**20}  # what oneDNN keeps for itself in 16 bits; measured: 50 to 110 MiB
+WORKING_IMAGES = 6  # of full size: noise, what is noised, result, target and their gradients
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CPU_WORDS = "can't allocate memory"  # of the RuntimeError of torch's CPU allocator
 
@@ -70,11 +75,9 @@ class MemoryWatch:
         """By the estimate of `process_bytes`, which grows evenly with the images."""
         cfg, parallel = self._cfg, self._parallel
         cost = training_cost(cfg, self._task, is_fused=uses_fused(cfg, parallel.device.type))
+        place: dict[str, Any] = {"device": parallel.device.type, "world": parallel.world, "zero": parallel.zero}
         is_half = parallel.dtype(cfg.train.precision) is not None
-        none, one = (
-            process_bytes(cfg, cost, images, is_half=is_half, world=parallel.world, zero=parallel.zero)
-            for images in (0, 1)
-        )
+        none, one = (process_bytes(cfg, cost, images, is_half=is_half, **place) for images in (0, 1))
         return int((USABLE * device_bytes(parallel) - none) // (one - none))
 
 
@@ -86,7 +89,9 @@ def training_cost(cfg: RunConfig, task: Task, *, is_fused: bool) -> ModelCost:
     return model_cost(cfg.model, size, outputs, full_size=task.full_size, is_fused=is_fused)
 
 
-def process_bytes(cfg: RunConfig, cost: ModelCost, images: int, *, is_half: bool, world: int = 1, zero: int = 0) -> int:
+def process_bytes(
+    cfg: RunConfig, cost: ModelCost, images: int, *, device: str, is_half: bool, world: int = 1, zero: int = 0
+) -> int:
     """Estimated peak of one process that computes `images` of this cost at once.
 
     The weights in fp32, and copies of those that learn; the weights convolutions compute with, standardised and in the
@@ -96,12 +101,22 @@ def process_bytes(cfg: RunConfig, cost: ModelCost, images: int, *, is_half: bool
     Args:
         is_half: activations are kept in 16 bits.
     """
-    share, work = 2 if is_half else 1, 0
-    if isinstance(cfg.model, UNetConfig):
-        work = FLOAT_BYTES * WORKING_MAPS * cfg.model.width * (cfg.data.image_size // cfg.model.patch) ** 2
-    kept = 0 if cfg.optim.freeze else cost.activation_bytes  # no backward pass goes through what is frozen
+    share = 2 if is_half else 1
+    kept = 0 if cfg.optim.freeze else cost.kept_bytes(is_half=is_half)  # no backward pass goes through what is frozen
     learning = learning_bytes(cfg, cost) * (copies_of_weights(cfg, world=world, zero=zero) - 1)
-    return int(cost.weight_bytes * (1 + 1 / share) + learning + images * (kept + work) / share)
+    working = kept + _working_bytes(cfg, device, is_half=is_half)
+    libraries = KERNELS_HALF[device] if is_half else 0
+    return int(cost.weight_bytes * (1 + 1 / share) + learning + images * working + libraries)
+
+
+def _working_bytes(cfg: RunConfig, device: str, *, is_half: bool) -> float:
+    """What a pass needs beside what it keeps, for one image; where kept maps are the most, at the first level."""
+    if not isinstance(cfg.model, UNetConfig):
+        return 0
+    size, model = cfg.data.image_size, cfg.model
+    maps = WORKING_MAPS[device] * model.width / (2 if is_half else 1)
+    keys = WORKING_KEYS * model.heads * model.head_dim if is_half and linear_levels(model)[0] else 0
+    return FLOAT_BYTES * (max(maps, keys) * (size // model.patch) ** 2 + WORKING_IMAGES * size**2)
 
 
 def learning_bytes(cfg: RunConfig, cost: ModelCost) -> int:

@@ -31,6 +31,11 @@ class ModelCost:
     optimizer_bytes: int  # the two moments of AdamW
     time_bytes: int = 0  # of the weights: what only a timestep reaches
     head_bytes: int = 0  # of the weights: the output layer; 0 where it is not counted apart
+    wide_bytes: int = 0  # kept in fp32 under autocast, beside a copy in 16 bits
+
+    def kept_bytes(self, *, is_half: bool) -> int:
+        """Kept between forward and backward pass of one image, in fp32 or under autocast to 16 bits."""
+        return self.activation_bytes // 2 + self.wide_bytes if is_half else self.activation_bytes
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class _Part:
 
     Attributes:
         time: parameters only a timestep reaches.
+        wide: values kept in fp32 too where those above are in 16 bits.
     """
 
     params: int
@@ -47,6 +53,7 @@ class _Part:
     kept: int
     given: int
     time: int = 0
+    wide: int = 0
 
 
 def model_cost(
@@ -66,6 +73,8 @@ def model_cost(
     again = [part for level, part in by_level if level in recomputed]
     kept = sum(part.kept for part in parts) + sum(part.given - part.kept for part in again)
     kept += max((part.kept for part in again), default=0)
+    wide = sum(part.wide for level, part in by_level if level not in recomputed)
+    wide += max((part.wide for part in again), default=0)
     repeated = 2 * sum(part.executed for part in again)
     return ModelCost(
         params=params,
@@ -77,6 +86,7 @@ def model_cost(
         optimizer_bytes=2 * params * FLOAT_BYTES,
         time_bytes=sum(part.time for part in parts) * FLOAT_BYTES,
         head_bytes=parts[-1].params * FLOAT_BYTES,
+        wide_bytes=wide * FLOAT_BYTES,
     )
 
 
@@ -194,11 +204,12 @@ def _resnet(cin: int, cout: int, area: int, time_dim: int, *, maps: int) -> _Par
 
 
 def _linear_attention(channels: int, area: int, hidden: int, head_dim: int) -> _Part:
-    """Kept: the input, its norm, query and key after their softmax, and the last norm's input."""
+    """Kept: the input, its norm, query and key after their softmax (which is fp32), and the last norm's input."""
     params = 2 * channels + 3 * channels * hidden + (hidden + 1) * channels + 2 * channels
     published = (4 * channels * hidden + 2 * hidden * head_dim) * area
     executed = 4 * channels * hidden * area + 2 * hidden * head_dim * channels
-    return _Part(params, published, executed, (3 * channels + 2 * hidden) * area, channels * area)
+    kept, wide = (3 * channels + 2 * hidden) * area, 2 * hidden * area
+    return _Part(params, published, executed, kept, channels * area, wide=wide)
 
 
 def _full_attention(channels: int, area: int, hidden: int) -> _Part:

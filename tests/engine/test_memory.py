@@ -65,7 +65,7 @@ def test_only_what_learns_has_a_gradient_moments_and_an_average(sections: dict[s
     cost = training_cost(cfg, task, is_fused=False)
     learning = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
     assert learning_bytes(cfg, cost) == 4 * learning
-    needed = process_bytes(cfg, cost, 0, is_half=False)
+    needed = process_bytes(cfg, cost, 0, device="cpu", is_half=False)
     assert needed == 4 * (2 * cost.params + 4 * learning)  # and a standardised copy of all weights
 
 

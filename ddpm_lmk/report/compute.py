@@ -11,16 +11,12 @@ from ddpm_lmk.durable import read_json
 from ddpm_lmk.report.data import Run, Study
 from ddpm_lmk.report.parents import parents_of
 
-HEADINGS = (
-    "method",
-    "pre-training: images",
-    "TFLOP",
-    "hours",
-    "fine-tuning, a run: images",
-    "TFLOP",
-    "hours",
-    "all its runs: hours",
-    "hours are of",
+GROUPS = (("", 1), ("pre-training, once", 3), ("fine-tuning, a run (median)", 3), ("all its runs", 2))
+HEADINGS = ("method", "images", "TFLOP", "hours", "images", "TFLOP", "hours", "hours", "of")
+NOTE = (
+    "TFLOP: operations of training as executed, 10¹²; scoring is left out. Rows that start from the same pre-training "
+    "name it each, though it was run once. Hours are those of the clock, times the devices or threads; a dash is what "
+    "a run did not record. The paper tells neither."
 )
 
 

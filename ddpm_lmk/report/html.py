@@ -156,11 +156,14 @@ def landmark_table(study: Study, start: str) -> str:
     )
 
 
-def facts_table(rows: Iterable[Sequence[str]], headings: Sequence[str]) -> str:
-    """A plain table of words."""
+def facts_table(rows: Iterable[Sequence[str]], headings: Sequence[str], groups: Sequence[tuple[str, int]] = ()) -> str:
+    """A plain table of words; `groups` are words above so many headings each."""
+    above = "".join(f'<th colspan="{count}">{escape(word)}</th>' for word, count in groups)
+    above = f'<tr class="protocols">{above}</tr>' if above else ""
     head = "".join(f"<th>{escape(word)}</th>" for word in headings)
     body = "".join("<tr>" + "".join(f"<td>{escape(word)}</td>" for word in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="words"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<table class="words"><thead>{above}<tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def figure(content: str, caption: str, title: str = "") -> str:

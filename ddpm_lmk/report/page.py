@@ -28,6 +28,7 @@ from ddpm_lmk.report import (
     recipes,
     runs,
     steps,
+    unseen,
 )
 from ddpm_lmk.report.data import PROTOCOLS, Study, collect, paper_rows, paper_tables
 from ddpm_lmk.report.parents import parents_of
@@ -88,7 +89,8 @@ def _section(study: Study, *, against_paper: bool) -> str:
         "<h2>The runs</h2>",
         html.facts_table(runs.rows(study), runs.HEADINGS),
         "<h2>Compute</h2>",
-        html.facts_table(compute.rows(study), compute.HEADINGS),
+        html.facts_table(compute.rows(study), compute.HEADINGS, compute.GROUPS),
+        f'<p class="note wide">{compute.NOTE}</p>',
         _left_out(study),
     ]
     return "".join(parts)
@@ -106,6 +108,7 @@ def _beside_paper(study: Study) -> list[str]:
         f"<h2>Beside table {published['table']} of the paper</h2>",
         against.table(study),
         differences.tables(study),
+        unseen.table(study),
         f'<div class="footnotes"><ol>{numbered}</ol>{general}</div>',
     ]
 

@@ -20,6 +20,7 @@ class Item:
         limit_s: seconds for all of them.
         modules: Python modules without which it is skipped.
         pack: a carried set of packed x-rays without which it is skipped.
+        goes_on: it takes up what the call before left unfinished; others begin only with half of their limit left.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Item:
     limit_s: int
     modules: tuple[str, ...] = ()
     pack: str | None = None
+    goes_on: bool = False
 
 
 def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator[Item]:
@@ -44,7 +46,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
     def step(preset: str, *words: str) -> tuple[str, ...]:
         if is_smoke:
             return bench("step", *device, "--run", smoke, "--rounds", "6", "--budget-s", "1", *words)
-        return bench("step", *device, "--model", preset, "--size", "256", "--batch", "32", *words)
+        return bench("step", *device, "--model", preset, "--size", "256", "--batch", "32", "--halve", *words)
 
     def tests(*words: str) -> tuple[str, ...]:
         ours = ("-p", "no:cacheprovider", "-o", "minversion=0", "-W", "default", "-q", "--rootdir", str(REPO))
@@ -53,7 +55,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
     def peers(group: str, width: int, *words: str) -> tuple[str, ...]:
         if is_smoke:
             toy = ("--width", "16", "--multipliers", "1", "--size", "16", "--batch", "2", "--rounds", "6")
-            return bench("peers", *device, "--groups", group, *toy, "--micro-batches", "2")
+            return bench("peers", *device, "--groups", group, *toy, *words[:2], "--micro-batches", "2")
         real = ("--width", str(width), "--multipliers", "1", "2", "4", "8", "--size", "256", "--batch", "4")
         return bench("peers", *device, "--groups", group, *real, *words)
 
@@ -67,9 +69,11 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         yield Item(f"step-width-{width}", (step("paper", f"model.width={width // 8 if is_smoke else width}"),), 90)
     small = ("--run", smoke, "--rounds", "6") if is_smoke else ("--model", "small", "--size", "256", "--batch", "8")
     yield Item("switches", (bench("switches", *device, *small),), 240)
-    yield Item("peers", (peers("width", 128, "--precision", "bf16", "--rounds", "12"),), 300)
-    yield Item("papers-way", (peers("way", 256, "--precision", "bf16", "--rounds", "6", "--save"),), 200)
-    yield Item("peers-matched", (peers("matched", 128, "--precision", "bf16", "--rounds", "12"),), 300)
+    # Every network is started three times, and takes about ten seconds each time; so one memory layout an item.
+    lasting = ("--layouts", "channels-last", "--precision", "bf16")
+    yield Item("peers", (peers("width", 128, *lasting, "--rounds", "12"),), 280)
+    yield Item("papers-way", (peers("way", 256, *lasting, "--rounds", "6", "--save"),), 320)
+    yield Item("peers-matched", (peers("matched", 128, *lasting, "--rounds", "12"),), 240)
     yield Item("memory", (step("paper", "model.checkpointing=true"),), 120)
     seconds = "0.2" if is_smoke else "2"
     loader = bench("loader", *device, "--data", str(packs / "phantoms"), "--seconds", seconds)
@@ -79,6 +83,8 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
     training = ("--run", smoke, "--rounds", "6") if is_smoke else ("--model", "base", "--size", "256")
     yield Item("train", (bench("train", *device, *training, phantoms),), 120)
     yield Item("compiled", (tests("-m", "slow", gpu),), 200, ("pytest",))
+    nchw = ("--layouts", "nchw", "--precision", "bf16")
+    yield Item("peers-nchw", (peers("width", 128, *nchw, "--rounds", "12"),), 240)
     yield _films(packs, runs, lmk("pretrain"), lmk("sweep"), is_smoke=is_smoke)
 
 
@@ -106,4 +112,4 @@ def _films(packs: Path, runs: Path, pretrain: tuple[str, ...], sweep: tuple[str,
         "train.checkpoint_every=100 steps",
     )
     then = (*sweep, str(files[1]), "--out", str(runs / "sweep"), *one, data, f"train.length={lengths[1]} steps", *more)
-    return Item("films", (first, then), 900, pack=pack)
+    return Item("films", (first, then), 900, pack=pack, goes_on=True)

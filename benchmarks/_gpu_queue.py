@@ -5,9 +5,10 @@
 
 Needs nothing but Python's own library, so that it can say what is missing. A call takes `--budget-s` at most; the next
 one, with the same `--state`, goes on with what is not done. What Python lacks comes as wheels in `--carried`
-(`benchmarks/carry.sh` fills it); a wheel in parts is joined once the last part came, in whatever call. An item that
-needs what is not there is named and skipped. Exit code 0: all that could run passed; 1: something failed; 5: a package
-that everything needs is missing; 75: call again.
+(`benchmarks/carry.sh` fills it); a wheel in parts is joined once the last part came, in whatever call. On a machine
+that begins bare again, `gpu_queue.tar.gz` of the last call in `--carried` says what is done. An item that needs what is
+not there is named and skipped. Exit code 0: all that could run passed; 1: something failed; 5: a package that
+everything needs is missing; 75: call again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ WANTED = (
 FEWEST_S = 15.0  # with less left in a call, no item begins
 SMOKE_PATIENCE = 5  # a smoke run is for any machine, however busy
 LAST_LINES = 4
+ARCHIVE, KEPT = "gpu_queue.tar.gz", ("results", "logs", "done")
 AGAIN = 75
 
 
@@ -58,7 +60,9 @@ class Queue:
         }
 
     def take(self) -> None:
-        """Take over what was carried: wheels, parts of wheels, packed x-rays."""
+        """Take over what was carried: wheels, parts of wheels, packed x-rays, the archive of an earlier machine."""
+        if (self.carried / ARCHIVE).is_file():
+            self._take_over(self.carried / ARCHIVE)
         for file in sorted(self.carried.glob("*.whl*")) if self.carried.is_dir() else []:
             shutil.copy2(file, self.wheels)
         for sums in sorted(self.wheels.glob("*.whl.sha256")):
@@ -67,6 +71,14 @@ class Queue:
             shutil.copytree(pack.parent, self.packs / pack.parent.name, dirs_exist_ok=True)
         for wheel in sorted(self.wheels.glob("*.whl")):
             self._install(wheel)
+
+    def _take_over(self, path: Path) -> None:
+        """What an earlier machine did need not be done again; what this one did stays."""
+        with tarfile.open(path) as archive:
+            for member in archive.getmembers():
+                is_ours = member.isfile() and member.name.split("/")[0] in KEPT
+                if is_ours and not (self.state / member.name).exists():
+                    archive.extract(member, self.state, filter="data")
 
     def _join(self, wheel: Path, digest: str) -> None:
         parts = sorted(wheel.parent.glob(f"{wheel.name}.part-*"))
@@ -128,7 +140,7 @@ class Queue:
         if missing:
             self.open[item.name] = f"skipped: no {', no '.join(missing)} here"
             return
-        if left_s < FEWEST_S:
+        if left_s < FEWEST_S or (left_s < item.limit_s / 2 and not item.goes_on):
             self.open[item.name] = "later: no time left in this call"
             return
         wanted_s = item.limit_s * (SMOKE_PATIENCE if self.is_smoke else 1)
@@ -183,8 +195,8 @@ class Queue:
         for run in (self.runs / "pretrain", self.runs / "sweep"):
             for file in run.glob("*.json*"):
                 shutil.copy2(file, self.results / f"films-{run.name}-{file.name}")
-        with tarfile.open(out / "gpu_queue.tar.gz", "w:gz") as archive:
-            for name in ("results", "logs", "done"):
+        with tarfile.open(out / ARCHIVE, "w:gz") as archive:
+            for name in KEPT:
                 archive.add(self.state / name, name)
 
 
@@ -217,7 +229,7 @@ def main() -> int:
         for name, outcome, seconds in rows
     )
     queue.bundle(options.out, table + "\n")
-    tell(f"\n{table}\n{options.out / 'gpu_queue.tar.gz'} has results and logs")
+    tell(f"\n{table}\n{options.out / ARCHIVE} has results and logs")
     if any(outcome.startswith("failed") for _, outcome, _ in rows):
         return 1
     return AGAIN if any(outcome.startswith("later") for _, outcome, _ in rows) and not options.only else 0

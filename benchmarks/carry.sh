@@ -21,6 +21,7 @@ while (($#)); do
   shift
 done
 [[ -n $version ]] || { echo "say which Python is there: --python 3.12"; exit 2; }
+[[ ! -e $out/trip-1 ]] || { echo "$out has trips of an earlier call; say another --out, or remove them"; exit 2; }
 mkdir -p "$out/all/packs"
 names=(annotated-types braceexpand pydantic pydantic-core typing-inspection typing-extensions webdataset)
 ((peers)) && names+=(denoising-diffusion-pytorch diffusers ema-pytorch importlib-metadata lazy-importer monai pytorch-fid zipp einops scipy)

@@ -56,13 +56,28 @@ def test_items_pass_fail_take_too_long_and_are_skipped(queue: Queue, tmp_path: P
 
 def test_a_call_without_time_leaves_items_for_the_next(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu_queue, "FEWEST_S", 0.5)
-    slow = Item("slow", (python("import time; time.sleep(600)"),), 500)
+    slow = Item("slow", (python("import time; time.sleep(600)"),), 500, goes_on=True)
     queue.items = [slow, queue.items[0]]
     queue.run(slow, left_s=1)
     queue.run(queue.items[1], left_s=0.1)
     assert outcomes(queue)["slow"].startswith("later: cut off after ")
     assert outcomes(queue)["good"] == "later: no time left in this call"
+    queue.run(Item("long", slow.commands, 500), left_s=249)
+    assert outcomes(queue)["slow"].startswith("later: cut off after ")
+    assert not (queue.logs / "long.log").exists(), "it would be cut off half-way, and its time lost"
     assert not list(queue.done.iterdir())
+
+
+def test_another_machine_goes_on_from_the_archive_of_the_first(queue: Queue, tmp_path: Path) -> None:
+    queue.run(queue.items[0], left_s=500)
+    queue.carried.mkdir()
+    queue.bundle(queue.carried, "table")
+    other = Queue(tmp_path / "bare", queue.carried, is_smoke=False)
+    other.items = queue.items
+    assert outcomes(other)["good"] == "later: not asked for"
+    other.take()
+    assert outcomes(other)["good"] == "passed"
+    assert (other.logs / "good.log").read_text() == "well\n"
 
 
 def wheel(folder: Path) -> Path:

@@ -7,6 +7,8 @@ and compiles it, the optimizer, the average and the updater of the engine.
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.precision import choose_precision
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.updater import build_updater
+from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.models import ModelCost
 from ddpm_lmk.runfile import config_hash, load_run, load_yaml
 from ddpm_lmk.tasks import build_task
@@ -47,6 +50,15 @@ def option_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def carried_out(main: Callable[[], None]) -> None:
+    """Run a benchmark; what a user can mend ends it with one line and its exit code, as `ddpm-lmk` does."""
+    try:
+        main()
+    except LmkError as error:
+        sys.stderr.write(f"error[{type(error).__name__}]: {error}\n")
+        sys.exit(error.exit_code)
+
+
 def command_words(options: argparse.Namespace) -> list[str]:
     """The command line that says the same to another process, but for `--out` and `--budget-s`."""
     names = ("run", "model", "size", "batch", "precision", "device", "rounds")
@@ -55,9 +67,12 @@ def command_words(options: argparse.Namespace) -> list[str]:
 
 
 def device_of(options: argparse.Namespace) -> str:
-    """The device asked for, or the best there is."""
+    """The device asked for, or the best there is; raises `LaunchError` where that is not here."""
+    has_cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not has_cuda:
+        raise LaunchError("--device cuda, but no CUDA device is visible; use --device cpu, or see `ddpm-lmk doctor`")
     if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if has_cuda else "cpu"
     return str(options.device)
 
 

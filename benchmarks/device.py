@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _subject import RESULTS, Subject, device_of, option_parser, run_config
+from _subject import RESULTS, Subject, carried_out, device_of, option_parser, run_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,6 +85,7 @@ def _product(a: Tensor, b: Tensor, *, is_tf32: bool) -> Callable[[], object]:
     def call() -> None:
         torch.backends.cuda.matmul.allow_tf32 = is_tf32
         torch.mm(a, b)
+        torch.backends.cuda.matmul.allow_tf32 = False
 
     return call
 
@@ -201,4 +202,4 @@ def _add(
 
 
 if __name__ == "__main__":
-    main()
+    carried_out(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _subject import CONFIGS, RESULTS, Subject, device_of, option_parser
+from _subject import CONFIGS, RESULTS, Subject, carried_out, device_of, option_parser
 from scaling import run_on
 from step import measure_memory
 
@@ -115,4 +115,4 @@ def _words(conditions: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    carried_out(main)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from _loader_sources import GpuWatch, make_films, object_store, read_as_the_paper, read_with_webdataset
-from _subject import RESULTS, device_of
+from _subject import RESULTS, carried_out, device_of
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
@@ -207,4 +207,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    carried_out(main)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _subject import RESULTS, command_words, device_of, option_parser, run_config
+from _subject import RESULTS, carried_out, command_words, device_of, option_parser, run_config
 
 from ddpm_lmk.console import say
 from ddpm_lmk.errors import LaunchError
@@ -123,4 +123,4 @@ def _note(result: Result, what: str, count: int, clock: str, found: Comparison) 
 
 
 if __name__ == "__main__":
-    main()
+    carried_out(main)

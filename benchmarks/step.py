@@ -23,11 +23,13 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from _subject import RESULTS, Subject, command_words, option_parser, run_config
+from _subject import RESULTS, Subject, carried_out, command_words, option_parser, run_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.console import progress
+from ddpm_lmk.console import progress, say
+from ddpm_lmk.engine.memory import is_out_of_memory
+from ddpm_lmk.errors import ResourceError
 from ddpm_lmk.measure import Result, Timings, alternate, compare_paired
 from ddpm_lmk.measure.verdict import conclude
 from ddpm_lmk.plan import memory_gib
@@ -40,12 +42,14 @@ PARTS = ("forward", "forward and backward", "update", "train step")
 def main() -> None:
     """Measure and write the result file."""
     parser = option_parser(__doc__)
+    parser.add_argument("--halve", action="store_true", help="halve --batch until it fits the device")
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     if options.memory_only:
         sys.stdout.write(json.dumps(memory_of_training(options)) + "\n")
         return
-    memory = measure_memory(options)
+    run_config(options)  # what is wrong with it is said before anything starts
+    memory = halve_until_it_fits(options) if options.halve else measure_memory(options)
     subject = Subject(options)
     result = Result("step", settings=subject.cfg.model_dump(mode="json"), device=subject.device)
     measure_parts(result, subject, options, memory)
@@ -93,6 +97,8 @@ def rates_of(name: str, timings: Timings, subject: Subject, peak: list[float]) -
     is_forward = name == "forward"
     executed = (cost.flops_executed if is_forward else cost.flops_train) * batch / 1e9
     published = cost.flops_forward * (1 if is_forward else 3) * batch / 1e9
+    if not is_forward and subject.cfg.model.kind != "ddpm_unet":
+        published = executed  # nothing is rewritten there, and not every pass has a way back
     busy = timings.busy_s
     threads = torch.get_num_threads() if subject.device == "cpu" else 1
     shares = [100 * executed * threads / s / p for s, p in zip(busy, peak)]
@@ -200,10 +206,27 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
+def halve_until_it_fits(options: argparse.Namespace) -> dict[str, float]:
+    """Memory with the largest batch that fits, which the options have from then on."""
+    while True:
+        try:
+            return measure_memory(options)
+        except ResourceError:
+            if not options.batch or options.batch < 2:
+                raise
+            options.batch //= 2
+            say(f"does not fit; trying {options.batch} images")
+
+
 def measure_memory(options: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of a few steps in a process of its own, so that nothing else counts."""
+    """Peak memory of a few steps in a process of its own, so that nothing else counts; ResourceError: no room."""
     command = [sys.executable, str(Path(__file__).resolve()), *command_words(options), "--memory-only"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode == ResourceError.exit_code:
+        raise ResourceError(f"{done.stderr.strip().splitlines()[-1].partition(': ')[2]}; use a smaller --batch")
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        raise subprocess.CalledProcessError(done.returncode, command)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -218,9 +241,14 @@ def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
         words = ["--model", "small", "--size", "32", "--batch", "1", "--precision", precision]
         Subject(option_parser(None).parse_intermixed_args([*words, "--device", options.device])).step()
     before = psutil.Process().memory_info().rss / 2**30
-    subject = Subject(options, cfg=cfg)
-    for _ in range(3):
-        subject.step()
+    try:
+        subject = Subject(options, cfg=cfg)
+        for _ in range(3):
+            subject.step()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(f"a step of {options.batch or cfg.train.group_size} images does not fit") from error
     estimate = memory_gib(cfg, subject.task, device=subject.device, micro_batch=subject.batch_images)
     is_cuda = subject.device == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else _highest_rss_gib() - before
@@ -237,4 +265,4 @@ def _highest_rss_gib() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    carried_out(main)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _subject import RESULTS, device_of
+from _subject import RESULTS, carried_out, device_of
 
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.measure import Result, Timings, compare_paired
@@ -168,4 +168,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    carried_out(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _subject import Subject, option_parser, run_config
+from _subject import Subject, carried_out, option_parser, run_config
 from torch import Tensor
 
 from ddpm_lmk.console import progress
@@ -121,4 +121,4 @@ def kept_mib(subject: Subject) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    carried_out(main)

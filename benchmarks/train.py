@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from _bare import BareLoop, TurnTaking
-from _subject import RESULTS, Subject, option_parser
+from _subject import RESULTS, Subject, carried_out, option_parser
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.pack import pack
@@ -120,4 +120,4 @@ def measure_overhead(result: Result, subject: Subject, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    carried_out(main)

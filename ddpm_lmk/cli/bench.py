@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ddpm_lmk.claim import make_writable
 from ddpm_lmk.console import print_table, say
 from ddpm_lmk.errors import ConfigError
 
@@ -47,6 +48,7 @@ def bench(
     scripts = _scripts()
     if name is None or (name != "all" and name not in scripts):
         raise ConfigError(f"there is no benchmark {name!r}; use one of {', '.join(scripts)}, or all")
+    make_writable(out)
     chosen = [script for script in ALL if script in scripts] if name == "all" else [name]
     has_budget = name == "all" or budget_min != DEFAULT_BUDGET_MIN
     shared = ["--budget-s", f"{60 * budget_min / len(chosen):.0f}"] if has_budget else []

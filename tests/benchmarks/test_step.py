@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from statistics import median
 
+import _subject
 import pytest
+import step
+import torch
 
+from ddpm_lmk.errors import ConfigError, LaunchError, ResourceError
 from tests.benchmarks.scripts import SMOKE, run_benchmark
 
 
@@ -39,3 +44,39 @@ def test_step_has_its_parts_its_levels_and_memory_beside_the_estimate(tmp_path: 
     assert figures["estimate_over_measured"] == pytest.approx(
         figures["estimated_memory_gib"] / figures["peak_memory_gib"], rel=1e-3
     )
+
+
+def test_what_a_user_can_mend_is_one_line_and_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> None:
+        options = _subject.option_parser(None).parse_args(["--run", "nowhere.yaml"])
+        _subject.run_config(options)
+
+    with pytest.raises(SystemExit) as stopped:
+        _subject.carried_out(missing)
+    assert stopped.value.code == ConfigError.exit_code
+    assert capsys.readouterr().err.startswith("error[ConfigError]: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_device_that_is_not_here_is_an_error() -> None:
+    with pytest.raises(LaunchError, match="no CUDA device is visible"):
+        _subject.device_of(argparse.Namespace(device="cuda"))
+
+
+def test_the_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is played here: memory for 8 images."""
+    tried: list[int] = []
+
+    def measure(options: argparse.Namespace) -> dict[str, float]:
+        tried.append(options.batch)
+        if options.batch > 8:
+            raise ResourceError("does not fit")
+        return {"peak_memory_gib": 1.0}
+
+    monkeypatch.setattr(step, "measure_memory", measure)
+    options = argparse.Namespace(batch=32)
+    assert step.halve_until_it_fits(options) == {"peak_memory_gib": 1.0}
+    assert (tried, options.batch) == ([32, 16, 8], 8)
+    monkeypatch.setattr(step, "measure_memory", lambda options: measure(argparse.Namespace(batch=9)))
+    with pytest.raises(ResourceError):
+        step.halve_until_it_fits(argparse.Namespace(batch=4))

@@ -46,6 +46,13 @@ def test_compare_of_what_is_no_result_is_a_usage_error(lmk: Lmk, tmp_path: Path)
     assert lmk("bench", "no-such-benchmark").code == 2
 
 
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(lmk: Lmk, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = lmk("bench", "step", "--out", tmp_path / "file")
+    assert result.code == 6
+    assert "is a file" in result.err
+
+
 @pytest.mark.slow
 def test_bench_runs_a_benchmark_in_a_process_of_its_own(
     lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

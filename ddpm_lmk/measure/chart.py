@@ -1,4 +1,7 @@
-"""Results of one benchmark as a picture: a panel per unit, a line per row, a colour per file, quartiles as bars."""
+"""Results of one benchmark as a picture: a panel per unit, a line per row, a colour per file, quartiles as bars.
+
+Rows are those of the newest file; an older one is drawn where it measured some of them.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ def draw(results: Sequence[Stored], path: Path) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = list(results)[-MOST_FILES:]
-    panels = _panels(shown)
+    newest = results[-1]
+    keys = {row.key for row in newest.rows if row.samples}
+    alike = [found for found in results[:-1] if keys & {row.key for row in found.rows}]
+    shown, panels = [*alike[1 - MOST_FILES :], newest], _panels(newest)
     if not panels:
         return None
     heights = [max(2, len(rows)) for rows in panels.values()]
@@ -35,7 +40,6 @@ def draw(results: Sequence[Stored], path: Path) -> Path | None:
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (unit, rows) in zip(axes, panels.items()):
         _fill(axis, unit, rows, shown)
-    newest = shown[-1]
     figure.suptitle(f"bench {newest.benchmark}: {newest.machine}, {newest.date[:16].replace('T', ' ')}", fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
     if len(shown) > 1:
@@ -44,15 +48,14 @@ def draw(results: Sequence[Stored], path: Path) -> Path | None:
     return path
 
 
-def _panels(results: Sequence[Stored]) -> dict[str, list[tuple[str, str]]]:
-    """Keys of rows by unit: those of the newest file first, then those only older ones have."""
+def _panels(newest: Stored) -> dict[str, list[tuple[str, str]]]:
+    """Keys of rows by unit."""
     panels: dict[str, list[tuple[str, str]]] = {}
-    for result in reversed(results):
-        for row in result.rows:
-            unit = _unit(row)
-            rows = panels.setdefault(unit, []) if unit else []
-            if row.key not in rows and len(rows) < MOST_ROWS:
-                rows.append(row.key)
+    for row in newest.rows:
+        unit = _unit(row)
+        rows = panels.setdefault(unit, []) if unit else []
+        if row.key not in rows and len(rows) < MOST_ROWS:
+            rows.append(row.key)
     return panels
 
 
@@ -62,6 +65,8 @@ def _unit(row: Row) -> str | None:
 
 def _fill(axis: Any, unit: str, keys: list[tuple[str, str]], results: Sequence[Stored]) -> None:
     """One panel."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     rows: dict[tuple[str, str], Row] = {}
     for number, result in enumerate(results):
         points = [row for row in result.rows if row.key in keys and unit in row.samples]
@@ -79,9 +84,9 @@ def _fill(axis: Any, unit: str, keys: list[tuple[str, str]], results: Sequence[S
     axis.set_yticks(range(len(keys)), [_label(rows[key], list(rows.values())) for key in keys], fontsize=8)
     axis.set_ylim(len(keys) - 0.5, -0.5)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="x", which="minor", labelsize=6)
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(axis="x", which="both", alpha=0.3)
     axis.set_xlabel(UNITS[unit], fontsize=9)
 

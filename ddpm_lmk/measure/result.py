@@ -148,7 +148,8 @@ class Stored:
     def machine(self) -> str:
         """The kind of device the figures are of."""
         hardware = self.facts["hardware"]
-        return f"{hardware['device_name'] or hardware['cpu']}, {hardware['threads']} threads"
+        threads = hardware["threads"]
+        return f"{hardware['device_name'] or hardware['cpu']}, {threads} thread{'' if threads == 1 else 's'}"
 
     @property
     def rows(self) -> list[Row]:

@@ -103,8 +103,14 @@ def conclude(result: Result, folder: Path, label: str, *, earlier: Sequence[Path
     before = [found for place in places for found in read_results(place, result.benchmark)]
     path = result.write(folder, label)
     new = read_result(path)
+    others = 0
     for old in before:
-        say(f"against {old.path.name} ({old.machine}, {old.date[:10]}): {summarise(*compare_sides([new], [old]))}")
+        lines, remarks = compare_sides([new], [old])
+        others += not lines
+        if lines:
+            say(f"against {old.path.name} ({old.machine}, {old.date[:10]}): {summarise(lines, remarks)}")
+    if others:
+        say(f"{others} earlier results measured something else; `ddpm-lmk bench --compare A B` says what differs")
     picture = draw([*before, new], path.with_suffix(".png"))
     say(f"wrote {path}" + (f" and {picture.name}" if picture else ""))
     return path

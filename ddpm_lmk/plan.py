@@ -12,8 +12,10 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.corpora import training_corpora
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.order import GroupPlan
-from ddpm_lmk.data.spec import DatasetSpec, mixture
-from ddpm_lmk.engine.memory import is_half, process_bytes, training_cost, uses_fused
+from ddpm_lmk.data.spec import mixture
+from ddpm_lmk.engine.autofit import Fitted, fit_to_device
+from ddpm_lmk.engine.memory import device_bytes, is_half, process_bytes, training_cost, uses_fused
+from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.precision import choose_precision
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.forecast import estimate_step
@@ -47,10 +49,22 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
         each = " of each set" if len(counts) > 1 else " of them"
         rows.append(("shots", f"{cfg.data.shots}{each}, {cfg.data.draw}"))
     specs = [manifest.spec for manifest in manifests]
-    rows += _model_rows(cfg, specs[0] if cfg.task.stage == "pretrain" else mixture(specs), placement)
+    task = build_task(cfg, specs[0] if cfg.task.stage == "pretrain" else mixture(specs))
+    cfg, fitted = _fitted(cfg, task, placement, steps)
+    rows += [("fit", str(fitted)), *_model_rows(cfg, task, placement)]
     rows.append(("length", f"{steps:,} steps, {images:,} images, {images / num_images:,.1f} passes over the data"))
     rows.append(("weights from", cfg.init.weights or f"random, seed {cfg.seed}"))
-    return [*rows, ("time", _time(cfg, placement, images, build_task(cfg, manifests[0].spec)))]
+    return [*rows, ("time", _time(cfg, placement, images, task))]
+
+
+def _fitted(cfg: RunConfig, task: Task, placement: Placement, steps: int) -> tuple[RunConfig, Fitted]:
+    """What `auto` becomes, by the memory model alone; a run on a GPU also tries a step."""
+    parallel = Parallel("cuda" if placement.device == "cuda" else "cpu")
+    room = device_bytes(parallel) // (placement.processes if placement.device == "cpu" else 1)
+    share = cfg.train.group_size // (placement.processes * placement.nodes)
+    one = cfg.model_copy(update={"train": cfg.train.model_copy(update={"group_size": share})})
+    fitted = fit_to_device(one, task.out_channels, parallel, steps=steps, room=room, probe=lambda run: True)
+    return fitted.applied(cfg), fitted
 
 
 def _learnt(cfg: RunConfig, count: int) -> int:
@@ -66,8 +80,7 @@ def _images(cfg: RunConfig, manifests: list[Manifest]) -> list[int]:
     return [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
 
 
-def _model_rows(cfg: RunConfig, spec: DatasetSpec, placement: Placement) -> list[tuple[str, str]]:
-    task = build_task(cfg, spec)
+def _model_rows(cfg: RunConfig, task: Task, placement: Placement) -> list[tuple[str, str]]:
     cost = task.cost(cfg.model, cfg.data.image_size)
     group = cfg.train.group_size
     micro_batch = cfg.train.given_micro_batch or group // (placement.processes * placement.nodes)

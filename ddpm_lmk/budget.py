@@ -74,7 +74,7 @@ def budget_table(sweep: Sweep, out: Path, device: Device, *, workers: int) -> Ta
         else "hours not known"
     )
     missing = f"; {unknown} rows not known, run `ddpm-lmk bench` or some of their cells" if unknown else ""
-    table = Table(title="what it needs", caption=f"together {total}{missing}")
+    table = Table(title="what it needs", caption=f"together {total} of training{missing}")
     for heading in ("what", "runs", "images", "TFLOP", "GiB a worker", "worker-hours", "hours from"):
         table.add_column(heading, justify="left" if heading in ("what", "hours from") else "right")
     for need in found:

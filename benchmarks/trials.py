@@ -38,7 +38,11 @@ def main() -> None:
     lines = [json.loads(line) for line in options.log.read_text(encoding="utf-8").splitlines() if line.strip()]
     trials = {trial["run"]: trial for trial in _trials(lines, options.folder)}
     head: dict[str, Any] = {"what": "trials of the recipe", "date": datetime.date.today().isoformat()}
-    head |= {"hardware": hardware(), "versions": versions("ddpm-lmk", "torch", "numpy")}
+    machine = hardware()  # of its load the trials, which ran before, say nothing
+    head |= {
+        "hardware": {key: machine[key] for key in ("cpu", "cores")},
+        "versions": versions("ddpm-lmk", "torch", "numpy"),
+    }
     atomic.write_text(options.out, "".join(json.dumps(line) + "\n" for line in [head, *trials.values()]))
     print(f"{options.out}: {len(trials)} trials of {len(lines)} lines")
 

@@ -72,6 +72,10 @@ class RunDir:
             retention.clean(folder)
         return run
 
+    def declare(self, cfg: RunConfig) -> None:
+        """Write the run file before anything else is: without it a directory that holds anything is no run."""
+        atomic.write_text(self.path / "config.yaml", runfile.dump_run(cfg))
+
     def begin(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
         """Write what this run is: its run file and `run.json` with `facts` (fingerprint, versions, hardware, parent).
 
@@ -85,8 +89,7 @@ class RunDir:
                 f"{facts['fingerprint']}; restore it, or add --fork NEWDIR to go on there with the new data"
             )
         self._config_hash = runfile.config_hash(cfg)
-        # The run file comes first: without it a directory that holds anything is no run, and a killed start would stay.
-        atomic.write_text(self.path / "config.yaml", runfile.dump_run(cfg))
+        self.declare(cfg)
         # What a run is stays what it was when it began, but for the devices it has come to, and what they allow.
         weaker: dict[str, Any] = {key: facts[key] for key in ("exactness", "devices") if key in facts}
         kept: dict[str, Any] = {**(before or facts), **weaker}

@@ -45,6 +45,7 @@ def before_training(
 
     facts = parallel.on_main(lambda: calibration.read(run.path))
     if facts is None:
+        parallel.on_main(lambda: run.declare(cfg))  # stopped in a fold, the run can be continued
         folder = run.path / FOLDER
         facts = calibration.by_folds(cfg, task, parallel, learn=learn, folder=folder, cache=workbench.cache)
     calibration.keep(facts, task, run.path, parallel)

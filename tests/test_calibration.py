@@ -6,6 +6,7 @@ import base64
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ddpm_lmk import calibration
 from ddpm_lmk.calibration import GRID, Likelihoods
 from ddpm_lmk.config import ContourCodecConfig, RunConfig
 from ddpm_lmk.data.corpora import evaluation_corpora, training_corpora
-from ddpm_lmk.errors import CheckpointError, ConfigError
+from ddpm_lmk.errors import CheckpointError, ConfigError, StoppedError
 from ddpm_lmk.landmarks import ContourCodec, Frame
 from ddpm_lmk.loaded import open_run
 from ddpm_lmk.reliability import calibration_error, reliability
@@ -169,6 +170,28 @@ def test_without_validation_labels_every_shot_is_seen_by_weights_that_did_not_le
     alone = finetuned(packed_phantoms, tmp_path / "alone", "data.shots=1")
     assert alone["calibration"]["learnt_on"].startswith("nothing: a single shot")
     assert set(json.loads((tmp_path / "alone" / "calibration.json").read_text())["temperatures"]) == {1.0}
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_a_fold_goes_on_with_the_next(
+    packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = calibration.likelihoods
+
+    def stopped_in_the_second(cfg: RunConfig, *place: Any, **more: Any) -> calibration.Likelihoods:
+        if cfg.data.hold_out is not None and cfg.data.hold_out.fold == 1:
+            raise StoppedError("asked to stop")
+        return scored(cfg, *place, **more)
+
+    monkeypatch.setattr(calibration, "likelihoods", stopped_in_the_second)
+    with pytest.raises(StoppedError):
+        finetuned(packed_phantoms, tmp_path / "run", "data.shots=2")
+    monkeypatch.undo()
+    first = tmp_path / "run" / "folds" / "0" / "results.json"
+    written = first.stat().st_mtime_ns
+    results = finetuned(packed_phantoms, tmp_path / "run", "data.shots=2")
+    assert results["calibration"]["labels"] == 2 * 19
+    assert first.stat().st_mtime_ns == written
 
 
 def run_file(packed: Path, *words: str) -> RunConfig:

@@ -22,7 +22,7 @@ from tests.models.norm_cases import CASES, Case
 
 CONFIG = UNetConfig(width=32, multipliers=(1, 2, 4), heads=4, head_dim=32)
 SHALLOW = UNetConfig(width=32, multipliers=(1, 2), heads=4, head_dim=32)  # compiles in half the time
-SGD = {"kind": "sgd", "lr": 0.1}
+SGD = {"kind": "sgd", "lr": 1e-3}
 
 
 def network(device: torch.device, config: UNetConfig = CONFIG) -> nn.Module:

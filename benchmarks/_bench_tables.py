@@ -145,6 +145,20 @@ def forecast_table(source: Path) -> str:
     return f"{_head(found)}\n\n{markdown(heads, rows)}"
 
 
+def memory_table(source: Path) -> str:
+    """Estimated against measured memory, by what fills it."""
+    found = read_result(source)
+    rows = []
+    for row in found.rows:
+        where = row.conditions
+        again = {True: "all", False: "none"}.get(where["checkpointing"], "some")
+        shape = [where["name"], where["task"], where["image_size_px"], where["batch_images"], where["precision"], again]
+        ratio = f"{row.figures['estimate_over_measured']:.2f}"
+        rows.append([*shape, _gib(row, "estimated_memory_gib"), _gib(row, "peak_memory_gib"), ratio])
+    heads = ["network", "task", "size, px", "images", "precision", "levels computed again"]
+    return f"{_head(found)}\n\n{markdown([*heads, 'estimated, GiB', 'measured, GiB', 'ratio'], rows)}"
+
+
 def sweep_table(source: Path) -> str:
     """A sweep and its cells run one by one, round by round; a ratio only where there are enough rounds for one."""
     found = read_result(source)

@@ -237,9 +237,7 @@ def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
     The process has trained a small network before, so that what PyTorch loads for any does not count.
     """
     cfg = run_config(options)
-    for precision in ("fp32", cfg.train.precision):
-        words = ["--model", "small", "--size", "32", "--batch", "1", "--precision", precision]
-        Subject(option_parser(None).parse_intermixed_args([*words, "--device", options.device])).step()
+    load_libraries(options.device, cfg.train.precision)
     before = psutil.Process().memory_info().rss / 2**30
     try:
         subject = Subject(options, cfg=cfg)
@@ -253,6 +251,13 @@ def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
     is_cuda = subject.device == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else _highest_rss_gib() - before
     return {"peak_memory_gib": peak, "estimated_memory_gib": estimate, "estimate_over_measured": estimate / peak}
+
+
+def load_libraries(device: str, *precisions: str) -> None:
+    """Train a small network, for what PyTorch loads then and never again."""
+    for precision in ("fp32", *precisions):
+        words = ["--model", "small", "--size", "32", "--batch", "1", "--precision", precision, "--device", device]
+        Subject(option_parser(None).parse_intermixed_args(words)).step()
 
 
 def _highest_rss_gib() -> float:

@@ -51,6 +51,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="the most (default: cores, or GPUs)")
     options = parser.parse_intermixed_args()
     cfg, device = run_config(options), device_of(options)
+    if options.processes is None and available(device) < 2:
+        say(f"bench scaling: one {'GPU' if device == 'cuda' else 'core'} here, so there is nothing to measure")
+        return
     result = Result("scaling", settings=cfg.model_dump(mode="json"), device=device)
     batch = options.batch or cfg.train.given_micro_batch or cfg.train.group_size
     counts = process_counts(options.processes or available(device), batch)

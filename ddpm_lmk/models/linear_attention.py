@@ -43,12 +43,13 @@ class Pool(torch.autograd.Function):
         pixels, weight, pooled = ctx.saved_tensors
         d_pixels, d_weight = torch.empty_like(pixels), torch.zeros_like(weight)
         logits, keys = pixels.new_empty(2, len(weight), pixels.shape[1])  # [K, N]
+        d_rows = pixels.new_empty(pixels.shape[2], pixels.shape[1])  # [C, N]: products with long rows are the fast ones
         sums = (grad * pooled).sum(2, keepdim=True)  # [B, K, 1]
         for image, d_image, d_out, total in zip(pixels, d_pixels, grad, sums):
             _softmax(torch.mm(weight, image.T, out=logits), keys)
-            torch.mm(keys.T, d_out, out=d_image)
+            torch.mm(d_out.T, keys, out=d_rows)
             d_logits = torch.mm(d_out, image.T, out=logits).sub_(total).mul_(keys)
-            d_image.addmm_(d_logits.T, weight)
+            d_image.copy_(d_rows.addmm_(weight.T, d_logits).T)
             d_weight.addmm_(d_logits, image)
         return d_pixels, d_weight
 

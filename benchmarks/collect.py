@@ -27,6 +27,7 @@ from _bench_tables import (
     training_table,
     ways_table,
 )
+from _method_tables import methods_table
 from _peer_tables import peers_table
 from _tables import (
     POOL_SCALE,
@@ -78,7 +79,7 @@ def newer(old: str, table: Table, old_table: Table) -> tuple[Path, Table]:
 
 
 PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
-    (README, "isbi", RESULTS / "isbi_cpu" / "report.md", copied),
+    (README, "isbi", RESULTS / "table2_small" / "report.csv", methods_table),
     (README, "demo", RESULTS / "demo" / "report.md", copied),
     (README, "survived", RESULTS / "soak.json", survived_table),
     (BENCHMARKS, "pack", RESULTS / "pack_real.json", pack_table),

@@ -26,9 +26,11 @@ def methods_table(source: Path) -> str:
         if row["protocol"] == ORIGINAL
     }
     methods = sorted({start for start, _ in ours}, key=lambda start: -float(ours[start, labels[-1]]["mre"]))
-    best = {count: min(float(ours[start, count]["mre"]) for start in methods) for count in labels}
+    best = {count: min(float(row["mre"]) for (_, found), row in ours.items() if found == count) for count in labels}
 
     def cell(start: str, count: int) -> str:
+        if (start, count) not in ours:
+            return ""
         mean, spread = float(ours[start, count]["mre"]), float(ours[start, count]["mre_std"])
         text = f"{mean:.2f} ± {spread:.2f}"
         return f"**{text}**" if mean == best[count] else text

@@ -18,13 +18,9 @@ def methods_table(source: Path) -> str:
         source: report.csv of a sweep, with its sweep.json beside it.
     """
     rows = [row for row in csv.DictReader(source.read_text().splitlines()) if row["mre"]]
-    titles = {name: row["title"] for name, row in json.loads((source.parent / "sweep.json").read_text())["rows"].items()}
+    texts = json.loads((source.parent / "sweep.json").read_text())["rows"]
     labels = sorted({int(row["labels_training"]) for row in rows})
-    ours = {
-        (row["start"], int(row["labels_training"])): row
-        for row in rows
-        if row["protocol"] == ORIGINAL
-    }
+    ours = {(row["start"], int(row["labels_training"])): row for row in rows if row["protocol"] == ORIGINAL}
     methods = sorted({start for start, _ in ours}, key=lambda start: -float(ours[start, labels[-1]]["mre"]))
     best = {count: min(float(row["mre"]) for (_, found), row in ours.items() if found == count) for count in labels}
 
@@ -36,4 +32,7 @@ def methods_table(source: Path) -> str:
         return f"**{text}**" if mean == best[count] else text
 
     heads = ["start and method", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
-    return markdown(heads, [[titles.get(start, start), *(cell(start, count) for count in labels)] for start in methods])
+    return markdown(
+        heads,
+        [[texts.get(start, {}).get("title", start), *(cell(start, count) for count in labels)] for start in methods],
+    )

@@ -47,7 +47,7 @@ Groups = dict[Setting, dict[int, Mapping[str, Any]]]
 def trials_table(source: Path) -> str:
     """What single changes did, and per number of labels the list of all trials, the lowest error first."""
     head, *trials = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    spreads = _seed_spreads(source.parents[1] / "isbi_cpu" / "results.csv")
+    spreads = _seed_spreads(source.parents[1] / "table2_small" / "results.csv")
     pairs: list[list[str]] = []
     lists: list[str] = []
     weights = Counter(trial["weights"] for trial in trials).most_common(1)[0][0]

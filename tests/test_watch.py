@@ -172,7 +172,7 @@ def test_losses_without_progress_end_the_run_and_losses_with_progress_do_not(tmp
     with pytest.raises(NoProgressError, match="3 restarts brought no new checkpoint") as error:
         run_ranks(["-c", "import os; os.kill(os.getpid(), 9)"], Placement("cpu", 2), out=tmp_path)
     assert error.value.exit_code == 76
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300  # waits between restarts are short; a busy machine is slow to start them
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, pathlib, sys\n"

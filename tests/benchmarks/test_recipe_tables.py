@@ -46,7 +46,7 @@ def collected(tmp_path: Path, lines: list[dict], monkeypatch: pytest.MonkeyPatch
     runpy.run_path(str(BENCHMARKS / "trials.py"), run_name="__main__")
     errors = ((0, 2.0), (1, 2.2), (2, 2.1))
     rows = "".join(f"ours,{labels},{seed},{mre}\n" for labels in (5, 10) for seed, mre in errors)
-    put(tmp_path / "results" / "isbi_cpu" / "results.csv", "start,shots,seed,original_mre\n" + rows)
+    put(tmp_path / "results" / "table2_small" / "results.csv", "start,shots,seed,original_mre\n" + rows)
     return out
 
 
@@ -66,13 +66,14 @@ def test_single_changes_are_found_paired_by_seed_and_marked(tmp_path: Path, monk
     text = trials_table(source)
     assert "| views | 8 | 1 | 5 | 0, 1 | 2.50 → 3.01 | +0.51 (+0.38 to +0.64) | nothing else |" in text
     assert "| average of the weights | as the recipe | none | 5 | 0 | 2.00 → 2.05 | (+0.05), one seed: open |" in text
-    assert "| lr | 0.001 | 0.007 | 5 | 0 | 2.50 → 9.00 | +6.50, one seed | views 1 |" in text
+    assert f"| lr | {recipe.optim.lr:g} | 0.007 | 5 | 0 | 2.50 → 9.00 | +6.50, one seed | views 1 |" in text
     assert "| views | 8 | 1 | 10" not in text
     assert "| nothing: the recipe | random | 0, 1 | 2.50 (n=2) |" in text
 
 
 def test_settings_that_belong_together_are_one_change() -> None:
-    recipe = flat(load_run(RECIPE)) | {"weights": "random"}
+    codec = ["task.codec.sigma_px=2", "task.codec.decode_radius_px=5"]
+    recipe = flat(load_run(RECIPE, codec)) | {"weights": "random"}
     wide = (("task.codec.decode_radius_px", 9.0), ("task.codec.sigma_px", 3.0))
     groups = {Setting((), "random"): {0: {"mre_mm": 2.0}}, Setting(wide, "random"): {0: {"mre_mm": 3.0}}}
     (row,) = one_change(5, groups, recipe, 0.1)

@@ -15,7 +15,7 @@ READY := $(VENV)/.ready-$(subst $(COMMA),+,$(EXTRAS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak lint fuzz bench clean
+.PHONY: help demo test test-extras test-slow soak lint fuzz bench clean
 
 help:
 	@sed -n '2,5s/^# *//p' Makefile
@@ -32,6 +32,9 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-extras: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'extra and not slow' $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -11,11 +11,29 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.config import RunConfig
+from tests import extras
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a parent like nohup hands on that it is ignored; runs honour that
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests whose extra is not installed are skipped by name."""
+    for item in items:
+        extras.skip_without(item)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was left out for want of an extra, a line for each."""
+    missing = extras.by_extra(terminalreporter.stats.get("skipped", []))
+    if missing:
+        terminalreporter.section("left out: extras that are not installed", sep="-")
+        for names, tests in missing.items():
+            terminalreporter.write_line(f"{names}: {' '.join(tests)}")
+        wanted = ",".join(sorted({name for names in missing for name in names.split(", ")}))
+        terminalreporter.write_line(f"to run them alone: make test-extras EXTRAS=dev,{wanted}")
 
 
 @pytest.fixture(scope="session")

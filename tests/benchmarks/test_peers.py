@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _peer_networks import PEERS, Counts, Shape, build, count, is_installed, matched
+from _peer_networks import PEERS, Counts, Shape, build, count, matched
 from _peer_process import Contender, Process, run_by_turns, run_together
 from _peer_worker import Spec, make_step
 from _released import ReleasedUNet
@@ -104,10 +104,9 @@ def test_one_that_fails_does_not_end_the_others(run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extra("bench")
 @pytest.mark.parametrize("peer", PEERS)
 def test_matched_networks_are_near_ours_in_parameters_and_operations(peer: str) -> None:
-    if not is_installed(peer):
-        pytest.skip(f"{peer} is not installed; pip install -e '.[bench]'")
     shape = Shape((32, 64, 128), 64, 1)
     target = count("released", shape, backward=False)
     found = count(peer, matched(peer, shape, target), backward=False)

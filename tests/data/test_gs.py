@@ -17,11 +17,11 @@ from ddpm_lmk.data.remote import CacheSettings
 from ddpm_lmk.data.shards import Manifest, verify
 from ddpm_lmk.errors import DataError, StoppedError
 from tests.data.dot_packs import pack_dots
-from tests.data.test_remote import assert_same, config, stream
+from tests.data.streams import assert_same, config, stream
+from tests.extras import needs_extra
 
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks Google what kind of bucket each is
-pytest.importorskip("gcsfs")
-emulator = pytest.importorskip("gcp_storage_emulator.server")
+pytestmark = needs_extra("cloud", "cloud-dev")
 
 BOTH = pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
 
@@ -30,6 +30,7 @@ BOTH = pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ra
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A local pack, and the same pack in a bucket."""
     import fsspec
+    from gcp_storage_emulator import server as emulator
 
     pack = pack_dots(tmp_path_factory.mktemp("gs") / "dots", {"train": 24, "test": 4})
     write_prints(Manifest.open(pack))
@@ -51,10 +52,12 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What befalls the answers with content of a shard: `fault(number)` names it; nobody waits between tries."""
     import asyncio
 
+    from gcp_storage_emulator.server import Response
+
     monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0)))
     plan: dict[str, Any] = {"fault": lambda number: None, "answers": 0, "met": []}
-    close = emulator.Response.close
+    close = Response.close
 
     def close_badly(response: Any) -> None:
         handler = response._handler
@@ -75,7 +78,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         else:
             handler.send_error(int(fault))
 
-    monkeypatch.setattr(emulator.Response, "close", close_badly)
+    monkeypatch.setattr(Response, "close", close_badly)
     return plan
 
 

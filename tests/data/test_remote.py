@@ -8,25 +8,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader, origin, retries
-from ddpm_lmk.data.batch import Group
 from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.remote import CacheSettings
 from ddpm_lmk.data.shard_cache import ShardCache
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, StoppedError
-from tests.data.dot_packs import corrupt, pack_dots, run_config
+from tests.data.dot_packs import corrupt, pack_dots
+from tests.data.streams import assert_same, config, stream
 from tests.data.web import Server, serve
+from tests.extras import needs_extra
 
-pytest.importorskip("aiohttp")
+pytestmark = needs_extra("cloud")
 
-STEPS = 6
 SHARD_BYTES = 25_000  # somewhat more than one shard of the packs below
 
 
@@ -43,27 +40,6 @@ def server(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(origin, "STALL_S", 0.5)
     with serve(pack.parent) as running:
         yield running
-
-
-def config(path: Any, cache: Path, *, task: str = "denoise", **data: Any) -> RunConfig:
-    settings = {"residency": "stream", "shuffle_window": 2, "cache_dir": str(cache), **data}
-    return run_config(path, task=task, data=settings)
-
-
-def stream(cfg: RunConfig, count: int = STEPS) -> list[Group]:
-    loader = open_loader(cfg, stage="train")
-    try:
-        return list(itertools.islice(loader.groups(0), count))
-    finally:
-        loader.close()
-
-
-def assert_same(found: list[Group], wanted: list[Group]) -> None:
-    pairs = [(a, b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x.micro_batches, y.micro_batches)]
-    for a, b in pairs:
-        assert a.ids == b.ids
-        assert torch.equal(a.images, b.images)
-    assert all(group.bad == () for group in found)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -14,10 +14,10 @@ from ddpm_lmk.data.remote import CacheSettings
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.errors import DataError, StoppedError
 from tests.data.dot_packs import pack_dots
-from tests.data.test_remote import assert_same, config, stream
+from tests.data.streams import assert_same, config, stream
+from tests.extras import needs_extra
 
-pytest.importorskip("s3fs")
-server = pytest.importorskip("moto.server")
+pytestmark = needs_extra("cloud", "cloud-dev")
 
 BOTH = pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
 
@@ -49,6 +49,8 @@ class Faulty:
 @pytest.fixture(scope="module")
 def running() -> Iterator[Any]:
     """The server."""
+    from moto import server
+
     started = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     started.start()
     yield started

@@ -16,8 +16,9 @@ from ddpm_lmk.data.shards import Manifest, verify
 from ddpm_lmk.data.show import show
 from tests.data.dot_packs import corrupt
 from tests.data.web import Server, serve
+from tests.extras import needs_extra
 
-pytest.importorskip("aiohttp")
+pytestmark = needs_extra("cloud")
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.launcher import launch
 from tests.engine import processes
 from tests.engine.toy import config
+from tests.extras import needs_extra
 
-pytest.importorskip("deepspeed", reason="needs the extra: pip install 'ddpm-lmk[deepspeed]'")
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [needs_extra("deepspeed"), pytest.mark.distributed, pytest.mark.slow]
 
 TRAIN: dict[str, Any] = {"length": 6, "group_size": 8, "windows": "epoch", "checkpoint_every": 2}
 ADAMW: dict[str, Any] = {"lr": 0.01, "clip": {"limit": 0.2}}

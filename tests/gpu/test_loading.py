@@ -12,8 +12,9 @@ import torch
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.batch import Batch
 from tests.data.dot_packs import pack_dots, run_config
+from tests.extras import needs_extra
 
-pytest.importorskip("nvidia.dali")
+pytestmark = needs_extra("dali")
 
 GREY_LEVEL = 1 / 255
 MOVES = {"probability": 0.7, "shift": 0.1, "rotate_deg": 20, "scale": 0.2, "scale_axes": "independent"}

@@ -70,17 +70,17 @@ def in_a_process(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.extra("triton-dev")
 def test_triton_kernels_under_the_interpreter_are_the_norm_of_float64() -> None:
     """In a process of its own: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton", reason="needs the extra: pip install 'ddpm-lmk[triton-dev]'")
     code = (
         "from tests.models.norm_cases import CASES, check\nfor case in CASES: check(case, 'triton')\nprint(len(CASES))"
     )
     assert in_a_process(code, TRITON_INTERPRET="1").strip() == str(len(CASES))
 
 
+@pytest.mark.extra("triton-dev")
 def test_triton_kernels_compile_for_an_h100_without_one() -> None:
-    pytest.importorskip("triton", reason="needs the extra: pip install 'ddpm-lmk[triton-dev]'")
     said = in_a_process("from tests.models.norm_compiled import main; main()")
     forward, backward = ["chunk_statistics", "combine_statistics", "apply"], ["chunk_gradients", "combine_gradients"]
     assert said.split() == [*forward, *backward, "apply_gradients"]

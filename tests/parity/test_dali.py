@@ -17,8 +17,9 @@ from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.shards import CorruptSampleError, Manifest
 from ddpm_lmk.errors import ConfigError
 from tests.data.dot_packs import corrupt, pack_dots, run_config
+from tests.extras import needs_extra
 
-pytest.importorskip("nvidia.dali")
+pytestmark = needs_extra("dali")
 
 GREY_LEVEL = 1 / 255
 MOVES = {"probability": 0.7, "shift": 0.1, "rotate_deg": 20, "scale": 0.2, "scale_axes": "independent"}

@@ -25,7 +25,7 @@ import tarfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from _gpu_items import REPO, Item, items
 
@@ -76,9 +76,14 @@ class Queue:
         """What an earlier machine did need not be done again; what this one did stays."""
         with tarfile.open(path) as archive:
             for member in archive.getmembers():
-                is_ours = member.isfile() and member.name.split("/")[0] in KEPT
-                if is_ours and not (self.state / member.name).exists():
-                    archive.extract(member, self.state, filter="data")
+                parts = PurePosixPath(member.name).parts
+                content = archive.extractfile(member) if member.isfile() else None
+                target = self.state / member.name
+                if content is None or parts[0] not in KEPT or ".." in parts or target.exists():
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with content, target.open("wb") as out:
+                    shutil.copyfileobj(content, out)
 
     def _join(self, wheel: Path, digest: str) -> None:
         parts = sorted(wheel.parent.glob(f"{wheel.name}.part-*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +46,9 @@ def code_digest() -> str:
 
 
 def version(package: str) -> str | None:
-    """Installed version of a package."""
+    """Installed version of a package; of a torch that is loaded with its build, which an index's name leaves out."""
+    if package == "torch" and "torch" in sys.modules:
+        return str(sys.modules["torch"].__version__)
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -51,13 +51,13 @@ def test_a_slow_rank_is_one_that_lets_the_others_wait_for_a_hundred_steps() -> N
 
 
 def test_signs_are_read_as_they_were_written_and_torn_ones_left_out(tmp_path: Path) -> None:
-    pulse = Pulse(tmp_path, 3)
+    pulse, began = Pulse(tmp_path, 3), time.monotonic()
     for step in range(4):
         pulse.beat("step", step, 0.25)
     [found] = read_beats(tmp_path)
     assert (found.rank, found.pid, found.phase, found.step, found.count) == (3, os.getpid(), "step", 3, 3)
     assert (found.reach_s, found.reaches) == (0.25, 4)
-    assert found.age_s < 5
+    assert 0 <= found.age_s <= time.monotonic() - began
     pulse.close()
     record = tmp_path / "rank-3"
     record.write_bytes(record.read_bytes()[:-1] + b"\xff")
@@ -71,7 +71,7 @@ def test_the_first_step_of_every_run_of_a_process_sets_the_pace(tmp_path: Path) 
         time.sleep(0.5)
         pulse.beat("step", 1, None)
         [found] = read_beats(tmp_path)
-        assert (found.count, found.interval_s) == (1, pytest.approx(0.6, abs=0.3))
+        assert (found.count, found.interval_s >= 0.5) == (1, True)
         pulse.beat("step", 2, None)
     pulse.close()
 
@@ -159,7 +159,7 @@ def test_a_process_without_its_launcher_ends() -> None:
         pid = int(words.readline())
     process.kill()
     process.wait()
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 60
     while watch.process_state(pid) not in ("", "Z"):
         assert time.monotonic() < limit, "it has outlived its parent"
         time.sleep(0.02)
@@ -168,11 +168,9 @@ def test_a_process_without_its_launcher_ends() -> None:
 @pytest.mark.distributed
 def test_losses_without_progress_end_the_run_and_losses_with_progress_do_not(tmp_path: Path) -> None:
     """Ranks that never get to the next checkpoint, and ranks that are lost five times with one in between."""
-    began = time.monotonic()
     with pytest.raises(NoProgressError, match="3 restarts brought no new checkpoint") as error:
         run_ranks(["-c", "import os; os.kill(os.getpid(), 9)"], Placement("cpu", 2), out=tmp_path)
     assert error.value.exit_code == 76
-    assert time.monotonic() - began < 300  # waits between restarts are short; a busy machine is slow to start them
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, pathlib, sys\n"
@@ -203,7 +201,7 @@ def test_signals_outside_of_training_end_a_process_with_the_code_of_a_stop() -> 
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(number)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=120)
         assert process.returncode == wanted
         assert "the same command continues" in said
 
@@ -224,6 +222,6 @@ def test_what_is_not_saved_within_the_grace_is_left_and_the_code_is_the_same() -
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 75
     assert "continues from the last checkpoint" in said

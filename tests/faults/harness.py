@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -87,15 +86,8 @@ class Started:
                 continue
         self.process.wait(30)
 
-    def used_s(self, timeout: float = 240) -> float:
-        """Seconds of processor time until it ended; only where no other child is waited for meanwhile."""
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        self.wait(timeout)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    def until(self, condition: Callable[[], Any], *, timeout: float = 120) -> float:
-        """Wait for something to become true; returns the seconds it took."""
+    def until(self, condition: Callable[[], Any], *, timeout: float = 120) -> None:
+        """Wait for something to become true."""
         began = time.monotonic()
         while not condition():
             if self.process.poll() is not None and not condition():
@@ -104,7 +96,6 @@ class Started:
                 self.kill_everything()
                 raise AssertionError(f"nothing happened within {timeout} s:\n{self.said.read_text()}")
             time.sleep(0.02)
-        return time.monotonic() - began
 
 
 def _is_rank(process: psutil.Process) -> bool:

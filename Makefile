@@ -1,57 +1,77 @@
 # The two commands of the README, and the developer's: each makes its own virtual environment when there is none.
 #   make demo    the whole road on synthetic x-rays, ending with a report      make lint    ruff and mypy
 #   make test    the test suite                                                make bench   benchmarks of this machine
-#   make soak    30 random kills, digests compared; more with KILLS=N         make test-slow   the tests that take minutes
-#   make clean   remove the environment and what the commands above wrote     make fuzz        20,000 damaged files
+#   make soak    30 random kills, digests compared; more with KILLS=N          make test-slow     tests that take minutes
+#   make fuzz    20,000 damaged files                                          make test-extras   only those of EXTRAS
+#   make clean   remove the environment and what the commands above wrote
+#   TORCH=cpu    torch without CUDA, when the environment is made              PYTHON=python3.13   another Python
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-output
 KILLS ?= 30
 PYTEST_ARGS ?= -n auto --dist loadfile
 EXTRAS ?= dev
+TORCH ?=
 BIN := $(VENV)/bin
 COMMA := ,
 READY := $(VENV)/.ready-$(subst $(COMMA),+,$(EXTRAS))
+CPU_TORCH := https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH=$(TORCH): wanted TORCH=cpu, or nothing for the build that pip finds)
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-extras test-slow soak lint fuzz bench clean
+.PHONY: help environment demo test test-extras test-slow soak lint fuzz bench clean
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
-# pip compiles what it installs: without bytecode every process would compile torch anew. The constraints pin everything.
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, found {v[0]}.{v[1]}; try make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
-	@touch $@
+VERSION := import sys; print(*sys.version_info[:2], sep=".")
+ASKED := $(filter-out file,$(origin PYTHON))# not empty: whoever calls make named a Python
 
-demo: $(READY)
+# An environment is used as it is when its Python starts, is new enough and the one asked for, has pip, and still lies
+# where it was made, which its scripts hold. pip compiles what it installs: without bytecode every process would compile
+# torch anew. The constraints pin everything.
+environment:
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
+	    && head -2 $(BIN)/pip | grep -qF '$(abspath $(BIN))/' \
+	    && { test -z '$(ASKED)' || test "$$($(PYTHON) -c '$(VERSION)')" = "$$($(BIN)/python -c '$(VERSION)')"; } \
+	    || { $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, found {v[0]}.{v[1]}; try make PYTHON=python3.11")' \
+	        && { test ! -e $(VENV) || echo "$(VENV) is of another Python or was made in another folder: it is made anew"; } \
+	        && $(PYTHON) -m venv --clear $(VENV); }
+	@test -e $(READY) && ! test pyproject.toml -nt $(READY) && ! test constraints.txt -nt $(READY) || { \
+	    echo "Installing ddpm-lmk[$(EXTRAS)] for Python $$($(BIN)/python -c '$(VERSION)') into $(VENV). Most of it is torch:"; \
+	    echo "its CPU build takes 1.3 GB of disk, its CUDA build, which is what PyPI has for Linux, SIZES."; \
+	    echo "For the CPU build where pip would take the other: make clean, then add TORCH=cpu to the command."; \
+	    $(BIN)/python -m pip install -c constraints.txt $(TORCH:cpu=--extra-index-url $(CPU_TORCH)) -e '.[$(EXTRAS)]' && touch $(READY); }
+
+demo: environment
 	$(BIN)/ddpm-lmk demo --out $(OUT)
 
-test: $(READY)
+test: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-test-extras: $(READY)
+test-extras: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'extra and not slow' $(PYTEST_ARGS)
 
-test-slow: $(READY)
+test-slow: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-soak: $(READY)
+soak: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --kills $(KILLS) --steps $$(( 20 * $(KILLS) )) --out soak.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.sweep_soak --steps 90 --out soak_sweep.json
 
-lint: $(READY)
+lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fuzz: $(READY)
+fuzz: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.fuzz
 
-bench: $(READY)
+bench: environment
 	$(BIN)/ddpm-lmk bench all --out benchmarks/results
 
 clean:

@@ -16,7 +16,7 @@ from ddpm_lmk.data.spec import mixture
 from ddpm_lmk.engine.autofit import Fitted, fit_to_device
 from ddpm_lmk.engine.memory import device_bytes, is_half, process_bytes, training_cost, uses_fused
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.precision import choose_precision
+from ddpm_lmk.engine.precision import choose_precision, emulation_warning
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.forecast import estimate_step
 from ddpm_lmk.launcher import Placement
@@ -51,7 +51,10 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path) -> list[tuple[str,
     specs = [manifest.spec for manifest in manifests]
     task = build_task(cfg, specs[0] if cfg.task.stage == "pretrain" else mixture(specs))
     cfg, fitted = _fitted(cfg, task, placement, steps)
-    rows += [("fit", str(fitted)), *_model_rows(cfg, task, placement)]
+    rows.append(("fit", str(fitted)))
+    if warning := emulation_warning(cfg, fitted.precision, placement.device):
+        rows.append(("warning", warning))
+    rows += _model_rows(cfg, task, placement)
     rows.append(("length", f"{steps:,} steps, {images:,} images, {images / num_images:,.1f} passes over the data"))
     rows.append(("weights from", cfg.init.weights or f"random, seed {cfg.seed}"))
     return [*rows, ("time", _time(cfg, placement, images, task))]

@@ -30,6 +30,7 @@ from ddpm_lmk.engine.everyone import AllRanks
 from ddpm_lmk.engine.exactness import device_kinds, kept
 from ddpm_lmk.engine.loop import Loaders, Pace, fit
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.precision import emulation_warning
 from ddpm_lmk.engine.ranks import checksum, want_same_facts
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.fork import bring_checkpoint
@@ -134,7 +135,9 @@ def _fitted(cfg: RunConfig, parallel: Parallel, run: RunDir) -> Fitted:
     """What this run does on this device: as before where it is continued, else chosen now."""
     before = parallel.on_main(lambda: run.facts().get("fit"))
     if before is not None:
-        return Fitted.of(before)
+        fitted = Fitted.of(before)
+        _warn_of_emulation(cfg, fitted, parallel)
+        return fitted
     with parallel.together():
         manifests = [Manifest.open(path) for path in cfg.data.path] if _needs_data(cfg) else []
     images = sum(len(manifest.rows(cfg.data.splits)) for manifest in manifests)
@@ -143,7 +146,14 @@ def _fitted(cfg: RunConfig, parallel: Parallel, run: RunDir) -> Fitted:
     fitted = fit_to_device(cfg, max(1, outputs), parallel, steps=steps)
     if parallel.is_main:
         say(str(fitted))
+    _warn_of_emulation(cfg, fitted, parallel)
     return fitted
+
+
+def _warn_of_emulation(cfg: RunConfig, fitted: Fitted, parallel: Parallel) -> None:
+    """Say before the first step how much longer it takes in a precision that this machine has no instructions for."""
+    if parallel.is_main and (warning := emulation_warning(cfg, fitted.precision, parallel.device.type)):
+        log.warning(warning)
 
 
 def _needs_data(cfg: RunConfig) -> bool:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ddpm_lmk.config import RunConfig
     from ddpm_lmk.config.values import Stage
     from ddpm_lmk.launcher import Placement
+    from ddpm_lmk.sweep import Sweep
 
 app = typer.Typer(
     help="Diffusion pre-training on pooled x-rays, and few-shot landmark detection with the same engine.",
@@ -232,6 +233,7 @@ def sweep(
             from ddpm_lmk.budget import budget_table
 
             console().print(budget_table(loaded, folder, "cuda" if gpus else "cpu", workers=gpus or cpu or 1))
+        _warn_of_emulation(loaded, "cuda" if gpus else "cpu")
         return say("\n".join(hints(loaded)))
     from ddpm_lmk.sweep.probe import workers_per_device
     from ddpm_lmk.sweep.run import run_sweep
@@ -239,6 +241,7 @@ def sweep(
     where = place(gpus=gpus, cpu=cpu)
     shared = workers_per_device(per_device, loaded, device=where.device, say=say)
     say(f"sweep {loaded.name}: {where}, {folder}{f', {shared} workers on each' if shared > 1 else ''}")
+    _warn_of_emulation(loaded, where.device)
     raise typer.Exit(run_sweep(loaded, folder, processes=where.processes, per_device=shared, device=where.device))
 
 
@@ -259,6 +262,19 @@ def _check_task(cfg: RunConfig, wanted: Stage, run_file: Path | None) -> None:
     if cfg.task.stage != wanted:
         other = cfg.task.stage
         raise ConfigError(f"{run_file} has task.kind={cfg.task.kind}; use `ddpm-lmk {other} {run_file}`")
+
+
+def _warn_of_emulation(sweep: Sweep, device: str) -> None:
+    """Each cell would only tell its log that this processor has no instructions for the precision asked for."""
+    runs = [cell.cfg for cell in sweep.cells] + [stage.cfg for stage in sweep.stages]
+    asked = {cfg.train.precision: cfg for cfg in runs}
+    if device != "cpu" or not asked.keys() & {"bf16", "fp16"}:
+        return  # without waiting for torch
+    from ddpm_lmk.engine.precision import choose_precision, emulation_warning
+
+    for cfg in asked.values():
+        if warning := emulation_warning(cfg, choose_precision(cfg, device).name, device):
+            say(f"warning: {warning}")
 
 
 def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None, strict: bool, dry_run: bool) -> None:

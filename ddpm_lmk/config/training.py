@@ -106,7 +106,7 @@ class TrainConfig(Section):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="autocast type; auto: bf16 on CUDA and on CPUs with instructions for it, else fp32; fp16 scales the loss",
+        description="autocast type; auto: bf16 on GPUs and CPUs with instructions for it, else fp32; fp16 scales the loss",
     )
     exactness: Literal["exact", "ordered", "none"] = Field(
         "ordered",

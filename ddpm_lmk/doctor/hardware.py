@@ -14,8 +14,11 @@ def check_processor() -> list[Finding]:
     """Cores this process may use, and the threads torch takes."""
     import torch
 
+    from ddpm_lmk.engine.precision import missing_bf16
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    bf16 = "yes" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+    missing = missing_bf16()
+    bf16 = f"no ({missing})" if missing else "yes"
     capability = torch.backends.cpu.get_cpu_capability()
     seen = f"{cores} cores, {torch.get_num_threads()} torch threads, {capability}, bf16 {bf16}"
     if torch.get_num_threads() > cores:
@@ -89,7 +92,7 @@ def _gpu(index: int) -> Finding:
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     size_gib = facts.total_memory / 2**30
     seen = f"{facts.name}, {size_gib:.0f} GiB, compute {facts.major}.{facts.minor}, bf16 {'yes' if bf16 else 'no'}"
-    advice = "" if bf16 else "no native bf16: set train.precision=fp32 or fp16"
+    advice = "" if bf16 else "no instructions for bf16: train.precision=auto is fp32; time fp16 too"
     return Finding("ok" if bf16 else "note", f"gpu {index}", seen, advice)
 
 

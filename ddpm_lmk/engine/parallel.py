@@ -26,6 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm_lmk.engine.precision import cuda_has_bf16
 from ddpm_lmk.engine.tree import all_gather
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.machine import cpu_name
@@ -61,7 +62,9 @@ class Parallel:
         self.rank = self._accelerator.process_index
         self.world = self._accelerator.num_processes
         self.device = self._accelerator.device
-        self.auto_precision: Precision = "fp32" if self.device.type == "cpu" else "bf16"  # a run may choose another
+        self.auto_precision: Precision = (
+            "bf16" if self.device.type == "cuda" and cuda_has_bf16() else "fp32"
+        )  # a run may choose another
         if self.world != promised:
             raise LaunchError(f"joined a group of {self.world} processes, wanted WORLD_SIZE={promised}; start it again")
         if zero:

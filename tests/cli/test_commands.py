@@ -12,6 +12,7 @@ import yaml
 
 from ddpm_lmk import failpoints
 from ddpm_lmk.data.phantom import render
+from ddpm_lmk.engine import precision
 from ddpm_lmk.floors import release
 from ddpm_lmk.runfile import load_run
 from tests.cli.commands import CONFIGS, SMOKE, Lmk, rows_of
@@ -107,6 +108,19 @@ def test_dry_run_says_what_would_run_and_writes_nothing(lmk: Lmk, packed_phantom
     ):
         assert said in result.out
     assert not out.exists()
+
+
+def test_dry_runs_say_that_a_precision_is_emulated(
+    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "times_fp32", lambda name: 9.1)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    words = ("--cpu", 1, "--dry-run", "--out", tmp_path / "out", f"data.path={packed_phantoms}")
+    for asked, is_said in (("bf16", True), ("auto", False)):
+        run = lmk("pretrain", SMOKE / "pretrain.yaml", *words, f"train.precision={asked}")
+        assert ("train.precision=bf16 is emulated here" in run.out) == is_said
+        sweep = lmk("sweep", SMOKE / "sweep.yaml", *words, f"train.precision={asked}")
+        assert ("train.precision=bf16 is emulated here" in sweep.err) == is_said
 
 
 def test_diff_lists_what_two_run_files_do_differently(lmk: Lmk, pretrained: Path) -> None:

@@ -134,7 +134,7 @@ def test_precision_on_a_cpu_follows_its_instructions(monkeypatch: pytest.MonkeyP
         (True, "exact", 32, "fp32"),
         (True, "ordered", 8, "fp32"),
     ):
-        monkeypatch.setattr(precision, "has_bf16_instructions", lambda has=has: has)
+        monkeypatch.setattr(precision, "missing_bf16", lambda has=has: "" if has else "none here")
         cfg = run(
             model={"width": width, "multipliers": (1, 2), "patch": 8, "checkpointing": False},
             precision="auto",

@@ -26,6 +26,7 @@ from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.models import ModelCost
 from ddpm_lmk.runfile import config_hash, load_run, load_yaml
+from ddpm_lmk.shipped import find
 from ddpm_lmk.tasks import build_task
 from ddpm_lmk.workbench import Workbench
 
@@ -38,7 +39,7 @@ def option_parser(doc: str | None) -> argparse.ArgumentParser:
     """The words that benchmarks share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", default=[], metavar="key=value", help="settings that win over the file")
-    parser.add_argument("--run", type=Path, metavar="RUN.yaml", help="measure the network of this run file")
+    parser.add_argument("--run", type=find, metavar="RUN.yaml", help="measure the network of this run file")
     parser.add_argument("--model", choices=PRESETS, help="measure a preset (default: tiny on a CPU, base on a GPU)")
     parser.add_argument("--size", type=int, help="image side, pixels (default: the run file's, else 128 or 256)")
     parser.add_argument("--batch", type=int, help="images at once (default: the run file's share, else 8 or 32)")

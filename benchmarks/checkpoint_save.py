@@ -33,7 +33,7 @@ from ddpm_lmk.machine import hardware, versions
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.runfile import load_run
 from ddpm_lmk.runs import execute
-from ddpm_lmk.shipped import shipped
+from ddpm_lmk.shipped import find, shipped
 
 WARM_UP_STEPS = 3
 
@@ -146,7 +146,7 @@ def _shortened(cfg: RunConfig, steps: int, every: int) -> RunConfig:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_file", type=Path, nargs="?", default=shipped("configs") / "pretrain" / "isbi_cpu.yaml")
+    parser.add_argument("run_file", type=find, nargs="?", default=shipped("configs") / "pretrain" / "isbi_cpu.yaml")
     parser.add_argument("settings", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=10)

@@ -29,6 +29,7 @@ from ddpm_lmk.data.pack import pack
 from ddpm_lmk.measure import Result, Timings, compare_paired
 from ddpm_lmk.measure.verdict import conclude
 from ddpm_lmk.runfile import load_run
+from ddpm_lmk.shipped import find
 from ddpm_lmk.sweep import cell_folder
 
 SHOTS = (1, 5, 10, 25, 50)
@@ -149,7 +150,7 @@ def _options() -> argparse.Namespace:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--run", type=Path, default=root / "configs" / "finetune" / "isbi_cpu.yaml")
+    parser.add_argument("--run", type=find, default=root / "configs" / "finetune" / "isbi_cpu.yaml")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a cell")
     parser.add_argument("--rounds", type=int, default=6, help="seeds; every one is five cells, run both ways")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the sweep")

@@ -1,9 +1,9 @@
 """Run files: reading, composing, checking, explaining, comparing and writing them.
 
 Order of precedence, weakest first: field defaults, the files named by `extends` (relative to the file that names them,
-resolved first, deep-merged in order), the file itself, `key=value` words of the command line. A value remembers where
-it came from, so that a mistake is reported with key, value, source line and the nearest known name. `config` says what
-the keys are; paths inside a run file are relative to the current directory.
+or shipped; resolved first, deep-merged in order), the file itself, `key=value` words of the command line. A value
+remembers where it came from, so that a mistake is reported with key, value, source line and the nearest known name.
+`config` says what the keys are; paths inside a run file are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ddpm_lmk import yamlfile
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.explain import default_kind, explain, kind_of, sections_of
+from ddpm_lmk.shipped import find
 from ddpm_lmk.yamlfile import KeyPath, Origins
 
 __all__ = ["config_hash", "diff_runs", "dump_run", "explain", "load_run", "load_yaml", "validate"]
@@ -111,7 +112,7 @@ def _compose(path: Path, model: type[BaseModel] | None, open_files: tuple[Path, 
     data: dict[str, Any] = {}
     origins: Origins = {}
     for parent in parents:
-        file = path.parent / parent
+        file = find(parent, path.parent)
         if not file.is_file():
             raise ConfigError(f"{own_origins[('extends',)]}: extends {parent!r}, but there is no file {file}")
         base, base_origins = _compose(file, model, (*open_files, here))
@@ -122,7 +123,7 @@ def _compose(path: Path, model: type[BaseModel] | None, open_files: tuple[Path, 
 
 
 def _read_overrides(words: list[str]) -> tuple[dict[str, Any], Origins]:
-    """`a.b=value` words as one nested mapping; the value is YAML."""
+    """`a.b=value` words as one nested mapping; the value is as `yamlfile.parse_word` reads it."""
     data: dict[str, Any] = {}
     origins: Origins = {}
     for word in words:
@@ -130,7 +131,7 @@ def _read_overrides(words: list[str]) -> tuple[dict[str, Any], Origins]:
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
             raise ConfigError(f"{COMMAND_LINE}: {word!r}; wanted key=value, e.g. optim.lr=1e-4")
-        value, _ = yamlfile.parse(text, f"{COMMAND_LINE}: {key}")
+        value = yamlfile.parse_word(text, f"{COMMAND_LINE}: {key}")
         nested = value
         for part in reversed(path):
             nested = {part: nested}
@@ -181,7 +182,10 @@ def _describe(model: type[BaseModel], detail: ErrorDetails, data: dict[str, Any]
         wanted = detail.get("ctx", {}).get("expected_tags") or " or ".join(_kinds_at(model, path))
         given = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
         return f"{place}: {key}.kind={_short(given)}; wanted {wanted}"
-    return f"{place}: {key}={_short(detail['input'])}: {message[:1].lower()}{message[1:]}"
+    given = detail["input"]
+    is_word = detail["type"] in ("string_type", "tuple_type") and (given is None or isinstance(given, bool))
+    remedy = f"; if text is meant, quote it: {key}=\"'{json.dumps(given)}'\"" if is_word else ""
+    return f"{place}: {key}={_short(given)}: {message[:1].lower()}{message[1:]}{remedy}"
 
 
 def _data_path(detail: ErrorDetails, data: Any) -> KeyPath:

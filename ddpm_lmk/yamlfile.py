@@ -2,8 +2,9 @@
 
 Refused for safety, before anything is built: files over 1 MiB, object tags, aliases (the road of alias bombs) and
 absurd nesting. Refused as mistakes: duplicate keys, and the bare words yes, no, on and off, which YAML 1.1 turns into
-booleans behind one's back. Numbers are left to the schema that knows what it wants, so `1e-5` may stay text here. It
-does not know what a run file is (`runfile`).
+booleans behind one's back. Numbers are left to the schema that knows what it wants: `1e-5` and `2024.10` stay text
+here, since a number would not give the text back where a field wants text. It does not know what a run file is
+(`runfile`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 import yaml
 
 from ddpm_lmk.errors import CheckpointError, ConfigError
+from ddpm_lmk.shipped import advice
 
 MAX_BYTES = 2**20
 MAX_EVENTS = 20_000
 MAX_DEPTH = 32
 QUOTED = {"'", '"', "|", ">"}
+YAML_BEGINS = tuple("[{'\"&*!|>")  # a list, a mapping, a quote; or what is refused
 AMBIGUOUS = {"y", "n", "yes", "no", "on", "off"}
 NULLS = {"", "~", "null", "Null", "NULL"}
 CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")} | {"!"}
@@ -42,8 +45,12 @@ def read_text(path: Path) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: cannot be read: there is no such file; {advice(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: cannot be read: it is a folder; name a file in it") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
 
 
 def parse(text: str, source: str) -> tuple[Any, Origins]:
@@ -62,6 +69,20 @@ def parse(text: str, source: str) -> tuple[Any, Origins]:
         raise ConfigError(f"{source}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     origins: Origins = {}
     return (None if node is None else _build(node, (), source, origins)), origins
+
+
+def parse_word(text: str, source: str) -> Any:
+    """Value of a word of the command line: YAML where it opens a list, a mapping or a quote, else one plain value.
+
+    So a path may hold what means something in a YAML document, such as ` #` or `: `. Raises as `parse` does.
+    """
+    text = text.strip()
+    if text[:1] not in YAML_BEGINS:
+        return _scalar(yaml.ScalarNode("tag:yaml.org,2002:str", text), (), source)
+    try:
+        return parse(text, source)[0]
+    except ConfigError as error:
+        raise ConfigError(f"{error}; text that begins with {text[0]} has to be quoted: \"'{text}'\"") from None
 
 
 def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], Origins]:
@@ -142,13 +163,15 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath, origin: str) -> Any:
         return text
     if text.lower() in AMBIGUOUS:
         key = ".".join(path) or "value"
-        raise ConfigError(f"{origin}: {key}: {text} is ambiguous in YAML; write true or false, or quote it for text")
+        raise ConfigError(
+            f"{origin}: {key}: {text} is ambiguous in YAML; write true or false, or quote it for text: '{text}', and "
+            f"\"'{text}'\" on the command line"
+        )
     if text in NULLS:
         return None
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if INTEGER.fullmatch(text):
-        return int(text)
     if NOT_FINITE.fullmatch(text):
         return float(text.replace(".", ""))
-    return float(text) if DECIMAL.fullmatch(text) else text
+    number = int(text) if INTEGER.fullmatch(text) else float(text) if DECIMAL.fullmatch(text) else text
+    return number if str(number) == text else text

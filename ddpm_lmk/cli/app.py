@@ -21,6 +21,7 @@ from ddpm_lmk.cli.bench import bench_app
 from ddpm_lmk.cli.compare import show_difference
 from ddpm_lmk.cli.launch import launch_app
 from ddpm_lmk.cli.results import results_app
+from ddpm_lmk.cli.run_files import found, run_files_app
 from ddpm_lmk.cli.shards import shards_app
 from ddpm_lmk.console import console, print_table, say
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
@@ -43,7 +44,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RunFileArgument = Annotated[Path | None, typer.Argument(metavar="RUN.yaml", help="run file; see configs/")]
+RunFileArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="RUN.yaml", help="run file; `ddpm-lmk init` lists those shipped", callback=found),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="settings that win over the file")]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run directory", show_default="runs/NAME")]
 GpusOption = Annotated[int | None, typer.Option("--gpus", metavar="N", help="use N GPUs of this node")]
@@ -107,7 +111,7 @@ def _main_options(
 def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where runs would be written")] = Path("runs"),
     run_file: Annotated[
-        Path | None, typer.Option("--run", metavar="RUN.yaml", help="a run there should be room for")
+        Path | None, typer.Option("--run", metavar="RUN.yaml", help="a run there should be room for", callback=found)
     ] = None,
     rdzv: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="meet the other nodes there; start it on all at once")
@@ -171,14 +175,18 @@ def _add_training_command(name: Stage, text: str) -> None:
         nodes: Annotated[int | None, typer.Option(metavar="M", help="nodes; the same command runs on each")] = None,
         node_rank: Annotated[int, typer.Option(metavar="R", help="number of this node, from 0")] = 0,
         rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="address of node 0")] = None,
-        launch: Annotated[Path | None, typer.Option(metavar="FILE", help="launch file; see launch/")] = None,
+        launch: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="launch file, e.g. launch/gpu8.yaml", callback=found)
+        ] = None,
         fork: ForkOption = None,
         share_group: ShareGroupOption = False,
         strict: Annotated[bool, typer.Option("--strict", help="refuse mixed devices and failed validations")] = False,
         loader: Annotated[str | None, typer.Option(metavar="auto|torch|dali", help="short for data.loader=")] = None,
         dry_run: DryRunOption = False,
         explain: ExplainOption = False,
-        diff: Annotated[Path | None, typer.Option(metavar="OTHER.yaml", help="compare with another run file")] = None,
+        diff: Annotated[
+            Path | None, typer.Option(metavar="OTHER.yaml", help="compare with another run file", callback=found)
+        ] = None,
     ) -> None:
         with leaving_at_once():
             from ddpm_lmk.claim import refuse_if_in_use
@@ -209,7 +217,10 @@ _add_training_command("finetune", "Train a landmark detector, from random or pre
 
 @app.command()
 def sweep(
-    sweep_file: Annotated[Path | None, typer.Argument(metavar="SWEEP.yaml", help="see configs/sweep")] = None,
+    sweep_file: Annotated[
+        Path | None,
+        typer.Argument(metavar="SWEEP.yaml", help="sweep file, e.g. configs/sweep/base.yaml", callback=found),
+    ] = None,
     overrides: Overrides = None,
     out: OutOption = None,
     gpus: GpusOption = None,
@@ -245,6 +256,7 @@ def sweep(
     raise typer.Exit(run_sweep(loaded, folder, processes=where.processes, per_device=shared, device=where.device))
 
 
+app.add_typer(run_files_app)
 app.add_typer(results_app)
 app.add_typer(bench_app)
 app.add_typer(shards_app)
@@ -254,7 +266,7 @@ app.add_typer(launch_app, name="launch")
 def _given(path: Path | None, name: str) -> Path:
     """--explain needs no file, everything else does."""
     if path is None:
-        raise ConfigError(f"{name} is missing; give a run file (see configs/), or --explain to list every setting")
+        raise ConfigError(f"{name} is missing; `ddpm-lmk init` lists those shipped, --explain every setting of one")
     return path
 
 

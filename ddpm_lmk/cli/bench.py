@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ddpm_lmk import shipped
 from ddpm_lmk.claim import make_writable
 from ddpm_lmk.console import print_table, say
 from ddpm_lmk.errors import ConfigError
@@ -43,10 +44,16 @@ def bench(
     folder.
     """
     if compare is not None:
-        _compare(*compare)
+        _compare(*(shipped.find(side) for side in compare))
         return
     scripts = _scripts()
-    if name is None or (name != "all" and name not in scripts):
+    if name is None:
+        raise ConfigError(
+            f"NAME is missing; `ddpm-lmk bench all` measures this machine in about {DEFAULT_BUDGET_MIN:.0f} minutes "
+            f"({', '.join(ALL)}); on their own there are {', '.join(scripts)}"
+        )
+    name = Path(name).stem  # benchmarks/loader.py is the file itself
+    if name != "all" and name not in scripts:
         raise ConfigError(f"there is no benchmark {name!r}; use one of {', '.join(scripts)}, or all")
     make_writable(out)
     chosen = [script for script in ALL if script in scripts] if name == "all" else [name]
@@ -65,9 +72,9 @@ def bench(
 
 
 def _scripts() -> dict[str, Path]:
-    from ddpm_lmk.shipped import shipped
-
-    return {path.stem: path for path in sorted(shipped("benchmarks").glob("[!_]*.py")) if path.stem != "collect"}
+    return {
+        path.stem: path for path in sorted(shipped.shipped("benchmarks").glob("[!_]*.py")) if path.stem != "collect"
+    }
 
 
 def _compare(first: Path, second: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ddpm_lmk.cli.run_files import found
 from ddpm_lmk.errors import ConfigError
 
 launch_app = typer.Typer(help="Write what a cluster starts.", no_args_is_help=True)
@@ -19,13 +20,13 @@ def _launch() -> None:
 
 @launch_app.command("slurm")
 def slurm(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="run file; see configs/")],
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="run file", callback=found)],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="settings that win over the file")
     ] = None,
     gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="GPUs of each node")] = None,
     cpu: Annotated[int | None, typer.Option("--cpu", metavar="N", help="CPU processes on each node")] = None,
-    launch: Annotated[Path | None, typer.Option(metavar="FILE", help="launch file instead; see launch/")] = None,
+    launch: Annotated[Path | None, typer.Option(metavar="FILE", help="launch file instead", callback=found)] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", metavar="M", min=1, help="number of nodes")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run directory, seen by all nodes")] = None,
     script: Annotated[

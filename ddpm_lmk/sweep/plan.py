@@ -20,6 +20,7 @@ from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.durable import DamagedError, read_json, read_no_follow
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.runfile import config_hash, load_run
+from ddpm_lmk.shipped import find
 from ddpm_lmk.sweep.file import Grid, RowText, SweepFile, is_stage, read_sweep, stage_of
 
 State = Literal["done", "started", "pending"]
@@ -152,11 +153,11 @@ class _RunFiles:
     sweep: SweepFile
 
     def find(self, run: str | None) -> Path:
-        """The run file of a grid or stage: a name in `runs`, or a path relative to the sweep file."""
+        """The run file of a grid or stage: a name in `runs`, a path relative to the sweep file, or a shipped file."""
         name = run if run is not None else self.sweep.run
         if name is None:
             raise ConfigError(f"{self.path}: run is missing; give a fine-tuning run file, for all grids or for each")
-        file = self.path.parent / self.sweep.runs.get(name, name)
+        file = find(self.sweep.runs.get(name, name), self.path.parent)
         if not file.is_file():
             raise ConfigError(f"{self.path}: run={name}: there is no file {file}; give a run file or a name in `runs`")
         return file

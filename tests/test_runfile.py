@@ -150,7 +150,7 @@ def test_unknown_key_is_named_with_its_path_and_nearest_name(
         ("lr: 1e-5", "eps: nan", 11, "optim.eps='nan'"),
         ("lr: 1e-5", "decay_all: no", 11, "optim.decay_all: no is ambiguous"),
         ("name: ceph", "name: no", 1, "name: no is ambiguous"),
-        ("name: ceph", "name: 12", 1, "name=12"),
+        ("name: ceph", "name: true", 1, """if text is meant, quote it: name="'true'\""""),
         ("name: ceph", "name: a\ntrain: {length: 5 years}", 2, "train.length='5 years'"),
         ("name: ceph", "name: a\nname: b", 2, "duplicate key 'name'"),
         ("image_size: 64", "image_size: 64\n  path: b", 5, "duplicate key 'data.path', first at"),
@@ -177,6 +177,53 @@ def test_wrong_override_is_blamed_on_the_command_line(run_file: Path) -> None:
         load_run(run_file, ["optim.lr=fast"])
     with pytest.raises(ConfigError, match="wanted key=value"):
         load_run(run_file, ["optim.lr"])
+
+
+@pytest.mark.parametrize(
+    ("word", "path"),
+    [
+        ("2024", ("2024",)),
+        ("2024.10", ("2024.10",)),
+        ("1.50", ("1.50",)),
+        ("007", ("007",)),
+        ("1e3", ("1e3",)),
+        ("-0", ("-0",)),
+        ("[2023, 2024.10, films]", ("2023", "2024.10", "films")),
+        ("films #2", ("films #2",)),
+        ("films: 2", ("films: 2",)),
+        ("@home", ("@home",)),
+        ("a, b", ("a, b",)),
+        ("'no'", ("no",)),
+    ],
+)
+def test_word_is_the_text_that_was_typed_where_the_field_is_text(
+    run_file: Path, word: str, path: tuple[str, ...]
+) -> None:
+    assert load_run(run_file, [f"data.path={word}"]).data.path == path
+
+
+def test_numbers_name_splits_runs_and_folders_in_files_too(tmp_path: Path) -> None:
+    text = "name: 12\ndata: {path: [2024.10, 7], splits: [0, 1]}\ntask: {kind: landmarks}\nevaluate: {split: 2}\n"
+    run = load_text(tmp_path, text)
+    assert (run.name, run.data.path, run.data.splits) == ("12", ("2024.10", "7"), ("0", "1"))
+    assert run.evaluate.split == "2"
+    assert load_text(tmp_path, dump_run(run)) == run
+
+
+def test_number_that_stays_text_is_a_number_where_one_is_wanted(run_file: Path) -> None:
+    words = ["optim.lr=0.10", "train.length=1.50e2 steps", "optim.betas=[0.90, 0.990]", "optim.warmup=5.0"]
+    run = load_run(run_file, words)
+    assert (run.optim.lr, run.train.length, run.optim.betas) == (0.1, Duration(150), (0.9, 0.99))
+    assert run.optim.warmup == Duration(5)
+
+
+def test_word_that_is_no_text_says_how_to_quote_it(run_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"""data\.path=True: .*quote it: data\.path="'true'\""""):
+        load_run(run_file, ["data.path=true"])
+    with pytest.raises(ConfigError, match=r"""no is ambiguous.*"'no'" on the command line"""):
+        load_run(run_file, ["data.splits=no"])
+    with pytest.raises(ConfigError, match=r"""begins with \[ has to be quoted: "'\[2024\] films'\""""):
+        load_run(run_file, ["data.path=[2024] films"])
 
 
 def test_missing_key_tells_how_to_give_it(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class DataConfig(Section):
     @field_validator("path", "splits", "protect", mode="before")
     @classmethod
     def _one_is_enough(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return (value,) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _weights_match(self) -> DataConfig:

@@ -33,7 +33,9 @@ class Duration:
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return cls(value)
-        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(step|epoch|image)?s?\s*", str(value))
+        match = re.fullmatch(
+            r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)\s*(step|epoch|image)?s?\s*", str(value)
+        )
         if match is None:
             raise ValueError(f"{value!r} is not a duration; write e.g. '6000 steps', '200 epochs' or '171000 images'")
         return cls(float(match[1].replace("_", "")), (match[2] or "step") + "s")
@@ -65,6 +67,6 @@ class Duration:
 
 
 class Section(BaseModel):
-    """A part of a run file: frozen, unknown keys refused."""
+    """A part of a run file: frozen, unknown keys refused, a number taken as text where the field is text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)

@@ -27,7 +27,7 @@ from pydantic import Field, StringConstraints, model_validator
 from ddpm_lmk.config import Section
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.runfile import load_yaml, validate
-from ddpm_lmk.yamlfile import parse
+from ddpm_lmk.yamlfile import parse_word
 
 STAGE = "stage:"
 OWN_KEYS = ("name", "run", "shots", "seeds", "start", "stage", "stages", "packs", "only", "without")
@@ -160,9 +160,9 @@ def _apply(data: dict[str, Any], word: str, given: dict[str, str], chosen: dict[
     section, _, label = key.partition(".")
     if not equals or section not in OWN_KEYS:
         return False
-    value, _ = parse(text, f"command line: {key}")
+    value = parse_word(text, f"command line: {key}")
     if section in ("only", "without"):
-        chosen[section] = value if isinstance(value, list) else [value]
+        chosen[section] = [str(label) for label in (value if isinstance(value, list) else [value])]
     elif section == "stage":
         given[label] = str(value)
     elif section == "stages":

@@ -1,18 +1,22 @@
 """The one door for foreign PyTorch files: a `.pt` or `.pth` becomes safetensors, without running what it may hold.
 
 A PyTorch file is a pickle, and a pickle is a program. So it is looked at from the outside first (a plain archive, no
-compression, only the names a dict of tensors needs; or the older form, pickles one after the other, which torchvision's
-ImageNet files still have), then read by PyTorch's restricted reader in a process of its own with limits on memory,
-processor time, file size, and no network where the kernel allows that. Only dense tensors that are really in the file
-come out. Nothing else in this package opens such files (failures.md, D8).
+compression; or the older form, pickles one after the other, which torchvision's ImageNet files still have), then read
+by PyTorch's restricted reader in a process of its own with limits on memory, processor time, file size, and no network
+where the kernel allows that. Only dense tensors that are really in the file come out. Nothing else in this package
+opens such files (failures.md, D8).
 
-The published checkpoints of the paper hold their network under `model_state_dict` (paper.md, section 1); its other
-baselines are plain state dicts in torchvision's names. Files of torchvision carry the beginning of their SHA-256 in
-their names, which is compared.
+Trainers write more than tensors: numpy numbers, settings, objects of their own. None of that is imported: wherever the
+file names a class that is not PyTorch's or Python's, an empty stand-in takes its place and is passed over. A name of
+Python or PyTorch itself that tensors do not need is no setting of anybody, and the file is refused unopened.
+
+Which of several sets of weights in a file is meant is decided in `models.state_dicts`. Files of torchvision carry the
+beginning of their SHA-256 in their names, which is compared.
 """
 
 from __future__ import annotations
 
+import _compat_pickle
 import ctypes
 import hashlib
 import io
@@ -35,8 +39,6 @@ from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATE_KEYS = ("model_state_dict", "state_dict", "model")
-DATA_PREFIX = "module."  # what DataParallel puts before every name
 LARGEST_PICKLE = 64 << 20  # bytes; names and shapes only, the numbers lie beside it
 SECONDS = 900
 OLD_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file older than PyTorch 1.6
@@ -44,20 +46,29 @@ OLD_PICKLES = 5  # it, the protocol, facts of the machine, the tensors, the orde
 NAMED_DIGEST = re.compile(r"-([0-9a-f]{8})\.pth$")
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 ALLOWED = {
-    "collections OrderedDict",
+    *("collections OrderedDict", "collections Counter", "_codecs encode", "torch device"),
+    *(f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("set", "bytearray", "complex")),
+    *(f"torch {kind}" for kind in ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64")),
     "torch Size",
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     *(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char")),
     *(f"torch {kind}Storage" for kind in ("Byte", "Bool")),
 }
+# Whose names get no stand-in: Python's (also those of version 2) and PyTorch's, but for plain values.
+OURS = {*sys.stdlib_module_names, *_compat_pickle.IMPORT_MAPPING, "exceptions", "torch"}
+PLAIN_VALUES = {"argparse", "datetime", "decimal", "pathlib", "uuid"}
+REMEDY = "where it was written, save the weights alone: torch.save(model.state_dict(), FILE)"
 
 
-def import_weights(file: Path, out: Path) -> dict[str, Any]:
+def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, Any]:
     """Write the tensors of the PyTorch file `file` to the new safetensors file `out`; returns what was found.
 
+    Args:
+        take: which of several sets of weights, by its name in the file; None: as `state_dicts.choose` does.
+
     Raises:
-        CheckpointError: not a plain archive of tensors, or it asks for anything beyond its own numbers.
+        CheckpointError: not a plain archive of tensors, it asks for code, or holds no such set.
         RunConflictError: `out` exists.
         ResourceError: no room or no rights.
     """
@@ -67,7 +78,7 @@ def import_weights(file: Path, out: Path) -> dict[str, Any]:
     temporary = out.with_name(f".tmp-{uuid.uuid4().hex[:12]}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        found = _convert_apart(file, temporary)
+        found = _convert_apart(file, temporary, take)
         temporary.chmod(0o600)
         temporary.rename(out)
         durable.flush_directory(out.parent)
@@ -80,21 +91,33 @@ def import_weights(file: Path, out: Path) -> dict[str, Any]:
 
 def inspect(file: Path) -> None:
     """Look at the file and list the names its pickles ask for, running nothing; raises `CheckpointError`."""
+    if file.suffix == ".safetensors":
+        raise CheckpointError(f"{file} is a safetensors file already; init.weights={file} takes it as it is")
     try:
         _want_named_digest(file)
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                asked = _globals(io.BytesIO(archive.read(_the_pickle(archive, file))))
-        else:
-            asked = _globals_of_old(file)
+        asked = _asked(file)
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{file} is not a PyTorch file ({error}); wanted one written by torch.save, whole"
         ) from None
-    if asked - ALLOWED:
+    if refused := sorted(name for name in asked - ALLOWED if not _has_stand_in(name)):
         raise CheckpointError(
-            f"{file} asks for {', '.join(sorted(asked - ALLOWED))}, which tensors do not need; it is not opened"
+            f"{file} asks for {', '.join(refused)}, which tensors do not need; it is not opened; {REMEDY}"
         )
+
+
+def _asked(file: Path) -> set[str]:
+    """What the pickles of a file would import."""
+    if not zipfile.is_zipfile(file):
+        return _globals_of_old(file)
+    with zipfile.ZipFile(file) as archive:
+        return _globals(io.BytesIO(archive.read(_the_pickle(archive, file))))
+
+
+def _has_stand_in(name: str) -> bool:
+    """May an empty object take the place of what `module name` would be?"""
+    root = name.partition(" ")[0].partition(".")[0]
+    return root not in OURS or root in PLAIN_VALUES
 
 
 def _the_pickle(archive: zipfile.ZipFile, file: Path) -> zipfile.ZipInfo:
@@ -108,7 +131,7 @@ def _the_pickle(archive: zipfile.ZipFile, file: Path) -> zipfile.ZipInfo:
     if packed or strange or len(pickles) != 1 or len(code) != 1 or size > file.stat().st_size:
         raise CheckpointError(
             f"{file} is not a plain archive of tensors (compressed, scripted, or names beyond its folder); "
-            "it is not opened; save the state dict alone with torch.save"
+            f"it is not opened; {REMEDY}"
         )
     if pickles[0].file_size > LARGEST_PICKLE:
         raise CheckpointError(f"{file} describes its tensors in {pickles[0].file_size} bytes, over {LARGEST_PICKLE}")
@@ -157,11 +180,12 @@ def _globals(data: io.BytesIO) -> set[str]:
     return found
 
 
-def _convert_apart(file: Path, out: Path) -> dict[str, Any]:
+def _convert_apart(file: Path, out: Path, take: str | None) -> dict[str, Any]:
     """Run `main` in a process of its own; what it cannot do in time and memory is a refusal."""
     kept = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "HOME")
     environment = {name: os.environ[name] for name in kept if name in os.environ} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ddpm_lmk.import_weights", str(file.absolute()), str(out.absolute())]
+    command += [] if take is None else [take]
     try:
         done = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
@@ -180,12 +204,16 @@ def _convert_apart(file: Path, out: Path) -> dict[str, Any]:
 def main() -> None:
     """Inside the limits: read `argv[1]`, write `argv[2]`, and say what was found, or refused, as JSON."""
     file, out = Path(sys.argv[1]), Path(sys.argv[2])
+    take = next(iter(sys.argv[3:]), None)
     _confine(file.stat().st_size)
     import safetensors.torch
 
+    from ddpm_lmk.models.state_dicts import choose, describe
+
     try:
-        tensors = dense_tensors(file)
-        answer: dict[str, Any] = describe(tensors)
+        chosen = choose(read(file), take)
+        tensors = dense(chosen.tensors, file)
+        answer: dict[str, Any] = describe(tensors) | chosen.told()
         safetensors.torch.save_file(tensors, out, metadata={"source": file.name})
         with out.open("rb") as written:
             os.fsync(written.fileno())
@@ -203,66 +231,47 @@ def _confine(size: int) -> None:
     ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the kernel allows it
 
 
-def dense_tensors(file: Path) -> dict[str, Tensor]:
-    """The state dict in a file, every tensor dense, on the CPU, with memory of its own; raises `CheckpointError`."""
+class _PassedOver:
+    """The empty stand-in for whatever a file holds beside tensors."""
+
+    def __new__(cls, *arguments: Any) -> _PassedOver:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read(file: Path) -> Any:
+    """What is in a file, every object that is no tensor of PyTorch a stand-in; raises `CheckpointError`."""
     import torch
 
+    names = [name.replace(" ", ".", 1) for name in _asked(file) - ALLOWED if _has_stand_in(name)]
     try:
         is_archive = zipfile.is_zipfile(file)  # only these can be mapped
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+        with torch.serialization.safe_globals([(_PassedOver, name) for name in names]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # the restricted reader has no error of its own
-        raise CheckpointError(f"PyTorch's restricted reader refuses it ({str(error).splitlines()[0]})") from None
-    inner = next((content[key] for key in STATE_KEYS if isinstance(content, dict) and key in content), content)
-    is_dict = isinstance(inner, dict) and bool(inner) and all(isinstance(name, str) for name in inner)
-    if not is_dict or not all(isinstance(value, torch.Tensor) for value in inner.values()):
-        raise CheckpointError(f"it holds no tensors by name; wanted a state dict, or one under {', '.join(STATE_KEYS)}")
-    claimed = sum(value.numel() * value.element_size() for value in inner.values())
-    if any(value.layout != torch.strided or value.is_quantized for value in inner.values()):
-        raise CheckpointError("it holds sparse or quantised tensors; wanted dense ones")
-    if claimed > file.stat().st_size:
-        raise CheckpointError(f"its tensors claim {claimed} bytes, the file has {file.stat().st_size}")
-    cut = len(DATA_PREFIX) if all(name.startswith(DATA_PREFIX) for name in inner) else 0
-    return {name[cut:]: value.detach().clone(memory_format=torch.contiguous_format) for name, value in inner.items()}
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"PyTorch's restricted reader refuses it ({reason}); {REMEDY}") from None
 
 
-def describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Number of tensors and parameters, and the network they belong to where it is one of the paper's."""
-    facts: dict[str, Any] = {
-        "num_tensors": len(tensors),
-        "num_parameters": sum(value.numel() for value in tensors.values()),
-        "network": "unknown: kept under its own names",
-    }
-    if "init_conv.weight" in tensors:
-        from ddpm_lmk.models.weights import from_upstream, upstream_config
-
-        from_upstream(tensors)
-        cfg = upstream_config(tensors)
-        outputs = tensors["final_conv.weight"].shape[0]
-        facts["network"] = (
-            f"released DDPM U-Net: width {cfg.width}, multipliers {list(cfg.multipliers)}, {outputs} outputs"
-        )
-    elif encoder := _published_encoder(tensors):
-        facts["network"] = f"{encoder} of published size, for model.kind=encoder_unet"
-    return facts
-
-
-def _published_encoder(tensors: dict[str, Tensor]) -> str | None:
-    """Which of the baselines' encoders these are, exactly; their heads and counters do not matter."""
+def dense(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Tensors with memory of their own; raises `CheckpointError` unless all are dense and really in the file."""
     import torch
 
-    from ddpm_lmk.config import EncoderUNetConfig
-    from ddpm_lmk.config.encoder import STAGES
-    from ddpm_lmk.models.encoder_weights import encoder_tensors
-    from ddpm_lmk.models.encoders import build_encoder
-
-    found = {name: value.shape for name, value in encoder_tensors(tensors).items() if not name.endswith("_tracked")}
-    for encoder in STAGES:
-        for channels in (1, 3):
-            with torch.device("meta"):
-                own = build_encoder(EncoderUNetConfig(encoder=encoder, in_channels=channels)).state_dict()
-            if found == {name: value.shape for name, value in own.items() if not name.endswith("_tracked")}:
-                return encoder
-    return None
+    if any(value.layout != torch.strided or value.is_quantized for value in tensors.values()):
+        raise CheckpointError("it holds sparse or quantised tensors; wanted dense ones")
+    views = {
+        (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride()): value
+        for value in tensors.values()  # weights that are tied are in the file once
+    }
+    claimed = sum(value.numel() * value.element_size() for value in views.values())
+    if claimed > file.stat().st_size:
+        raise CheckpointError(f"its tensors claim {claimed} bytes, the file has {file.stat().st_size}")
+    return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
 if __name__ == "__main__":

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import hashlib
 import io
 import os
 import pickle
 import re
 import struct
+import sys
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,8 +25,9 @@ from torch import nn
 
 from ddpm_lmk.config import EncoderUNetConfig
 from ddpm_lmk.errors import CheckpointError, RunConflictError
-from ddpm_lmk.import_weights import describe, import_weights, inspect
+from ddpm_lmk.import_weights import dense, import_weights, inspect, read
 from ddpm_lmk.models.encoders import build_encoder
+from ddpm_lmk.models.state_dicts import choose, describe
 from tests.cli.commands import SMOKE, run_command
 from tests.reference.released_unet import random_state, released_shapes
 
@@ -218,3 +224,102 @@ def test_a_flipped_bit_in_the_numbers_is_noticed_by_the_archive(tmp_path: Path) 
     (tmp_path / "flipped.pt").write_bytes(bytes(data))
     with pytest.raises(CheckpointError, match="checksum"):
         import_weights(tmp_path / "flipped.pt", tmp_path / "out.safetensors")
+
+
+def linear(value: float) -> dict[str, torch.Tensor]:
+    return {"a.weight": torch.full((2, 2), value), "a.bias": torch.full((2,), value)}
+
+
+def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+class Settings:
+    """A class of the trainer's own, which is nowhere when the file is read."""
+
+    __module__ = "their_trainer.config"
+
+    def __init__(self) -> None:
+        self.lr = 1e-4
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_numbers_and_settings_beside_weights_are_passed_over_and_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_old: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "their_trainer", types.ModuleType("their_trainer"))
+    config = types.ModuleType("their_trainer.config")
+    config.Settings = Settings  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "their_trainer.config", config)
+    content = {
+        "model_state_dict": linear(1),
+        "best_loss": np.float64(0.5),
+        "history": np.arange(3),
+        "args": argparse.Namespace(lr=1, out=Path("runs")),
+        "config": Settings(),
+        "dtype": torch.float16,
+        "milestones": collections.Counter([3]),
+    }
+    torch.save(content, tmp_path / "best.pt", _use_new_zipfile_serialization=not is_old)
+    found = import_weights(tmp_path / "best.pt", tmp_path / "best.safetensors")
+    assert found["passed_over"] == ["best_loss", "history", "args", "config", "dtype", "milestones"]
+    assert load_file(tmp_path / "best.safetensors")["a.weight"].tolist() == [[1, 1], [1, 1]]
+
+
+def test_names_of_python_and_pytorch_get_no_stand_in_and_the_way_out_is_named(tmp_path: Path) -> None:
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "whole.pt")
+    with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear Linear.*torch\.save\(model\.state_dict"):
+        import_weights(tmp_path / "whole.pt", tmp_path / "out.safetensors")
+    (tmp_path / "ours.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a safetensors file already"):
+        import_weights(tmp_path / "ours.safetensors", tmp_path / "out.safetensors")
+
+
+def test_average_beside_raw_weights_is_told_and_can_be_taken(tmp_path: Path) -> None:
+    average = {"initted": torch.tensor(True), "step": torch.tensor(9), **under("ema_model.", linear(2))}
+    moments = {"state": {0: {"exp_avg": torch.zeros(2)}}, "names": {"exp_avg": torch.zeros(2)}}
+    torch.save({"step": 10, "model": linear(1), "opt": moments, "ema": average}, tmp_path / "m.pt")
+    result = run_command("import-weights", tmp_path / "m.pt", "--out", tmp_path / "raw.safetensors")
+    assert result.code == 0, result.err
+    assert "taken: model\n" in result.out
+    assert "also in the file: ema, 4 tensors; --take ema takes it instead" in result.out
+    assert load_file(tmp_path / "raw.safetensors")["a.bias"].tolist() == [1, 1]
+    result = run_command("import-weights", tmp_path / "m.pt", "--take", "ema", "--out", tmp_path / "ema.safetensors")
+    assert "taken: ema, ema_model. cut off the names" in result.out
+    found = load_file(tmp_path / "ema.safetensors")
+    assert {name: value.flatten()[0].item() for name, value in found.items()} == {"a.weight": 2, "a.bias": 2}
+    with pytest.raises(CheckpointError, match="no weights called 'teacher'; it has: model, ema"):
+        choose(read(tmp_path / "m.pt"), "teacher")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "cut"),
+    [("module.", "module."), ("_orig_mod.", "_orig_mod."), ("module._orig_mod.model.", "module._orig_mod.model.")],
+)
+def test_prefixes_of_other_trainers_are_cut_off_and_told(prefix: str, cut: str) -> None:
+    chosen = choose({"state_dict": under(prefix, linear(1)), "epoch": 3, "hyper_parameters": {"lr": 1}})
+    assert (chosen.name, chosen.cut, set(chosen.tensors)) == ("state_dict", cut, {"a.weight", "a.bias"})
+    assert chosen.passed_over == ["epoch", "hyper_parameters"]
+
+
+def test_network_that_is_known_is_found_among_the_parts_of_a_module(tmp_path: Path) -> None:
+    state = random_state(WIDTH8, dtype=torch.float32)
+    both = under("model.", state) | under("ema_model.", state) | {"loss.weight": torch.ones(3)}
+    chosen = choose({"state_dict": both, "epoch": 3})
+    assert (chosen.name, chosen.cut) == ("state_dict.model", "model.")
+    assert chosen.tensors.keys() == state.keys()
+    assert chosen.others == {"state_dict": len(both), "state_dict.ema_model": len(state)}
+    assert choose({"state_dict": both}, "state_dict").tensors.keys() == both.keys()
+
+
+def test_set_of_a_name_nobody_knows_is_taken_where_it_is_the_largest() -> None:
+    chosen = choose({"student": linear(1), "teacher": linear(2) | {"b": torch.zeros(9)}})
+    assert (chosen.name, chosen.others) == ("teacher", {"student": 2})
+
+
+def test_tied_weights_count_once(tmp_path: Path) -> None:
+    weight = torch.ones(500, 100)
+    torch.save({"in.weight": weight, "out.weight": weight}, tmp_path / "tied.pt")
+    found = dense(read(tmp_path / "tied.pt"), tmp_path / "tied.pt")
+    assert all(torch.equal(value, weight) for value in found.values())
+    assert found["in.weight"].data_ptr() != found["out.weight"].data_ptr()

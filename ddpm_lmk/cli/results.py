@@ -11,6 +11,8 @@ from ddpm_lmk.console import say
 
 results_app = typer.Typer()
 
+MAX_NAMES = 8
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="run directory or snapshot", show_default=False)]
 AcknowledgeOption = Annotated[
     bool, typer.Option("--acknowledge-leakage", help="show scores on images that pre-training saw, with a remark")
@@ -94,12 +96,27 @@ def export(
 def import_weights(
     file: Annotated[Path, typer.Argument(metavar="FILE.pt", help="a PyTorch checkpoint", show_default=False)],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="the new file")],
+    take: Annotated[
+        str | None, typer.Option("--take", metavar="NAME", help="which of several sets of weights, e.g. ema")
+    ] = None,
 ) -> None:
     """Tensors of a foreign PyTorch file (the paper's checkpoints, torchvision's) as safetensors, read in a sandbox."""
     from ddpm_lmk import import_weights as door
 
-    found = door.import_weights(file, out)
+    found = door.import_weights(file, out, take)
+    cut = f", {found['cut']} cut off the names" if found["cut"] else ""
+    if found["taken"]:
+        typer.echo(f"taken: {found['taken']}{cut}")
+    elif cut:
+        typer.echo(cut.removeprefix(", "))
+    for name, count in found["others"].items():
+        typer.echo(f"also in the file: {name}, {count} tensors; --take {name} takes it instead")
+    if found["passed_over"]:
+        more = ", ..." if len(found["passed_over"]) > MAX_NAMES else ""
+        typer.echo(f"no weights, passed over: {', '.join(found['passed_over'][:MAX_NAMES])}{more}")
     typer.echo(f"{found['network']}; {found['num_tensors']} tensors, {found['num_parameters']:,} parameters; {out}")
+    if not found["network"].startswith("unknown"):
+        typer.echo(f"a run starts from them with init.weights={out}")
 
 
 @results_app.command()

@@ -34,6 +34,7 @@ from ddpm_lmk.retention import step_name
 MANIFEST = "MANIFEST.json"
 META = "meta.json"
 SUFFIX = ".safetensors"
+RUNS_SHOWN = 6
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".distcp", ".npz", ".npy", ".joblib", ".tar", ".zip")
 FOREIGN = {  # what other tools leave in a directory, by a name only they use
     ".metadata": "torch.distributed.checkpoint",
@@ -220,8 +221,18 @@ def find_snapshot(run: Path) -> Path:
             )
     found = retention.complete(run / "snapshots")
     if not found:
-        raise CheckpointError(f"{run} has no snapshot yet; wanted a run that has finished, or train.snapshot_every")
+        raise CheckpointError(_why_none(run))
     return next((path for path in found if snapshot_meta(path).get("selected")), found[0])
+
+
+def _why_none(folder: Path) -> str:
+    """What to name in place of a folder without snapshots: the runs below it, e.g. the cells of a sweep."""
+    places = (path for pattern in ("*/snapshots", "*/*/snapshots", "*/*/*/snapshots") for path in folder.glob(pattern))
+    runs = sorted({str(path.parent) for path in places if retention.complete(path)})
+    if not runs:
+        return f"{folder} has no snapshot yet; wanted a run that has finished, or train.snapshot_every"
+    shown = ", ".join(runs[:RUNS_SHOWN]) + (", ..." if len(runs) > RUNS_SHOWN else "")
+    return f"{folder} is not a run but holds {len(runs)}, such as the cells of a sweep; name one of them: {shown}"
 
 
 def _read_snapshot(path: Path, use: Literal["ema", "model", "auto"]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +22,10 @@ import torch
 from ddpm_lmk import atomic
 from ddpm_lmk.data.augment import compose, invert, no_changes, resize_matrix
 from ddpm_lmk.data.batch import Batch
-from ddpm_lmk.data.decode import Film, ReadOptions, RefusedImageError
+from ddpm_lmk.data.decode import SUFFIXES, Film, ReadOptions, RefusedImageError
 from ddpm_lmk.data.decode_worker import Answer
 from ddpm_lmk.data.isolation import Isolation
+from ddpm_lmk.data.listing import walk
 from ddpm_lmk.data.records import to_stored_matrix
 from ddpm_lmk.data.stored import to_square
 from ddpm_lmk.data.warp import develop
@@ -57,10 +59,11 @@ class PredictSummary:
     out: Path
     predicted: int = 0
     errors: dict[str, str] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)  # files of folders that are no images, by suffix
 
-    def check(self) -> None:
-        """Raise DataError if any file failed."""
-        if self.errors:
+    def check(self, *, strict: bool) -> None:
+        """Raise DataError if no file could be read; with `strict`, if any could not."""
+        if self.errors and (strict or not self.predicted):
             name, reason = next(iter(self.errors.items()))
             total = self.predicted + len(self.errors)
             raise DataError(f"{len(self.errors)} of {total} images could not be read, first {name}: {reason}")
@@ -94,13 +97,13 @@ def predict_images(
 
     Args:
         run: run directory or snapshot of a landmark run.
-        files: PNG, JPEG, BMP, TIFF or DICOM files.
+        files: PNG, JPEG, BMP, TIFF or DICOM files, and folders, of which all such files are taken.
         mm_per_px: spacing of the pixels of these files, where it is known; goes before what DICOM files state.
         dataset: whose landmarks are wanted, of a run that has learnt those of several.
 
     Raises:
         ConfigError: no files, or the run has learnt something else.
-        DataError: how the run prepared its pictures cannot be found out.
+        DataError: no image in a folder, or how the run prepared its pictures cannot be found out.
     """
     if not files:
         raise ConfigError("no image files given; name at least one")
@@ -108,9 +111,10 @@ def predict_images(
         raise ConfigError(f"--mm-per-px={mm_per_px}: wanted a positive number of millimetres")
     loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
     out = Path(out)
-    summary = PredictSummary(out)
+    paths, passed_over = list_images(files)
+    summary = PredictSummary(out, passed_over=passed_over)
     images: list[dict[str, Any]] = []
-    for name, result in _predict_all(loaded, [Path(file) for file in files], summary.errors):
+    for name, result in _predict_all(loaded, paths, summary.errors):
         if result is None:
             images.append({"file": name, "error": summary.errors[name]})
             continue
@@ -126,6 +130,36 @@ def predict_images(
     atomic.write_json(out / "predictions.json", {**facts, "images": images})
     atomic.write_text(out / "predictions.csv", _to_csv(images))
     return summary
+
+
+def list_images(places: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]:
+    """The files of `places` in order, folders replaced by the images below them, and what else is there by suffix.
+
+    DICOM files are known by their mark, whatever their names. Raises DataError where a folder holds no image.
+    """
+    files: dict[Path, None] = {}
+    others: Counter[str] = Counter()
+    for place in map(Path, places):
+        if not place.is_dir():
+            files[place] = None
+            continue
+        below = [place / name for name in sorted(walk(place, None, Counter()))]
+        images = [path for path in below if path.suffix.lower() in SUFFIXES or _is_dicom(path)]
+        if not images:
+            raise DataError(f"no image below {place}; looked for DICOM and {' '.join(sorted(SUFFIXES))}")
+        files |= dict.fromkeys(images)
+        others.update(path.suffix or "none" for path in set(below) - set(images))
+    return list(files), others
+
+
+def _is_dicom(path: Path) -> bool:
+    if path.suffix.lower() in (".dcm", ".dicom"):
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def _predict_all(

@@ -249,7 +249,7 @@ def test_a_bad_file_is_a_row_with_its_error_and_the_others_are_predicted(landmar
     assert [row["file"] for row in rows if row["error"]] == [str(bad), str(empty), str(files[3])]
     assert len(rows) == 19 + 3
     with pytest.raises(DataError, match="3 of 4 images could not be read"):
-        summary.check()
+        summary.check(strict=True)
 
 
 def test_a_dicom_film_is_answered_in_its_own_millimetres(landmark_run: Path, tmp_path: Path) -> None:

@@ -46,24 +46,33 @@ def evaluate(
 @results_app.command()
 def predict(
     run_dir: RunArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="image files, or folders of them", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for CSV, JSON and overlays")],
     mm_per_px: Annotated[float | None, typer.Option(help="pixel spacing of these files, if known")] = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", help="whose landmarks, where the run has learnt several sets")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="exit with code 3 if a file could not be read")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="exit with code 3 if any file could not be read, not only if all")
+    ] = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Find the landmarks in x-rays: points in pixels of the file, their uncertainty, and a picture with them."""
+    """Find the landmarks in x-rays: points in pixels of the file, their uncertainty, and a picture with them.
+
+    A file that cannot be read is a row with its error, and the others are done: exit code 0, or 3 if all failed.
+    """
     from ddpm_lmk.predict import predict_images
 
     summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, device=device)
     for name, reason in summary.errors.items():
         say(f"failed: {name}: {reason}")
+    if summary.passed_over:
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in summary.passed_over.most_common(5))
+        say(f"{summary.passed_over.total()} files that are no images were not looked at ({kinds})")
     typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")
-    if strict:
-        summary.check()
+    summary.check(strict=strict)
 
 
 @results_app.command()

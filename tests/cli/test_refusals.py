@@ -147,6 +147,42 @@ def test_one_bad_picture_does_not_stop_the_others(lmk: Lmk, finetuned: Path, tmp
     assert_refused(lmk(*words, "--strict"), 3, "1 of 2", "bad.png")
 
 
+def test_prediction_of_which_every_file_failed_is_no_success(lmk: Lmk, finetuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    result = lmk("predict", finetuned, tmp_path / "bad.png", tmp_path / "gone.png", "--out", tmp_path / "out")
+    assert_refused(result, 3, "2 of 2 images could not be read", "bad.png")
+    assert "0 predicted, 2 failed" in result.out
+    assert [row["error"] != "" for row in rows_of(tmp_path / "out" / "predictions.csv")] == [True, True]
+
+
+def test_folder_of_images_is_predicted_whole_and_what_is_no_image_is_named(
+    lmk: Lmk, finetuned: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "films of 2024"
+    image = (render("skull", 3, 0, 64).image >> 8).astype(np.uint8)
+    for name in ("b.png", "a.PNG", "deep/c.tif"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / name), image)
+    (folder / "notes.txt").write_text("of Jane Doe")
+    result = lmk("predict", finetuned, folder, folder / "b.png", "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "3 predicted, 0 failed" in result.out
+    assert "1 files that are no images were not looked at (.txt 1)" in result.err
+    found = list(dict.fromkeys(row["file"] for row in rows_of(tmp_path / "out" / "predictions.csv")))
+    assert found == [str(folder / name) for name in ("a.PNG", "b.png", "deep/c.tif")]
+    (tmp_path / "empty").mkdir()
+    assert_refused(lmk("predict", finetuned, tmp_path / "empty", "--out", tmp_path / "none"), 3, "no image below")
+
+
+def test_folder_of_runs_in_place_of_a_run_names_them(lmk: Lmk, finetuned: Path, tmp_path: Path) -> None:
+    for name in ("scratch-k1-s0", "pretrained-k1-s0"):
+        (tmp_path / "sweep" / "cells").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sweep" / "cells" / name).symlink_to(finetuned)
+    result = lmk("predict", tmp_path / "sweep", "x.png", "--out", tmp_path / "out")
+    cells = (str(tmp_path / "sweep" / "cells" / name) for name in ("pretrained-k1-s0", "scratch-k1-s0"))
+    assert_refused(result, 4, "is not a run but holds 2", "name one of them", *cells)
+
+
 def test_evaluation_on_a_set_with_other_landmarks_is_refused(lmk: Lmk, finetuned: Path, tmp_path: Path) -> None:
     words = ("--kind", "phantom", "--size", 32, "--count", "test=2", "--workers", 1, "--out", tmp_path / "chests")
     assert lmk("shards", "pack", "chest", *words).code == 0

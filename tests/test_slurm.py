@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from ddpm_lmk import cli
+from ddpm_lmk.launcher import slurm
 from tests.cli.commands import SMOKE
 from tests.faults.harness import ROOT, steps_done
 
@@ -21,7 +22,8 @@ Cluster = Callable[..., subprocess.Popen[str]]
 
 # `srun` starts the task once per node, each with its number, passes USR1 on, and ends with the largest exit code.
 SRUN = """#!/bin/bash
-[[ $1 == --* ]] && shift
+echo "srun $*" >> "$CALLS"
+while [[ $1 == --* ]]; do shift; done
 pids=()
 for node in $(seq 0 $(( SLURM_NNODES - 1 ))); do SLURM_NODEID=$node "$@" & pids+=($!); done
 trap 'kill -USR1 "${pids[@]}"; again=1' USR1
@@ -45,8 +47,9 @@ exit "$CODE"
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """Runs a script as Slurm would; calls of its commands are added to `calls`."""
+    monkeypatch.setattr(slurm, "program", lambda: ("ddpm-lmk",))  # the stand-in below
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("ddpm-lmk", LMK), ("sbatch", "#!/bin/bash\necho $*\n")):
@@ -54,10 +57,10 @@ def cluster(tmp_path: Path) -> Cluster:
         (tools / name).chmod(0o755)
 
     def run(script: Path, *, nodes: int = 1, **environment: str) -> subprocess.Popen[str]:
-        slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": str(nodes)}
-        slurm["SLURM_JOB_NAME"] = "smoke"
+        job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": str(nodes)}
+        job["SLURM_JOB_NAME"] = "smoke"
         facts = {"CALLS": str(tmp_path / "calls"), "PATH": f"{tools}:{os.environ['PATH']}", "WAITS": "", "CODE": "0"}
-        whole = os.environ | facts | slurm | environment
+        whole = os.environ | facts | job | environment
         with (tmp_path / "said").open("a") as said:
             return subprocess.Popen(["bash", str(script)], cwd=tmp_path, env=whole, text=True, stderr=said)
 
@@ -75,7 +78,11 @@ def calls(tmp_path: Path) -> list[str]:
     return (tmp_path / "calls").read_text().splitlines()
 
 
-def test_every_node_gets_its_place_and_the_paths_as_they_were_given(tmp_path: Path, cluster: Cluster) -> None:
+def test_every_node_gets_its_place_its_cores_and_paths_that_hold_anywhere(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     script = write(tmp_path, "--gpus", 8, "--nodes", 2, "--time", "04:00:00", "--partition", "gpu")
     text = script.read_text()
     for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--signal=B:USR1@150", "--requeue"):
@@ -86,8 +93,19 @@ def test_every_node_gets_its_place_and_the_paths_as_they_were_given(tmp_path: Pa
     assert len(started) == 2
     for rank, call in enumerate(started):
         assert f"--nodes 2 --node-rank {rank} --rdzv node0:20077 grace=120" in call
-        assert "data.path=x y --out" in call
+        assert f'data.path=["{tmp_path}/here/x y"] --out {tmp_path}/out' in call
+        assert "data.path=x y" not in call
+    assert any(call.startswith("srun ") and "--cpus-per-task=8 " in call for call in calls(tmp_path))
     assert not any("requeue" in call for call in calls(tmp_path))
+
+
+def test_a_job_starts_the_program_that_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ddpm-lmk").touch()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert f"exec {tmp_path}/bin/ddpm-lmk pretrain" in write(tmp_path, "--cpu", 1).read_text()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert f"exec {tmp_path}/python -m ddpm_lmk.cli pretrain" in write(tmp_path, "--cpu", 1).read_text()
 
 
 @pytest.mark.parametrize(("code", "is_queued"), [(75, True), (76, False), (3, False)])

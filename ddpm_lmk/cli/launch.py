@@ -53,16 +53,15 @@ def slurm(
     file = None if launch is None else read_launch_file(launch)
     cfg = load_run(run_file, overrides or [])
     on_gpus = (file.processes if file.device == "cuda" else 0) if file is not None else gpus or 0
-    verb = cfg.task.stage
     folder = (out or Path("runs") / cfg.name).absolute()
     words = writer.command(
-        verb,
-        run_file.absolute(),
+        cfg,
+        run_file,
         overrides or [],
         gpus=on_gpus,
         cpu=cpu or 0,
         out=folder,
-        launch=None if launch is None else launch.absolute(),
+        launch=launch,
     )
     job = writer.Job(
         name=cfg.name,

@@ -9,15 +9,18 @@ largest code of all nodes, which hides the reason that one of them had.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_lmk import atomic
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError, LaunchError
 
 FIRST_PORT, PORTS = 20000, 20000
@@ -35,8 +38,9 @@ port=$(( {first_port} + SLURM_JOB_ID % {ports} ))
 export head port
 export DDPM_LMK_GRACE_S={grace_s}  # seconds from a signal to the end of the last process
 
-# One task per node; each starts the processes of its node and looks after them.
-srun --kill-on-bad-exit=0 bash -c {task} &
+# One task per node; each starts the processes of its node and looks after them. From 22.05 on srun has one core per
+# task unless it is told again.
+srun --kill-on-bad-exit=0 --cpus-per-task={cpus} bash -c {task} &
 step=$!
 
 # A signal before the end of the time limit, or of a preemption, goes to all tasks. It also ends a `wait`: wait again.
@@ -107,6 +111,7 @@ def write_script(job: Job, path: Path) -> None:
         directives="\n".join(f"#SBATCH {line}" for line in _directives(job)),
         first_port=FIRST_PORT,
         grace_s=job.grace_s,
+        cpus=job.cpus_per_task,
         ports=PORTS,
         task=shlex.quote(_task(job)),
         out=shlex.quote(job.out),
@@ -154,10 +159,37 @@ def _task(job: Job) -> str:
 
 
 def command(
-    verb: str, run_file: Path, overrides: Sequence[str], *, gpus: int, cpu: int, out: Path, launch: Path | None
+    cfg: RunConfig, run_file: Path, overrides: Sequence[str], *, gpus: int, cpu: int, out: Path, launch: Path | None
 ) -> tuple[str, ...]:
-    """`ddpm-lmk VERB RUN.yaml ...` with paths that hold from any folder of the job."""
-    words = ["ddpm-lmk", verb, str(run_file), *overrides, "--out", str(out)]
+    """`ddpm-lmk VERB RUN.yaml ...` of this installation, with paths that hold from any folder."""
+    places = absolute_paths(cfg)
+    kept = [word for word in overrides if word.partition("=")[0].strip() not in places]
+    added = [f"{key}={json.dumps(value)}" for key, value in places.items()]
+    words = [*program(), cfg.task.stage, str(run_file.absolute()), *kept, *added, "--out", str(out)]
     if launch is not None:
-        return (*words, "--launch", str(launch))
+        return (*words, "--launch", str(launch.absolute()))
     return (*words, *(("--gpus", str(gpus)) if gpus else ("--cpu", str(cpu))))
+
+
+def program() -> tuple[str, ...]:
+    """`ddpm-lmk` of the interpreter that runs here, which a batch job need not have on its path."""
+    script = Path(sys.executable).with_name("ddpm-lmk")
+    return (str(script),) if script.is_file() else (sys.executable, "-m", "ddpm_lmk.cli")
+
+
+def absolute_paths(cfg: RunConfig) -> dict[str, str | list[str] | None]:
+    """Settings that name files of this machine relative to the current folder, as they have to be said elsewhere."""
+    places: dict[str, str | list[str] | None] = {
+        "data.path": list(cfg.data.path),
+        "data.protect": list(cfg.data.protect),
+        "data.cache_dir": cfg.data.cache_dir,
+        "init.weights": cfg.init.weights,
+    }
+    found = {key: _absolute(value) for key, value in places.items()}
+    return {key: value for key, value in found.items() if value != places[key]}
+
+
+def _absolute(value: str | list[str] | None) -> str | list[str] | None:
+    if isinstance(value, list):
+        return [str(_absolute(each)) for each in value]
+    return value if value is None or "://" in value else str(Path(value).absolute())

@@ -19,8 +19,9 @@ import torch
 from _subject import Subject, option_parser
 from torch import Tensor, distributed
 
-from ddpm_lmk import lifeline
 from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.system import environment
+from ddpm_lmk.system.processes import die_with_parent
 
 ARRAY_MIB, PRODUCT_SIDE = {"cpu": 64, "cuda": 512}, {"cpu": 1024, "cuda": 8192}
 WARM_UP = 2
@@ -28,7 +29,7 @@ WARM_UP = 2
 
 def main(job: dict[str, Any]) -> None:
     """Time every way, and write what all ranks found to the file of the job."""
-    lifeline.die_with_parent(int(os.environ[lifeline.PARENT]))
+    die_with_parent(int(os.environ[environment.PARENT]))
     options = option_parser(None).parse_intermixed_args(job["words"])
     subject = Subject(options)
     ways = {name: way for name, way in make_ways(subject).items() if name in job.get("ways", [name])}

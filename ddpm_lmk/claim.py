@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ddpm_lmk import lifeline, privacy, runfile
+from ddpm_lmk import privacy, runfile
 from ddpm_lmk.config import Duration, RunConfig
 from ddpm_lmk.errors import LmkError, ResourceError, RunConflictError
 from ddpm_lmk.journal import now
+from ddpm_lmk.system import environment
 
 LOCK = ".lock"
 LAUNCHER_LOCK = ".lock-launcher"
@@ -77,7 +78,7 @@ def take_lock(path: Path, name: str = LOCK, *, incarnation: str | None = None) -
 
     `incarnation` is kept in the lock, so that a holder can see before it writes whether the directory is still its own.
     """
-    if name == LOCK and lifeline.PARENT not in os.environ:
+    if name == LOCK and not environment.is_rank():
         refuse_if_held(path, LAUNCHER_LOCK)
     descriptor = _open(path, name)
     if not _try_lock(descriptor, path):

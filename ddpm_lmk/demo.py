@@ -7,7 +7,6 @@ writes its report again. Numbers measured on phantoms say nothing about patients
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +24,7 @@ from ddpm_lmk.runfile import load_run, load_yaml, validate
 from ddpm_lmk.shipped import shipped
 from ddpm_lmk.sweep import load_sweep
 from ddpm_lmk.sweep.run import run_sweep
+from ddpm_lmk.system.cores import granted_cores
 
 MOST_CPU_WORKERS = 4
 
@@ -94,5 +94,5 @@ def _sweep(sweep_file: Path, out: Path, placement: Placement) -> None:
 
 def _workers(placement: Placement) -> int:
     """The network is small: on the CPU one process per core is faster than one process with many threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return placement.processes if placement.device == "cuda" else max(placement.processes, min(cores, MOST_CPU_WORKERS))
+    most = min(granted_cores(), MOST_CPU_WORKERS)
+    return placement.processes if placement.device == "cuda" else max(placement.processes, most)

@@ -17,7 +17,6 @@ beginning of their SHA-256 in their names, which is compared.
 from __future__ import annotations
 
 import _compat_pickle
-import ctypes
 import hashlib
 import io
 import json
@@ -25,7 +24,6 @@ import os
 import pickle
 import pickletools
 import re
-import resource
 import subprocess
 import sys
 import uuid
@@ -35,6 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_lmk import durable
 from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
+from ddpm_lmk.system.limits import confine, leave_network
+from ddpm_lmk.system.processes import die_with_parent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,6 @@ SECONDS = 900
 OLD_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file older than PyTorch 1.6
 OLD_PICKLES = 5  # it, the protocol, facts of the machine, the tensors, the order of their numbers
 NAMED_DIGEST = re.compile(r"-([0-9a-f]{8})\.pth$")
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 ALLOWED = {
     *("collections OrderedDict", "collections Counter", "_codecs encode", "torch device"),
     *(f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("set", "bytearray", "complex")),
@@ -224,11 +223,9 @@ def main() -> None:
 
 def _confine(size: int) -> None:
     """Limits for a file of `size` bytes; 8 GiB of addresses are what importing PyTorch may map."""
-    resource.setrlimit(resource.RLIMIT_AS, (3 * size + (8 << 30),) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size + (16 << 20),) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the kernel allows it
+    die_with_parent(os.getppid())
+    confine(memory_bytes=3 * size + (8 << 30), file_bytes=2 * size + (16 << 20), cpu_s=SECONDS)
+    leave_network()
 
 
 class _PassedOver:

@@ -1,4 +1,4 @@
-"""What ties a process to the launcher that started it: it dies with it, and it tells it that it lives.
+"""Heartbeats: a process tells the launcher that started it that it lives.
 
 A rank writes a short record over itself at every sign of progress (a step, a batch of an evaluation). The launcher
 reads the records; a rank that has stopped writing hangs. Times are of the monotonic clock, which all processes of a
@@ -8,7 +8,6 @@ machine share and which nobody sets back. Without a launcher nothing is written,
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -20,11 +19,8 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-PARENT = "DDPM_LMK_PARENT"  # environment: process number of the launcher
 PULSE = "DDPM_LMK_PULSE"  # environment: folder of the records
 DUMP_SIGNAL = signal.SIGUSR2  # makes a rank write the stacks of its threads, even when it hangs in C
-ORPHANED = 75
-PR_SET_PDEATHSIG = 1
 RECORD = struct.Struct("<16sqqdddqq")
 INTERVALS = 64  # after signs of one phase, for their median
 REACHES = 100  # steps over which ranks are compared
@@ -48,13 +44,6 @@ class Beat:
     def age_s(self) -> float:
         """Seconds since this sign."""
         return time.monotonic() - self.at
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGKILL when `parent` goes, so that no orphan trains on (Linux); call it first thing."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(ORPHANED)
 
 
 class Pulse:

@@ -11,21 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-
-def cpu_name() -> str:
-    """The processor as the kernel names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+from ddpm_lmk.system.cores import cpu_name, granted_cores
 
 
 def hardware() -> dict[str, Any]:
     """Processor, cores, load and niceness, for a result file."""
     return {
         "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": granted_cores(),
         "load_1_min": round(os.getloadavg()[0], 1),
         "niceness": os.nice(0),
     }

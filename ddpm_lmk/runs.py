@@ -7,7 +7,6 @@ keeps there what its next cell may want.
 from __future__ import annotations
 
 import logging
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.sampling import draw_samples, to_png
+from ddpm_lmk.system.cores import granted_cores
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
 from ddpm_lmk.tasks.task import Everyone
 from ddpm_lmk.workbench import Workbench
@@ -246,7 +246,7 @@ def _facts(
         "hardware": {
             "device": torch.cuda.get_device_name(parallel.device) if is_cuda else platform.machine(),
             "processes": parallel.world,
-            "cpus": os.cpu_count(),
+            "cpus": granted_cores(),
             "threads": torch.get_num_threads(),
         },
     }

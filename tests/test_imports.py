@@ -18,6 +18,7 @@ PACKAGE = ROOT / "ddpm_lmk"
 LAYERS: list[set[str]] = [
     {
         "errors",
+        "system",
         "privacy",
         "lifeline",
         "stop",
@@ -78,6 +79,7 @@ WITHOUT_TORCH = [
     ),
     *("sweep", "sweep.run", "sweep.view", "report.page", "shipped", "machine", "measure", "retention"),
     *("launcher.rank", "launcher.watch", "claim", "lifeline", "stop"),
+    *("system.cgroup", "system.cores", "system.environment", "system.limits", "system.memory", "system.processes"),
     *("data", "data.spec", "data.raw", "data.shards", "data.order", "data.augment", "data.phantom", "data.pack"),
     *("data.dicom", "data.decode_worker", "data.isolation"),
 ]

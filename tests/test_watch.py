@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_lmk import lifeline
 from ddpm_lmk.errors import NoProgressError
 from ddpm_lmk.launcher import Placement, run_ranks, watch
 from ddpm_lmk.lifeline import Beat, Pulse, read_beats
+from ddpm_lmk.system import cgroup, memory, processes
 from tests.faults.harness import ROOT
 
 
@@ -107,12 +107,12 @@ def test_kills_for_want_of_memory_are_counted(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "membership").write_text(membership)
-    assert watch.count_oom_kills(tmp_path, tmp_path / "membership") == count
+    assert memory.count_oom_kills(tmp_path, tmp_path / "membership") == count
 
 
 def test_a_real_kill_for_want_of_memory_is_seen(tmp_path: Path) -> None:
     """A process in a memory group of 64 MiB takes 256; where groups may not be made, there is nothing to test."""
-    group = watch.CGROUP / "memory" / f"ddpm-lmk-test-{os.getpid()}"
+    group = cgroup.ROOT / "memory" / f"ddpm-lmk-test-{os.getpid()}"
     try:
         group.mkdir()
         (group / "memory.limit_in_bytes").write_text(str(64 << 20))
@@ -120,11 +120,11 @@ def test_a_real_kill_for_want_of_memory_is_seen(tmp_path: Path) -> None:
         pytest.skip("no rights to make a memory group (cgroup version 1)")
     (tmp_path / "membership").write_text(f"4:memory:/{group.name}\n")
     try:
-        before = watch.count_oom_kills(watch.CGROUP, tmp_path / "membership")
+        before = memory.count_oom_kills(cgroup.ROOT, tmp_path / "membership")
         assert before == 0
         enter = f"open('{group}/cgroup.procs', 'w').write('0')"
         code = subprocess.run([sys.executable, "-c", f"{enter}; b'x' * (256 << 20)"], check=False).returncode
-        after = watch.count_oom_kills(watch.CGROUP, tmp_path / "membership")
+        after = memory.count_oom_kills(cgroup.ROOT, tmp_path / "membership")
         assert (code, after) == (-9, 1)
         assert "for want of memory; use a smaller train.micro_batch" in watch.cause_of(code, oom_kills=1)
     finally:
@@ -141,13 +141,13 @@ def test_causes_are_told_apart() -> None:
 def test_a_process_without_its_launcher_ends() -> None:
     """The launcher is gone before the rank asks, and after it has asked."""
     gone = subprocess.run(
-        [sys.executable, "-c", "from ddpm_lmk.lifeline import die_with_parent; die_with_parent(1)"],
+        [sys.executable, "-c", "from ddpm_lmk.system.processes import die_with_parent; die_with_parent(1)"],
         check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert gone.returncode == lifeline.ORPHANED
+    assert gone.returncode == processes.ORPHANED
     child = (
-        "import os, time; from ddpm_lmk.lifeline import die_with_parent\n"
+        "import os, time; from ddpm_lmk.system.processes import die_with_parent\n"
         "die_with_parent(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
     )
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
@@ -160,7 +160,7 @@ def test_a_process_without_its_launcher_ends() -> None:
     process.kill()
     process.wait()
     limit = time.monotonic() + 60
-    while watch.process_state(pid) not in ("", "Z"):
+    while processes.state_of(pid) not in ("", "Z"):
         assert time.monotonic() < limit, "it has outlived its parent"
         time.sleep(0.02)
 

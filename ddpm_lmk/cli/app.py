@@ -27,6 +27,7 @@ from ddpm_lmk.console import console, print_table, say
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
 from ddpm_lmk.floors import want_floors
 from ddpm_lmk.stop import leaving_at_once
+from ddpm_lmk.system import environment
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -70,6 +71,8 @@ class State:
 def main() -> None:
     """Entry point of `ddpm-lmk`."""
     privacy.protect()
+    for line in environment.stand_alone():
+        say(f"note: {line}")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -302,6 +305,7 @@ def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None
 
         print_table(("", ""), plan_run(cfg, placement, out))
         return
+    environment.check_copies(placement.nodes)
     job = {"config": cfg.model_dump(mode="json"), "out": str(fork or out), "strict": strict}
     job["fork"] = None if fork is None else str(out)
     out = fork or out

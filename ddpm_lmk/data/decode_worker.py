@@ -7,10 +7,8 @@ interpreted by the parent. Imports are few, because every process pays for them.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import resource
 import signal
 import struct
 import sys
@@ -24,9 +22,10 @@ import numpy as np
 
 from ddpm_lmk.data.decode import Film, ReadOptions, RefusedImageError, check_information, film_from_bytes, read_content
 from ddpm_lmk.data.stored import decode_square, encode, to_square
+from ddpm_lmk.system.limits import confine
+from ddpm_lmk.system.processes import die_with_parent
 
 HEADER = struct.Struct("<II")  # sizes of the JSON and of the bytes that follow it
-_PR_SET_PDEATHSIG = 1
 _FORBIDDEN = (
     *("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "socket.", "pickle.", "shutil."),
     *("os.remove", "os.rename", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.mkdir", "os.chmod", "os.chown"),
@@ -156,17 +155,11 @@ def _send(answers: BinaryIO, said: dict[str, Any], content: bytes) -> None:
 
 def _confine(memory_bytes: int) -> None:
     """Give up what decoding does not need; `memory_bytes` come on top of what the process has at its start."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     cv2.setNumThreads(1)
     sys.dont_write_bytecode = True
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + memory_bytes
-    given = resource.getrlimit(resource.RLIMIT_AS)[1]  # a batch system's or the user's own
-    limit = limit if given == resource.RLIM_INFINITY else min(limit, given)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # pipes do not count
+    confine(memory_bytes=memory_bytes, file_bytes=0)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)

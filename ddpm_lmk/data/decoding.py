@@ -6,7 +6,6 @@ grow with the source.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -42,11 +41,6 @@ class Refused:
     id: str
     code: str
     reason: str
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def decoded(

@@ -9,7 +9,6 @@ refused. Answers come back in the order of the jobs, whatever the number of proc
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import selectors
@@ -26,6 +25,7 @@ from typing import Any
 
 from ddpm_lmk.data.decode_worker import HEADER, Answer
 from ddpm_lmk.errors import LaunchError
+from ddpm_lmk.system import limits
 
 MEMORY_BYTES = 2 << 30
 DEADLINE_S = 30.0
@@ -178,8 +178,7 @@ class Isolation:
         assert process.stdin is not None
         assert process.stdout is not None
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # a user's pipes have a limit; small ones do, slower
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            limits.widen_pipe(pipe.fileno(), _PIPE_BYTES)
         self._selector.register(process.stdout, selectors.EVENT_READ, worker)
         return worker
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk import __version__
-from ddpm_lmk.data.decoding import Packed, Refused, available_cores, decoded
+from ddpm_lmk.data.decoding import Packed, Refused, decoded
 from ddpm_lmk.data.digests import DigestSet
 from ddpm_lmk.data.ids import KeyedIds, open_key, write_map
 from ddpm_lmk.data.labels import Labels
@@ -38,6 +38,7 @@ from ddpm_lmk.data.unfinished import is_begun
 from ddpm_lmk.data.writer import ShardWriter, refuse_existing
 from ddpm_lmk.errors import ConfigError, DataError, LmkError
 from ddpm_lmk.machine import versions
+from ddpm_lmk.system.cores import granted_cores
 
 Progress = Callable[[int, int], None]
 PHANTOM_COUNTS = {"train": 400, "val": 40, "test": 100}
@@ -98,7 +99,7 @@ def pack(
         found.warnings += [_KEY_NOTE.format(key_file)] if keys is not None else []
         if id_map is not None:
             _write_map(Path(id_map), found)
-        summary = _write(found, settings, out, available_cores() if workers is None else workers, progress)
+        summary = _write(found, settings, out, granted_cores() if workers is None else workers, progress)
     write_prints(Manifest.open(out))
     summary.seconds = time.perf_counter() - started
     return summary

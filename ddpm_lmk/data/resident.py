@@ -11,11 +11,9 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from ddpm_lmk.data.corpora import Corpus
 from ddpm_lmk.data.shards import CorruptSampleError
 from ddpm_lmk.data.warp import Intensity, develop
 from ddpm_lmk.errors import ResourceError
+from ddpm_lmk.system.memory import available_bytes
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ def choose_residency(corpora: Sequence[Corpus], wanted: str, device: torch.devic
     if wanted == "stream":
         return "stream"
     need = _bytes(corpora)
-    memory = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    memory = available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", world))
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
     if wanted == "auto":
         if device.type == "cuda" and need <= _SHARE_OF_DEVICE * on_device:
@@ -182,16 +181,6 @@ def choose_residency(corpora: Sequence[Corpus], wanted: str, device: torch.devic
 def _bytes(corpora: Sequence[Corpus]) -> int:
     count = sum(len(corpus.rows) for corpus in corpora)
     return count * corpora[0].image_size ** 2 * (2 if needs_16_bits(corpora) else 1)
-
-
-def available_memory() -> int:
-    """Bytes this machine, or the container's limit, still has."""
-    free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        return min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no such control group, or "max": no limit
-        return free
 
 
 def _as_stored(pixels: np.ndarray, *, wide: bool) -> np.ndarray:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ddpm_lmk.doctor.finding import Finding
-
-DRIVER = Path("/proc/driver/nvidia/version")
+from ddpm_lmk.system.cores import granted_cores, nvidia_driver
 
 
 def check_processor() -> list[Finding]:
@@ -16,7 +14,7 @@ def check_processor() -> list[Finding]:
 
     from ddpm_lmk.engine.precision import missing_bf16
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = granted_cores()
     missing = missing_bf16()
     bf16 = f"no ({missing})" if missing else "yes"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -32,7 +30,7 @@ def check_gpus() -> list[Finding]:
     """Visible CUDA devices, their driver, and whether this torch can use them."""
     import torch
 
-    findings = [Finding("ok", "driver", found)] if (found := _driver()) else []
+    findings = [Finding("ok", "driver", found)] if (found := nvidia_driver()) else []
     if torch.cuda.is_available():
         return [*findings, *(_gpu(index) for index in range(torch.cuda.device_count())), *_kinds()]
     if torch.version.cuda is None:
@@ -76,13 +74,6 @@ def check_group_norm() -> list[Finding]:
     return [
         Finding("note", "group norm", f"loses channels-last on {device}", "try train.channels_last=false and time both")
     ]
-
-
-def _driver() -> str | None:
-    try:
-        return DRIVER.read_text().splitlines()[0].removeprefix("NVRM version:").strip()
-    except (OSError, IndexError):
-        return None
 
 
 def _gpu(index: int) -> Finding:

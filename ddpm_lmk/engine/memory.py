@@ -7,12 +7,9 @@ a step and cannot be saved, and a restart from the last checkpoint at the same m
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from ddpm_lmk.config import RunConfig, UNetConfig
@@ -24,6 +21,7 @@ from ddpm_lmk.models import ModelCost, model_cost
 from ddpm_lmk.models.cost import FLOAT_BYTES
 from ddpm_lmk.models.fused import choose_norm
 from ddpm_lmk.models.unet import linear_levels
+from ddpm_lmk.system.memory import total_bytes
 from ddpm_lmk.tasks.task import Task
 
 FIRST_STEPS = 3
@@ -32,7 +30,6 @@ WORKING_MAPS = {"cuda": 8, "cpu": 16}  # of the first level's size: gradients of
 WORKING_KEYS = 4  # of queries or keys, fp32 under autocast: the gradients around a softmax of linear attention
 KERNELS_HALF = {"cuda": 0, "cpu": 48 * 2**20}  # what oneDNN keeps for itself in 16 bits; measured: 50 to 110 MiB
 WORKING_IMAGES = 6  # of full size: noise, what is noised, result, target and their gradients
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CPU_WORDS = "can't allocate memory"  # of the RuntimeError of torch's CPU allocator
 
 
@@ -136,11 +133,7 @@ def device_bytes(parallel: Parallel) -> int:
     """Memory of this process's device; on a CPU its share of what this machine, or its container, has."""
     if parallel.device.type == "cuda":
         return torch.cuda.get_device_properties(parallel.device).total_memory
-    try:
-        limit = int(CGROUP_LIMIT.read_text())
-    except (OSError, ValueError):  # not in a container, or "max"
-        limit = sys.maxsize
-    return min(psutil.virtual_memory().total, limit) // parallel.world
+    return total_bytes() // parallel.world
 
 
 def copies_of_weights(cfg: RunConfig, *, world: int, zero: int) -> float:

@@ -29,7 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_lmk.engine.precision import cuda_has_bf16
 from ddpm_lmk.engine.tree import all_gather
 from ddpm_lmk.errors import LaunchError, LmkError
-from ddpm_lmk.machine import cpu_name
+from ddpm_lmk.stop import say
+from ddpm_lmk.system import environment
+from ddpm_lmk.system.cores import cpu_name, granted_cores
 
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -41,7 +43,7 @@ class Parallel:
     """The place of this process among all processes of a run, alone or under the torchelastic environment."""
 
     def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto", *, zero: int = 0) -> None:
-        """Join the group that RANK and WORLD_SIZE describe; without them, be the only process.
+        """Join the group of our launcher; a process that it has not started is the only one.
 
         Args:
             zero: ZeRO stage of the launch file; 0 is DDP.
@@ -52,7 +54,11 @@ class Parallel:
         if device == "cuda" and not torch.cuda.is_available():
             raise LaunchError("asked for a CUDA device, found none; check `ddpm-lmk doctor`, or use --cpu N")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # class exact needs it before the first product
-        promised = int(os.environ.get("WORLD_SIZE", "1"))
+        for line in environment.stand_alone():
+            say(f"note: {line}")
+        promised = int(os.environ["WORLD_SIZE"]) if environment.is_rank() else 1
+        if torch.get_num_threads() > granted_cores():  # torch knows of no control group
+            torch.set_num_threads(granted_cores())
         use_cpu = device == "cpu" or not torch.cuda.is_available()
         reduction = DistributedDataParallelKwargs(
             find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
@@ -224,7 +230,7 @@ class Parallel:
             raise LaunchError("the launch file asks for ZeRO, found no DeepSpeed; pip install 'ddpm-lmk[deepspeed]'")
         if self.world == 1:
             raise LaunchError("ZeRO shares the optimizer's state among processes, found one; use more, or zero: 0")
-        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
+        os.environ["DS_ACCELERATOR"] = self.device.type
         # It reports a success to standard output, which belongs to results, and uses an old name of torch's.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor` is deprecated.*", category=FutureWarning)
         with redirect_stdout(sys.stderr):

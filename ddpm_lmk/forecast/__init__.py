@@ -19,13 +19,14 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.precision import choose_precision
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.forecast.levels import fit
-from ddpm_lmk.forecast.rates import is_here, read_rates, threads_of_a_process, whole_step
+from ddpm_lmk.forecast.rates import is_here, read_rates, whole_step
 from ddpm_lmk.forecast.whole import WholeStep, is_same_kind, is_same_network
 from ddpm_lmk.measure import Stored, read_results
 from ddpm_lmk.shipped import shipped
+from ddpm_lmk.system.cores import threads_per_process
 from ddpm_lmk.tasks import Task
 
-__all__ = ["Estimate", "Results", "estimate_step", "is_here", "threads_of_a_process", "worst_error_pct"]
+__all__ = ["Estimate", "Results", "estimate_step", "is_here", "worst_error_pct"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def estimate_step(
     rates = next((each for each in found.devices if read_rates(each, precision).flops), None)
     if rates is None:
         return None
-    threads = threads_of_a_process(processes) if threads is None else threads
+    threads = threads_per_process(processes) if threads is None else threads
     for how, step, own in _ways(cfg, task, precision, found.steps):
         if not read_rates(rates, own).flops:
             continue

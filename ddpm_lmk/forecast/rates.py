@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -10,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_lmk.machine import cpu_name
 from ddpm_lmk.measure import Row, Stored
+from ddpm_lmk.system.cores import cpu_name
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,6 @@ def is_here(found: Stored, device: str) -> bool:
     """Was this measured on the kind of device that is here?"""
     hardware: Mapping[str, Any] = found.facts["hardware"]
     return hardware["device"] == device and (hardware["device_name"] or hardware["cpu"]) == this_machine(device)
-
-
-def threads_of_a_process(processes: int) -> int:
-    """Threads a process of a run will use on this CPU: those asked for, else its share of the cores."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() else max(1, (os.cpu_count() or 1) // processes)
 
 
 def whole_step(found: Stored) -> Row:

@@ -17,13 +17,15 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
 
 from ddpm_lmk.launcher import watch
 from ddpm_lmk.launcher.notes import Notes
 from ddpm_lmk.launcher.placement import Placement
 from ddpm_lmk.lifeline import read_beats
 from ddpm_lmk.stop import SIGNALS
+from ddpm_lmk.system.memory import count_oom_kills
+from ddpm_lmk.system.processes import exit_code
 
 OURS = (2, 3, 4, 5, 6, 7, 8)  # exit codes that another attempt would meet again
 STOPPED = (75, 76, 130)
@@ -45,7 +47,7 @@ class Agent(LocalElasticAgent):
         self._told: set[int] = set()
         self._slow: set[int] = set()
         self._newest = notes.newest_step()
-        self._oom_kills = watch.count_oom_kills() or 0
+        self._oom_kills = count_oom_kills() or 0
         self._lost_at = 0.0
         self._failed: dict[int, int] = {}  # exit codes of the first ranks that ended with an error
         self._failed_at = 0.0
@@ -81,17 +83,11 @@ class Agent(LocalElasticAgent):
 
     def _ended(self) -> dict[int, int]:
         """Exit codes of the ranks that have ended, without taking them from torchelastic."""
-        codes = {}
-        for worker in self._worker_group.workers:
-            try:
-                found = os.waitid(os.P_PID, int(worker.id), os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                codes[worker.global_rank] = 0  # torchelastic has taken it before any had failed, so it ended well
-                continue
-            if found is not None:
-                is_exit = found.si_code == os.CLD_EXITED
-                codes[worker.global_rank] = found.si_status if is_exit else -found.si_status
-        return codes
+        context = self._pcontext
+        assert isinstance(context, SubprocessContext)
+        handlers = context.subprocess_handlers
+        codes = {w.global_rank: exit_code(handlers[w.local_rank].proc) for w in self._worker_group.workers}
+        return {rank: code for rank, code in codes.items() if code is not None}
 
     def _have_settled(self) -> bool:
         """After an error of ours or a stop the others end by themselves; after a loss they would wait for ever."""
@@ -148,7 +144,7 @@ class Agent(LocalElasticAgent):
             self.code, self._remaining_restarts = known, 0
             return
         self._lost_at = self._lost_at or time.monotonic()
-        oom_kills, before = watch.count_oom_kills() or 0, self._oom_kills
+        oom_kills, before = count_oom_kills() or 0, self._oom_kills
         self._oom_kills = oom_kills
         newest = self._notes.newest_step()
         if newest > self._newest:

@@ -15,23 +15,20 @@ from typing import NoReturn
 
 from ddpm_lmk import lifeline, privacy, stop
 from ddpm_lmk.errors import LmkError, StoppedError
+from ddpm_lmk.system import environment, processes
 
 
 def main(arguments: list[str]) -> NoReturn:
     """Do the job in the file, and leave with its exit code."""
-    parent = os.environ.get(lifeline.PARENT)
+    parent = os.environ.get(environment.PARENT)
     if parent is not None:
-        lifeline.die_with_parent(int(parent))
+        processes.die_with_parent(int(parent))
     rank = int(os.environ.get("RANK", "0"))
     privacy.protect()
     lifeline.start_pulse(rank)
     with stop.leaving_at_once():
         code = _do(Path(arguments[0]), rank)
-    # Everything is on disk. Threads and communicators of a run that failed may wait for ever for ranks that are gone,
-    # and those of one that ended well now and then abort while the interpreter takes itself down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    processes.leave(code)
 
 
 def _do(path: Path, rank: int) -> int:

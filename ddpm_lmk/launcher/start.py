@@ -24,6 +24,7 @@ from ddpm_lmk.launcher import watch
 from ddpm_lmk.launcher.alone import looked_after
 from ddpm_lmk.launcher.notes import Notes
 from ddpm_lmk.launcher.placement import Device, Placement, check_placement, is_loopback, split_address
+from ddpm_lmk.system import cores, environment
 
 if TYPE_CHECKING:
     from ddpm_lmk.launcher.agent import Agent
@@ -54,6 +55,8 @@ def launch(
     placement = Placement(device, processes, nodes, node_rank, rdzv, restarts, stall_s, grace_s, rendezvous_s, zero)
     check_placement(placement)
     job = {**job, "device": device, "zero": zero}
+    for line in environment.stand_alone():
+        stop.say(f"note: {line}")
     with stop.leaving_at_once(), _environment({stop.GRACE: str(grace_s)}):
         out = Path(job["out"])
         if processes == 1 and nodes == 1:
@@ -200,12 +203,12 @@ def _run_apart(job: dict[str, Any], placement: Placement, out: Path) -> int:
 
 
 def _for_ranks(placement: Placement, pulse: Path) -> dict[str, str]:
-    """Environment of the ranks; the first three hold whatever the user's says, the others are defaults."""
-    wanted = {lifeline.PARENT: str(os.getpid()), lifeline.PULSE: str(pulse), stop.GRACE: str(placement.grace_s)}
+    """Environment of the ranks; the first four hold whatever the user's says, the others are defaults."""
+    wanted = {environment.PARENT: str(os.getpid()), lifeline.PULSE: str(pulse), stop.GRACE: str(placement.grace_s)}
+    wanted[cores.THREADS] = str(cores.threads_per_process(placement.processes))
     defaults = {
         # Restarted ranks would read the addresses of the dead ones from the shared store (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // placement.processes)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # else DDP remarks at every start that no parameter is unused
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "",  # signals are ours
     }

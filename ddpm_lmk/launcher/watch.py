@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddpm_lmk.lifeline import DUMP_SIGNAL, REACHES, Beat
+from ddpm_lmk.system.processes import state_of
 
 TIMES_MEDIAN = 10  # of the usual interval without a sign: it hangs
 FEW_INTERVALS = 3  # below, the pace of a phase is not known: joining the group, a first evaluation
@@ -23,8 +24,6 @@ TIMES_SETUP = 30  # loading data
 TIMES_NEXT_SETUP = 10  # of a process that does many runs: it may have other data to load
 STRAGGLER = 1.5  # times the median of all ranks
 DUMP_S = 2.0
-CGROUP = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def limit_s(beat: Beat, stall_s: float) -> float:
@@ -55,16 +54,8 @@ def describe(beat: Beat) -> str:
     """What is known of a rank, in words."""
     state = {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a device"}
     at = f"step {beat.step}" if beat.step >= 0 else beat.phase
-    found = state.get(process_state(beat.pid), "")
+    found = state.get(state_of(beat.pid), "")
     return f"rank {beat.rank} (process {beat.pid}{found}) at {at}, {beat.age_s:.0f} s ago"
-
-
-def process_state(pid: int) -> str:
-    """The letter of the kernel for a process: R, S, D, T, Z; empty where it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def dump_stacks(folder: Path, beats: Sequence[Beat], target: Path) -> list[Path]:
@@ -103,16 +94,6 @@ def forget(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def count_oom_kills(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> int | None:
-    """How often the kernel killed a process of this container for want of memory; None where it does not say."""
-    for path in _memory_files(root, membership):
-        with suppress(OSError, ValueError):
-            facts = dict(line.split() for line in path.read_text().splitlines())
-            if "oom_kill" in facts:
-                return int(facts["oom_kill"])
-    return None
-
-
 def cause_of(code: int, *, oom_kills: int) -> str:
     """Why a process that exited with `code` is gone, in words; `oom_kills` is how much their count has grown."""
     if code >= 0:
@@ -123,19 +104,6 @@ def cause_of(code: int, *, oom_kills: int) -> str:
     if oom_kills > 0:
         return "was killed by the kernel for want of memory; use a smaller train.micro_batch or fewer data.workers"
     return f"was killed ({name}), not for want of memory as far as the kernel says"
-
-
-def _memory_files(root: Path, membership: Path) -> list[Path]:
-    """Where the memory controller may count, first for this process's own group: version 2, then version 1."""
-    found = []
-    with suppress(OSError):
-        for line in membership.read_text().splitlines():
-            _, controllers, own = line.split(":", 2)
-            if controllers == "":
-                found += [root / own.lstrip("/") / "memory.events"]
-            elif "memory" in controllers.split(","):
-                found += [root / "memory" / own.lstrip("/") / "memory.oom_control"]
-    return [*found, root / "memory.events", root / "memory" / "memory.oom_control"]
 
 
 def _signal(pid: int, number: int) -> None:

@@ -37,6 +37,7 @@ from ddpm_lmk.sweep.stages import Stages
 from ddpm_lmk.sweep.summary import write_summary
 from ddpm_lmk.sweep.view import SweepView
 from ddpm_lmk.sweep.vigil import Vigil
+from ddpm_lmk.system.cores import THREADS, threads_per_process
 
 SOME_FAILED = 1
 POLL_S = 0.5
@@ -253,9 +254,9 @@ def _environment(device: str, slot: int, count: int, *, devices: int) -> dict[st
     """CPU threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker, in turn."""
     environment = dict(os.environ)
     if device == "cpu":
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+        environment[THREADS] = str(threads_per_process(count))
     else:
-        visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % devices % len(visible)] if visible else str(slot % devices)
     return environment
 

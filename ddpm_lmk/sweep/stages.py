@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk import lifeline, privacy, stop
+from ddpm_lmk import privacy, stop
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.stop import InterruptedRunError
 from ddpm_lmk.sweep.plan import StageRun, is_done
+from ddpm_lmk.system.cores import THREADS, threads_per_process
+from ddpm_lmk.system.processes import die_with_parent
 
 POLL_S = 0.2
 
@@ -70,8 +72,7 @@ class Stages:
         job |= {"device": self._device, "processes": processes}
         environment = dict(os.environ)
         if self._device == "cpu":
-            cores = len(os.sched_getaffinity(0))
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // side_by_side)))
+            environment[THREADS] = str(threads_per_process(side_by_side))
         self._say(f"stage {stage.name}: pre-training in {stage.folder}, see {log}")
         with log.open("a") as file:
             process = subprocess.Popen(
@@ -103,7 +104,7 @@ class Stages:
 def main() -> int:
     """Do the job on standard input; returns the exit code."""
     job: dict[str, Any] = json.load(sys.stdin)
-    lifeline.die_with_parent(job["parent"])
+    die_with_parent(job["parent"])
     privacy.protect()
     with stop.leaving_at_once():
         return _do(job)

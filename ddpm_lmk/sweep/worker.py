@@ -24,6 +24,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.sweep.plan import Cell, cell_folder, is_done
+from ddpm_lmk.system.processes import die_with_parent
 
 
 class Reporter:
@@ -44,7 +45,7 @@ def main() -> int:
     report = Reporter(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # whatever prints goes to the log
     job = json.load(sys.stdin)
-    lifeline.die_with_parent(job["parent"])
+    die_with_parent(job["parent"])
     lifeline.start_pulse(job["slot"])
     privacy.protect()
     with stop.leaving_at_once():

@@ -31,9 +31,9 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.ranks import want_same_facts, want_same_weights
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError, StoppedError
-from ddpm_lmk.machine import cpu_name
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.stop import SIGNALS
+from ddpm_lmk.system.cores import cpu_name
 from tests.engine.toy import FailingTask, ToyTask, everything, start
 
 

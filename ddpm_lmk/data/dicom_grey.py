@@ -1,17 +1,20 @@
 """The grey scale pipeline of DICOM: stored values -> Modality -> VOI -> presentation (PS3.3 C.11, PS3.4 N.2).
 
-Values stay integers where nothing but an inversion is to be done; otherwise they become float32. The `applied` list
-records each stage. Files and tags are `dicom`'s.
+Values stay integers where nothing but an inversion is to be done; otherwise they become float32. The list `applied` of
+the facts records each stage, `passed_over` each attribute of a stage that does not read; with a Modality stage that is
+left out go the windows that count in its units. Files and tags are `dicom`'s.
 """
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddpm_lmk.data.decode import RefusedImageError
+from ddpm_lmk.data.decode import RefusedImageError, check_information
+from ddpm_lmk.data.dicom_values import code, number, numbers, pass_over
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -21,27 +24,23 @@ COLOURS = ("Red", "Green", "Blue")
 _PARTS = ("Descriptor", "Data")
 
 
-def shown(pixels: np.ndarray, dataset: Dataset, applied: list[str], *, voi: bool) -> tuple[np.ndarray, Range, bool]:
+def shown(pixels: np.ndarray, dataset: Dataset, facts: dict[str, Any], *, voi: bool) -> tuple[np.ndarray, Range, bool]:
     """What a viewer would show of stored `[H, W]`, black at the low end.
 
     Returns:
         The values, what is black and what is white, and whether the file's own grey window was applied.
     """
-    values, full_range = _modality(pixels, dataset, applied)
-    is_windowed = False
-    if voi and dataset.get("VOILUTSequence"):
-        values, full_range = _looked_up(values, dataset.VOILUTSequence[0], dataset)
-        applied.append("voi-lut")
-        is_windowed = True
-    elif voi and (window := _window(dataset)) is not None:
-        values, full_range = windowed(values, *window), (0.0, 1.0)
-        applied.append(f"voi-{window[2].lower()}")
-        is_windowed = True
+    applied, passed_over = facts["applied"], facts["passed_over"]
+    values, full_range, is_sound = _modality(pixels, dataset, applied, passed_over)
+    chosen = _voi(values, dataset, passed_over) if voi and is_sound else None
+    if chosen is not None:
+        values, full_range, stage = chosen
+        applied.append(stage)
     # The shape INVERSE belongs to MONOCHROME1 (PS3.3 C.8.11.3.1.2): together they are one inversion, not two.
-    if dataset.PhotometricInterpretation == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
+    if dataset.PhotometricInterpretation == "MONOCHROME1" or code(dataset, "PresentationLUTShape") == "INVERSE":
         values = _inverted(values, full_range)
         applied.append("inverted")
-    return values, full_range, is_windowed
+    return values, full_range, chosen is not None
 
 
 def grey_of_palette(pixels: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, Range]:
@@ -59,38 +58,92 @@ def grey_of_palette(pixels: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, R
     return _looked_up(pixels, item, dataset)
 
 
-def _modality(pixels: np.ndarray, dataset: Dataset, applied: list[str]) -> tuple[np.ndarray, Range]:
-    values, low = pixels, 0
-    if dataset.PixelRepresentation == 1:
-        low = -(1 << (dataset.BitsStored - 1))
+def _modality(
+    pixels: np.ndarray, dataset: Dataset, applied: list[str], passed_over: list[str]
+) -> tuple[np.ndarray, Range, bool]:
+    """Values, their range, and whether they are in the units that the file's windows count in."""
+    low = -(1 << (dataset.BitsStored - 1)) if dataset.PixelRepresentation == 1 else 0
     full_range = (float(low), float(low + (1 << dataset.BitsStored) - 1))
-    slope, intercept = (float(dataset.get(name) or default) for name, default in _RESCALE)
+    kept = pixels.astype(np.float32) if low < 0 else pixels
+    if "ModalityLUTSequence" in passed_over:
+        return kept, full_range, False
     if dataset.get("ModalityLUTSequence"):
+        found = _table_applied(pixels, dataset, "ModalityLUTSequence", passed_over)
+        if found is None:
+            return kept, full_range, False
         applied.append("modality-lut")
-        return _looked_up(values, dataset.ModalityLUTSequence[0], dataset)
-    if (slope, intercept) != (1.0, 0.0):
-        applied.append("rescale")
-        low_end, high_end = (slope * end + intercept for end in full_range)
-        return values.astype(np.float32) * np.float32(slope) + np.float32(intercept), _ascending(low_end, high_end)
-    if low < 0:
-        return values.astype(np.float32), full_range
-    return values, full_range
+        return *found, True
+    slope, intercept = (_rescaling(dataset, name, default, passed_over) for name, default in _RESCALE)
+    if slope is None or intercept is None:
+        return kept, full_range, False
+    if (slope, intercept) == (1.0, 0.0):
+        return kept, full_range, True
+    applied.append("rescale")
+    ends = sorted(slope * end + intercept for end in full_range)
+    return pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept), (ends[0], ends[1]), True
 
 
 _RESCALE = (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
 
 
-def _ascending(first: float, second: float) -> Range:
-    return min(first, second), max(first, second)
+def _rescaling(dataset: Dataset, name: str, default: float, passed_over: list[str]) -> float | None:
+    """A factor or summand, the default where it is absent, None where it does not read."""
+    value = number(dataset, name, passed_over)
+    if value == 0 and default:  # a slope that would leave nothing
+        pass_over(name, passed_over)
+    if name in passed_over:
+        return None
+    return default if value is None else value
+
+
+def _voi(values: np.ndarray, dataset: Dataset, passed_over: list[str]) -> tuple[np.ndarray, Range, str] | None:
+    """Values through the file's first table, or window, that reads and leaves something to see."""
+    if dataset.get("VOILUTSequence") and (found := _table_applied(values, dataset, "VOILUTSequence", passed_over)):
+        if _is_informative(found[0]):
+            return *found, "voi-lut"
+        pass_over("VOILUTSequence", passed_over)
+    window = _window(dataset, passed_over)
+    if window is None:
+        return None
+    through = windowed(values, *window)
+    if not _is_informative(through):
+        pass_over("WindowCenter", passed_over)
+        return None
+    return through, (0.0, 1.0), f"voi-{window[2].lower()}"
+
+
+def _is_informative(values: np.ndarray) -> bool:
+    try:
+        check_information(values)
+    except RefusedImageError:
+        return False
+    return True
+
+
+def _table_applied(
+    values: np.ndarray, dataset: Dataset, name: str, passed_over: list[str]
+) -> tuple[np.ndarray, Range] | None:
+    try:
+        return _looked_up(values, dataset[name].value[0], dataset)
+    except MemoryError:
+        raise
+    except Exception:  # tags that are not there, not numbers, not as many as they say: whatever reading them raises
+        pass_over(name, passed_over)
+        return None
 
 
 def _looked_up(values: np.ndarray, item: Dataset | SimpleNamespace, dataset: Dataset) -> tuple[np.ndarray, Range]:
     """Apply a table (PS3.3 C.11.1.1): values below its first entry take the first, above its last the last."""
-    count, first, depth = (int(number) for number in item.LUTDescriptor)
+    count, first, depth = (int(entry) for entry in item.LUTDescriptor)
     count = count or 1 << 16
+    if not 8 <= depth <= 16:
+        raise ValueError("entries of a look-up table have 8 to 16 bits")
     if dataset.PixelRepresentation == 1 and first >= 1 << 15:
         first -= 1 << 16
     table = _table(item.LUTData, count, is_little=bool(dataset.original_encoding[1]))
+    depth = min(depth, 8 * table.itemsize)
+    if table.max() >> depth:
+        raise ValueError("entries of a look-up table have more bits than it says")
     index = np.clip(np.rint(values).astype(np.int64) - first, 0, count - 1)
     return table[index].astype(np.uint16), (0.0, float((1 << depth) - 1))
 
@@ -107,16 +160,16 @@ def _table(data: bytes | list[int], count: int, *, is_little: bool) -> np.ndarra
     return table[:count]
 
 
-def _window(dataset: Dataset) -> tuple[float, float, str] | None:
+def _window(dataset: Dataset, passed_over: list[str]) -> tuple[float, float, str] | None:
     """Centre, width and function of the first window that can be applied."""
-    center, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
-    if center in (None, "") or width in (None, ""):
+    centers, widths = (numbers(dataset, name, passed_over) for name in ("WindowCenter", "WindowWidth"))
+    function = code(dataset, "VOILUTFunction") or "LINEAR"
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        pass_over("VOILUTFunction", passed_over)
         return None
-    center, width = (float(np.atleast_1d(np.asarray(value, np.float64))[0]) for value in (center, width))
-    function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
     smallest = 1.0 if function == "LINEAR" else 0.0
-    is_usable = function in ("LINEAR", "LINEAR_EXACT", "SIGMOID") and np.isfinite([center, width]).all()
-    return (center, width, function) if is_usable and width > smallest else None
+    usable = ((center, width) for center, width in zip(centers, widths) if not math.isnan(center) and width > smallest)
+    return next(((center, width, function) for center, width in usable), None)
 
 
 def windowed(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:

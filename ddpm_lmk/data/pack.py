@@ -26,7 +26,7 @@ from ddpm_lmk.data.ids import KeyedIds, open_key, write_map
 from ddpm_lmk.data.labels import Labels
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack_settings import PackSettings, checked_settings
-from ddpm_lmk.data.pack_summary import PackSummary
+from ddpm_lmk.data.pack_summary import FileNotes, PackSummary
 from ddpm_lmk.data.prints import write_prints
 from ddpm_lmk.data.raw import Convention, Kind, RawDataset, RawSample, read_phantom
 from ddpm_lmk.data.raw_folder import read_dicom_tree, read_folder
@@ -174,7 +174,7 @@ def _write_map(path: Path, found: RawDataset) -> None:
 def _write(
     found: RawDataset, settings: PackSettings, out: Path, workers: int, progress: Progress | None
 ) -> PackSummary:
-    position, labels = _Position(), Labels(found.spec, settings)
+    position, labels, notes = _Position(), Labels(found.spec, settings), FileNotes()
     with ShardWriter(
         out,
         dataset=settings.name,
@@ -187,9 +187,9 @@ def _write(
         settings=settings.model_dump(mode="json"),
         left_out=found.refused,
         made_with={"ddpm-lmk": __version__, **versions(*_DECODERS)},
-        state=lambda: {"position": position.state(), "labels": labels.state()},
+        state=lambda: {"position": position.state(), "labels": labels.state(), "notes": notes.state()},
     ) as writer:
-        samples, summary = _begin(found, writer, position, labels)
+        samples, summary = _begin(found, writer, position, labels, notes)
         seen = _seen(writer)
         summary.resumed_at = position.done
         for sample, item in decoded(found, samples, settings, workers):
@@ -198,10 +198,12 @@ def _write(
             if refusal is not None:
                 writer.refuse(refusal)
             elif isinstance(item, Packed):
+                notes.add(item.facts)
                 writer.add(labels.record(item), item.image)
             if progress is not None:
                 progress(position.done, len(found.samples))
         labels.raise_if_wrong()
+        summary.warnings += notes.sentences()
         _count(summary, found, writer)
         _raise_if_empty(summary)
     return summary
@@ -228,7 +230,7 @@ class _Position:
 
 
 def _begin(
-    found: RawDataset, writer: ShardWriter, position: _Position, labels: Labels
+    found: RawDataset, writer: ShardWriter, position: _Position, labels: Labels, notes: FileNotes
 ) -> tuple[Iterator[RawSample], PackSummary]:
     """The samples that are still to be done: all of them, or those after where an interrupted packing was."""
     summary = PackSummary(writer.out, warnings=list(found.warnings))
@@ -240,6 +242,7 @@ def _begin(
         position.pass_over(sample)
     if position.state() == noted["position"]:
         labels.restore(noted["labels"])
+        notes.restore(noted["notes"])
         return samples, summary
     summary.warnings.append("the source changed since packing was interrupted: begun anew")
     writer.restart()

@@ -1,10 +1,13 @@
-"""What came of a packing: counts, and why pictures were left out."""
+"""What came of a packing: counts, why pictures were left out, and what was passed over in those that were taken."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from ddpm_lmk.data.dicom_spacing import AT_DETECTOR
 
 _SHOWN = 1000  # refusals kept in memory; all of them are in the file
 
@@ -40,3 +43,38 @@ class PackSummary:
         self.reasons[line["code"]] += 1
         if len(self.refused) < _SHOWN:
             self.refused.append(line)
+
+
+class FileNotes:
+    """Counts what the files of packed pictures said that their reader should know; `state` outlives an interruption."""
+
+    def __init__(self) -> None:
+        self._passed_over: Counter[str] = Counter()
+        self._at_detector = 0
+
+    def add(self, facts: dict[str, Any] | None) -> None:
+        """Count the facts of one picture."""
+        facts = facts or {}
+        self._passed_over.update(facts.get("passed_over") or ())
+        self._at_detector += (facts.get("spacing") or "").endswith(AT_DETECTOR)
+
+    def state(self) -> dict[str, Any]:
+        """What was counted so far."""
+        return {"passed_over": dict(self._passed_over), "at_detector": self._at_detector}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self._passed_over, self._at_detector = Counter(state["passed_over"]), state["at_detector"]
+
+    def sentences(self) -> list[str]:
+        """One for each kind of note."""
+        found = []
+        if self._passed_over:
+            named = ", ".join(f"{name} of {count} images" for name, count in sorted(self._passed_over.items()))
+            found.append(f"DICOM attributes that do not read, or leave nothing to see, were passed over: {named}")
+        if self._at_detector:
+            found.append(
+                f"{self._at_detector} images state their spacing at the detector only, so their millimetres are too "
+                "long by the magnification, 5 to 30 % for most films"
+            )
+        return found

@@ -34,6 +34,23 @@ def dataset(pixels=FILM, *, bits=12, syntax=ExplicitVRLittleEndian, **tags):
     return film
 
 
+def malformed(film, **tags):
+    """Set tags as they are, without pydicom's checks: bytes, of the dictionary's or of a given representation."""
+    from pydicom.datadict import dictionary_VR, tag_for_keyword
+    from pydicom.dataelem import RawDataElement
+    from pydicom.tag import Tag
+
+    for name, value in tags.items():
+        if isinstance(value, bytes | tuple):
+            vr, content = value if isinstance(value, tuple) else (dictionary_VR(name), value)
+            content += b" " * (len(content) % 2)
+            tag = Tag(tag_for_keyword(name))
+            film._dict[tag] = RawDataElement(tag, vr, len(content), content, 0, False, True)
+        else:
+            setattr(film, name, value)
+    return film
+
+
 def to_bytes(film, *, with_header=True):
     """The file; without header, as some old archives write it."""
     buffer = io.BytesIO()

@@ -23,7 +23,7 @@ from pydicom.uid import (
 
 from ddpm_lmk.data.decode import ReadOptions, RefusedImageError, film_from_bytes
 from ddpm_lmk.data.dicom import is_dicom
-from tests.data.dicoms import FILM, dataset, table, to_bytes
+from tests.data.dicoms import FILM, dataset, malformed, table, to_bytes
 
 
 def film(*, voi=False, with_header=True, pixels=FILM, **tags):
@@ -176,22 +176,181 @@ def test_a_compressed_picture_of_another_size_than_the_header_says_is_refused():
     assert refused(jpeg(120, 80))[0] == "BROKEN"
 
 
-# --- spacing
+# --- legal variation, and attributes that do not read beside good pixels
 
 
 @pytest.mark.parametrize(
-    ("tags", "wanted"),
+    ("center", "width"),
     [
-        ({"PixelSpacing": [0.2, 0.2], "ImagerPixelSpacing": [0.1, 0.1]}, 0.2),
-        ({"ImagerPixelSpacing": [0.1, 0.1]}, 0.1),
-        ({"PixelSpacing": [0, 0]}, None),
-        ({"PixelSpacing": [0, 0], "ImagerPixelSpacing": [0.1, 0.1]}, 0.1),
-        ({"PixelSpacing": [0.2, 0.1]}, None),
-        ({}, None),
+        (b"2047,5", b"4096"),
+        (b"n/a", b"n/a"),
+        (b"", b""),
+        (b"0", b"0"),
+        (b"2047.5", b""),
+        (b"1e400", b"4096"),
+        (b"-1\\-2", b"-4\\-4"),
+        (b"60000", b"10"),  # leaves nothing to see
     ],
 )
-def test_millimetres_are_the_files_or_unknown(tags, wanted):
-    assert film(**tags).mm_per_px == wanted
+def test_a_window_that_does_not_apply_is_passed_over(center, width):
+    made = malformed(dataset(), WindowCenter=center, WindowWidth=width)
+    found = film_from_bytes(to_bytes(made), ReadOptions(voi=True))
+    np.testing.assert_array_equal(found.pixels, FILM)
+    assert (found.is_windowed, found.full_range) == (False, (0, 4095))
+
+
+@pytest.mark.parametrize(
+    ("center", "width"),
+    [
+        (b"1500", b"900\\50"),
+        (b"1500\\9", b"900"),
+        (b"\\1500", b"\\900"),
+        (b"x\\1500", b"5\\900"),
+        (b"1500.0\\n/a ", b"900\\n/a"),
+        (b"7\\1500", b"0\\900"),
+    ],
+)
+def test_the_first_window_that_reads_is_applied_whatever_stands_beside_it(center, width):
+    made = malformed(dataset(), WindowCenter=center, WindowWidth=width)
+    found = film_from_bytes(to_bytes(made), ReadOptions(voi=True))
+    np.testing.assert_allclose(found.pixels, np.clip((FILM - 1499.5) / 899 + 0.5, 0, 1), atol=1e-6)
+    assert found.is_windowed
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RescaleSlope", b"1,0"),
+        ("RescaleSlope", b"0"),
+        ("RescaleIntercept", b"n/a"),
+        ("ModalityLUTSequence", ("LO", b"none")),
+        ("VOILUTFunction", b"UNHEARD_OF"),
+        ("VOILUTSequence", ("LO", b"none")),
+        ("PixelSpacing", b"0,2\\0,2"),
+        ("PixelAspectRatio", b"a\\b"),
+        ("EstimatedRadiographicMagnificationFactor", b"1,25"),
+        ("NumberOfFrames", b"one"),
+        ("NumberOfFrames", b"0"),
+    ],
+)
+def test_an_optional_attribute_that_does_not_read_is_passed_over_by_name(name, value):
+    tags = {"ImagerPixelSpacing": [0.2, 0.2], name: value}
+    found = film_from_bytes(to_bytes(malformed(dataset(), **tags)), ReadOptions(voi=True))
+    np.testing.assert_array_equal(found.pixels, FILM)
+    if value != b"UNHEARD_OF":  # without a window its function does not matter
+        assert found.facts["passed_over"] == [name]
+
+
+@pytest.mark.parametrize("name", ["HighBit", "PlanarConfiguration", "PresentationLUTShape", "IssuerOfPatientID"])
+@pytest.mark.parametrize("value", [b"", b"\xff\xfe\xfd\xfc", ("LO", b"none")])
+def test_nothing_optional_costs_a_film(name, value):
+    np.testing.assert_array_equal(film_from_bytes(to_bytes(malformed(dataset(), **{name: value}))).pixels, FILM)
+
+
+def test_a_window_does_not_apply_to_values_whose_rescaling_does_not_read():
+    made = malformed(dataset(WindowCenter=1500, WindowWidth=900), RescaleIntercept=b"-1024,0")
+    found = film_from_bytes(to_bytes(made), ReadOptions(voi=True))
+    np.testing.assert_array_equal(found.pixels, FILM)
+    assert not found.is_windowed
+
+
+@pytest.mark.parametrize("entries", [[7, 8, 9], [5000] * 4096])
+@pytest.mark.parametrize("name", ["ModalityLUTSequence", "VOILUTSequence"])
+def test_a_table_that_is_shorter_or_deeper_than_it_says_is_passed_over(name, entries):
+    item = table(entries, depth=12)
+    item.LUTDescriptor = [4096, 0, 12]
+    found = film(voi=True, **{name: [item]})
+    np.testing.assert_array_equal(found.pixels, FILM)
+    assert found.facts["passed_over"] == [name]
+
+
+SECONDARY = "1.2.840.10008.5.1.4.1.1.7"
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        *({"SOPClassUID": SECONDARY + end, "Modality": "DX", "NumberOfFrames": 1} for end in ("", ".2", ".3", ".4")),
+        *({"SOPClassUID": f"1.2.840.10008.5.1.4.1.1.1.{end}", "Modality": "DX"} for end in ("1", "1.1")),
+        *({"SOPClassUID": f"1.2.840.10008.5.1.4.1.1.1.{end}", "Modality": "MG"} for end in ("2", "2.1")),
+        *({"SOPClassUID": f"1.2.840.10008.5.1.4.1.1.1.{end}", "Modality": "IO"} for end in ("3", "3.1")),
+        {"SOPClassUID": "1.2.392.200036.9125.1.1.2", "Modality": "CR"},  # a private class of a cassette reader
+        {"SOPClassUID": None, "with_header": False},
+        {"Modality": None},
+        {"Modality": ""},
+        {"Modality": "PX "},
+        {"NumberOfFrames": ""},
+        {"HighBit": None},
+    ],
+)
+def test_every_class_of_radiographs_is_taken(tags):
+    np.testing.assert_array_equal(film(**tags).pixels, FILM)
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({"SOPClassUID": SECONDARY, "Modality": "OT"}, "modality OT; wanted CR, DX, IO, MG, PX, RG"),
+        ({"SOPClassUID": SECONDARY, "Modality": ""}, "neither class nor modality says radiograph; wanted CR, DX"),
+        ({"SOPClassUID": "1.2.3", "Modality": None}, "neither class nor modality says radiograph; wanted CR, DX"),
+        (
+            {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.12.1", "Modality": "CR"},
+            "modality CR, but stored as X-Ray Angiographic Image Storage, which is no radiograph",
+        ),
+    ],
+)
+def test_the_refusal_of_what_is_no_radiograph_names_class_or_modality_whichever_it_is(tags, words):
+    code, reason = refused(dataset(**tags))
+    assert (code, words in reason) == ("NOT_A_RADIOGRAPH", True), reason
+
+
+@pytest.mark.parametrize("name", ["SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "PixelRepresentation"])
+def test_a_header_without_what_pixels_need_is_refused_by_name(name):
+    made = dataset()
+    delattr(made, name)
+    assert refused(made) == ("BROKEN", f"a DICOM file whose header lacks {name}")
+
+
+# --- bits
+
+
+def test_values_aligned_to_a_higher_bit_are_moved_down():
+    np.testing.assert_array_equal(film(pixels=FILM << 4, HighBit=15).pixels, FILM)
+    np.testing.assert_array_equal(film(pixels=FILM << 2, HighBit=13).pixels, FILM)
+
+
+def test_a_high_bit_that_is_wrong_does_not_cost_the_lower_bits():
+    np.testing.assert_array_equal(film(HighBit=15).pixels, FILM)
+
+
+def test_values_that_need_more_bits_than_are_said_to_be_stored_are_refused():
+    for bits, turned in ((10, {}), (10, {"PhotometricInterpretation": "MONOCHROME1"}), (8, {})):
+        code, reason = refused(dataset(bits=bits, **turned))
+        assert (code, f"more than the {bits} bits" in reason) == ("MODE", True)
+
+
+def test_bits_above_the_values_that_hold_an_overlay_or_never_change_are_dropped():
+    np.testing.assert_array_equal(film(pixels=FILM | 0xA000).pixels, FILM)
+    overlay = np.zeros_like(FILM)
+    overlay[5:20] = 0x8000
+    assert refused(dataset(FILM | overlay))[0] == "MODE"
+    made = dataset(FILM | overlay)
+    made.add_new(0x60000102, "US", 15)
+    np.testing.assert_array_equal(film_from_bytes(to_bytes(made)).pixels, FILM)
+
+
+def test_signed_values_of_twelve_bits_keep_their_sign_however_it_is_carried_up():
+    signed = FILM.astype(np.int16) - 2000
+    for stored in (signed, (signed & 0xFFF).astype(np.int16)):
+        np.testing.assert_array_equal(film(pixels=stored).pixels, signed)
+
+
+def test_colours_of_sixteen_bits_keep_their_grey():
+    rgb = np.stack([FILM] * 3, axis=2)
+    tags = {"Rows": 60, "Columns": 40, "SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}
+    found = film(pixels=rgb, PlanarConfiguration=0, **tags)
+    np.testing.assert_array_equal(found.pixels, FILM)
+    assert found.full_range == (0, 4095)
 
 
 # --- what is no film

@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 
 from ddpm_lmk.data.decode import Film, ReadOptions, RefusedImageError, check_information, film_from_bytes, read_content
+from ddpm_lmk.data.dicom import is_dicom, read_spacing
 from ddpm_lmk.data.stored import decode_square, encode, to_square
 from ddpm_lmk.system.limits import confine
 from ddpm_lmk.system.processes import die_with_parent
@@ -40,8 +41,9 @@ def answer(job: dict[str, Any]) -> Answer:
     """Do one job; never raises for what a file may cause, whatever it is.
 
     A job has `options` and either `phantom` (kind, seed, index, size), or `path` and perhaps `offset` and `size` in it.
-    With `store`, the settings of the stored square, the bytes are an encoded shard member; without, raw pixels. A job
-    with `content` is such a member to decode, of `size` pixels and `bits`.
+    With `store`, the settings of the stored square, the bytes are an encoded shard member; without, raw pixels; with
+    `only_spacing` nothing is decoded, and the answer is what a DICOM header says of it. A job with `content` is such a
+    member to decode, of `size` pixels and `bits`.
     """
     if "phantom" in job:
         return _drawn(job)
@@ -53,7 +55,7 @@ def answer(job: dict[str, Any]) -> Answer:
         return {"io_error": error.strerror or type(error).__name__}, b""
     except RefusedImageError as error:
         return {"code": error.code, "refused": str(error)}, b""
-    return _guarded(lambda: _decoded(content, job))
+    return _guarded(lambda: _spacing(content, job) if job.get("only_spacing") else _decoded(content, job))
 
 
 def _decoded(content: bytes, job: dict[str, Any]) -> Answer:
@@ -61,8 +63,21 @@ def _decoded(content: bytes, job: dict[str, Any]) -> Answer:
     said = {"facts": film.facts, "mm_per_px": film.mm_per_px, "patient": film.patient}
     if "store" not in job:
         return said | _described(film), np.ascontiguousarray(film.pixels).tobytes()
-    native = _native(film.pixels, job["native_size"])
+    native = _native(film.pixels.shape[::-1], job["native_size"])
+    said["mm_per_px"] = _per_native_px(film.mm_per_px, film.pixels.shape[::-1], native)
     return said | {"native": native}, _stored(film, native, job["store"])
+
+
+def _spacing(content: bytes, job: dict[str, Any]) -> Answer:
+    if not is_dicom(content):
+        return {"mm_per_px": None}, b""
+    mm_per_px, size = read_spacing(content, ReadOptions(**job["options"]))
+    return {"mm_per_px": _per_native_px(mm_per_px, size, _native(size, job["native_size"]))}, b""
+
+
+def _per_native_px(mm_per_px: float | None, size: tuple[int, ...], native: tuple[int, int]) -> float | None:
+    """A file states the spacing of its own pixels, labels count native ones, of which there may be more."""
+    return None if mm_per_px is None else mm_per_px * (max(size) / max(native))
 
 
 def _guarded(decode: Callable[[], Answer]) -> Answer:
@@ -93,7 +108,7 @@ def _drawn(job: dict[str, Any]) -> Answer:
 
     kind, seed, index, size = job["phantom"]
     drawn = render(kind, seed, index, size)
-    native = _native(drawn.image, None)
+    native = _native(drawn.image.shape[::-1], None)
     said = {"native": native, "points": drawn.points.tolist(), "mm_per_px": drawn.mm_per_px, "facts": None}
     return said, _stored(Film(drawn.image), native, job["store"])
 
@@ -104,9 +119,9 @@ def _described(film: Film) -> dict[str, Any]:
     return kept | {"shape": film.pixels.shape, "dtype": film.pixels.dtype.str}
 
 
-def _native(pixels: np.ndarray, stated: tuple[int, int] | None) -> tuple[int, int]:
-    """The size the labels refer to: what the table states, as long as the file has that shape, or the file's own."""
-    height, width = pixels.shape
+def _native(size: tuple[int, ...], stated: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height the labels refer to: what the table states, as long as the file has that shape, or its own."""
+    width, height = size
     if stated is None:
         return width, height
     factor = max(width, height) / max(stated)

@@ -7,15 +7,17 @@ grow with the source.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.decode import ReadOptions
+from ddpm_lmk.data.decode import ReadOptions, RefusedImageError, read_content
 from ddpm_lmk.data.decode_worker import Answer, answer
+from ddpm_lmk.data.dicom import is_dicom
 from ddpm_lmk.data.isolation import Isolation
 from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.raw import PhantomSource, RawDataset, RawSample, TarMember, folder_split
@@ -68,6 +70,42 @@ def decoded(
     with Isolation(min(workers, len(found.samples))) as isolation:
         for said in isolation.answers(messages()):
             yield _paired(found, waiting.popleft(), said, settings)
+
+
+def with_spacing_of_files(samples: Sequence[RawSample]) -> tuple[list[RawSample], int]:
+    """The samples with the spacing that their DICOM files state, and how many labelled ones stay without.
+
+    Whether errors can be millimetres must be known before anything is decoded. Only headers are read, in a process of
+    their own, and only of labelled files whose labels state no spacing. Files that will be refused do not count.
+
+    Raises:
+        LaunchError: a decoding process cannot be started.
+    """
+    unknown = {sample.id: sample for sample in samples if sample.points is not None and sample.mm_per_px is None}
+    asked = [sample for sample in unknown.values() if isinstance(sample.path, Path) and _begins_as_dicom(sample.path)]
+    if not asked:
+        return list(samples), len(unknown)
+    options = asdict(ReadOptions(allow_burned_in=True))
+    jobs = (
+        {"path": str(sample.path), "options": options, "native_size": sample.native_size, "only_spacing": True}
+        for sample in asked
+    )
+    with Isolation(1) as isolation:
+        said = {sample.id: fields for sample, (fields, _) in zip(asked, isolation.answers(jobs), strict=True)}
+    stated = {name: fields["mm_per_px"] for name, fields in said.items() if fields.get("mm_per_px") is not None}
+    left_out = sum("mm_per_px" not in fields for fields in said.values())  # whoever decodes them will say why
+    found = [replace(sample, mm_per_px=stated.get(sample.id, sample.mm_per_px)) for sample in samples]
+    return found, len(unknown) - len(stated) - left_out
+
+
+def _begins_as_dicom(path: Path) -> bool:
+    try:
+        return is_dicom(read_content(path, size=_DICOM_HEAD))
+    except (OSError, RefusedImageError):
+        return False
+
+
+_DICOM_HEAD = 132  # the preamble and `DICM`
 
 
 def _answered_here(messages: Iterable[dict[str, Any]]) -> Iterator[Answer]:

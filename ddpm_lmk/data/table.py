@@ -3,6 +3,7 @@
 `images.csv`: `image_id,file,split[,patient_id,mm_per_pixel,orig_width,orig_height]`; `landmarks.csv`, optional:
 `image_id,landmark_index,landmark_name,x,y[,annotator]`, in pixels of the original size, which `orig_width` and
 `orig_height` state where the file is stored smaller. Other columns are ignored. Every refusal names file and line.
+DICOM files state their spacing themselves; what the column `mm_per_pixel` says goes before it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ddpm_lmk.data.decoding import with_spacing_of_files
 from ddpm_lmk.data.raw import RawDataset, RawSample, check_split_name, parse_decimal
 from ddpm_lmk.data.spec import SPECS, DatasetSpec, FileSpacing, NoSpacing, PairSpacing
 from ddpm_lmk.errors import ConfigError, DataError
@@ -63,8 +65,9 @@ def read_table(
             found.refuse(sample_id, "NO_LABEL", f"no row in {label_file.name}")
     for sample_id in sorted(set(labels) - set(samples)):
         found.refuse(sample_id, "NO_IMAGE", f"labels without a row in {IMAGES_CSV}")
+    found.samples, missing = with_spacing_of_files(labelled)
     if spec is None:
-        found.spec = _own_spec(name, names, labelled, unit, thresholds, spacing_pair)
+        found.spec = _own_spec(name, names, labelled, missing, unit, thresholds, spacing_pair)
     else:
         found.spec = _known_spec(spec, names, label_file, unit, thresholds, spacing_pair)
     return found
@@ -182,20 +185,20 @@ def _own_spec(
     name: str,
     names: tuple[str, ...],
     samples: list[RawSample],
+    missing: int,
     unit: str | None,
     thresholds: tuple[float, ...],
     spacing_pair: tuple[int, int] | None,
 ) -> DatasetSpec:
-    """Millimetres only where every labelled image has a spacing: it is never guessed."""
-    labelled = [sample for sample in samples if sample.points is not None]
-    missing = sum(sample.mm_per_px is None for sample in labelled)
+    """Millimetres only where no labelled image is `missing` its spacing: it is never guessed."""
     if spacing_pair is not None:
         spacing: NoSpacing | FileSpacing | PairSpacing = PairSpacing(i=spacing_pair[0], j=spacing_pair[1], mm=50.0)
     else:
         spacing = NoSpacing() if missing else FileSpacing()
     if unit == "mm" and isinstance(spacing, NoSpacing):
         raise DataError(
-            f"unit=mm, but {missing} of {len(labelled)} labelled images have no mm_per_pixel; fill it in or use px"
+            f"unit=mm, but {missing} of {sum(sample.points is not None for sample in samples)} labelled images have no "
+            "mm_per_pixel, nor are they DICOM files that state it; fill it in or use px"
         )
     chosen = unit or ("px" if isinstance(spacing, NoSpacing) else "mm")
     return DatasetSpec.model_validate(

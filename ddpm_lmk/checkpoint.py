@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -188,21 +189,59 @@ def load_weights(path: str | Path, use: Literal["ema", "model", "auto"]) -> tupl
     """Weights and their facts from a run directory, a snapshot directory or a `.safetensors` file.
 
     A run directory stands for its selected snapshot, or its newest. `auto` means the moving average where there is one.
-    A bare file has one set of weights, so `use` does not apply, and its facts hold its path only.
+    A bare file has one set of weights, so `use` does not apply, and its facts are its path and digest only.
 
     Raises:
         CheckpointError: missing, damaged, malformed, or a pickle, which is refused without being opened.
     """
-    path = Path(path)
+    file, meta = _locate(Path(path), use)
+    if "use" not in meta:
+        return _read_bare(file)
+    with _refusing(file.parent):
+        [(_, data)] = durable.read_files(file.parent, {"files": {file.name: meta["files"][file.name]}})
+        return tensorfile.parse(data, file.name), meta
+
+
+def weights_header(path: str | Path, use: Literal["ema", "model", "auto"]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `load_weights` would return, with tensors that have names, types and shapes only: no weight is read.
+
+    Raises:
+        CheckpointError: as `load_weights`, but for what only reading and hashing the tensors tells.
+    """
+    file, meta = _locate(Path(path), use)
+    with _refusing(file), _plain(file).open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        wanted = meta["files"][file.name]["size"] if "use" in meta else size
+        if size != wanted:
+            raise DamagedError(f"{file.name} has {size} bytes, its manifest says {wanted}")
+        return tensorfile.header(opened, size, file.name), meta
+
+
+def weights_digest(path: str | Path, use: Literal["ema", "model", "auto"]) -> dict[str, Any]:
+    """Size and sha256 of the file that `load_weights` would read: what weights are, wherever they lie."""
+    file, meta = _locate(Path(path), use)
+    return meta["files"][file.name] if "use" in meta else _digest(file)
+
+
+def _locate(path: Path, use: Literal["ema", "model", "auto"]) -> tuple[Path, dict[str, Any]]:
+    """The file with the weights, and the facts of its snapshot; of a file that lies alone its path only."""
     if path.suffix in PICKLES:
         raise CheckpointError(
             f"{path} may hold code and is not opened; `ddpm-lmk import-weights` makes safetensors of a PyTorch file"
         )
-    if path.is_dir():
-        return _read_snapshot(path if (path / META).exists() else find_snapshot(path), use)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; wanted a run directory, a snapshot or a .safetensors file")
-    return _read_bare(path), {"path": str(path)}
+    if not path.is_dir():
+        return path, {"path": str(path)}
+    path = path if (path / META).exists() else find_snapshot(path)
+    meta = snapshot_meta(path)
+    kind = ("ema" if f"ema{SUFFIX}" in meta["files"] else "model") if use == "auto" else use
+    wanted = f"{kind}{SUFFIX}"
+    if wanted not in meta["files"]:
+        raise CheckpointError(
+            f"{path} holds {', '.join(meta['files'])} and no {wanted}; choose the other with init.use"
+        )
+    return path / wanted, {**meta, "path": str(path), "use": kind}
 
 
 def snapshot_meta(path: Path) -> dict[str, Any]:
@@ -235,25 +274,22 @@ def _why_none(folder: Path) -> str:
     return f"{folder} is not a run but holds {len(runs)}, such as the cells of a sweep; name one of them: {shown}"
 
 
-def _read_snapshot(path: Path, use: Literal["ema", "model", "auto"]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    meta = snapshot_meta(path)
-    kind = ("ema" if f"ema{SUFFIX}" in meta["files"] else "model") if use == "auto" else use
-    wanted = f"{kind}{SUFFIX}"
-    if wanted not in meta["files"]:
-        raise CheckpointError(
-            f"{path} holds {', '.join(meta['files'])} and no {wanted}; choose the other with init.use"
-        )
-    with _refusing(path):
-        [(_, data)] = durable.read_files(path, {"files": {wanted: meta["files"][wanted]}})
-        return tensorfile.parse(data, wanted), {**meta, "path": str(path), "use": kind}
-
-
-def _read_bare(path: Path) -> dict[str, Tensor]:
+def _read_bare(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file nobody vouches for: its header is checked against the file before anything large is read."""
+    with _refusing(path), _plain(path).open("rb") as file:
+        tensors = tensorfile.read(file, os.fstat(file.fileno()).st_size, path.name)
+    return tensors, {"path": str(path), "files": {path.name: _digest(path)}}
+
+
+def _plain(path: Path) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{path} is no plain file; wanted a run directory, a snapshot or a .safetensors file")
-    with _refusing(path), path.open("rb") as file:
-        return tensorfile.read(file, os.fstat(file.fileno()).st_size, path.name)
+    return path
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with _refusing(path), _plain(path).open("rb") as file:
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _parse_state(data: bytes) -> dict[str, Any]:

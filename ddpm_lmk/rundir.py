@@ -19,7 +19,7 @@ from typing import Any
 from ddpm_lmk import atomic, checkpoint, claim, retention, runfile
 from ddpm_lmk.checkpoint import Checkpoint, Tensors
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.errors import DataError, ResourceError, RunConflictError
+from ddpm_lmk.errors import ResourceError, RunConflictError
 from ddpm_lmk.failpoints import reach
 from ddpm_lmk.journal import Journal, now, parse_line
 from ddpm_lmk.retention import Keep
@@ -82,12 +82,8 @@ class RunDir:
         Raises:
             DataError: the run was started on other data.
         """
-        before = self._read_json("run.json")
-        if before is not None and before.get("fingerprint") != facts["fingerprint"]:
-            raise DataError(
-                f"dataset changed since {self.path} was started: was {before.get('fingerprint')}, now "
-                f"{facts['fingerprint']}; restore it, or add --fork NEWDIR to go on there with the new data"
-            )
+        before, stored = self._read_json("run.json"), self.stored_config()
+        claim.want_same_data(self.path, facts["fingerprint"])
         self._config_hash = runfile.config_hash(cfg)
         self.declare(cfg)
         # What a run is stays what it was when it began, but for the devices it has come to, and what they allow.
@@ -96,6 +92,8 @@ class RunDir:
         if kept != before:
             atomic.write_json(self.path / "run.json", kept)
         self.event("run.continued" if before is not None else "run.started", config=self._config_hash)
+        for key, was, now_at in claim.moved(stored, cfg) if before is not None and stored is not None else ():
+            self.event("run.moved", key=key, was=was, now=now_at)
 
     def note(self, **facts: Any) -> None:
         """Put into `run.json` what only training could tell; what it says of an earlier session goes."""
@@ -105,15 +103,7 @@ class RunDir:
 
     def results(self, cfg: RunConfig) -> dict[str, Any] | None:
         """Results of this very run if it is finished and they are as they were written, else None."""
-        done, stored = self._read_json("done.json"), self.stored_config()
-        if done is None or stored is None or done.get("config_hash") != runfile.config_hash(stored):
-            return None
-        if any(key == "train.length" for key, _, _ in runfile.diff_runs(stored, cfg)):
-            return None
-        path = self.path / "results.json"
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != done.get("results_sha256"):
-            return None
-        return self._read_json("results.json")
+        return self._read_json("results.json") if claim.is_finished(self.path, cfg) else None
 
     def finish(self, cfg: RunConfig, results: dict[str, Any]) -> None:
         """Write the results and mark the run as finished."""

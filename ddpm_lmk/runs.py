@@ -23,6 +23,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.console import say
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.backend import choose_backend
+from ddpm_lmk.data.corpora import fingerprints_of
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.engine.autofit import Fitted, fit_to_device, is_free
 from ddpm_lmk.engine.everyone import AllRanks
@@ -93,7 +94,7 @@ def execute(
             state, parent = starting_state(here, task, workbench=workbench, parallel=parallel, run=run)
             _want_same_everywhere(here, loaders, state, parallel)
             facts = _facts(cfg, loaders, parallel, kinds, forked or parent) | {"fit": fitted.facts()}
-            parallel.on_main(lambda: run.begin(cfg, facts))
+            parallel.on_main(lambda: run.begin(cfg, facts | {"packs": _packs(cfg)}))
             if cfg.task.stage == "pretrain":
                 parallel.on_main(lambda: _note_left_out(cfg, run))
             run.journal.rewind_metrics(state.step)
@@ -250,6 +251,12 @@ def _facts(
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def _packs(cfg: RunConfig) -> dict[str, list[str]]:
+    """The packs of a run by the keys that name their places, to know them again elsewhere."""
+    data = cfg.data
+    return {"data.path": fingerprints_of(data, data.path), "data.protect": fingerprints_of(data, data.protect)}
 
 
 def _conclude(

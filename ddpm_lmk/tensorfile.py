@@ -33,6 +33,7 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def pieces(group: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -64,16 +65,34 @@ def parse(data: bytes, name: str) -> dict[str, Tensor]:
 
 def read(file: BinaryIO, size: int, name: str) -> dict[str, Tensor]:
     """The tensors of an open file of `size` bytes nobody vouches for; they are read only if they fill the file."""
+    head, text, _ = _read_header(file, size, name)
+    return parse(head + text + file.read(), name)
+
+
+def header(file: BinaryIO, size: int, name: str) -> dict[str, Tensor]:
+    """The tensors of an open file, as names, types and shapes: they lie on the device `meta`, nothing else is read."""
+    _, _, entries = _read_header(file, size, name)
+    try:
+        return {
+            key: torch.empty([int(side) for side in entry["shape"]], dtype=TYPES[entry["dtype"]], device="meta")
+            for key, entry in entries.items()
+        }
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise DamagedError(f"{name} is not a safetensors file ({type(error).__name__} in its header)") from None
+
+
+def _read_header(file: BinaryIO, size: int, name: str) -> tuple[bytes, bytes, dict[str, Any]]:
+    """Length and text of the header, and its entries by name of tensor."""
     head = file.read(8)
     text = file.read(_header_length(head, size, name))
     try:
-        ends = [entry["data_offsets"][1] for key, entry in json.loads(text).items() if key != "__metadata__"]
-        filled = 8 + len(text) + max(ends, default=0)
+        entries = {key: entry for key, entry in json.loads(text).items() if key != "__metadata__"}
+        filled = 8 + len(text) + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{name} is not a safetensors file ({type(error).__name__} in its header)") from None
     if filled != size:
         raise DamagedError(f"{name} is not a safetensors file: it has {size} bytes, its header lists {filled}")
-    return parse(head + text + file.read(), name)
+    return head, text, entries
 
 
 def _header_length(head: bytes, size: int, name: str) -> int:

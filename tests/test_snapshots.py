@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import struct
 from pathlib import Path
@@ -93,7 +94,8 @@ def test_a_bare_file_of_weights_is_read(tmp_path: Path) -> None:
     safetensors.torch.save_file({"w": torch.ones(2)}, path)
     weights, meta = load_weights(path, "ema")
     assert weights["w"].tolist() == [1.0, 1.0]
-    assert meta == {"path": str(path)}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert meta == {"path": str(path), "files": {path.name: {"size": path.stat().st_size, "sha256": digest}}}
 
 
 @pytest.mark.parametrize(

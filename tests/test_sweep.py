@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.sweep import Sweep, cell_folder, is_done, load_sweep, plan_table, state_of
 from ddpm_lmk.sweep.run import run_sweep
 from ddpm_lmk.sweep.summary import to_csv
@@ -241,9 +242,9 @@ def test_a_done_file_of_another_configuration_or_other_results_does_not_count(tm
     (folder / "results.json").write_text("{}")
     digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # sha256 of {}
     for config, results, wanted in (
-        (cell.hash, digest, True),
+        (config_hash(cell.cfg), digest, True),
         ("0" * 16, digest, False),
-        (cell.hash, "0" * 64, False),
+        (config_hash(cell.cfg), "0" * 64, False),
     ):
         (folder / "done.json").write_text(json.dumps({"config_hash": config, "results_sha256": results}))
         assert is_done(folder, cell) is wanted

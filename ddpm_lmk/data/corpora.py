@@ -146,8 +146,17 @@ def _shots(cfg: RunConfig, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
 
 def fingerprint(corpora: Sequence[Corpus]) -> str:
     """What the data is: the manifest's own fingerprint, or a digest over those of a pool."""
-    prints = [corpus.manifest.fingerprint for corpus in corpora]
+    return joined([corpus.manifest.fingerprint for corpus in corpora])
+
+
+def joined(prints: Sequence[str]) -> str:
+    """One fingerprint for several, in their order."""
     return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
+
+
+def fingerprints_of(data: DataConfig, paths: Sequence[str]) -> list[str]:
+    """What packs are, wherever they lie. Raises as `Manifest.open`."""
+    return [Manifest.open(path, CacheSettings.of(data)).fingerprint for path in paths]
 
 
 def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_pool: bool = False) -> list[Corpus]:

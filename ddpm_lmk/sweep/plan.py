@@ -6,7 +6,6 @@ written is in `sweep.file`, running it in `sweep.run`. Nothing here imports torc
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from ddpm_lmk.claim import is_finished
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.order import GroupPlan
 from ddpm_lmk.data.shards import Manifest
-from ddpm_lmk.durable import DamagedError, read_json, read_no_follow
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.runfile import config_hash, load_run
 from ddpm_lmk.shipped import find
@@ -35,11 +34,6 @@ class Cell:
     shots: int | None
     seed: int
     cfg: RunConfig
-
-    @cached_property
-    def hash(self) -> str:
-        """What `done.json` must carry for the cell to count as finished."""
-        return config_hash(self.cfg)
 
     @cached_property
     def steps(self) -> int | None:
@@ -67,11 +61,6 @@ class StageRun:
     name: str
     folder: Path
     cfg: RunConfig
-
-    @property
-    def hash(self) -> str:
-        """What `done.json` must carry for the stage to count as finished."""
-        return config_hash(self.cfg)
 
     @cached_property
     def steps(self) -> int | None:
@@ -250,13 +239,7 @@ def recipe_key(cfg: RunConfig) -> str:
 
 def is_done(folder: Path, cell: Cell | StageRun) -> bool:
     """Has this very run finished in `folder`, its results as they were written? No other configuration counts."""
-    done = read_json(folder / "done.json")
-    if done is None or done.get("config_hash") != cell.hash:
-        return False
-    try:
-        return hashlib.sha256(read_no_follow(folder / "results.json")).hexdigest() == done.get("results_sha256")
-    except DamagedError:
-        return False
+    return is_finished(folder, cell.cfg)
 
 
 def state_of(out: Path, cell: Cell | StageRun) -> State:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from ddpm_lmk.config import RunConfig
 from tests import extras
+from tests.faults.forge import Forge
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a parent like nohup hands on that it is ignored; runs honour that
 
@@ -57,6 +58,13 @@ def packed_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("phantoms") / "skulls"
     pack("skull", "phantom", out, size=32, counts={"train": 12, "val": 4, "test": 6}, seed=7, workers=1)
     return out
+
+
+@pytest.fixture(scope="session")
+def forge() -> Iterator[Forge]:
+    """A process that has imported all that a run imports, and forks one at once."""
+    with Forge() as forge:
+        yield forge
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +55,12 @@ def work(job: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     return {"losses": losses.tolist(), "gradient": gradient, "buffers": buffers, "bits": bits}
 
 
-def main() -> None:
+def main(file: Path) -> int:
+    """Do the jobs of a file; the exit code."""
     parallel = Parallel("cpu")
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(file.read_text()):
         found = work(job, parallel)
         Path(f"{job['out']}-rank{parallel.rank}.json").write_text(json.dumps(found))
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

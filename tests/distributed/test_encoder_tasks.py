@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine import processes
+from tests.faults.forge import Forge
 from tests.tasks.test_encoder_tasks import KINDS, NETWORK
 
 pytestmark = pytest.mark.distributed
@@ -17,11 +18,11 @@ COUNT = 4
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoders")
     for world in (1, 2):
         jobs = [job(folder / f"{kind}-{world}", kind) for kind in KINDS]
-        processes.run(folder, jobs, world=world, module="tests.distributed.encoder_worker")
+        processes.run(forge, folder, jobs, world=world, module="tests.distributed.encoder_worker")
     return folder
 
 

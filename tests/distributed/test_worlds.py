@@ -13,6 +13,7 @@ import pytest
 
 from tests.engine import processes
 from tests.engine.toy import config
+from tests.faults.forge import Forge
 
 pytestmark = pytest.mark.distributed
 
@@ -30,7 +31,7 @@ def job(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run with 1, 2 and 4 processes: windows of 8 and 5 images, so that the last group is short and uneven."""
     folder = tmp_path_factory.mktemp("worlds")
     for world in (1, 2, 4):
@@ -47,11 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             jobs.append(job(folder / "blind-2", **fails))
             jobs.append(job(folder / "strict-2", **fails, strict=True, expected="EvaluationError"))
             jobs.append(job(folder / "cut-2", optim={"lr": 0.01}, kill_at=5))
-            workers = processes.launch(folder, jobs, world=world)
+            workers = processes.launch(forge, folder, jobs, world=world)
             codes, said = processes.wait(workers, timeout=900)
             assert -9 in codes, said
         else:
-            processes.run(folder, jobs, world=world, threads=3 - min(world, 2))
+            processes.run(forge, folder, jobs, world=world, threads=3 - min(world, 2))
     return folder
 
 
@@ -138,9 +139,9 @@ def test_class_ordered_has_not_so_that_the_test_above_can_fail(folder: Path) -> 
     assert len({processes.facts(folder / f"sgd-{world}")["digest"] for world in (1, 2, 4)}) > 1
 
 
-def test_two_processes_killed_and_continued_have_the_same_bits(folder: Path) -> None:
+def test_two_processes_killed_and_continued_have_the_same_bits(forge: Forge, folder: Path) -> None:
     assert not (folder / "cut-2" / "snapshots").exists()
-    processes.run(folder, [job(folder / "cut-2", optim={"lr": 0.01})], world=2)
+    processes.run(forge, folder, [job(folder / "cut-2", optim={"lr": 0.01})], world=2)
     assert "run.continued" in processes.events(folder / "cut-2")
     assert processes.facts(folder / "cut-2")["digest"] == processes.facts(folder / "adamw-2")["digest"]
     assert processes.losses(folder / "cut-2") == processes.losses(folder / "adamw-2")

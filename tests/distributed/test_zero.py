@@ -15,6 +15,7 @@ from ddpm_lmk.launcher import launch
 from tests.engine import processes
 from tests.engine.toy import config
 from tests.extras import needs_extra
+from tests.faults.forge import Forge
 
 pytestmark = [needs_extra("deepspeed"), pytest.mark.distributed, pytest.mark.slow]
 
@@ -40,18 +41,18 @@ def job(out: Path, *, optim: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every variant with DDP and both stages on two processes, and a run that moves from one to the other."""
     folder = tmp_path_factory.mktemp("zero")
     long = {"optim": ADAMW, "micro_batch": 1, "length": 8}
-    processes.run(folder, [job(folder / "moved", **long, **STOPS[0]), job(folder / "stayed", **long)], world=1)
+    processes.run(forge, folder, [job(folder / "moved", **long, **STOPS[0]), job(folder / "stayed", **long)], world=1)
     for stage in (0, 1, 2):
         jobs = [job(folder / f"{name}-{stage}", zero=stage, **fields) for name, fields in VARIANTS.items()]
         if stage == 1:
             jobs.append(job(folder / "moved", **long, **STOPS[1]))
-        processes.run(folder, jobs, world=2)
-    processes.run(folder, [job(folder / "moved", **long, signal_at=5, expected="StoppedError", zero=2)], world=4)
-    processes.run(folder, [job(folder / "moved", **long)], world=1)
+        processes.run(forge, folder, jobs, world=2)
+    processes.run(forge, folder, [job(folder / "moved", **long, signal_at=5, expected="StoppedError", zero=2)], world=4)
+    processes.run(forge, folder, [job(folder / "moved", **long)], world=1)
     return folder
 
 

@@ -1,60 +1,58 @@
-"""Starting toy workers the way torchelastic does: one process per rank, told its place by the environment."""
+"""Starting toy workers the way torchelastic does: one process per rank, told its place by the environment.
+
+They are forked from a process that has paid for its imports (`tests.faults.forge`), so ranks cost what they compute.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
+import threading
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.system.environment import PARENT
-
-ROOT = Path(__file__).parents[2]
+from tests.faults.forge import Forge, Worker
 
 
 def launch(
-    folder: Path, jobs: list[dict[str, Any]], *, world: int, threads: int = 1, module: str = "tests.engine.worker"
-) -> list[subprocess.Popen[str]]:
+    forge: Forge,
+    folder: Path,
+    jobs: list[dict[str, Any]],
+    *,
+    world: int,
+    threads: int = 1,
+    module: str = "tests.engine.worker",
+) -> list[Worker]:
     """Start `world` workers on `jobs`, each with so many threads; they run until they are waited for."""
-    file = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
+    number = len(list(folder.glob("jobs-*.json")))
+    file = folder / f"jobs-{number}.json"
     file.write_text(json.dumps(jobs))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", PARENT: str(os.getpid())}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world > 1 else {}
     workers = []
     for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        elastic = {**{k: str(v) for k, v in place.items()}, **address} if world > 1 else {}
-        environment = {**os.environ, **shared, **elastic}
-        command = [sys.executable, "-W", "error::UserWarning", "-m", module, str(file)]
-        workers.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-        )
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
+        environment = {**address, **{name: str(value) for name, value in place.items()}}
+        log = folder / f"jobs-{number}-rank{rank}.log"
+        workers.append(forge.start(module, file, log, threads=threads, environment=environment))
     return workers
 
 
-def wait(workers: list[subprocess.Popen[str]], timeout: float = 600) -> tuple[list[int], str]:
-    """Exit codes by rank, and everything they said to standard error; a rank that hangs is killed."""
-    said = []
-    try:
-        for worker in workers:
-            said.append(worker.communicate(timeout=timeout)[1])
-    finally:
-        for worker in workers:
-            worker.kill()
-    return [worker.returncode for worker in workers], "\n".join(said)
+def wait(workers: list[Worker], timeout: float = 600) -> tuple[list[int], str]:
+    """Exit codes by rank, and everything they said; ranks that hang are killed."""
+    limit = threading.Timer(timeout, lambda: [worker.kill() for worker in workers])
+    limit.daemon = True
+    limit.start()
+    codes = [worker.wait() for worker in workers]
+    limit.cancel()
+    return codes, "\n".join(worker.log.read_text() for worker in workers)
 
 
-def run(folder: Path, jobs: list[dict[str, Any]], *, world: int, **more: Any) -> None:
+def run(forge: Forge, folder: Path, jobs: list[dict[str, Any]], *, world: int, **more: Any) -> None:
     """Run jobs to their end, all of them well."""
-    codes, said = wait(launch(folder, jobs, world=world, **more))
+    codes, said = wait(launch(forge, folder, jobs, world=world, **more))
     assert codes == [0] * world, said
 
 

@@ -1,4 +1,4 @@
-"""A process that trains the toy: `python -m tests.engine.worker JOB.json`, alone or as a rank.
+"""A process that trains the toy, alone or as a rank, forked by `tests.faults.forge`.
 
 It runs the jobs of the file one after the other and writes what it saw and ended with beside each run directory. A job
 can be told to die (`kill_at`: SIGKILL to itself), and to work under a limit on file sizes that is lifted later.
@@ -158,8 +158,9 @@ def check_errors(parallel: Parallel) -> None:
     assert str(caught) == "only the last rank saw it"
 
 
-def main() -> int:
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+def main(file: Path) -> int:
+    """Do the jobs of a file; the exit code."""
+    jobs = json.loads(file.read_text())
     parallel = Parallel("cpu", zero=jobs[0].get("zero", 0))
     try:
         check_errors(parallel)
@@ -181,10 +182,3 @@ def main() -> int:
     with contextlib.suppress(RuntimeError):
         parallel.close()
     return 0
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as a rank of the launcher does, and for its reason

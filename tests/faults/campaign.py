@@ -97,7 +97,7 @@ def two_processes(forge: Forge, folder: Path) -> dict[str, int]:
     places = ("save.begin", "directory.file:8", "directory.renamed:2", "retain.renamed")
     for place in places:
         work = job(folder / place.replace(":", "-"), exactness="exact")
-        ranks = processes.launch(folder, [work | {"failpoint": place}], world=2)
+        ranks = processes.launch(forge, folder, [work | {"failpoint": place}], world=2)
         codes, said = processes.wait(ranks, timeout=120)
         assert codes[0] == -signal.SIGKILL, said
         continues(forge, work, wanted)

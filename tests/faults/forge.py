@@ -2,7 +2,8 @@
 
 Orders come as lines of JSON on standard input: a toy job (`tests.engine.worker`) or a whole run (`runs.execute`), what
 breaks it (a fail-point, a kill after some time, strace on the thread that saves), and a log. The answer is the child's
-exit code. So a run that is killed and continued costs two runs, and not two times torch.
+exit code. So a run that is killed and continued costs two runs, and not two times torch. Ranks are started side by side
+(`start`) and waited for one by one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ import sys
 import threading
 import time
 import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +50,19 @@ class Forge:
     ) -> None:
         self._process.communicate()
 
+    def _ask(self, order: dict[str, Any]) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def start(self, module: str, file: Path, log: Path, *, threads: int, environment: dict[str, str]) -> Worker:
+        """A child that calls `main(file)` of a module beside others, with so many threads; all it says is in `log`."""
+        log.write_text("")
+        order = {"module": module, "file": str(file), "log": str(log), "threads": threads, "environment": environment}
+        return Worker(self._ask({"start": order}), log, lambda pid: self._ask({"wait": pid}))
+
     def run(
         self,
         job: dict[str, Any],
@@ -64,11 +82,7 @@ class Forge:
         log = Path(job["out"]).with_suffix(".log")
         order = {"job": job, "failpoint": failpoint, "whole": whole, "log": str(log), "trace": trace}
         order["kill_after_s"] = kill_after_s
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline()), log.read_text()
+        return self._ask({"run": order}), log.read_text()
 
     def finish(self, job: dict[str, Any], **more: Any) -> None:
         """A run that must end well."""
@@ -76,16 +90,54 @@ class Forge:
         assert code == 0, said
 
 
+class Worker:
+    """A child of the forge that runs beside others."""
+
+    def __init__(self, pid: int, log: Path, wait: Callable[[int], int]) -> None:
+        self.pid, self.log, self._wait = pid, log, wait
+        self.returncode: int | None = None
+
+    def send_signal(self, number: int) -> None:
+        """Nothing, once it has been waited for."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it, whatever state it is in."""
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its exit code (negative: the signal)."""
+        if self.returncode is None:
+            self.returncode = self._wait(self.pid)
+        return self.returncode
+
+    def wait_for(self, words: str) -> None:
+        """Until it has said this, or has ended, which is an error."""
+        while words not in self.log.read_text():
+            assert psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE, self.log.read_text()
+            time.sleep(0.01)
+
+
 def serve() -> None:
-    """Fork a child per order, one after the other."""
+    """Fork a child per order, which is answered when the child has ended, or at once when it was only to be started."""
+    started = set()
     for line in sys.stdin:
-        child = os.fork()
+        [(kind, order)] = json.loads(line).items()
+        child = order if kind == "wait" else os.fork()
         if child == 0:
-            os._exit(_obey(json.loads(line)))
-        _kill_later(child, json.loads(line)["kill_after_s"])
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+            os._exit(_obey(order) if kind == "run" else _work(order))
+        if kind == "start":
+            started.add(child)
+            answer = child
+        else:
+            _kill_later(child, order["kill_after_s"] if kind == "run" else None)
+            answer = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            started.discard(child)
+        sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
+    for child in started:  # of a test that failed before it waited
+        os.kill(child, signal.SIGKILL)
 
 
 def _kill_later(child: int, after_s: float | None) -> None:
@@ -95,15 +147,44 @@ def _kill_later(child: int, after_s: float | None) -> None:
         os.kill(child, signal.SIGKILL)
 
 
+def _say_into(log: str) -> None:
+    """Everything this process says goes into a file, and nobody is asked."""
+    for number, path in ((0, os.devnull), (1, log), (2, log)):
+        file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+
+
+def _work(order: dict[str, Any]) -> int:
+    import torch
+
+    from ddpm_lmk.system.environment import PARENT
+
+    _say_into(order["log"])
+    launched = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", PARENT: str(os.getppid())}  # what our launcher writes too
+    os.environ.update(order["environment"] | launched)
+    torch.set_num_threads(order["threads"])
+    warnings.simplefilter("error", UserWarning)
+    try:
+        return importlib.import_module(order["module"]).main(Path(order["file"]))
+    except SystemExit as error:
+        return int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
 def _obey(order: dict[str, Any]) -> int:
     from ddpm_lmk import failpoints, runs
     from ddpm_lmk.engine.parallel import Parallel
     from ddpm_lmk.errors import LmkError
     from tests.engine import worker
 
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    Path(order["log"]).unlink(missing_ok=True)
+    _say_into(order["log"])
     failpoints.arm(order["failpoint"])
     if order["trace"]:
         _trace_a_save(**order["trace"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from tests.engine import processes
 from tests.engine.toy import config
+from tests.faults.forge import Forge, Worker
 
 SETTINGS: dict[str, Any] = {
     "length": 12,
@@ -27,17 +27,18 @@ def job(out: Path, **more: Any) -> dict[str, Any]:
     return {"config": cfg.model_dump(mode="json"), "out": str(out), **more}
 
 
-def started(tmp_path: Path) -> subprocess.Popen[str]:
+def started(forge: Forge, tmp_path: Path) -> Worker:
     """A run that waits for a signal after its second step."""
-    [worker] = processes.launch(tmp_path, [job(tmp_path / "run", announce_at=2)], world=1)
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == "there\n"
+    [worker] = processes.launch(forge, tmp_path, [job(tmp_path / "run", announce_at=2)], world=1)
+    worker.wait_for("there")
     return worker
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    worker = started(tmp_path)
+def test_a_signal_saves_and_leaves_with_its_code(
+    forge: Forge, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    worker = started(forge, tmp_path)
     worker.send_signal(number)
     codes, said = processes.wait([worker])
     assert codes == [code]
@@ -45,8 +46,8 @@ def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, number: signal.
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-def test_the_same_request_arriving_twice_at_once_is_one_request(tmp_path: Path) -> None:
-    worker = started(tmp_path)
+def test_the_same_request_arriving_twice_at_once_is_one_request(forge: Forge, tmp_path: Path) -> None:
+    worker = started(forge, tmp_path)
     worker.send_signal(signal.SIGSTOP)
     worker.send_signal(signal.SIGTERM)
     worker.send_signal(signal.SIGINT)  # a launcher passes on what the keyboard also sent
@@ -55,13 +56,12 @@ def test_the_same_request_arriving_twice_at_once_is_one_request(tmp_path: Path) 
     assert (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_second_signal_later_leaves_at_once_and_saves_nothing(tmp_path: Path) -> None:
+def test_a_second_signal_later_leaves_at_once_and_saves_nothing(forge: Forge, tmp_path: Path) -> None:
     cfg_job = job(tmp_path / "run", announce_at=2)
     cfg_job["config"]["train"]["length"] = "1000000 steps"
     cfg_job["hold"] = True
-    [worker] = processes.launch(tmp_path, [cfg_job], world=1)
-    assert worker.stdout is not None
-    worker.stdout.readline()
+    [worker] = processes.launch(forge, tmp_path, [cfg_job], world=1)
+    worker.wait_for("there")
     worker.send_signal(signal.SIGTERM)
     time.sleep(1.2)
     worker.send_signal(signal.SIGTERM)

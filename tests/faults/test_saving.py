@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ LOADING = [name for name in POINTS if name.startswith("load.")]
 OUTPUTS = [name for name in POINTS if name.startswith("output.")]
 # Visits that belong to the second save: a save has five files beside its manifest, and about 55 pieces.
 VISIT = {**dict.fromkeys(SAVING, 2), "directory.file": 8, "directory.part": 80, **dict.fromkeys(OUTPUTS, 1)}
-
-
-@pytest.fixture(scope="module")
-def forge() -> Iterator[Forge]:
-    with Forge() as forge:
-        yield forge
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, ConfigError, DataError, LaunchError
 from ddpm_lmk.export import export_run, sample_run
 from ddpm_lmk.inference import evaluate_run, evaluate_split
-from ddpm_lmk.launcher import launch
 from ddpm_lmk.loaded import open_run
 from ddpm_lmk.predict import predict_images
 from ddpm_lmk.runs import execute
@@ -144,21 +143,6 @@ def test_a_run_leaves_scores_that_its_predictions_give_again(landmark_run: Path)
     assert original["per_landmark"][3]["mre"] == pytest.approx(errors[3::19].mean(), rel=1e-4)
     assert results["protocols"]["paper"]["grid"] == scoring.PAPER_GRID
     assert results["train"]["steps"] == 3
-
-
-@pytest.mark.distributed
-def test_two_processes_score_every_image_once_and_find_the_same(
-    landmark_run: Path, packed_phantoms: Path, tmp_path: Path
-) -> None:
-    """Three images for each of two ranks, in batches of two: both shares are padded."""
-    cfg = config(packed_phantoms, evaluate={"split": "test", "batch": 2})
-    job = {"config": cfg.model_dump(mode="json"), "out": str(tmp_path / "run")}
-    assert launch(job, processes=2, device="cpu") == 0
-    ours, alone = (read_csv(folder / "predictions.csv") for folder in (tmp_path / "run", landmark_run))
-    assert [row["image_id"] for row in ours] == [row["image_id"] for row in alone]
-    for one, other in zip(ours, alone, strict=True):
-        assert float(one["x"]) == pytest.approx(float(other["x"]), abs=0.05)
-        assert float(one["y"]) == pytest.approx(float(other["y"]), abs=0.05)
 
 
 def test_evaluating_a_finished_run_gives_its_scores_again(

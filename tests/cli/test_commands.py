@@ -131,14 +131,6 @@ def test_diff_lists_what_two_run_files_do_differently(lmk: Lmk, pretrained: Path
     assert "seed" not in result.out
 
 
-def test_two_processes_train_one_run(lmk: Lmk, packed_phantoms: Path, tmp_path: Path) -> None:
-    out = tmp_path / "two"
-    words = ("--cpu", 2, "--out", out, f"data.path={packed_phantoms}", "evaluate.samples=0")
-    result = lmk("pretrain", SMOKE / "pretrain.yaml", *words)
-    assert result.code == 0, result.err
-    assert json.loads((out / "run.json").read_text())["hardware"]["processes"] == 2
-
-
 def test_sweep_runs_its_cells_once_and_report_collects_them(lmk: Lmk, packed_phantoms: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     words = ("--out", out, f"data.path={packed_phantoms}", "shots=[2]", "seeds=[0, 1]")

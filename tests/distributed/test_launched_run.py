@@ -1,43 +1,72 @@
-"""A real run on phantoms in class exact, started by the launcher with two processes, against the same run in one."""
+"""A real run on phantoms in class exact: the command line starts it with two processes, and with one to compare."""
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from ddpm_lmk.config import RunConfig
-from ddpm_lmk.launcher import launch
+from ddpm_lmk.data.shards import Manifest
+from tests.cli.commands import run_command
+from tests.data.dot_packs import corrupt
 from tests.engine import processes
 
 pytestmark = pytest.mark.distributed
 
+RUN: dict[str, Any] = {
+    "data": {"image_size": 32, "residency": "stream", "shots": 7, "augment": {"probability": 1.0}},
+    "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
+    "task": {"kind": "landmarks"},
+    "train": {"length": 4, "group_size": 4, "micro_batch": 1, "windows": "epoch", "log_every": 1, "exactness": "exact"},
+    "optim": {"lr": 1e-3},
+    "evaluate": {"split": "test", "batch": 2},
+}
 
-def test_two_launched_processes_have_the_bits_of_one(tmp_path: Path, packed_phantoms: Path) -> None:
-    """Few-shot training with warps, a short last group and a part of the network that gets no gradient."""
-    sections: dict[str, Any] = {
-        "data": {"path": str(packed_phantoms), "image_size": 32, "shots": 7, "augment": {"probability": 1.0}},
-        "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
-        "task": {"kind": "landmarks"},
-        "train": {
-            "length": 4,
-            "group_size": 4,
-            "micro_batch": 1,
-            "windows": "epoch",
-            "log_every": 1,
-            "exactness": "exact",
-        },
-    }
-    job = {"config": RunConfig.model_validate(sections | {"optim": {"lr": 1e-3}}).model_dump(mode="json")}
-    assert launch({**job, "out": str(tmp_path / "one")}, processes=1, device="cpu") == 0
-    assert launch({**job, "out": str(tmp_path / "two")}, processes=2, device="cpu") == 0
-    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").glob("snapshots/*/*.safetensors"))
+
+@pytest.fixture(scope="module")
+def folder(packed_phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Few-shot training with warps, bad samples, a short last group and a part of the network without a gradient."""
+    folder = tmp_path_factory.mktemp("launched")
+    shutil.copytree(packed_phantoms, folder / "skulls")
+    corrupt(folder / "skulls", Manifest.open(folder / "skulls").rows(["train"])[[2, 5, 8]].tolist())
+    (folder / "run.yaml").write_text(yaml.safe_dump(RUN))
+    for number, name in ((1, "one"), (2, "two")):
+        words = ("--cpu", number, "--out", folder / name, f"data.path={folder / 'skulls'}")
+        result = run_command("finetune", folder / "run.yaml", *words)
+        assert result.code == 0, result.err
+    return folder
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_two_launched_processes_have_the_bits_of_one(folder: Path) -> None:
+    files = sorted(path.relative_to(folder / "one") for path in (folder / "one").glob("snapshots/*/*.safetensors"))
     assert [path.name for path in files] == ["ema.safetensors", "model.safetensors"]
-    for file in [*files, Path("predictions.csv")]:
-        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
-    assert processes.losses(tmp_path / "two") == processes.losses(tmp_path / "one")
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    for file in files:
+        assert (folder / "two" / file).read_bytes() == (folder / "one" / file).read_bytes(), file
+    assert processes.losses(folder / "two") == processes.losses(folder / "one")
+    assert read(folder / "two" / "run.json")["hardware"]["processes"] == 2
+
+
+def test_two_processes_score_every_image_once_and_find_the_same(folder: Path) -> None:
+    """Three images for each of two ranks, in batches of two: both shares are padded."""
+    rows = list(csv.DictReader((folder / "two" / "predictions.csv").read_text().splitlines()))
+    images = [row["image_id"] for row in rows]
+    assert [images.count(image) for image in dict.fromkeys(images)] == [19] * 6
+    assert (folder / "two" / "predictions.csv").read_bytes() == (folder / "one" / "predictions.csv").read_bytes()
+    one, two = (read(folder / name / "results.json") for name in ("one", "two"))
     assert one["protocols"] == two["protocols"]
     assert one["num_images"] == two["num_images"] == 6
+
+
+def test_two_ranks_list_the_bad_samples_that_either_met_once(folder: Path) -> None:
+    one, two = ((folder / name / "quarantine.jsonl").read_text().splitlines() for name in ("one", "two"))
+    assert len(one) in (1, 2, 3)
+    assert sorted(two) == sorted(one)

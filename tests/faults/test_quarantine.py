@@ -87,17 +87,6 @@ def test_a_run_saves_and_stops_when_too_many_are_bad_and_goes_on_when_they_are_r
     assert execute(config(data, steps=9), tmp_path / "run", parallel=parallel)["train"]["steps"] == 9
 
 
-@pytest.mark.distributed
-def test_two_ranks_list_what_either_met_once_and_learn_what_one_process_does(pack, tmp_path, parallel):
-    data, bad = pack
-    cfg = config(data, steps=6, **EXACT)
-    execute(cfg, tmp_path / "one", parallel=parallel)
-    assert launched(cfg, tmp_path / "two", 2) == 0
-    assert sorted(entry["row"] for entry in listed(tmp_path / "two")) == bad
-    assert listed(tmp_path / "two") == listed(tmp_path / "one")
-    assert weights(tmp_path / "two") == weights(tmp_path / "one")
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, 4])

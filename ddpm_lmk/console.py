@@ -6,8 +6,12 @@ elsewhere plain lines, whole tables and a line per tenth of the way.
 
 from __future__ import annotations
 
+import codecs
+import io
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +19,24 @@ if TYPE_CHECKING:
 
 COLOURS = {"problem": "bold red", "note": "yellow", "ok": "green"}
 PLAIN_WIDTH = 200
+PAGE_WIDTH = 100
+SPELT = {"×": "x", "±": "+/-", "–": "-", "−": "-", "²": "^2", "³": "^3", "…": "...", "µ": "u", "→": "->"}
+
+
+def accept_any_encoding() -> None:
+    """Make standard output take every character, whatever the encoding of the terminal or pipe: others are spelt."""
+    codecs.register_error("spelt", _spelt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="spelt")
+
+
+def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    plain = (SPELT.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in text)
+    return "".join(plain), error.end
 
 
 def say(text: str) -> None:
@@ -30,6 +52,17 @@ def console() -> Console:
 
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=PLAIN_WIDTH)
+
+
+def reader_width() -> int:
+    """`COLUMNS`, or those of the terminal that is read on, also through a pager; a page of text where there is none."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given):
+        return int(given)
+    for descriptor in (1, 2, 0):
+        with suppress(OSError):
+            return os.get_terminal_size(descriptor).columns or PAGE_WIDTH
+    return PAGE_WIDTH
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -5,13 +5,18 @@ Derived from the pydantic models alone, so that `--explain`, the error messages 
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from ddpm_lmk.errors import ConfigError
+
 ExplainRow = tuple[str, str, str, str, str]
+INDENT = "    "
 SIGNS = {
     "gt": ">",
     "ge": ">=",
@@ -37,6 +42,35 @@ def explain(model: type[BaseModel], prefix: str = "") -> list[ExplainRow]:
     return rows
 
 
+def page(model: type[BaseModel], wanted: Sequence[str], *, width: int) -> str:
+    """The settings as text, a heading per section: key = default, type and bound; below it what it is.
+
+    Args:
+        wanted: beginnings of dotted keys, e.g. `train` or `optim.clip`; empty: all.
+        width: columns of a line.
+
+    Raises:
+        ConfigError: nothing begins with one of them.
+    """
+    rows = explain(model)
+    for word in wanted:
+        if not any(row[0].startswith(word) for row in rows):
+            raise ConfigError(f"no setting begins with {word!r}; there are {', '.join(model.model_fields)}")
+    lines: list[str] = []
+    heading = None
+    for key, kind, default, bound, text in rows:
+        if wanted and not key.startswith(tuple(wanted)):
+            continue
+        section = key.partition(".")[0]
+        if "." in key and section != heading:
+            lines += ["", *textwrap.wrap(f"## {section}: {_what_for(model.model_fields[section])}", width), ""]
+        heading = section
+        facts = f"{key} = {default}{INDENT}{kind}{f'; {bound}' if bound else ''}"
+        lines += textwrap.wrap(facts, width, subsequent_indent=2 * INDENT, break_long_words=False)
+        lines += textwrap.wrap(text, width, initial_indent=INDENT, subsequent_indent=INDENT)
+    return "\n".join(lines).strip("\n")
+
+
 def descriptions(section: BaseModel, prefix: str = "") -> dict[str, str]:
     """What every key of these settings is, by dotted key; a bare `kind` is what its section says of itself."""
     told: dict[str, str] = {}
@@ -49,6 +83,12 @@ def descriptions(section: BaseModel, prefix: str = "") -> dict[str, str]:
         elif isinstance(value, dict):
             told |= {f"{prefix}{name}.{key}": own for key in value}
     return told
+
+
+def _what_for(field: FieldInfo) -> str:
+    sections = sections_of(field.annotation)
+    text = field.description or (sections[0].__doc__ or "").splitlines()[0]
+    return text if len(sections) == 1 else f"{text} ({', '.join(map(kind_of, sections))})"
 
 
 def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:

@@ -143,5 +143,5 @@ def _want_onnx() -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise LaunchError(
-            f"export to ONNX needs {' and '.join(missing)}, not installed here; run `pip install ddpm-lmk[onnx]`"
+            f"export to ONNX needs {' and '.join(missing)}, not installed here; run `pip install 'ddpm-lmk[onnx]'`"
         )

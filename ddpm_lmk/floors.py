@@ -27,7 +27,7 @@ def below_floor() -> dict[str, str]:
 def advice(name: str) -> str:
     """What to do about a package that is too old."""
     wanted = ".".join(map(str, FLOORS[name]))
-    return f"wanted {wanted} or newer: pip install -c constraints.txt '{name}>={wanted}'"
+    return f"wanted {wanted} or newer: pip install '{name}>={wanted}'"
 
 
 def release(text: str) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from ddpm_lmk.cli.launch import launch_app
 from ddpm_lmk.cli.results import results_app
 from ddpm_lmk.cli.run_files import found, run_files_app
 from ddpm_lmk.cli.shards import shards_app
-from ddpm_lmk.console import console, print_table, say
+from ddpm_lmk.console import accept_any_encoding, console, print_table, reader_width, say
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
 from ddpm_lmk.floors import want_floors
 from ddpm_lmk.stop import leaving_at_once
@@ -59,7 +59,12 @@ ForkOption = Annotated[
 ]
 ShareGroupOption = Annotated[bool, typer.Option("--share-group", help="let the group read and write the outputs")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would run, and stop")]
-ExplainOption = Annotated[bool, typer.Option("--explain", help="list every setting with type, default and bound")]
+ExplainOption = Annotated[
+    bool,
+    typer.Option(
+        "--explain", help="list the settings with default, type and bound; `--explain train` those that begin so"
+    ),
+]
 
 
 class State:
@@ -71,6 +76,7 @@ class State:
 def main() -> None:
     """Entry point of `ddpm-lmk`."""
     privacy.protect()
+    accept_any_encoding()
     for line in environment.stand_alone():
         say(f"note: {line}")
     sys.exit(run(sys.argv[1:]))
@@ -198,7 +204,7 @@ def _add_training_command(name: Stage, text: str) -> None:
             from ddpm_lmk.runfile import load_run
 
             if explain:
-                _explain(RunConfig)
+                _explain(RunConfig, [run_file, *(overrides or [])])
             if share_group:
                 privacy.protect(share_group=True)
             short = [] if loader is None else [f"data.loader={loader}"]
@@ -238,7 +244,7 @@ def sweep(
     from ddpm_lmk.sweep import SweepFile, hints, load_sweep, plan_table
 
     if explain:
-        _explain(SweepFile)
+        _explain(SweepFile, [sweep_file, *(overrides or [])])
     loaded = load_sweep(_given(sweep_file, "SWEEP.yaml"), overrides or [], out=out, scale=scale)
     folder = out or Path("runs") / loaded.name
     if dry_run:
@@ -325,8 +331,10 @@ def _list_failpoints() -> None:
     raise typer.Exit()
 
 
-def _explain(model: type[BaseModel]) -> None:
-    from ddpm_lmk.explain import explain
+def _explain(model: type[BaseModel], words: list[str | Path | None]) -> None:
+    """Words are beginnings of keys; a run file among them has the same settings as any other."""
+    from ddpm_lmk.explain import page
 
-    print_table(("key", "type", "default", "bound", "what"), explain(model))
+    wanted = [str(word) for word in words if word is not None and Path(word).suffix not in (".yaml", ".yml")]
+    typer.echo(page(model, wanted, width=reader_width()))
     raise typer.Exit()

@@ -15,6 +15,7 @@ EXTRAS = {
     "nvidia-dali-cuda130": "dali",
     "deepspeed": "deepspeed",
     "pydicom": "dicom",
+    "s3fs": "cloud",
     "tensorboard": "trackers",
     "onnxscript": "onnx",
 }
@@ -38,7 +39,7 @@ def check_extras() -> list[Finding]:
     findings = []
     for package, extra in EXTRAS.items():
         found = version(package)
-        what_to_do = "" if found else f"only if you want it: pip install -c constraints.txt -e '.[{extra}]'"
+        what_to_do = "" if found else f"only if you want it: pip install 'ddpm-lmk[{extra}]'"
         findings.append(Finding("ok" if found else "note", f"extra {extra}", found or "not installed", what_to_do))
     if version("deepspeed") is not None and shutil.which("g++") is None:
         findings.append(Finding("note", "compiler", "no g++", "DeepSpeed compiles a part of itself: install g++"))

@@ -86,11 +86,38 @@ def test_finetuning_scores_every_test_image(finetuned: Path) -> None:
     assert len(rows) == 6 * 19
 
 
-def test_explain_lists_settings_without_a_run_file(lmk: Lmk) -> None:
+def test_explain_lists_settings_without_a_run_file(lmk: Lmk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     result = lmk("pretrain", "--explain")
     assert result.code == 0
     assert "task.codec.sigma_px" in result.out
+    assert max(map(len, result.out.splitlines())) <= 100
     assert lmk("sweep", "--explain").code == 0
+
+
+def test_explain_takes_the_width_of_the_reader_and_beginnings_of_keys(
+    lmk: Lmk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    result = lmk("pretrain", SMOKE / "pretrain.yaml", "--explain", "train.ema", "optim.clip")
+    keys = [line.split(" ")[0] for line in result.out.splitlines() if line[:1].isalpha()]
+    assert keys == ["optim.clip", "optim.clip.kind", "optim.clip.limit", "train.ema.decay", "train.ema.warmup"]
+    assert max(map(len, result.out.splitlines())) <= 60
+    assert result.out.startswith("## optim: ")
+    refused = lmk("pretrain", "--explain", "trian")
+    assert refused.code == 2
+    assert "no setting begins with 'trian'; there are name, seed, data, model" in refused.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_every_character_is_spelt_where_the_output_cannot_show_it(encoding: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent), "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    for words, shown in (("sweep --help", "shots x seeds"), ("pretrain data×é.yaml", "data")):
+        command = [sys.executable, "-m", "ddpm_lmk.cli", *words.split()]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        text = (done.stdout + done.stderr).decode(encoding)
+        assert "Traceback" not in text
+        assert shown in text.replace("×", "x")
 
 
 def test_dry_run_says_what_would_run_and_writes_nothing(lmk: Lmk, packed_phantoms: Path, tmp_path: Path) -> None:

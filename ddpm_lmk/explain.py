@@ -63,7 +63,8 @@ def page(model: type[BaseModel], wanted: Sequence[str], *, width: int) -> str:
             continue
         section = key.partition(".")[0]
         if "." in key and section != heading:
-            lines += ["", *textwrap.wrap(f"## {section}: {_what_for(model.model_fields[section])}", width), ""]
+            title = f"## {section}: {_what_for(model.model_fields[section])}"
+            lines += ["", *textwrap.wrap(title, width, subsequent_indent=INDENT), ""]
         heading = section
         facts = f"{key} = {default}{INDENT}{kind}{f'; {bound}' if bound else ''}"
         lines += textwrap.wrap(facts, width, subsequent_indent=2 * INDENT, break_long_words=False)

@@ -8,6 +8,7 @@ standard error and its exit code; anything else is a bug and keeps its traceback
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import traceback
 from dataclasses import asdict
@@ -319,7 +320,16 @@ def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None
     code = launch(job, **asdict(placement))
     if code == 0:
         typer.echo(f"{out / 'results.json'}")
+        say(f"next: {_next_step(cfg, out)}")
     raise typer.Exit(code)
+
+
+def _next_step(cfg: RunConfig, out: Path) -> str:
+    """What is usually done with a finished run."""
+    run = shlex.quote(str(out))
+    if cfg.task.stage == "pretrain":
+        return f"fine-tune from it: init.weights={run} in `ddpm-lmk finetune`, start.pretrained={run} in a sweep"
+    return f"`ddpm-lmk predict {run} IMAGES --out found`, or `ddpm-lmk report {run}` for a page"
 
 
 def _list_failpoints() -> None:

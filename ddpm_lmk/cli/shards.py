@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,6 +144,7 @@ def _tell(summary: PackSummary) -> None:
         f"{summary.num_refused} refused{_by_code(summary)}, "
         f"{_mib(summary.image_bytes)} in {summary.seconds:.1f} s ({speed:.0f} images/s)"
     )
+    say(f"next: `ddpm-lmk shards show {shlex.quote(str(summary.out))}` to look at them; runs read them with data.path=")
 
 
 def _by_code(summary: PackSummary) -> str:

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +21,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from ddpm_lmk.data import signature
-from ddpm_lmk.data.decode import RefusedImageError
+from ddpm_lmk.data.decode import SUFFIXES, RefusedImageError
 from ddpm_lmk.data.guarded import decode_guarded
 from ddpm_lmk.data.index import Index, open_index
+from ddpm_lmk.data.listing import walk
 from ddpm_lmk.data.local import LocalShards
 from ddpm_lmk.data.origin import Origin
 from ddpm_lmk.data.records import Aspect, CorruptSampleError, Encoding, SampleRecord, record_from_json
@@ -30,6 +35,7 @@ from ddpm_lmk.data.writer import FORMAT, FORMAT_VERSION, fingerprint_of
 from ddpm_lmk.errors import DataError
 
 _NPY_HEADER = 128
+_LOOKED_AT = 10_000  # files of a folder that is not packed
 
 Parsed = TypeVar("Parsed")
 
@@ -208,6 +214,22 @@ def _open_remote(url: str, cache: CacheSettings | None) -> tuple[Path, dict[str,
     return root, header, index, source
 
 
+def _instead(folder: Path) -> str:
+    """What a folder without a manifest is, and what to do: pack it, or name the packs below it."""
+    if not folder.is_dir():
+        return "is not there (no manifest.json); give a folder written by `ddpm-lmk shards pack`"
+    packs = sorted(str(path.parent) for path in folder.glob("*/manifest.json"))
+    if packs:
+        return f"has no manifest.json, but holds {len(packs)} packs; name one, or several: {', '.join(packs[:5])}"
+    kind = "table" if (folder / "images.csv").is_file() else "folder"
+    seen = islice(walk(folder, None, Counter()), _LOOKED_AT)
+    if kind == "folder" and not any(os.path.splitext(name)[1].lower() in SUFFIXES for name in seen):  # noqa: PTH122
+        return "has no manifest.json; give a folder written by `ddpm-lmk shards pack`"
+    source, name = shlex.quote(str(folder)), shlex.quote(folder.resolve().name)
+    command = f"ddpm-lmk shards pack {source} --kind {kind} --out shards/{name}"
+    return f"has no manifest.json: its pictures are not packed yet; `{command}`"
+
+
 def read_header(root: Path) -> dict[str, Any]:
     """The content of manifest.json, checked to be ours, of this version and unchanged.
 
@@ -217,7 +239,7 @@ def read_header(root: Path) -> dict[str, Any]:
     path = root / "manifest.json"
     hint = "give a folder written by `ddpm-lmk shards pack`"
     if not path.is_file():
-        raise DataError(f"{root} has no manifest.json; {hint}")
+        raise DataError(f"{root} {_instead(root)}")
     try:
         content = path.read_bytes()
         signature.check(root, content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any
 
@@ -82,6 +83,7 @@ class SweepView:
         self.say(f"sweep {self.sweep.name}: {done} of {len(self.cells)} cells done, {len(failed)} failed; {self.out}")
         for name, error in failed.items():
             self.say(f"  {name}: {error}")
+        self.say("the same command tries these again" if failed else f"next: `ddpm-lmk report {quote(str(self.out))}`")
 
     def _score(self, name: str) -> str:
         results = read_json(cell_folder(self.out, name) / "results.json") or {}

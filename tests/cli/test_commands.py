@@ -86,6 +86,19 @@ def test_finetuning_scores_every_test_image(finetuned: Path) -> None:
     assert len(rows) == 6 * 19
 
 
+def test_end_of_a_command_names_the_next_one(lmk: Lmk, pretrained: Path, finetuned: Path, tmp_path: Path) -> None:
+    packed = lmk(
+        "shards", "pack", "chest", "--kind", "phantom", "--size", 32, "--count", "train=2", "--out", tmp_path / "a b"
+    )
+    assert f"next: `ddpm-lmk shards show '{tmp_path / 'a b'}'`" in packed.err
+    again = {
+        run: lmk(command, run / "config.yaml", "--cpu", 1, "--out", run).err
+        for command, run in (("pretrain", pretrained), ("finetune", finetuned))
+    }
+    assert f"start.pretrained={pretrained}" in again[pretrained]
+    assert f"next: `ddpm-lmk predict {finetuned} IMAGES" in again[finetuned]
+
+
 def test_explain_lists_settings_without_a_run_file(lmk: Lmk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     result = lmk("pretrain", "--explain")

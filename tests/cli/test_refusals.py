@@ -107,6 +107,22 @@ def test_data_that_is_not_there_is_refused(lmk: Lmk, tmp_path: Path) -> None:
     assert_refused(result, 3, "error[DataError]", "manifest.json")
 
 
+def test_folder_that_is_not_packed_is_told_the_command_that_packs_it(
+    lmk: Lmk, packed_phantoms: Path, tmp_path: Path
+) -> None:
+    def refused(folder: Path, *words: str) -> None:
+        assert_refused(lmk("pretrain", PRETRAIN, f"data.path={folder}", "--cpu", 1, "--dry-run"), 3, *words)
+
+    films = tmp_path / "my films"
+    films.mkdir()
+    (films / "1.JPG").write_bytes(b"x")
+    refused(films, f"not packed yet; `ddpm-lmk shards pack '{films}' --kind folder --out shards/'my films'`")
+    (films / "images.csv").write_text("image_id,file,split\n")
+    refused(films, "--kind table")
+    refused(tmp_path / "nowhere", "is not there")
+    refused(packed_phantoms.parent, "holds 1 packs; name one", str(packed_phantoms))
+
+
 def test_more_shots_than_labelled_images_are_refused(lmk: Lmk, packed_phantoms: Path, tmp_path: Path) -> None:
     words = (f"data.path={packed_phantoms}", "data.shots=99", "--cpu", 1, "--out", tmp_path / "run")
     assert_refused(lmk("finetune", FINETUNE, *words), 2, "data.shots=99", "12")

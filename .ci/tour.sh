@@ -9,7 +9,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/my films"
 cd "$work/my films"
-export OMP_NUM_THREADS=1 LC_ALL=C.UTF-8
+export OMP_NUM_THREADS=1
+unset PYTHONPATH
 
 fail() {
   echo "tour: FAILED: $*" >&2
@@ -55,8 +56,13 @@ Path("landmarks.csv").write_text("\n".join(landmarks) + "\n")
 EOP
 
 run 0 --version
-run 0 --help
+PYTHONIOENCODING=ascii run 0 --help
 run 0 doctor --out runs
+run 0 pretrain --explain train
+run 0 init "run files"
+made "run files/README.md" "run files/configs/README.md" "run files/launch/slurm/gpu8.sbatch"
+run 7 init "run files"
+has "exists and is kept"
 
 run 0 shards pack films --kind folder --size 32 --out shards/pool
 run 0 shards pack . --kind table --size 32 --out shards/labelled
@@ -67,17 +73,23 @@ made look/*.html look/*.png
 
 run 0 pretrain configs/pretrain/base.yaml data.path=shards/pool --dry-run
 run 2 pretrain configs/pretrain/bass.yaml data.path=shards/pool
-run 0 pretrain configs/smoke/pretrain.yaml data.path=shards/pool --cpu 1 --out runs/pretrain
+has "did you mean the shipped configs/pretrain/base.yaml"
+run 3 pretrain configs/smoke/pretrain.yaml data.path=films --dry-run
+has "ddpm-lmk shards pack films --kind folder"
+run 0 pretrain "run files/configs/smoke/pretrain.yaml" data.path=shards/pool --cpu 1 --out runs/pretrain
 made runs/pretrain/results.json
 run 0 finetune configs/smoke/finetune.yaml data.path=shards/labelled init.weights=runs/pretrain --cpu 1 --out runs/finetune
 run 0 sweep configs/smoke/sweep.yaml data.path=shards/labelled seeds=[0] --cpu 1 --out runs/sweep
 run 0 report runs/sweep --out report.html
 made report.html report.csv report.md
-run 0 predict runs/finetune "films/film 9.png" --out found
+run 0 predict runs/finetune films --out found
+has "12 predicted, 0 failed"
+run 3 predict runs/finetune log --out none
+run 4 predict runs/sweep films --out none
+has "runs/sweep/cells/scratch-k1-s0"
 made found/predictions.csv found/predictions.json "found/overlays/film 9.png"
 run 0 evaluate runs/finetune --data shards/labelled --acknowledge-leakage
 run 0 export runs/finetune --out weights.safetensors
 run 0 sample runs/pretrain --count 2 --steps 3 --out samples.png
 made weights.safetensors samples.png
-run 3 pretrain configs/smoke/pretrain.yaml data.path=nowhere --cpu 1 --out runs/none
 echo "tour: every command did what it promises"

@@ -161,8 +161,9 @@ def _work(order: dict[str, Any]) -> int:
     from ddpm_lmk.system.environment import PARENT
 
     _say_into(order["log"])
-    launched = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", PARENT: str(os.getppid())}  # what our launcher writes too
-    os.environ.update(order["environment"] | launched)
+    if order["environment"]:  # a rank among several, as our launcher starts them
+        order["environment"][PARENT] = str(os.getppid())
+    os.environ.update(order["environment"] | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     torch.set_num_threads(order["threads"])
     warnings.simplefilter("error", UserWarning)
     try:

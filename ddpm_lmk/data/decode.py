@@ -30,7 +30,11 @@ _MAX_ASPECT = 10.0
 _MIN_LEVELS = 16  # distinct grey levels; the real sets have at least 105
 _MAX_AT_EXTREME = 0.9  # black backgrounds of hand films reach 0.75; a clipped 12-bit file 0.94
 _ORIENTATION = 0x0112  # EXIF
-_WHITE_IS_ZERO = 0  # TIFF PhotometricInterpretation
+_BITS, _SIGNS, _POLARITY, _COLOUR_MAP = 258, 339, 262, 320  # tags of TIFF: BitsPerSample, SampleFormat, ...
+_WHITE_IS_ZERO = 0
+_TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_UNSIGNED, _SIGNED = 1, 2
+_PLANES, _SEPARATE = 284, 2  # PlanarConfiguration
 _OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO}
 
 
@@ -112,7 +116,8 @@ def native_size(path: Path) -> tuple[int, int]:
     """Width and height of a picture as seen, after the EXIF rotation; only the header is decoded. Raises as above."""
     with _open_picture(read_content(path), None) as image:
         width, height = image.size
-        return (height, width) if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8) else (width, height)
+        is_turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)  # TIFFs are already
+        return (height, width) if is_turned else (width, height)
 
 
 def _open_picture(data: bytes, frame: int | None) -> Image.Image:
@@ -127,6 +132,10 @@ def _open_picture(data: bytes, frame: int | None) -> Image.Image:
     except Image.DecompressionBombError:
         raise RefusedImageError("TOO_LARGE", f"more than {MAX_PIXELS // 1_000_000} million pixels") from None
     except Exception as error:  # decoders fail with any type of exception on broken files
+        if data[:4] in _TIFF_BEGINS:
+            raise RefusedImageError(
+                "NOT_AN_IMAGE", "a TIFF that is damaged, or of a kind that is not read; save it as grey of 8 or 16 bits"
+            ) from error
         raise RefusedImageError(
             "NOT_AN_IMAGE", f"not a readable PNG, JPEG, BMP or TIFF ({type(error).__name__})"
         ) from error
@@ -162,16 +171,22 @@ def check_shape(width: int, height: int) -> None:
 def _read_picture(data: bytes, options: ReadOptions) -> Film:
     with _open_picture(data, options.frame) as image:
         facts: dict[str, Any] = {"format": image.format, "mode": image.mode, "applied": []}
+        full_range = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                image.load()
-                is_white_zero = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == _WHITE_IS_ZERO
+                is_cut = _is_cut_to_8_bits(image)  # asked first: whoever asks a PNG for its EXIF has loaded it
                 orientation = image.getexif().get(_ORIENTATION, 1)
                 if orientation != 1:
-                    ImageOps.exif_transpose(image, in_place=True)
                     facts["applied"].append(f"orientation-{orientation}")
-                pixels = _grey(image, is_white_zero=is_white_zero)
+                if is_cut:
+                    pixels = _deep_colour(image, data)
+                    pixels = pixels if image.format == "TIFF" else _turned(pixels, orientation)
+                elif image.format == "TIFF":  # both libraries turn these themselves
+                    pixels, full_range = _grey_of_tiff(image)
+                else:
+                    ImageOps.exif_transpose(image, in_place=True)
+                    pixels = _grey(image)
         except RefusedImageError:
             raise
         except MemoryError:
@@ -179,31 +194,125 @@ def _read_picture(data: bytes, options: ReadOptions) -> Film:
         except Exception as error:  # as above; StopIteration too, which would end a loop in silence
             raise RefusedImageError("BROKEN", f"does not decode ({type(error).__name__})") from error
     facts["bits"] = 8 * pixels.dtype.itemsize
-    return Film(pixels, facts)
+    return Film(pixels, facts, full_range)
 
 
-def _grey(image: Image.Image, *, is_white_zero: bool) -> np.ndarray:
-    """The conversion table. `convert("L")` is used on 8-bit modes only: on deeper ones it saturates.
+def _is_cut_to_8_bits(image: Image.Image) -> bool:
+    """Has Pillow only modes of 8 bits for a picture of 16, of which it would drop the lower ones without a word?"""
+    if image.format == "TIFF":
+        is_deep = max(_tags(image).get(_BITS, (1,))) > 8
+    else:
+        is_deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+    return is_deep and image.mode in ("RGB", "RGBA", "RGBX", "CMYK", "LA", "PA")
 
-    `is_white_zero`: a TIFF whose zero means white; Pillow turns 8-bit ones round itself, 16-bit ones not.
-    """
+
+def _tags(image: Image.Image) -> dict[int, Any]:
+    return dict(getattr(image, "tag_v2", {}))
+
+
+def _deep_colour(image: Image.Image, data: bytes) -> np.ndarray:
+    """Grey of colours, or of grey and alpha, of 16 bits, which OpenCV reads whole: no inks, no planes, one picture."""
+    refusal = RefusedImageError("MODE", "16-bit colours that no decoder here reads whole; save it as 16-bit grey")
+    if image.mode == "CMYK" or _tags(image).get(_PLANES) == _SEPARATE or getattr(image, "n_frames", 1) > 1:
+        raise refusal
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if found is None or found.dtype != np.uint16 or found.shape[:2] != (image.height, image.width):
+        raise refusal
+    if found.ndim != 3 or found.shape[2] not in (3, 4):
+        raise refusal
+    if found.shape[2] == 4 and (image.mode != "RGB" or "transparency" in image.info):
+        _require_even(found[..., 3])
+    return luma(np.ascontiguousarray(found[..., 2::-1]))
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """As seen: EXIF orientations count mirrored ones in, and the transposed ones from 5 on (CIPA DC-008, 4.6.4)."""
+    if orientation >= 5:
+        pixels = pixels.T
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _require_even(alpha: np.ndarray) -> None:
+    """Refuse a picture that is transparent in places: nobody can know what it hides there, or is to be seen on."""
+    if alpha.min() != alpha.max():
+        share = np.count_nonzero(alpha != alpha.max()) / alpha.size
+        raise RefusedImageError(
+            "TRANSPARENT", f"{share:.1%} of the pixels are transparent; save it without transparency, on its background"
+        )
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    """The conversion table. `convert("L")` is used on 8-bit modes only: on deeper ones it saturates."""
     mode = image.mode
     if mode in ("L", "1"):
         return np.asarray(image.convert("L"))
     if mode in ("LA", "La"):
+        _require_even(np.asarray(image)[..., 1])
         return np.ascontiguousarray(np.asarray(image)[..., 0])
-    if mode in ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
+    if mode in ("RGBA", "PA") or (mode == "P" and "transparency" in image.info):
+        pixels = np.asarray(image.convert("RGBA"))
+        _require_even(pixels[..., 3])
+        return luma(np.ascontiguousarray(pixels[..., :3]))
+    if mode in ("RGB", "RGBX", "P", "CMYK", "YCbCr"):
         # P: the palette is applied, so an inverted one comes out right
         return luma(np.asarray(image if mode == "RGB" else image.convert("RGB")))
     if mode in ("I;16", "I;16L", "I;16B", "I;16N"):
-        pixels = np.asarray(image).astype(np.uint16)
-        return np.iinfo(np.uint16).max - pixels if is_white_zero else pixels
+        return np.asarray(image).astype(np.uint16)
     if mode == "I":
-        pixels = np.asarray(image)
-        return pixels.astype(np.uint16) if 0 <= pixels.min() <= pixels.max() <= 65535 else pixels.astype(np.float32)
+        return _narrowed(np.asarray(image))
     if mode == "F":
         return np.asarray(image)
     raise RefusedImageError("MODE", f"colour mode {mode} is not supported")
+
+
+def _narrowed(pixels: np.ndarray) -> np.ndarray:
+    """32-bit integers as uint16 where they fit, else as float32 if that holds each of them."""
+    if 0 <= pixels.min() <= pixels.max() <= 65535:
+        return pixels.astype(np.uint16)
+    floats = pixels.astype(np.float32)
+    if not np.array_equal(floats.astype(np.float64), pixels):
+        raise RefusedImageError("MODE", "32-bit values of more than 24 bits; save it as 16-bit grey")
+    return floats
+
+
+def _grey_of_tiff(image: Image.Image) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """Grey of a TIFF, and black and white where they are not those of the type.
+
+    Pillow takes no notice of signs, of a white zero of 16 bits and floats, and of the lower half of a palette's
+    entries; the tags are asked before it drops them in loading.
+    """
+    tags = _tags(image)
+    bits, signs = (tags.get(tag, (1,))[0] for tag in (_BITS, _SIGNS))
+    polarity = tags.get(_POLARITY)
+    image.load()
+    if image.mode == "P" and _COLOUR_MAP in tags and "transparency" not in image.info:
+        return _looked_up(np.asarray(image), tags[_COLOUR_MAP]), None
+    pixels = _grey(image)
+    if bits == 8 and signs == _SIGNED and image.mode == "L":
+        return pixels.view(np.int8).astype(np.float32), None
+    if bits == 32 and signs == _UNSIGNED and image.mode == "I":
+        return _narrowed(np.asarray(image).view(np.uint32)), None
+    full_range = (0.0, float((1 << bits) - 1)) if 8 < bits < 16 else None
+    if polarity == _WHITE_IS_ZERO and image.mode not in ("1", "L"):
+        top = full_range[1] if full_range else 65535 if pixels.dtype == np.uint16 else pixels.max() + pixels.min()
+        pixels = (top - pixels).astype(pixels.dtype)
+    return pixels, full_range
+
+
+def _looked_up(numbers: np.ndarray, entries: tuple[int, ...]) -> np.ndarray:
+    """A TIFF's palette, of 16 bits: all red entries first. Some writers fill in 8 bits only, in either half."""
+    table = np.asarray(entries, np.uint16).reshape(3, -1).T
+    if table.max() < 256:
+        table = table.astype(np.uint8)
+    elif not (table % 257).any() or not (table % 256).any():
+        table = (table >> 8).astype(np.uint8)
+    if numbers.max() >= len(table):
+        raise RefusedImageError("BROKEN", "numbers of colours that its palette does not have")
+    return luma(np.ascontiguousarray(table[numbers]))
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_lmk.data.decode import RefusedImageError, read_film
+from ddpm_lmk.data.decode import ReadOptions, RefusedImageError, film_from_bytes, native_size, read_film
 from ddpm_lmk.data.stored import resized, to_square
+from tests.data.pictures import UNREAD, picture_cases, smooth, tiff
 
 RAMP = np.add.outer(np.arange(60), 3 * np.arange(40)).astype(np.uint8)  # [60, 40]
 
@@ -108,6 +109,69 @@ def test_a_header_that_promises_too_much_is_refused_before_decoding(tmp_path):
     path.write_bytes(content)
     with pytest.raises(RefusedImageError, match=r"million pixels|not a readable"):
         read_grey(path)
+
+
+def wrong(case):
+    """What is not as the case wants it, or an empty text."""
+    try:
+        found = film_from_bytes(case.data).pixels
+    except RefusedImageError as error:
+        is_expected = case.grey is None or UNREAD.search(case.name)
+        return "" if is_expected else f"{case.name}: refused, {error}"
+    if case.grey is None:
+        return f"{case.name}: taken, though nobody can know its greys"
+    if found.shape != case.grey.shape:
+        return f"{case.name}: {found.shape}, wanted {case.grey.shape}"
+    off = np.abs(found.astype(np.float64) - case.grey).max()
+    return "" if off <= case.tolerance else f"{case.name}: off by {off:g}"
+
+
+def test_every_depth_colour_type_and_container_keeps_its_greys_or_is_refused():
+    cases = picture_cases(0)
+    assert len(cases) > 200
+    assert list(filter(None, map(wrong, cases))) == []
+
+
+def test_a_size_without_decoding_is_that_of_the_decoded_picture(tmp_path):
+    for case in picture_cases(0):
+        if "orientation" in case.name:
+            (tmp_path / "x").write_bytes(case.data)
+            assert native_size(tmp_path / "x") == case.grey.shape[::-1], case.name
+
+
+def test_full_range_of_twelve_bits_is_that_of_twelve_bits():
+    (case,) = [case for case in picture_cases(0) if case.name == "tiff< grey 12 polarity 1"]
+    assert film_from_bytes(case.data).full_range == (0, 4095)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("png LA 8 with holes", "of the pixels are transparent; save it without transparency"),
+        ("tiff< CMYK 16", "16-bit colours that no decoder here reads whole; save it as 16-bit grey"),
+        ("tiff< float64 polarity 1", "a TIFF that is damaged, or of a kind that is not read; save it as grey"),
+    ],
+)
+def test_what_would_come_out_wrong_is_refused_with_what_to_do(name, words):
+    (case,) = [case for case in picture_cases(0) if case.name == name]
+    with pytest.raises(RefusedImageError, match=words):
+        film_from_bytes(case.data)
+
+
+def test_the_frame_that_is_asked_for_is_never_another():
+    pages = []
+    for seed in (0, 1):
+        colours = np.stack([smooth(seed, 16)] * 3, 2).astype("<u2")
+        pages.append((colours.tobytes(), {258: [16] * 3, 262: 2, 277: 3}))
+    with pytest.raises(RefusedImageError, match="16-bit colours"):
+        film_from_bytes(tiff(pages), ReadOptions(frame=1))
+    pages = [(smooth(seed, 16).astype("<u2").tobytes(), {258: 16, 262: 1, 277: 1}) for seed in (0, 1)]
+    np.testing.assert_array_equal(film_from_bytes(tiff(pages), ReadOptions(frame=1)).pixels, smooth(1, 16))
+
+
+def test_integers_that_floats_do_not_hold_are_refused(tmp_path):
+    with pytest.raises(RefusedImageError, match="32-bit values of more than 24 bits"):
+        read_grey(save(tmp_path / "i.tif", RAMP.astype(np.int32) + (1 << 30) + 1))
 
 
 # --- resizing

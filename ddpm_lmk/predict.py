@@ -78,6 +78,7 @@ class _Picture:
     network: np.ndarray  # [S, S] uint8 or uint16
     to_native: np.ndarray  # [2, 3] network px -> file px
     mm_per_px: float | None  # as the file states it
+    spacing: str | None  # from which of its tags, or why it is unknown
 
     @property
     def size(self) -> tuple[int, int]:
@@ -217,7 +218,7 @@ def _prepare(name: str, film: Film, settings: dict[str, Any], image_size: int) -
         network = cv2.resize(stored, (image_size, image_size), interpolation=method)
     to_stored = to_stored_matrix(native, settings["size"], settings["aspect"])
     to_network = compose(resize_matrix(settings["size"], image_size), to_stored)
-    return _Picture(name, to_uint8(pixels), network, invert(to_network), film.mm_per_px)
+    return _Picture(name, to_uint8(pixels), network, invert(to_network), film.mm_per_px, film.facts.get("spacing"))
 
 
 @torch.inference_mode()
@@ -248,6 +249,7 @@ def _predict_batch(loaded: LoadedRun, pictures: list[_Picture]) -> list[Found]:
 
 def _facts(loaded: LoadedRun, picture: _Picture, found: Found, mm_per_px: float | None) -> dict[str, Any]:
     """One image of predictions.json; `mm_per_px` goes before what the file states."""
+    spacing = picture.spacing if mm_per_px is None else "--mm-per-px"
     mm_per_px = mm_per_px or picture.mm_per_px
     points = []
     for index, name in enumerate(loaded.spec.landmark_names):
@@ -259,7 +261,8 @@ def _facts(loaded: LoadedRun, picture: _Picture, found: Found, mm_per_px: float 
             point |= {key: round(value * mm_per_px, 4) for key, value in millimetres.items()}
         points.append(point)
     width, height = picture.size
-    return {"file": picture.name, "width": width, "height": height, "mm_per_px": mm_per_px, "points": points}
+    facts = {"file": picture.name, "width": width, "height": height, "mm_per_px": mm_per_px, "spacing": spacing}
+    return facts | {"points": points}
 
 
 def _to_csv(images: list[dict[str, Any]]) -> str:

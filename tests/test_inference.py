@@ -247,12 +247,14 @@ def test_a_dicom_film_is_answered_in_its_own_millimetres(landmark_run: Path, tmp
     assert (summary.predicted, summary.errors) == (2, {})
     plain, dicom = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
     assert (plain["mm_per_px"], dicom["mm_per_px"]) == (None, 0.25)
+    assert (plain["spacing"], dicom["spacing"]) == (None, "PixelSpacing")
     for point, measured in zip(plain["points"], dicom["points"], strict=True):
         assert (measured["x"], measured["y"]) == (point["x"], point["y"])
         assert measured["x_mm"] == pytest.approx(0.25 * point["x"], abs=1e-3)
         assert "x_mm" not in point
     predict_images(landmark_run, [film], tmp_path / "known", mm_per_px=0.5, device="cpu")
-    assert json.loads((tmp_path / "known" / "predictions.json").read_text())["images"][0]["mm_per_px"] == 0.5
+    known = json.loads((tmp_path / "known" / "predictions.json").read_text())["images"][0]
+    assert (known["mm_per_px"], known["spacing"]) == (0.5, "--mm-per-px")
     assert not any(b"4711" in path.read_bytes() for path in tmp_path.glob("out/**/*") if path.is_file())
 
 

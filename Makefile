@@ -2,7 +2,7 @@
 #   make demo    the whole road on synthetic x-rays, ending with a report      make lint    ruff and mypy
 #   make test    the test suite                                                make bench   benchmarks of this machine
 #   make soak    30 random kills, digests compared; more with KILLS=N          make test-slow     tests that take minutes
-#   make fuzz    20,000 damaged files                                          make test-extras   only those of EXTRAS
+#   make fuzz    20,000 damaged files, 44,000 unusual ones                     make test-extras   only those of EXTRAS
 #   make clean   remove the environment and what the commands above wrote
 #   TORCH=cpu    torch without CUDA, when the environment is made              PYTHON=python3.13   another Python
 PYTHON ?= python3
@@ -70,6 +70,7 @@ lint: environment
 
 fuzz: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kinds
 
 bench: environment
 	$(BIN)/ddpm-lmk bench all --out benchmarks/results

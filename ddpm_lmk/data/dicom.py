@@ -69,8 +69,8 @@ _EXTRA_FOR = {
 
 
 def is_dicom(data: bytes) -> bool:
-    """By content: `DICM` after the preamble, or a first tag of group 0002 or 0008 where there is no preamble."""
-    return data[128:132] == b"DICM" or (data[:4] in _FIRST_TAGS)
+    """By content: `DICM` after the preamble or without one, or a first tag of group 0002 or 0008 where it is absent."""
+    return data[128:132] == b"DICM" or data[:4] == b"DICM" or data[:4] in _FIRST_TAGS
 
 
 _FIRST_ELEMENTS = (0x00, 0x01, 0x05, 0x08, 0x10, 0x12, 0x14, 0x16, 0x18, 0x20)
@@ -129,6 +129,8 @@ def _parse(data: bytes) -> Dataset:
     from pydicom.tag import Tag
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+    if data[:4] == b"DICM":
+        data = bytes(128) + data
     _refuse_deflated_bomb(data)
     dataset = dcmread(io.BytesIO(data), force=True, specific_tags=[Tag(name) for name in _READ])
     if "TransferSyntaxUID" not in dataset.file_meta:
@@ -160,11 +162,16 @@ def _check(dataset: Dataset, options: ReadOptions, facts: dict[str, Any]) -> Non
     missing = [name for name, kind in _REQUIRED.items() if not isinstance(dataset.get(name), kind)]
     if missing:
         raise RefusedImageError("BROKEN", f"a DICOM file whose header lacks {', '.join(missing)}")
+    dataset.PhotometricInterpretation = code(dataset, "PhotometricInterpretation")
     check_frame(_frames(dataset, facts["passed_over"]), options.frame)
     check_shape(int(dataset.Columns), int(dataset.Rows))
     if dataset.BitsAllocated not in (8, 16) or not 1 < dataset.BitsStored <= dataset.BitsAllocated:
         raise RefusedImageError("MODE", f"{dataset.BitsStored} of {dataset.BitsAllocated} bits; wanted 8 or 16")
     _check_decoder(dataset)
+    if dataset.SamplesPerPixel > 1 and dataset.get("PlanarConfiguration") not in (0, 1):
+        if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            raise RefusedImageError("BROKEN", "a DICOM file whose header does not say how its colours lie")
+        dataset.PlanarConfiguration = 0  # of compressed colours the codec knows it
 
 
 def _check_kind(dataset: Dataset) -> None:

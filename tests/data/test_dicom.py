@@ -311,6 +311,21 @@ def test_a_header_without_what_pixels_need_is_refused_by_name(name):
     assert refused(made) == ("BROKEN", f"a DICOM file whose header lacks {name}")
 
 
+def test_colours_whose_planes_are_not_told_are_refused():
+    rgb = np.stack([(FILM >> 4).astype(np.uint8)] * 3, axis=2)
+    tags = {"Rows": 60, "Columns": 40, "SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "bits": 8}
+    assert refused(dataset(rgb, **tags)) == ("BROKEN", "a DICOM file whose header does not say how its colours lie")
+
+
+def test_a_file_whose_preamble_is_cut_off_is_read():
+    np.testing.assert_array_equal(film_from_bytes(to_bytes(dataset())[128:]).pixels, FILM)
+
+
+def test_codes_in_small_letters_mean_the_same():
+    found = film(PhotometricInterpretation="monochrome1", Modality="cr")
+    np.testing.assert_array_equal(found.pixels, 4095 - FILM)
+
+
 # --- bits
 
 

@@ -85,7 +85,7 @@ def with_spacing_of_files(samples: Sequence[RawSample]) -> tuple[list[RawSample]
     asked = [sample for sample in unknown.values() if isinstance(sample.path, Path) and _begins_as_dicom(sample.path)]
     if not asked:
         return list(samples), len(unknown)
-    options = asdict(ReadOptions(allow_burned_in=True))
+    options = asdict(ReadOptions(frame=0, allow_burned_in=True))  # of all that may be taken
     jobs = (
         {"path": str(sample.path), "options": options, "native_size": sample.native_size, "only_spacing": True}
         for sample in asked

@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.pack_summary import PackSummary
 from ddpm_lmk.errors import ConfigError, DataError
+from ddpm_lmk.machine import hardware, versions
 from tests.data.dicoms import dataset, malformed, to_bytes
 from tests.data.pictures import HEIGHT, UNREAD, WIDTH, picture_cases, smooth
 
+RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "kinds.json"
 RIGHT, REFUSED, WARNED = "right", "refused", "right, with a warning"
 SAMPLE = {"pictures": 250, "dicom": 150, "spacing": 400, "tables": 4, "sentinels": 4, "patients": 2}
 
@@ -435,16 +438,28 @@ FAMILIES: dict[str, Callable[[int], list[Trial]]] = {
 
 
 def main() -> None:
-    """Run all of it, and print how many inputs ended how."""
+    """Run all of it, and write how many inputs ended how."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sample", action="store_true", help="as many as the suite tries")
+    parser.add_argument("--sample", action="store_true", help="as many as the suite tries, to look at: writes nothing")
+    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcomes = campaign(Path(folder), seed=options.seed, sample=SAMPLE if options.sample else None)
-    counts = {family: dict(found.most_common()) for family, found in outcomes.items()}
-    sys.stdout.write(f"{json.dumps(counts, indent=1)}\n{time.monotonic() - began:.0f} s\n")
+    result = {
+        "benchmark": "kinds",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": options.seed,
+        "wall_s": round(time.monotonic() - began, 1),
+        "inputs": sum(found.total() for found in outcomes.values()),
+        "outcomes": {family: dict(found.most_common()) for family, found in outcomes.items()},
+        "hardware": hardware(),
+        "versions": versions("pillow", "pydicom", "pylibjpeg-openjpeg", "opencv-python-headless", "numpy"),
+    }
+    if not options.sample:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    sys.stdout.write(f"{json.dumps(result['outcomes'], indent=1)}\n")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ _RECEPTOR = ("ImagerPixelSpacing", "NominalScannedPixelSpacing")
 _FACTOR = "EstimatedRadiographicMagnificationFactor"
 _DISTANCES = ("DistanceSourceToDetector", "DistanceSourceToPatient")
 SPACING_TAGS = ("PixelSpacing", "PixelSpacingCalibrationType", "PixelAspectRatio", *_RECEPTOR, _FACTOR, *_DISTANCES)
-AT_DETECTOR = ", at the detector"
+AT_DETECTOR, UNKNOWN = ", at the detector", "unknown: "  # how what is said ends, and begins
 
 _MAX_MAGNIFICATION = 5.0  # contact films have 1.0 to 1.3, magnified mammograms 2
 _SAME = 0.01  # values written with two or three digits
@@ -64,9 +64,9 @@ def spacing(dataset: Dataset, passed_over: list[str]) -> tuple[float | None, str
         _require_square(rows, columns, dataset, passed_over)
         side_mm = max(rows * dataset.Rows, columns * dataset.Columns)
         if not _SIDES_MM[0] <= side_mm <= _SIDES_MM[1]:
-            raise _UnknownError(f"unknown: {said} makes a picture of less than 1 mm or more than 2 m")
+            raise _UnknownError(f"{said} makes a picture of less than 1 mm or more than 2 m")
     except _UnknownError as reason:
-        return None, str(reason) or None
+        return None, UNKNOWN + str(reason) if str(reason) else None
     return rows, said + AT_DETECTOR * is_at_detector
 
 
@@ -80,13 +80,13 @@ def _trusted(dataset: Dataset, passed_over: list[str]) -> tuple[Pair, str, bool]
         ratios = [pair[0] / patient[0] for pair in receptors.values()]
         if all(abs(ratio - 1) > _SAME for ratio in ratios):
             if not all(1 < ratio <= _MAX_MAGNIFICATION for ratio in ratios):
-                raise _UnknownError(f"unknown: PixelSpacing and {' and '.join(receptors)} contradict each other")
+                raise _UnknownError(f"PixelSpacing and {' and '.join(receptors)} contradict each other")
             return patient, "PixelSpacing", False
     if not receptors:
         raise _UnknownError
     first, last = next(iter(receptors.values())), list(receptors.values())[-1]
     if any(abs(one / other - 1) > _SAME for one, other in zip(first, last)):
-        raise _UnknownError(f"unknown: {' and '.join(receptors)} contradict each other")
+        raise _UnknownError(f"{' and '.join(receptors)} contradict each other")
     name = "PixelSpacing" if patient is not None else next(iter(receptors))
     magnification, by = _magnification(dataset, passed_over)
     if magnification is None:
@@ -102,20 +102,20 @@ def _magnification(dataset: Dataset, passed_over: list[str]) -> tuple[float | No
     ratio = detector / patient if detector is not None and patient is not None else None
     is_usable = [value is not None and 1 <= value <= _MAX_MAGNIFICATION for value in (factor, ratio)]
     if factor is not None and not is_usable[0]:
-        raise _UnknownError(f"unknown: {_FACTOR} is not between 1 and {_MAX_MAGNIFICATION:g}")
+        raise _UnknownError(f"{_FACTOR} is not between 1 and {_MAX_MAGNIFICATION:g}")
     if factor is None and ratio is not None and not is_usable[1]:
-        raise _UnknownError(f"unknown: {' / '.join(_DISTANCES)} is not between 1 and {_MAX_MAGNIFICATION:g}")
+        raise _UnknownError(f"{' / '.join(_DISTANCES)} is not between 1 and {_MAX_MAGNIFICATION:g}")
     if factor is not None and ratio is not None and is_usable[1] and abs(ratio / factor - 1) > _DISAGREE:
-        raise _UnknownError(f"unknown: {_FACTOR} and {' / '.join(_DISTANCES)} contradict each other")
+        raise _UnknownError(f"{_FACTOR} and {' / '.join(_DISTANCES)} contradict each other")
     return (factor, _FACTOR) if factor is not None else (ratio, f"({' / '.join(_DISTANCES)})")
 
 
 def _require_square(rows: float, columns: float, dataset: Dataset, passed_over: list[str]) -> None:
     if abs(rows - columns) > _SQUARE * rows:
-        raise _UnknownError("unknown: pixels are not square")
+        raise _UnknownError("pixels are not square")
     aspect = numbers(dataset, "PixelAspectRatio", passed_over)
     if len(aspect) == 2 and all(side > 0 for side in aspect) and abs(aspect[0] - aspect[1]) > _SQUARE * aspect[0]:
-        raise _UnknownError("unknown: PixelAspectRatio says that pixels are not square, the spacing that they are")
+        raise _UnknownError("PixelAspectRatio says that pixels are not square, the spacing that they are")
 
 
 def _pair(dataset: Dataset, name: str, passed_over: list[str]) -> Pair | None:

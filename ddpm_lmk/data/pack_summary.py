@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.data.dicom_spacing import AT_DETECTOR
+from ddpm_lmk.data.dicom_spacing import AT_DETECTOR, UNKNOWN
 
 _SHOWN = 1000  # refusals kept in memory; all of them are in the file
 
@@ -50,21 +50,26 @@ class FileNotes:
 
     def __init__(self) -> None:
         self._passed_over: Counter[str] = Counter()
+        self._unknown: Counter[str] = Counter()
         self._at_detector = 0
 
     def add(self, facts: dict[str, Any] | None) -> None:
         """Count the facts of one picture."""
         facts = facts or {}
         self._passed_over.update(facts.get("passed_over") or ())
-        self._at_detector += (facts.get("spacing") or "").endswith(AT_DETECTOR)
+        spacing = facts.get("spacing") or ""
+        self._unknown.update([spacing] if spacing.startswith(UNKNOWN) else ())
+        self._at_detector += spacing.endswith(AT_DETECTOR)
 
     def state(self) -> dict[str, Any]:
         """What was counted so far."""
-        return {"passed_over": dict(self._passed_over), "at_detector": self._at_detector}
+        counts = {"passed_over": dict(self._passed_over), "unknown": dict(self._unknown)}
+        return {**counts, "at_detector": self._at_detector}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from such a state."""
-        self._passed_over, self._at_detector = Counter(state["passed_over"]), state["at_detector"]
+        self._passed_over, self._unknown = Counter(state["passed_over"]), Counter(state["unknown"])
+        self._at_detector = state["at_detector"]
 
     def sentences(self) -> list[str]:
         """One for each kind of note."""
@@ -72,6 +77,8 @@ class FileNotes:
         if self._passed_over:
             named = ", ".join(f"{name} of {count} images" for name, count in sorted(self._passed_over.items()))
             found.append(f"DICOM attributes that do not read, or leave nothing to see, were passed over: {named}")
+        for reason, count in sorted(self._unknown.items()):
+            found.append(f"the spacing of {count} images is {reason}")
         if self._at_detector:
             found.append(
                 f"{self._at_detector} images state their spacing at the detector only, so their millimetres are too "

@@ -10,7 +10,7 @@ from ddpm_lmk.data.ids import secret_key
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.shards import Manifest
 from ddpm_lmk.errors import ConfigError, DataError
-from tests.data.dicoms import FILM, dataset, to_bytes
+from tests.data.dicoms import FILM, dataset, malformed, to_bytes
 
 PRIVATE = (b"Doe", b"4711", b"Elsewhere")
 
@@ -83,3 +83,12 @@ def test_a_packing_that_failed_leaves_no_key_that_it_made(tmp_path):
     with pytest.raises(DataError, match="nothing to pack"):
         pack(root, "dicom", tmp_path / "out", size=32, workers=1)
     assert (tmp_path / "out.key").is_file()
+
+
+def test_what_was_passed_over_is_counted_by_name(tree, tmp_path):
+    for number, tags in enumerate(({"WindowCenter": b"1,5"}, {"WindowCenter": b"n/a", "PixelSpacing": b"x"})):
+        made = malformed(dataset(np.roll(FILM, 30 + number, 1), WindowWidth=900), **tags)
+        (tree / f"odd-{number}").write_bytes(to_bytes(made))
+    summary = pack(tree, "dicom", tmp_path / "out", size=32, workers=1)
+    assert summary.packed == 8
+    assert "passed over: PixelSpacing of 1 images, WindowCenter of 2 images" in " ".join(summary.warnings)

@@ -98,9 +98,11 @@ def test_the_record_says_where_a_spacing_is_from_and_packing_says_that_it_is_at_
         (tmp_path / "films" / f"{number}").write_bytes(to_bytes(made))
     summary = pack(tmp_path / "films", "dicom", tmp_path / "out", size=32, workers=1)
     assert any("1 images state their spacing at the detector only" in warning for warning in summary.warnings)
+    contradiction = "unknown: PixelSpacing and ImagerPixelSpacing contradict each other"
+    assert f"the spacing of 1 images is {contradiction}" in summary.warnings
     manifest = Manifest.open(tmp_path / "out")
     assert sorted(manifest.read_record(row).source["spacing"] for row in range(3)) == [
         "ImagerPixelSpacing / EstimatedRadiographicMagnificationFactor",
         "ImagerPixelSpacing, at the detector",
-        "unknown: PixelSpacing and ImagerPixelSpacing contradict each other",
+        contradiction,
     ]

@@ -22,6 +22,7 @@ from ddpm_lmk.launcher import Placement, launch
 from ddpm_lmk.report.page import write_report
 from ddpm_lmk.runfile import load_run, load_yaml, validate
 from ddpm_lmk.shipped import shipped
+from ddpm_lmk.stop import check_stopped
 from ddpm_lmk.sweep import load_sweep
 from ddpm_lmk.sweep.run import run_sweep
 from ddpm_lmk.system.cores import granted_cores
@@ -80,6 +81,7 @@ def _pretrain(run_file: Path, out: Path, placement: Placement) -> None:
     workers = _workers(placement)
     processes = max(count for count in (1, 2, 4) if count <= workers)  # has to divide the group
     code = launch(job, processes=processes, device=placement.device)
+    check_stopped(code)
     if code != 0:
         raise LaunchError(f"pre-training ended with exit code {code}; see {out / 'pretrain'}")
 
@@ -88,6 +90,7 @@ def _sweep(sweep_file: Path, out: Path, placement: Placement) -> None:
     words = {"data.path": out / "shards" / "labelled", "start.pretrained": out / "pretrain"}
     sweep = load_sweep(sweep_file, [f"{key}={json.dumps(str(path))}" for key, path in words.items()])
     code = run_sweep(sweep, out / "sweep", processes=_workers(placement), device=placement.device)
+    check_stopped(code)
     if code != 0:
         raise LaunchError(f"the sweep ended with exit code {code}; the same command continues it")
 

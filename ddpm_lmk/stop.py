@@ -4,7 +4,9 @@ SIGTERM, SIGUSR1 and SIGHUP come from schedulers and closed terminals, SIGINT fr
 it gets, so one request can arrive twice within moments; only a signal that comes later than that means "at once", and
 then nothing is saved. What does not come to its end within the time of grace is not saved: the last checkpoint counts.
 
-Signals are read by a thread, so that a main thread which waits in C for another rank, or for a disk, cannot delay them.
+Outside of training there is nothing to save, and a request ends the process at once (`leaving_at_once`). Either way
+signals are read by a thread, so that a main thread which waits in C for another rank, a server or a disk cannot delay
+them, and a process that leaves takes those with it that it has started.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ddpm_lmk.errors import ConfigError, StoppedError
+from ddpm_lmk.system import environment, processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_S = 1.0
 GRACE = "DDPM_LMK_GRACE_S"  # environment: seconds from a signal to the end of the last process
 DEFAULT_GRACE_S = 25.0
+SHOW_CURSOR = b"\x1b[?25h"
 MARGIN_S = 4.0  # by which ranks leave before their launcher does
 
 
@@ -145,7 +149,7 @@ class StopRequest:
     def _leave(self, code: int) -> None:
         if self._before_leaving is not None:
             self._before_leaving()
-        os._exit(code)
+        _leave(code)
 
 
 @contextmanager
@@ -154,15 +158,8 @@ def leaving_at_once() -> Iterator[None]:
 
     A `StopRequest` inside of the block takes over for as long as it lasts.
     """
-    if threading.current_thread() is not threading.main_thread():
+    with StopRequest(on_first=leave_at_once, within_s=SAME_REQUEST_S, raises=False):
         yield
-        return
-    before = {number: signal.signal(number, _leave_at_once) for number in caught()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def stopped(level: float, *, step: int, where: str) -> StoppedError:
@@ -186,7 +183,24 @@ def say(text: str) -> None:
     os.write(2, f"{text}\n".encode())
 
 
-def _leave_at_once(number: int, frame: FrameType | None) -> None:
-    if os.environ.get("RANK", "0") == "0":
+def check_stopped(code: int) -> None:
+    """Raise the error of a stop where a part of this command has ended with the exit code of one."""
+    if code == InterruptedRunError.exit_code:
+        raise asked_to_leave(signal.SIGINT)
+    if code == StoppedError.exit_code:
+        raise StoppedError("asked to stop, or another process is at the same work; the same command continues")
+
+
+def leave_at_once(number: int) -> None:
+    """End this process, and those it has started, with the code of a stop."""
+    if not environment.is_rank() or os.environ.get("RANK", "0") == "0":
         say(f"error[{StoppedError.__name__}]: {asked_to_leave(number)}")
-    os._exit(code_of(number))
+    _leave(code_of(number))
+
+
+def _leave(code: int) -> None:
+    """End this process and those it has started; nothing that the main thread may hold is waited for."""
+    processes.end_children()
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)  # a bar may have hidden it
+    os._exit(code)

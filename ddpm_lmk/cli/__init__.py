@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from ddpm_lmk.stop import leaving_at_once
+from ddpm_lmk.system.processes import leave
 
 
 def main() -> None:
-    """Entry point of `ddpm-lmk`; a scheduler may ask to stop while the rest is still being imported."""
+    """Entry point of `ddpm-lmk`; a scheduler may ask to stop at any moment from here, while imports last too."""
     with leaving_at_once():
         from ddpm_lmk.cli import app
-    app.main()
+
+        leave(app.main())
 
 
 def run(arguments: list[str]) -> int:

@@ -74,13 +74,13 @@ class State:
     debug = False
 
 
-def main() -> None:
-    """Entry point of `ddpm-lmk`."""
+def main() -> int:
+    """Carry out the command line of this process; returns its exit code."""
     privacy.protect()
     accept_any_encoding()
     for line in environment.stand_alone():
         say(f"note: {line}")
-    sys.exit(run(sys.argv[1:]))
+    return run(sys.argv[1:])
 
 
 def run(arguments: list[str]) -> int:

@@ -94,8 +94,7 @@ def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = 
             stop.say(f"launcher: {signal.Signals(number).name}, the ranks are told to save and leave")
             return
         leave()  # nothing is trained between two starts, so there is nothing to save
-        stop.say(f"error[StoppedError]: {stop.asked_to_leave(number)}")
-        os._exit(stop.code_of(number))
+        stop.leave_at_once(number)
 
     try:
         with (

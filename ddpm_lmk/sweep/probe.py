@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.stop import check_stopped
 from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder
 from ddpm_lmk.sweep.run import run_sweep
 
@@ -56,7 +57,9 @@ def measure_rate(cell: Cell, count: int, *, device: str) -> float | None:
     with tempfile.TemporaryDirectory(prefix="ddpm-lmk-probe-") as folder:
         out = Path(folder)
         console = Console(file=io.StringIO())
-        if run_sweep(Sweep("probe", cells), out, per_device=count, device=device, console=console):
+        code = run_sweep(Sweep("probe", cells), out, per_device=count, device=device, console=console)
+        check_stopped(code)
+        if code:
             return None
         return sum(_rate(cell_folder(out, cell.name)) for cell in cells)
 

@@ -20,8 +20,6 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from rich.console import Console
 from ddpm_lmk import atomic
 from ddpm_lmk.errors import ConfigError, StoppedError
 from ddpm_lmk.launcher.placement import STALL_S
-from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, caught, code_of, grace_s
+from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, StopRequest, code_of, grace_s
 from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, check_starts, is_done
 from ddpm_lmk.sweep.stages import Stages
 from ddpm_lmk.sweep.summary import write_summary
@@ -73,6 +71,10 @@ class SweepRun:
     lost: Counter[str] = field(default_factory=Counter)  # workers, by the cell they were at
     asked: int = 0  # the signal that asked for a stop
 
+    def ask(self, number: int) -> None:
+        """A signal asks for a stop."""
+        self.asked = number
+
 
 def run_sweep(
     sweep: Sweep,
@@ -103,7 +105,8 @@ def run_sweep(
     view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done))
     write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
     if _pending(run):
-        with _stop_on_signal(run), view, run.vigil:
+        # The first signal lets workers save and end; a second one ends them and this process.
+        with StopRequest(on_first=run.ask, within_s=grace_s(), raises=False), view, run.vigil:
             _pre_train(run, view)
             if _pending(run) and not run.asked:
                 _supervise(run, view)
@@ -259,25 +262,3 @@ def _environment(device: str, slot: int, count: int, *, devices: int) -> dict[st
         visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % devices % len(visible)] if visible else str(slot % devices)
     return environment
-
-
-@contextmanager
-def _stop_on_signal(run: SweepRun) -> Iterator[None]:
-    """The first signal lets workers save and end; a second one acts as usual, and the workers die with this process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.getsignal(number) for number in caught()}
-
-    def stop(number: int, frame: object) -> None:
-        run.asked = number
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    for number in previous:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -21,10 +21,10 @@ from typing import Any
 
 from ddpm_lmk import privacy, stop
 from ddpm_lmk.errors import LmkError, StoppedError
-from ddpm_lmk.stop import InterruptedRunError
+from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, grace_s
 from ddpm_lmk.sweep.plan import StageRun, is_done
 from ddpm_lmk.system.cores import THREADS, threads_per_process
-from ddpm_lmk.system.processes import die_with_parent
+from ddpm_lmk.system.processes import die_with_parent, leave
 
 POLL_S = 0.2
 
@@ -51,14 +51,17 @@ class Stages:
         waiting = [stage for stage in stages if not is_done(stage.folder, stage)]
         at_once = self._processes if self._device == "cpu" else 1
         running: list[Running] = []
-        told = 0
+        told, told_at = 0, 0.0
         while running or (waiting and not told):
             while waiting and not told and len(running) < at_once:
                 running.append(self._start(waiting.pop(0), side_by_side=min(at_once, len(waiting) + 1 + len(running))))
             if asked() and not told:
-                told = asked()
+                told, told_at = asked(), time.monotonic()
                 for each in running:
                     each.process.send_signal(told)
+            if told and time.monotonic() - told_at > grace_s() - MARGIN_S / 2:
+                for each in running:
+                    each.process.kill()
             time.sleep(POLL_S)
             for each in [each for each in running if each.process.poll() is not None]:
                 running.remove(each)
@@ -125,4 +128,4 @@ def _do(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -24,7 +24,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.sweep.plan import Cell, cell_folder, is_done
-from ddpm_lmk.system.processes import die_with_parent
+from ddpm_lmk.system.processes import die_with_parent, leave
 
 
 class Reporter:
@@ -124,4 +124,4 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

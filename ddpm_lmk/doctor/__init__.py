@@ -29,5 +29,6 @@ def examine(folder: Path, *, cfg: RunConfig | None = None) -> list[Finding]:
         lambda: place.check_disk(folder, cfg),
         place.check_shared_memory,
         place.check_limits,
+        place.check_protections,
     )
     return [finding for check in checks for finding in check()]

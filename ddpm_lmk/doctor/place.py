@@ -13,6 +13,7 @@ from pathlib import Path
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.doctor.finding import Finding
 from ddpm_lmk.launcher.placement import split_address
+from ddpm_lmk.system.limits import absent
 
 PROBE_BYTES = 64 * 2**20
 LOW_DISK_GIB = 5.0
@@ -80,6 +81,13 @@ def check_limits() -> list[Finding]:
         _limit("open files", resource.RLIMIT_NOFILE, LOW_FILES, f"many shards need more; ulimit -n {4 * LOW_FILES}"),
         _limit("processes", resource.RLIMIT_NPROC, LOW_PROCESSES, f"threads count too; ulimit -u {8 * LOW_PROCESSES}"),
     ]
+
+
+def check_protections() -> list[Finding]:
+    """What keeps foreign files and orphans at bay, as far as this system has it."""
+    advice = "as on every system but Linux; pack and import only files of people you trust"
+    missing = [Finding("note", "protection", seen, advice) for seen in absent()]
+    return missing or [Finding("ok", "protections", "memory of decoders, ends with the parent, no network on import")]
 
 
 def check_rendezvous(rdzv: str, *, nodes: int, node_rank: int, timeout_s: int = MEETING_S) -> Finding:

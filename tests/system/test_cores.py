@@ -1,0 +1,132 @@
+"""Cores that were granted, whatever the machine has, and the threads of processes that share them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm_lmk.system import cgroup, cores, memory
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Control groups made of files; this process is in `job/step`, and no scheduler is there."""
+    for job, count in cores.GRANTS:
+        monkeypatch.delenv(job, raising=False)
+        monkeypatch.delenv(count, raising=False)
+    monkeypatch.delenv(cores.THREADS, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    (tmp_path / "membership").write_text("5:cpu,cpuacct:/job/step\n4:memory:/job/step\n0::/job/step\n")
+    monkeypatch.setattr(cgroup, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_without_limits_the_cores_of_the_affinity_are_granted(groups: Path) -> None:
+    write(groups / "job/step/cpu.max", "max 100000\n")
+    write(groups / "cpu/job/step/cpu.cfs_quota_us", "-1\n")
+    write(groups / "cpu/job/step/cpu.cfs_period_us", "100000\n")
+    assert cores.granted_cores() == 16
+
+
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({"job/step/cpu.max": "400000 100000"}, 4),
+        ({"job/step/cpu.max": "max 100000", "job/cpu.max": "250000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "3200000 100000"}, 16),
+        ({"cpu/job/step/cpu.cfs_quota_us": "300000", "cpu/job/step/cpu.cfs_period_us": "100000"}, 3),
+    ],
+    ids=["own", "a group around it", "container, half a core", "more than there are", "version 1"],
+)
+def test_a_share_of_processor_time_is_worth_whole_cores(groups: Path, files: dict[str, str], granted: int) -> None:
+    for name, text in files.items():
+        write(groups / name, text)
+    assert cores.granted_cores() == granted
+
+
+@pytest.mark.parametrize(
+    ("words", "granted"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "8"}, 8),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_CPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "4"}, 4),
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "2"}, 8),
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "64"}, 16),
+        ({"NSLOTS": "4"}, 16),
+        ({"SGE_ROOT": "/sge", "NSLOTS": "4"}, 4),
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "many"}, 16),
+    ],
+)
+def test_a_scheduler_grants_cores_that_nothing_enforces(
+    groups: Path, monkeypatch: pytest.MonkeyPatch, words: dict[str, str], granted: int
+) -> None:
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    assert cores.granted_cores() == granted
+
+
+def test_a_system_without_affinity_has_all_cores(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert cores.granted_cores() == 12
+
+
+@pytest.mark.parametrize(
+    ("wish", "processes", "threads"),
+    [
+        (None, 1, 16),
+        (None, 4, 4),
+        (None, 3, 5),
+        (None, 99, 1),
+        ("2", 4, 2),
+        ("16", 4, 16),
+        ("64", 4, 4),
+        ("8,2", 1, 8),
+        ("0", 4, 4),
+        ("abc", 4, 4),
+        ("", 4, 4),
+        ("-3", 4, 4),
+        ("٣", 4, 4),
+    ],
+)
+def test_processes_share_the_cores_unless_a_sane_wish_says_otherwise(
+    groups: Path, monkeypatch: pytest.MonkeyPatch, wish: str | None, processes: int, threads: int
+) -> None:
+    if wish is not None:
+        monkeypatch.setenv(cores.THREADS, wish)
+    assert cores.threads_per_process(processes) == threads
+
+
+@pytest.mark.parametrize(
+    ("files", "total", "available"),
+    [
+        ({"job/memory.max": "1000", "job/memory.current": "400", "job/step/memory.max": "max"}, 1000, 600),
+        ({"memory/job/memory.limit_in_bytes": "900", "memory/job/memory.usage_in_bytes": "1000"}, 900, 0),
+        ({"memory.max": "800", "memory.current": "100"}, 800, 700),
+        ({"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1"}, None, None),
+    ],
+    ids=["version 2, of the job", "version 1, used up", "container", "no limit"],
+)
+def test_memory_is_that_of_the_container(
+    groups: Path, files: dict[str, str], total: int | None, available: int | None
+) -> None:
+    for name, text in files.items():
+        write(groups / name, text)
+    if total is None:
+        assert memory.total_bytes() > memory.available_bytes() > 2**20
+    else:
+        assert (memory.total_bytes(), memory.available_bytes()) == (total, available)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells it on Linux only")
+def test_the_processor_has_a_name() -> None:
+    assert cores.cpu_name()

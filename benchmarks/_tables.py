@@ -221,10 +221,22 @@ def survived_table(source: Path) -> str:
             len(signals["stops"]),
             f"saved and gone after {signals['stop_s_max']:.0f} s at most",
         ],
+        *_asked_anywhere(source.with_name("signals_anywhere.json")),
         ["a rank lost, until training goes on", 2, lost],
         *fault_rows(json.loads(source.with_name("faults_checkpoint.json").read_text())),
     ]
     return markdown(["what happened", "times", "how it ended"], rows)
+
+
+def _asked_anywhere(source: Path) -> list[list[object]]:
+    """The row of the soak that asks every command to stop, whenever."""
+    if not source.exists():
+        return []
+    found = json.loads(source.read_text())
+    what = f"any of {found['commands']} commands and waits asked to stop at a random moment from its start"
+    right = sum(row["is_right"] for row in found["rows"])
+    ended = f"{right} of {found['signals']} gone, with all they had started, after {found['seconds_max']:.0f} s at most"
+    return [[what, found["signals"], ended]]
 
 
 def exactness_table(source: Path) -> str:

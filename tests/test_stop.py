@@ -8,10 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from ddpm_lmk import stop
-from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.errors import ConfigError, StoppedError
 
 
 @pytest.fixture
@@ -53,6 +54,44 @@ cli.main()
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     assert done.returncode == 75
     assert "the same command continues" in done.stderr
+
+
+IN_C = """
+import ctypes, subprocess, sys
+from ddpm_lmk import stop
+with stop.leaving_at_once():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(child.pid, flush=True)
+    mutex = ctypes.create_string_buffer(128)  # zeros are a mutex that is free
+    libc = ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # waits for itself; no signal gets it out of there
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such a mutex is all zeros with glibc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_process_that_waits_in_c_hears_a_request_and_takes_its_children_along(
+    number: signal.Signals, code: int
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"{number.name} outside of training; the same command continues" in said
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_part_that_was_stopped_stops_the_whole() -> None:
+    stop.check_stopped(0)
+    stop.check_stopped(6)
+    for code in (75, 130):
+        with pytest.raises(StoppedError) as error:
+            stop.check_stopped(code)
+        assert error.value.exit_code == code
 
 
 @pytest.mark.parametrize("text", ["soon", "", "nan", "inf", "-1", "4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ddpm_lmk.sweep import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("launch/*.yaml")])
+MACHINES = {"precision", "compile", "threads", "workers", "cuda_graphs"}
 FRAGMENT_BASE = "data: {path: shards}\ntask: {kind: landmarks}\n"
 
 
@@ -55,3 +57,30 @@ def test_shipped_file_opens_with_what_it_is_for(path: Path) -> None:
 
 def test_files_were_found() -> None:
     assert {"smoke", "demo"} <= {path.parent.name for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_file_leaves_to_the_machine_what_is_the_machines(path: Path) -> None:
+    """A processor without bf16 emulates it, 14 times slower; what the paper did is no such choice."""
+    if path.parent.name != "paper":
+        assert [(key, value) for key, value in _settings(load_yaml(path)) if key in MACHINES and value != "auto"] == []
+
+
+def _settings(section: object) -> Iterator[tuple[str, object]]:
+    """Every setting at any depth with the last word of its key, which `set` of a sweep writes with dots."""
+    if isinstance(section, dict):
+        for key, value in section.items():
+            yield str(key).rpartition(".")[2], value
+            yield from _settings(value)
+    elif isinstance(section, list):
+        for value in section:
+            yield from _settings(value)
+
+
+def test_cpu_recipes_of_ones_own_films_are_those_of_isbi() -> None:
+    for stage in ("pretrain", "finetune"):
+        own = load_run(ROOT / f"configs/{stage}/cpu.yaml", ["data.path=shards"])
+        isbi = load_run(ROOT / f"configs/{stage}/isbi_cpu.yaml", ["data.path=shards", f"name={own.name}"])
+        assert isbi.model_copy(update={"evaluate": own.evaluate}) == own
+        assert own.data.splits == ("train",)
+    assert own.evaluate.split == "test"

@@ -81,13 +81,18 @@ def cuda_has_bf16() -> bool:
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def is_emulated(name: str, device: str) -> bool:
+    """Does this device compute in this precision without instructions for it, as far as it is known to us?"""
+    return device == "cpu" and (name == "fp16" or (name == "bf16" and bool(missing_bf16())))
+
+
 def emulation_warning(cfg: RunConfig, name: str, device: str) -> str | None:
     """What to tell, before the first step, whoever trains in `name` on a CPU that only emulates it; else None.
 
     Args:
         name: what the run trains in; not what `auto` is here where the run began on another machine.
     """
-    if device != "cpu" or name == "fp32" or (name == "bf16" and not missing_bf16()):
+    if not is_emulated(name, device):
         return None
     if (factor := times_fp32(name)) < WORTH_SAYING:
         return None

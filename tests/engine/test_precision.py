@@ -13,6 +13,7 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine import precision
+from ddpm_lmk.loaded import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESTRICTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
@@ -90,7 +91,9 @@ def test_nothing_is_said_of_what_is_fast_or_of_another_device(monkeypatch: pytes
     assert precision.emulation_warning(run("bf16"), "bf16", "cuda") is None
 
 
-def test_a_run_says_so_before_its_first_step(packed_phantoms: Path, tmp_path: Path) -> None:
+def test_a_run_says_so_before_its_first_step_and_is_used_in_fp32(
+    packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--cpu", "1", "--out", str(tmp_path / "run"), f"data.path={packed_phantoms}", "train.precision=bf16"]
     command = [sys.executable, "-m", "ddpm_lmk.cli", "pretrain", str(ROOT / "configs/smoke/pretrain.yaml"), *words]
     environment = {**os.environ, **OLD, "PYTHONPATH": str(ROOT)}
@@ -99,3 +102,6 @@ def test_a_run_says_so_before_its_first_step(packed_phantoms: Path, tmp_path: Pa
     before, _, _ = done.stderr.partition("step=1/4")
     assert "bf16 is emulated here" in before
     assert "train.precision=auto takes what is fast" in before
+    for name, value in OLD.items():
+        monkeypatch.setenv(name, value)
+    assert open_run(tmp_path / "run", device="cpu").cfg.train.precision == "fp32"

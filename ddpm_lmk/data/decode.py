@@ -35,7 +35,11 @@ _WHITE_IS_ZERO = 0
 _TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _UNSIGNED, _SIGNED = 1, 2
 _PLANES, _SEPARATE = 284, 2  # PlanarConfiguration
-_OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO}
+# What a name or a file is to blame for, now and at every further try; everything else is the file system's fault.
+_OF_THE_FILE = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO),
+    *(errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ENODEV, errno.EOVERFLOW),
+}
 
 
 class RefusedImageError(Exception):
@@ -91,17 +95,8 @@ def film_from_bytes(data: bytes, options: ReadOptions = ReadOptions()) -> Film:
 
 def read_content(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     """The bytes of a plain file, or `size` of them from `offset`. Raises as `read_film`."""
-    try:
-        # not blocking: a pipe that looks like a picture would wait for ever
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in _OF_THE_FILE:
-            raise RefusedImageError("UNREADABLE", f"cannot be opened ({os.strerror(error.errno)})") from None
-        raise
-    with os.fdopen(descriptor, "rb") as file:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise RefusedImageError("UNREADABLE", "not a plain file")
+    with open(_open_plain(path), "rb") as file:
+        info = os.fstat(file.fileno())
         wanted = info.st_size if size is None else size
         if wanted > _MAX_FILE_BYTES:
             raise RefusedImageError("TOO_LARGE", f"{wanted} bytes; up to {_MAX_FILE_BYTES >> 20} MiB are read")
@@ -110,6 +105,24 @@ def read_content(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     if not data:
         raise RefusedImageError("EMPTY", "the file is empty")
     return data
+
+
+def _open_plain(path: Path) -> int:
+    """A descriptor of a plain file. Raises as `read_film`."""
+    try:
+        # not blocking: a pipe that looks like a picture would wait for ever
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL in the name, or one that this system cannot spell
+        raise RefusedImageError("UNREADABLE", f"cannot be opened ({error})") from None
+    except OSError as error:
+        if error.errno in _OF_THE_FILE:
+            raise RefusedImageError("UNREADABLE", f"cannot be opened ({os.strerror(error.errno)})") from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise RefusedImageError("UNREADABLE", "is a folder" if stat.S_ISDIR(mode) else "not a plain file")
+    return descriptor
 
 
 def native_size(path: Path) -> tuple[int, int]:

@@ -41,10 +41,11 @@ class Origin:
         except (ImportError, ValueError) as error:
             raise LaunchError(f"cannot open {self.url}: {error}; run `pip install 'ddpm-lmk[cloud]'`") from None
 
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None: a web server that does not tell, and never will."""
         with self._plain_errors(name):
-            return int(self._system.size(f"{self._path}/{name}"))
+            size = self._system.size(f"{self._path}/{name}")
+        return None if size is None else int(size)
 
     def read(self, name: str) -> bytes:
         """A whole small file."""

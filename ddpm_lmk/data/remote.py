@@ -112,7 +112,10 @@ class RemoteShards:
                 self._ahead.submit(self._fetch_ahead, shard)
 
     def check(self) -> None:
-        """Raise DataError unless every shard is there, in its size; only those without a copy are looked for."""
+        """Raise DataError unless every shard is there, in its size; only those without a copy are looked for.
+
+        Where a server tells no sizes, what arrives is held against the manifest when it is fetched.
+        """
         missing = [known for known in self._shards if not self._cache.has(known["name"], known["size"])]
         with ThreadPoolExecutor(_CHECKS) as pool:
             sizes = list(pool.map(lambda known: with_retries(self._origin.size, known["name"]), missing))
@@ -153,8 +156,8 @@ class RemoteShards:
             self._want_size(known, self._origin.size(known["name"]))
             raise OSError(errno.EIO, f"{self._origin.url}/{known['name']}: got {got} of {known['size']} bytes")
 
-    def _want_size(self, known: dict[str, Any], size: int) -> None:
-        if size != known["size"]:
+    def _want_size(self, known: dict[str, Any], size: int | None) -> None:
+        if size not in (None, known["size"]):
             raise DataError(
                 f"shard {self._origin.url}/{known['name']} has {size} bytes, {known['size']} wanted: cut off or "
                 "changed; pack again"

@@ -102,6 +102,25 @@ def test_several_frames_animations_and_foreign_formats_are_refused(tmp_path):
         read_grey((tmp_path / "x.gif").rename(tmp_path / "x.png"))
 
 
+def test_what_a_name_is_to_blame_for_is_refused_and_never_taken_for_a_lost_file_system(tmp_path):
+    (tmp_path / "folder").mkdir()
+    save(tmp_path / "x.png")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    faults = {
+        "folder": "is a folder",
+        ".": "is a folder",
+        "x.png/y.png": "Not a directory",
+        "n" * 300: "File name too long",
+        "loop": "Too many levels",
+        "gone": "No such file",
+        "a\0b": "null byte",
+    }
+    for name, reason in faults.items():
+        with pytest.raises(RefusedImageError, match=reason):
+            read_film(tmp_path / name)
+
+
 def test_a_header_that_promises_too_much_is_refused_before_decoding(tmp_path):
     path = save(tmp_path / "x.bmp")
     content = bytearray(path.read_bytes())

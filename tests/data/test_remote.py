@@ -129,6 +129,12 @@ def test_a_sample_that_is_corrupt_at_its_origin_is_replaced_as_it_is_locally(tmp
     assert {sample.row for group in found for sample in group.bad} == {bad}
 
 
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
+def test_a_server_that_tells_no_lengths_gives_the_same_stream(server, pack, tmp_path, cache_gib):
+    server.tells_length = False
+    assert_same(stream(config(f"{server.url}/dots", tmp_path, cache_gib=cache_gib)), stream(config(pack, tmp_path)))
+
+
 def test_a_copy_that_was_damaged_on_this_disk_is_fetched_again(server, pack, tmp_path):
     cfg = config(f"{server.url}/dots", tmp_path)
     stream(cfg)

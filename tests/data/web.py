@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
         self.root = root
         self.fault: Callable[[str, int], Fault | None] = lambda name, number: None
         self.requests: list[tuple[str, str | None]] = []
+        self.tells_length = True  # some send in chunks, and answer HEAD without a Content-Length
         self.lock = threading.Lock()
 
     @property
@@ -45,7 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         self.send_response(200)
-        self.send_header("Content-Length", str(path.stat().st_size))
+        if self.server.tells_length:
+            self.send_header("Content-Length", str(path.stat().st_size))
         self.send_header("Accept-Ranges", "bytes")
         self.end_headers()
 
@@ -65,7 +67,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "flip":
             data = bytes([data[0] ^ 0xFF]) + data[1:-1] + bytes([data[-1] ^ 0xFF])
         self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(data)))
+        if self.server.tells_length:
+            self.send_header("Content-Length", str(len(data)))
+        else:
+            self.send_header("Connection", "close")  # the end of the answer is the end of the connection
+            self.close_connection = True
         self.end_headers()
         if fault == "drop":
             self.wfile.write(data[: len(data) // 2])

@@ -49,9 +49,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def to_utf8(text: str) -> bytes:
+    """UTF-8 that every reader takes.
+
+    A name that is no UTF-8 on the disk comes with lone surrogates; each is written as `\\udcff`, which in JSON is the
+    character again, and elsewhere is legible.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_text(path: Path, content: str) -> None:
-    """Put UTF-8 text at `path` in one move."""
-    write_bytes(path, content.encode("utf-8", "surrogateescape"))
+    """Put text at `path` in one move, as `to_utf8`."""
+    write_bytes(path, to_utf8(content))
 
 
 def write_json(path: Path, content: Any) -> None:

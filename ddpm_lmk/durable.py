@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk import privacy
+from ddpm_lmk.atomic import to_utf8
 from ddpm_lmk.failpoints import reach
 
 FORMAT = 1
@@ -45,7 +46,7 @@ class OtherFormatError(Exception):
 
 def to_json(value: Any) -> bytes:
     """Readable JSON with a final newline; NaN and infinity are refused because JSON has neither."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
+    return to_utf8(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_directory(

@@ -84,7 +84,7 @@ class Journal:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects; none where there is no file."""
-    found = [parse_line(text) for text in path.read_text().splitlines()] if path.is_file() else []
+    found = [parse_line(text) for text in path.read_text("utf-8").split("\n")] if path.is_file() else []
     return [line for line in found if line is not None]
 
 
@@ -103,7 +103,7 @@ def now() -> str:
 
 
 def _append_line(path: Path, line: dict[str, Any]) -> None:
-    text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
+    text = atomic.to_utf8(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, privacy.file_mode())
     try:
         before = os.fstat(descriptor).st_size

@@ -1,7 +1,8 @@
 """Which files there are, in order of id: walked, sorted and kept on the disk, never in memory.
 
 A tree may hold millions of files, so names are sorted in pieces that are merged (an external sort). Symbolic links to
-folders are not followed; hidden files and folders are skipped, and so is what archives of macOS leave behind.
+folders are followed, but into what is walked already; hidden files and folders are skipped, and so is what archives of
+macOS leave behind.
 """
 
 from __future__ import annotations
@@ -16,12 +17,24 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from ddpm_lmk.data.dicom import is_dicom
 from ddpm_lmk.errors import DataError
 
 Name = tuple[str, str]  # id, path
 _SORTED_AT_ONCE = 50_000
 _BLOCK = 1 << 16
 _SKIPPED = (".", "__MACOSX")
+_HEAD_BYTES = 1 << 16
+
+# The files that people give where a folder or a list is wanted, by their first bytes.
+_COMPRESSED = "is compressed, and pictures are read where they lie; unpack it and give the folder"
+_ONE_PICTURE = "is one picture, not a list; give its folder, or a text file with a path on each line"
+_FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
+    *((magic, _COMPRESSED) for magic in (b"\x1f\x8b", b"PK\x03\x04", b"PK\x05\x06", b"BZh", b"\xfd7zXZ\0")),
+    *((magic, _COMPRESSED) for magic in (b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")),
+    *((magic, _ONE_PICTURE) for magic in (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF8")),
+)
+ARCHIVES = frozenset({".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar"})
 
 
 def walk(root: Path, suffixes: frozenset[str] | None, others: Counter[str]) -> Iterator[str]:
@@ -34,9 +47,9 @@ def walk(root: Path, suffixes: frozenset[str] | None, others: Counter[str]) -> I
     Raises:
         DataError: a folder cannot be listed: an unreadable one must not look like an empty one.
     """
-    waiting = [""]
+    waiting = [("", (os.path.realpath(root),))]  # a folder, and the real folders whose trees its files lie in
     while waiting:
-        below = waiting.pop()
+        below, trees = waiting.pop()
         try:
             with os.scandir(os.path.join(root, below)) as entries:  # noqa: PTH118 - strings: there may be millions
                 for entry in entries:
@@ -44,7 +57,11 @@ def walk(root: Path, suffixes: frozenset[str] | None, others: Counter[str]) -> I
                         continue
                     path = f"{below}{entry.name}"
                     if entry.is_dir(follow_symlinks=False):
-                        waiting.append(f"{path}/")
+                        waiting.append((f"{path}/", trees))
+                    elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
+                        real = os.path.realpath(entry.path)
+                        if not any(_overlap(real, tree) for tree in trees):
+                            waiting.append((f"{path}/", (*trees, real)))
                     elif suffixes is None or (suffix := os.path.splitext(path)[1].lower()) in suffixes:  # noqa: PTH122
                         yield path
                     else:
@@ -55,13 +72,38 @@ def walk(root: Path, suffixes: frozenset[str] | None, others: Counter[str]) -> I
             ) from None
 
 
+def _overlap(one: str, other: str) -> bool:
+    """Does one of two real folders lie in the other, or are they the same? So a link may lead in a circle."""
+    return os.path.commonpath((one, other)) in (one, other)
+
+
 def read_list(path: Path) -> Iterator[str]:
-    """Paths in a text file, one a line, relative to its folder or absolute; empty lines and `#` lines are skipped."""
+    """Paths in a text file, one a line, relative to its folder or absolute; empty lines and `#` lines are skipped.
+
+    Raises:
+        DataError: an archive, a picture, or no text at all.
+    """
+    with open(path, "rb") as head:
+        _refuse_no_list(path, head.read(_HEAD_BYTES))
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in file:
             name = line.rstrip("\r\n")
             if name.strip() and not name.startswith("#"):
                 yield name
+
+
+def _refuse_no_list(path: Path, head: bytes) -> None:
+    for magic, what in _FIRST_BYTES:
+        if head.startswith(magic):
+            raise DataError(f"{path} {what}")
+    if is_dicom(head):
+        raise DataError(
+            f"{path} is one DICOM file, not a list; give its folder, or a text file with a path on each line"
+        )
+    if head[257:262] == b"ustar":
+        raise DataError(f"{path} is a tar; kind folder reads it if its name ends in .tar, else unpack it")
+    if b"\0" in head:
+        raise DataError(f"{path} is not text; wanted a folder, or a UTF-8 text file with a path on each line")
 
 
 class Listing:
@@ -112,8 +154,15 @@ def list_files(
     listing = Listing((id_of(path), path) for path in paths)
     if not len(listing):
         looked_for = "files" if suffixes is None else " ".join(sorted(suffixes))
-        raise DataError(f"no image below {source}; looked for {looked_for}")
+        seen = f", found {describe_others(others)}" if others else ""
+        raise DataError(f"no image below {source}; looked for {looked_for}{seen}")
     return listing
+
+
+def describe_others(others: Counter[str]) -> str:
+    """Files of other suffixes in words, the most frequent first, and what to do about archives among them."""
+    counts = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common(5))
+    return f"{counts}; archives are not looked into: unpack them" if ARCHIVES & set(others) else counts
 
 
 def _written(names: Iterable[Name]) -> BinaryIO:

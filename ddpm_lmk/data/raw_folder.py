@@ -11,7 +11,7 @@ from pathlib import Path
 from ddpm_lmk.data.decode import SUFFIXES
 from ddpm_lmk.data.dicom import require_pydicom
 from ddpm_lmk.data.ids import KeyedIds
-from ddpm_lmk.data.listing import Listing, list_files, walk
+from ddpm_lmk.data.listing import Listing, describe_others, list_files, walk
 from ddpm_lmk.data.raw import RawDataset, RawSample, TarMember, check_split_name, folder_split, ordered_splits
 from ddpm_lmk.data.spec import unlabelled
 from ddpm_lmk.data.tars import DamagedTarError, members
@@ -35,8 +35,9 @@ def read_folder(
         others: Counter[str] = Counter()
         found = _listed(source, list_files(source, SUFFIXES, id_of, others), name, split, val_fraction, seed)
         if others:
-            suffixes = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common(5))
-            found.warnings.append(f"{others.total()} files with other suffixes were not looked at ({suffixes})")
+            found.warnings.append(
+                f"{others.total()} files with other suffixes were not looked at ({describe_others(others)})"
+            )
     found.keys = keys
     return found
 

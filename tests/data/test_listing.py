@@ -27,14 +27,55 @@ def test_two_files_with_one_id_are_an_error(tmp_path):
         list_files(tmp_path, None, lambda path: path.split(".")[0], Counter())
 
 
-def test_hidden_names_are_skipped_links_to_folders_not_followed_and_others_counted(tmp_path):
+def test_hidden_names_are_skipped_and_others_counted(tmp_path):
     (tmp_path / "sub" / ".hidden").mkdir(parents=True)
     for name in ("a.PNG", ".b.png", "sub/c.png", "sub/.hidden/d.png", "sub/e.txt", "f"):
         (tmp_path / name).touch()
-    (tmp_path / "loop").symlink_to(tmp_path)
     others = Counter()
     assert sorted(walk(tmp_path, frozenset({".png"}), others)) == ["a.PNG", "sub/c.png"]
-    assert others == {".txt": 1, "none": 2}
+    assert others == {".txt": 1, "none": 1}
+
+
+def test_linked_folders_are_followed_once_and_never_in_a_circle(tmp_path):
+    """On another disk: pictures, a link back into the set, one to themselves, and one to a third disk and back."""
+    for name in ("set/sub", "disk/sub", "third"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("set/a.png", "set/sub/b.png", "disk/c.png", "disk/sub/d.png", "third/e.png"):
+        (tmp_path / name).touch()
+    links = {"set/images": "disk", "set/loop": "set", "set/again": "set/sub", "disk/me": "disk", "disk/back": "set"}
+    links |= {"disk/third": "third", "third/disk": "disk/sub", "set/one.png": "third/e.png", "set/gone": "nowhere"}
+    links["set/around.png"] = "set/around.png"
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+    found = sorted(walk(tmp_path / "set", frozenset({".png"}), Counter()))
+    linked = ["images/c.png", "images/sub/d.png", "images/third/e.png"]
+    assert found == ["a.png", "around.png", *linked, "one.png", "sub/b.png"]
+
+
+ONE_FILE = {
+    "set.tar.gz": (b"\x1f\x8b\x08", "is compressed.*unpack it"),
+    "set.zip": (b"PK\x03\x04", "is compressed.*unpack it"),
+    "one.png": (b"\x89PNG\r\n", "is one picture, not a list"),
+    "one.jpg": (b"\xff\xd8\xff\xe0", "is one picture, not a list"),
+    "one.dcm": (b"\0" * 128 + b"DICM", "is one DICOM file, not a list"),
+    "tar": (b"a.png".ljust(257, b"\0") + b"ustar\0", "is a tar"),
+    "list.txt": ("a.png\n".encode("utf-16"), "not text"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_FILE)
+def test_an_archive_or_a_picture_is_never_read_as_a_list_of_names(tmp_path, name):
+    content, message = ONE_FILE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list_files(tmp_path / name, None, str, Counter())
+
+
+def test_archives_in_a_folder_are_named_as_what_was_passed_over(tmp_path):
+    for name in ("images_001.tar.gz", "images_002.tar.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"found \.gz 2, \.txt 1; archives are not looked into: unpack them"):
+        list_files(tmp_path, frozenset({".png"}), str, Counter())
 
 
 def test_a_list_names_its_files(tmp_path):

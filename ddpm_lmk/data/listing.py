@@ -47,7 +47,8 @@ def walk(root: Path, suffixes: frozenset[str] | None, others: Counter[str]) -> I
     Raises:
         DataError: a folder cannot be listed: an unreadable one must not look like an empty one.
     """
-    waiting = [("", (os.path.realpath(root),))]  # a folder, and the real folders whose trees its files lie in
+    top: tuple[str, ...] = (os.path.realpath(root),)
+    waiting = [("", top)]  # a folder, and the real folders whose trees are walked on the way to it
     while waiting:
         below, trees = waiting.pop()
         try:

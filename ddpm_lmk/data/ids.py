@@ -29,6 +29,11 @@ class KeyedIds:
     def __init__(self, key: bytes) -> None:
         self._key = key
 
+    @property
+    def key_id(self) -> str:
+        """Which key this is, so that two packs can tell whether their hashes can be compared; nobody finds it by it."""
+        return self._hash(b"key")
+
     def of_path(self, path: str) -> str:
         """The id of a file, by its path below the source."""
         return self._hash(b"path\0" + os.fsencode(path))

@@ -95,6 +95,7 @@ def pack(
     refuse_existing(out)
     key_file = Path(id_key or out.absolute().with_name(f"{out.name}.key"))
     with _keys(key_file if settings.hashed_ids else None, out) as keys:
+        settings = settings.model_copy(update={"key_id": keys.key_id if keys else None})
         found = _read(Path(source) if kind != "phantom" else str(source), settings, keys)
         found.warnings += [_KEY_NOTE.format(key_file)] if keys is not None else []
         if id_map is not None:
@@ -162,6 +163,7 @@ def _read(source: Path | str, settings: PackSettings, keys: KeyedIds | None) -> 
         thresholds=settings.thresholds,
         spacing_pair=settings.spacing_pair,
         keep_unlabelled=settings.keep_unlabelled,
+        keys=keys,
     )
 
 
@@ -203,7 +205,7 @@ def _write(
             if progress is not None:
                 progress(position.done, len(found.samples))
         labels.raise_if_wrong()
-        summary.warnings += notes.sentences()
+        summary.warnings += labels.warnings() + notes.sentences()
         _count(summary, found, writer)
         _raise_if_empty(summary)
     return summary
@@ -280,8 +282,11 @@ def _count(summary: PackSummary, found: RawDataset, writer: ShardWriter) -> None
 def _raise_if_empty(summary: PackSummary) -> None:
     if summary.packed:
         return
-    first = f": {summary.refused[0]['id']!r}: {summary.refused[0]['reason']}" if summary.refused else ""
-    raise DataError(f"nothing to pack: {summary.num_refused} images were refused{first}; give other images")
+    counts = ", ".join(f"{code} {count}" for code, count in summary.reasons.most_common())
+    first = (
+        f" ({counts}), first {summary.refused[0]['id']!r}: {summary.refused[0]['reason']}" if summary.refused else ""
+    )
+    raise DataError(f"nothing to pack: {summary.num_refused} images were refused{first}")
 
 
 def _default_name(source: str | Path, kind: Kind) -> str:

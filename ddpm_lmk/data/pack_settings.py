@@ -29,6 +29,7 @@ class PackSettings(Section):
     frame: Annotated[int, Field(ge=0)] | None = Field(None, description="of files with several; null: they are refused")
     allow_burned_in: bool = Field(False, description="take DICOM files that say text is burned into the picture")
     hashed_ids: bool = Field(False, description="ids are keyed hashes of paths")
+    key_id: str | None = Field(None, description="which key made them, for comparing patients; says nothing of it")
     encoding: Encoding = Field("raw", description="raw array, png, or jpeg (lossy)")
     quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="JPEG quality")
     convention: Convention = Field(
@@ -70,13 +71,14 @@ def checked_settings(values: dict[str, Any]) -> PackSettings:
     return settings
 
 
+_OF_FILES = ("folder", "dicom", "table", "chest", "cephalometric", "hand")  # any of them may be DICOM by its content
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "convention": ("chest", "cephalometric", "hand"),
     "split": ("folder", "dicom", "table"),
     "val_fraction": ("folder", "dicom"),
-    "hashed_ids": ("folder", "dicom"),
-    "allow_burned_in": ("dicom",),
-    "frame": ("folder", "dicom"),
+    "hashed_ids": ("folder", "dicom", "table"),
+    "allow_burned_in": _OF_FILES,
+    "frame": _OF_FILES,
     "annotator": ("cephalometric", "table"),
     "spec": ("table",),
     "unit": ("table",),

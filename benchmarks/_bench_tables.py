@@ -122,29 +122,6 @@ def scaling_table(source: Path) -> str:
     return f"{_head(found)}; {found.facts['settings']['name']}\n\n{markdown(heads, rows)}"
 
 
-def forecast_table(source: Path) -> str:
-    """Predicted against measured."""
-    found = read_result(source)
-    rows = [
-        [
-            row.what,
-            row.conditions["network"],
-            row.conditions["task"],
-            row.conditions["image_size_px"],
-            row.conditions["batch_images"],
-            f"{row.figures['predicted_ms']:.0f}",
-            f"{row.figures['measured_ms']:.0f}",
-            f"{row.figures['error_pct']:+.0f}",
-            _gib(row, "estimated_memory_gib"),
-            _gib(row, "peak_memory_gib"),
-        ]
-        for row in found.rows
-    ]
-    heads = ["", "network", "task", "size, px", "images", "predicted, ms", "measured, ms", "error, %"]
-    heads += ["estimated memory, GiB", "measured, GiB"]
-    return f"{_head(found)}\n\n{markdown(heads, rows)}"
-
-
 def memory_table(source: Path) -> str:
     """Estimated against measured memory, by what fills it."""
     found = read_result(source)

@@ -28,6 +28,7 @@ from ddpm_lmk.models import ModelCost
 from ddpm_lmk.runfile import config_hash, load_run, load_yaml
 from ddpm_lmk.shipped import find
 from ddpm_lmk.tasks import build_task
+from ddpm_lmk.timing import random_batch
 from ddpm_lmk.workbench import Workbench
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -160,19 +161,7 @@ class Subject:
 
     def random_batch(self, *, seed: int) -> Batch:
         """Random pixels, and random points where the task wants some."""
-        count, size = self.batch_images, self.cfg.data.image_size
-        generator = torch.Generator().manual_seed(seed)
-        landmarks = self.task.out_channels if self.cfg.task.kind == "landmarks" else 0
-        batch = Batch(
-            images=torch.rand(count, 1, size, size, generator=generator).contiguous(memory_format=torch.channels_last),
-            points=torch.rand(count, landmarks, 2, generator=generator) * (size - 1) if landmarks else None,
-            to_native=torch.eye(2, 3).expand(count, 2, 3),
-            native_size=torch.full((count, 2), float(size)),
-            mm_per_px=torch.full((count,), torch.nan),
-            positions=torch.arange(seed * count, (seed + 1) * count),
-            weight=torch.ones(count),
-            ids=tuple(map(str, range(count))),
-        )
+        batch = random_batch(self.cfg, self.task, self.batch_images, seed=seed)
         return batch.to(self.parallel.device)
 
     def loss(self) -> Tensor:

@@ -15,7 +15,6 @@ from pathlib import Path
 from _ablation_tables import ablations_table
 from _bench_tables import (
     device_rates_table,
-    forecast_table,
     loader_training_table,
     loading_table,
     memory_table,
@@ -92,7 +91,6 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "train", newest(RESULTS, "train"), training_table),
     (BENCHMARKS, "scaling", newest(RESULTS, "scaling"), scaling_table),
     (BENCHMARKS, "sweep", newest(RESULTS, "sweep"), sweep_table),
-    (BENCHMARKS, "forecast", newest(RESULTS, "forecast"), forecast_table),
     (BENCHMARKS, "memory", newest(RESULTS, "memory"), memory_table),
     (BENCHMARKS, "loader", *newer("loader-isbi2015_ceph", loading_table, loader_table)),
     (BENCHMARKS, "loader-ways", *newer("loader", ways_table, picked("ways", WAYS))),

@@ -1,141 +1,148 @@
-"""What a sweep will cost, before it starts: operations, memory of a worker and, where rates are known, hours.
+"""How long a sweep takes here, before it starts: its stages and cells that are not done, by timed steps of each kind.
 
-A row is a stage, or the cells of a start and recipe that are not done. Operations are those of training and of
-everything that is scored on the way and at the end. Hours come from cells of the same start that are done in the
-folder, else from results of `ddpm-lmk bench` on this machine (see `forecast`), never from a guess.
+Runs that differ in name, shots, seed, packs and starting weights only take as long for an image, so one of them is
+timed, with as many others beside it as the sweep will have workers.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.data.order import GroupPlan
-from ddpm_lmk.data.spec import mixture
-from ddpm_lmk.durable import read_json
-from ddpm_lmk.forecast import estimate_step
+from ddpm_lmk.console import duration
+from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.forecast import Forecast, Timing, Work, steps_done
 from ddpm_lmk.launcher import Device
-from ddpm_lmk.models import model_cost
-from ddpm_lmk.plan import memory_gib
-from ddpm_lmk.sweep import Cell, Sweep, cell_folder, is_done, listed_shots
-from ddpm_lmk.tasks import Task, build_task
+from ddpm_lmk.sweep import Cell, StageRun, Sweep, cell_folder, is_done, listed_shots
+from ddpm_lmk.sweep.plan import recipe_key
+from ddpm_lmk.sweep.remaining import span_s, stage_key
+from ddpm_lmk.timing import BUDGET_S, spec_of, time_apart
 
-ONE_PASS = ("denoise", "landmarks")  # tasks that pass the network once per image; others are not counted
+MOST_S = 30.0  # for the timed steps of a sweep, about, however many networks it has
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one row of the table still needs; None where it is not known."""
+class Budget:
+    """What is left of a sweep.
 
-    what: str
-    runs: int
-    images: int
-    tflop: float | None
-    memory_gib: float
-    hours: float | None
-    source: str
+    Attributes:
+        runs: what is known of every run that is not done; None: it cannot be carried out here.
+        start_s: until a worker has begun.
+    """
+
+    sweep: Sweep
+    out: Path
+    workers: int
+    device: Device
+    runs: Mapping[str, Forecast | None] = field(default_factory=dict)
+    start_s: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Could every run be timed?"""
+        return None not in self.runs.values()
+
+    def seconds(self) -> dict[str, float]:
+        """Of every run that is not done and is known, by the name of the cell, or `stage NAME`."""
+        return {name: found.total_s for name, found in self.runs.items() if found is not None}
+
+    @property
+    def total_s(self) -> float:
+        """From the start of the stages to the end of the last cell."""
+        seconds = self.seconds()
+        stages = [seconds[stage_key(stage)] for stage in self.sweep.stages if stage_key(stage) in seconds]
+        cells = [seconds[cell.name] for cell in self.sweep.cells if cell.name in seconds]
+        parts = [(stages, self.workers if self.device == "cpu" else 1), (cells, self.workers)]
+        return sum(span_s(jobs, at_once) + self.start_s for jobs, at_once in parts if jobs)
+
+    def __str__(self) -> str:
+        if not self.runs:
+            return "nothing is left to do"
+        if not self.is_known:
+            return "how long it takes is not known here, where its device is not"
+        cells = sum(cell.name in self.runs for cell in self.sweep.cells)
+        stages = len(self.runs) - cells
+        what = [f"{stages} stage{'s' if stages > 1 else ''}"] if stages else []
+        what += [f"{cells} cell{'s' if cells > 1 else ''}"] if cells else []
+        on = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
+        return f"about {duration(self.total_s)} here: {' and '.join(what)} on {on} (from steps timed here)"
 
 
-def needs(sweep: Sweep, out: Path, device: Device, *, workers: int) -> list[Need]:
-    """Rows of stages and starts that are not done; raises what opening their packs raises."""
-    rows = [
-        _need(
-            f"stage {stage.name}", [stage.cfg], [(stage.steps or 0) * stage.cfg.train.group_size], [], device, workers
-        )
-        for stage in sweep.stages
-        if not is_done(stage.folder, stage)
-    ]
-    starts = [cells[0].start for cells in sweep.recipes()]
-    for cells in sweep.recipes():
+def budget(
+    sweep: Sweep,
+    out: Path,
+    device: Device,
+    *,
+    workers: int,
+    specs: Mapping[str, DatasetSpec] | None = None,
+    counts: Mapping[str, Mapping[str, int]] | None = None,
+    budget_s: float = BUDGET_S,
+) -> Budget:
+    """Time one run of each kind that is left; raises what opening the packs raises.
+
+    Args:
+        budget_s: for the timed steps of one kind.
+        specs, counts: facts, and images by split, of packs that are not made yet.
+    """
+    left: dict[str, tuple[RunConfig, Path]] = {}
+    for stage in sweep.stages:
+        if not is_done(stage.folder, stage):
+            left[stage_key(stage)] = (stage.cfg, stage.folder)
+    stages = len(left)
+    for cell in sweep.cells:
+        if not is_done(cell_folder(out, cell.name), cell):
+            left[cell.name] = (cell.cfg, cell_folder(out, cell.name))
+    known = specs or {}
+    kinds: dict[str, tuple[RunConfig, DatasetSpec]] = {}
+    kind_of: dict[str, str] = {}
+    for name, (cfg, _) in left.items():
+        spec = known[cfg.data.path[0]] if cfg.data.path[0] in known else spec_of(cfg)
+        key = f"{recipe_key(_without_length(cfg))} {spec.num_landmarks}"
+        kinds.setdefault(key, (cfg, spec))
+        kind_of[name] = key
+    timings: dict[str, Timing | None] = {}
+    cells = len(left) - stages
+    each_s = min(budget_s, MOST_S / max(1, len(kinds)))
+    for names, beside in ((list(left)[:stages], min(workers, stages)), (list(left)[stages:], min(workers, cells))):
+        keys = [key for key in dict.fromkeys(kind_of[name] for name in names) if key not in timings]
+        if keys:
+            runs, facts = zip(*(kinds[key] for key in keys), strict=True)
+            found = time_apart(runs, processes=beside, device=device, specs=facts, budget_s=each_s)
+            timings |= dict(zip(keys, found, strict=True))
+    forecasts: dict[str, Forecast | None] = {}
+    for name, (cfg, folder) in left.items():
+        seconds = timings[kind_of[name]]
+        work = Work.of(cfg, done=steps_done(folder), counts=(counts or {}).get(cfg.data.path[0]))
+        forecasts[name] = None if seconds is None else seconds.forecast(work)
+    start_s = max((timing.start_s for timing in timings.values() if timing is not None), default=0.0)
+    return Budget(sweep, out, workers, device, forecasts, start_s)
+
+
+def budget_table(found: Budget) -> Table:
+    """A row for each stage, and for the cells of a start and recipe, and their sum shared out over the workers."""
+    table = Table(title="what is left", caption=str(found))
+    for heading in ("what", "runs", "time of a run", "worker time"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    starts = [cells[0].start for cells in found.sweep.recipes()]
+    rows: list[tuple[str, Sequence[Cell | StageRun]]] = [(stage_key(stage), [stage]) for stage in found.sweep.stages]
+    for cells in found.sweep.recipes():
         start = cells[0].start
-        name = start if starts.count(start) == 1 else f"{start}, {listed_shots(cells)} labels"
-        left = [cell for cell in cells if not is_done(cell_folder(out, cell.name), cell)]
-        if left:
-            rates = _measured(out, [cell for cell in cells if cell not in left])
-            images = [(cell.steps or 0) * cell.cfg.train.group_size for cell in left]
-            rows.append(_need(name, [cell.cfg for cell in left], images, rates, device, workers))
-    return rows
-
-
-def budget_table(sweep: Sweep, out: Path, device: Device, *, workers: int) -> Table:
-    """The rows as a table, with their sum shared out over the workers."""
-    found = needs(sweep, out, device, workers=workers)
-    known = [need.hours for need in found if need.hours is not None]
-    unknown = len(found) - len(known)
-    total = (
-        f"{sum(known) / workers:,.2f} h on {workers} worker{'' if workers == 1 else 's'}"
-        if known
-        else "hours not known"
-    )
-    missing = f"; {unknown} rows not known, run `ddpm-lmk bench` or some of their cells" if unknown else ""
-    table = Table(title="what it needs", caption=f"together {total} of training{missing}")
-    for heading in ("what", "runs", "images", "TFLOP", "GiB a worker", "worker-hours", "hours from"):
-        table.add_column(heading, justify="left" if heading in ("what", "hours from") else "right")
-    for need in found:
-        tflop = "–" if need.tflop is None else f"{need.tflop:,.4g}"
-        hours = "–" if need.hours is None else f"{need.hours:,.2f}"
-        facts = (need.what, str(need.runs), f"{need.images:,}", tflop, f"{need.memory_gib:,.2f}", hours, need.source)
-        table.add_row(*facts)
+        rows.append((start if starts.count(start) == 1 else f"{start}, {listed_shots(cells)} labels", cells))
+    for what, runs in rows:
+        names = [stage_key(run) if isinstance(run, StageRun) else run.name for run in runs]
+        seconds = [found.runs[name] for name in names if name in found.runs]
+        totals = [each.total_s for each in seconds if each is not None]
+        if not seconds:
+            continue
+        least, most = (duration(pick(totals)) if totals else "not known" for pick in (min, max))
+        of_a_run = least if least == most else f"{least} to {most}"
+        table.add_row(what, str(len(seconds)), of_a_run, duration(sum(totals)) if totals else "not known")
     return table
 
 
-def _need(
-    what: str, runs: Sequence[RunConfig], images: Sequence[int], rates: list[float], device: Device, workers: int
-) -> Need:
-    """Runs that differ in shots and seed only."""
-    cfg = runs[0]
-    manifests = [Manifest.open(path) for path in cfg.data.path]
-    specs = [manifest.spec for manifest in manifests]
-    task = build_task(cfg, specs[0] if cfg.task.stage == "pretrain" else mixture(specs))
-    scored = sum(_scored(run, manifests, count) for run, count in zip(runs, images, strict=True))
-    micro_batch = cfg.train.given_micro_batch or cfg.train.group_size
-    memory = memory_gib(cfg, task, device=device, micro_batch=micro_batch)
-    seconds, source = (statistics.median(rates), "its own cells") if rates else _forecast(cfg, task, device, workers)
-    hours = None if seconds is None else seconds * sum(images) / 3600
-    return Need(what, len(runs), sum(images), _tflop(cfg, task, sum(images), scored), memory, hours, source)
-
-
-def _scored(cfg: RunConfig, manifests: Sequence[Manifest], images: int) -> int:
-    """Forward passes of validation and of the score at the end."""
-    if cfg.task.stage == "pretrain":
-        return 0
-    count = {split: sum(len(manifest.rows([split])) for manifest in manifests) for split in _splits(cfg)}
-    steps = images // cfg.train.group_size
-    times = 1
-    if cfg.train.evaluate_every is not None:
-        learnt = cfg.data.shots or images
-        plan = GroupPlan(learnt, cfg.train.group_size, cfg.train.given_micro_batch, cfg.train.windows, drop_last=False)
-        every = cfg.train.evaluate_every.steps(cfg.train.group_size, learnt, plan.steps_per_epoch)
-        times = max(1, steps // max(1, every))
-    validation = 0 if cfg.data.validation_split is None else count[cfg.data.validation_split] * times
-    views = cfg.task.views if cfg.task.kind == "landmarks" else 1
-    return validation + (0 if cfg.evaluate.split is None else count[cfg.evaluate.split] * views)
-
-
-def _splits(cfg: RunConfig) -> list[str]:
-    return [split for split in (cfg.data.validation_split, cfg.evaluate.split) if split is not None]
-
-
-def _tflop(cfg: RunConfig, task: Task, images: int, scored: int) -> float | None:
-    if cfg.task.kind not in ONE_PASS:
-        return None
-    cost = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size, domains=task.domains)
-    return (cost.flops_train * images + cost.flops_forward * scored) / 1e12
-
-
-def _measured(out: Path, done: Sequence[Cell]) -> list[float]:
-    """Seconds per training image of cells that are done."""
-    found = [(read_json(cell_folder(out, cell.name) / "results.json") or {}).get("train") or {} for cell in done]
-    return [train["wall_s"] / train["images"] for train in found if train.get("images") and train.get("wall_s")]
-
-
-def _forecast(cfg: RunConfig, task: Task, device: Device, workers: int) -> tuple[float | None, str]:
-    """Seconds per training image of one of the workers, and where that is from."""
-    found = estimate_step(cfg, task, device, images=cfg.train.group_size, processes=workers)
-    return (None, "not measured") if found is None else (found.step_s / cfg.train.group_size, found.how)
+def _without_length(cfg: RunConfig) -> RunConfig:
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"length": 1})})

@@ -10,8 +10,10 @@ import codecs
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -76,6 +78,58 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(f"[{COLOURS[cell]}]{cell}[/]" if cell in COLOURS else escape(cell) for cell in row))
     console().print(table)
+
+
+@dataclass
+class Whole:
+    """Several stages of which one is under way, so that each tells how long it takes to the end of the last.
+
+    Attributes:
+        name: of the whole.
+        began: when, on the monotonic clock, which all processes of a machine share.
+        then_s: seconds of the stages that follow the one under way.
+        shown: the last tenth that was told.
+    """
+
+    name: str
+    began: float
+    then_s: float
+    shown: int | None = None
+
+    def words(self, left_s: float) -> str:
+        """What is left, in words, given what is left of the stage under way."""
+        return f"{remaining(left_s + self.then_s)} of {self.name}"
+
+    def line(self, left_s: float, what: str = "") -> str | None:
+        """What to say where a tenth is reached, given what is left of the stage under way; else None."""
+        left_s += self.then_s
+        spent = time.monotonic() - self.began
+        tenth = int(10 * spent / max(spent + left_s, 1e-9))
+        is_new = self.shown is not None and tenth > self.shown
+        self.shown = max(tenth, self.shown or 0)
+        doing = f", {what}" if what else ""
+        return f"{self.name}: {10 * tenth} %{doing}, {remaining(left_s)}" if is_new else None
+
+
+def remaining(seconds: float | None) -> str:
+    """What is left, in words; nothing where it is not known."""
+    return "" if seconds is None else f"about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words for people: two units at most, never more digits than are known."""
+    if seconds < 0.95:
+        return "less than a second"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 10:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    hours = round(seconds / 3600)
+    return f"{hours} h" if hours < 72 else f"{hours / 24:,.0f} days"
 
 
 @contextmanager

@@ -8,26 +8,35 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ddpm_lmk.budget import Budget, budget
 from ddpm_lmk.config import Section
-from ddpm_lmk.console import progress, say
+from ddpm_lmk.console import Whole, duration, progress, say
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.phantom import render
+from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.errors import LaunchError
+from ddpm_lmk.forecast import Forecast, Work, steps_done
 from ddpm_lmk.launcher import Placement, launch
 from ddpm_lmk.report.page import write_report
 from ddpm_lmk.runfile import load_run, load_yaml, validate
 from ddpm_lmk.shipped import shipped
 from ddpm_lmk.stop import check_stopped
-from ddpm_lmk.sweep import load_sweep
+from ddpm_lmk.sweep import StageRun, is_done, load_sweep
 from ddpm_lmk.sweep.run import run_sweep
 from ddpm_lmk.system.cores import granted_cores
+from ddpm_lmk.timing import time_run
 
 MOST_CPU_WORKERS = 4
+MANIFEST = "manifest.json"
+BUDGET_S = 2.0  # for timed steps: they delay a demo of minutes
+REPORT_S = 10.0  # figures and a page
 
 
 class DemoPack(Section):
@@ -45,54 +54,133 @@ class DemoShards(Section):
     packs: dict[str, DemoPack] = Field(description="folders under OUT/shards; `pool` and `labelled` are used")
 
 
+@dataclass
+class Demo:
+    """The four stages in a folder, and how long those that are not done take here.
+
+    Attributes:
+        expected_s: by stage, in their order.
+    """
+
+    out: Path
+    placement: Placement
+    configs: Path
+    began: float = field(default_factory=time.monotonic)
+    expected_s: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.settings = validate(DemoShards, load_yaml(self.configs / "shards.yaml"), source="shards.yaml of the demo")
+        packs = {name: str(self.out / "shards" / name) for name in self.settings.packs}
+        self.pretraining = load_run(self.configs / "pretrain.yaml", [f"data.path={json.dumps(packs['pool'])}"])
+        words = {"data.path": packs["labelled"], "start.pretrained": str(self.out / "pretrain")}
+        self.sweep = load_sweep(
+            self.configs / "sweep.yaml", [f"{key}={json.dumps(path)}" for key, path in words.items()]
+        )
+
+    @property
+    def workers(self) -> int:
+        """Processes of the sweep."""
+        return _workers(self.placement)
+
+    @property
+    def processes(self) -> int:
+        """Processes of pre-training: a number that divides the group."""
+        return max(count for count in (1, 2, 4) if count <= self.workers)
+
+    def expect(self) -> tuple[Forecast | None, Budget | None]:
+        """Time what is left; None for what is done, or cannot be timed."""
+        self.expected_s["packing"] = _packing_s(self.settings, self.out)
+        spec = {name: SPECS[f"phantom-{made.source}"] for name, made in self.settings.packs.items()}
+        counts = {name: made.counts for name, made in self.settings.packs.items()}
+        forecast = None
+        folder = self.out / "pretrain"
+        if not is_done(folder, StageRun("pretrain", folder, self.pretraining)):
+            place = replace(self.placement, processes=self.processes)
+            timing = time_run(self.pretraining, spec["pool"], place, budget_s=BUDGET_S)
+            if timing is not None:
+                work = Work.of(self.pretraining, done=steps_done(folder), counts=counts["pool"])
+                forecast = timing.forecast(work)
+                self.expected_s["pre-training"] = timing.start_s + forecast.total_s
+        path = str(self.out / "shards" / "labelled")
+        facts: dict[str, Any] = {"specs": {path: spec["labelled"]}, "counts": {path: counts["labelled"]}}
+        device, folder = self.placement.device, self.out / "sweep"
+        found = budget(self.sweep, folder, device, workers=self.workers, budget_s=BUDGET_S, **facts)
+        self.expected_s["fine-tuning"] = found.total_s
+        self.expected_s["the report"] = REPORT_S
+        return forecast, found if found.is_known else None
+
+    def whole(self, stage: str) -> Whole:
+        """The road, as this stage shows it."""
+        names = list(self.expected_s)
+        after = names[names.index(stage) + 1 :] if stage in names else []
+        return Whole("demo", self.began, sum(self.expected_s[name] for name in after))
+
+
 def run_demo(out: Path, placement: Placement, *, configs: Path | None = None) -> Path:
     """Run the demo in `out`, or what is left of it; returns the report's path.
 
     Raises:
         LmkError: whatever a stage raises.
     """
-    started = time.monotonic()
-    configs = configs or shipped("configs") / "demo"
-    settings = validate(DemoShards, load_yaml(configs / "shards.yaml"), source=str(configs / "shards.yaml"))
+    demo = Demo(out, placement, configs or shipped("configs") / "demo")
+    forecast, expected = demo.expect()
+    parts = ", ".join(f"{duration(seconds)} of {stage}" for stage, seconds in demo.expected_s.items() if seconds >= 1)
+    say(f"demo: about {duration(sum(demo.expected_s.values()))} here: {parts} (from steps timed here)")
     say(f"1/4 packing synthetic x-rays into {out / 'shards'}")
-    for name, wanted in settings.packs.items():
-        _pack_once(out / "shards" / name, wanted, settings.size)
+    for name, wanted in demo.settings.packs.items():
+        _pack_once(out / "shards" / name, wanted, demo.settings.size)
     say(f"2/4 pre-training without labels into {out / 'pretrain'}")
-    _pretrain(configs / "pretrain.yaml", out, placement)
+    _pretrain(demo, forecast)
     say(f"3/4 fine-tuning with few labels into {out / 'sweep'}")
-    _sweep(configs / "sweep.yaml", out, placement)
+    _sweep(demo, expected)
     say("4/4 writing the report")
     report = write_report([out / "sweep"], out / "report.html")
-    say(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
+    say(f"done in {duration(time.monotonic() - demo.began)}")
     return report[0]
 
 
+def _packing_s(settings: DemoShards, out: Path) -> float:
+    """Seconds of the packs that are not there, from a phantom drawn here."""
+    left = {name: made for name, made in settings.packs.items() if not (out / "shards" / name / MANIFEST).is_file()}
+    seconds = 0.0
+    for made in left.values():
+        render(made.source, made.seed, 0, settings.size)
+        began = time.monotonic()
+        render(made.source, made.seed, 1, settings.size)
+        seconds += (time.monotonic() - began) * sum(made.counts.values()) / granted_cores()
+    return seconds
+
+
 def _pack_once(out: Path, wanted: DemoPack, size: int) -> None:
-    if (out / "manifest.json").is_file():
+    if (out / MANIFEST).is_file():
         Manifest.open(out).close()
         return
     with progress(f"packing {out.name}") as show:
         pack(wanted.source, "phantom", out, size=size, counts=wanted.counts, seed=wanted.seed, progress=show)
 
 
-def _pretrain(run_file: Path, out: Path, placement: Placement) -> None:
-    cfg = load_run(run_file, [f"data.path={json.dumps(str(out / 'shards' / 'pool'))}"])
-    job = {"config": cfg.model_dump(mode="json"), "out": str(out / "pretrain")}
-    workers = _workers(placement)
-    processes = max(count for count in (1, 2, 4) if count <= workers)  # has to divide the group
-    code = launch(job, processes=processes, device=placement.device)
-    check_stopped(code)
-    if code != 0:
-        raise LaunchError(f"pre-training ended with exit code {code}; see {out / 'pretrain'}")
+def _pretrain(demo: Demo, forecast: Forecast | None) -> None:
+    out = demo.out / "pretrain"
+    job = {"config": demo.pretraining.model_dump(mode="json"), "out": str(out), "is_foretold": False}
+    if forecast is not None:
+        job |= {"forecast": asdict(forecast), "whole": asdict(demo.whole("pre-training"))}
+    _check(launch(job, processes=demo.processes, device=demo.placement.device), "pre-training", out)
 
 
-def _sweep(sweep_file: Path, out: Path, placement: Placement) -> None:
-    words = {"data.path": out / "shards" / "labelled", "start.pretrained": out / "pretrain"}
-    sweep = load_sweep(sweep_file, [f"{key}={json.dumps(str(path))}" for key, path in words.items()])
-    code = run_sweep(sweep, out / "sweep", processes=_workers(placement), device=placement.device)
+def _sweep(demo: Demo, expected: Budget | None) -> None:
+    out = demo.out / "sweep"
+    shown: dict[str, Any] = (
+        {} if expected is None else {"seconds": expected.seconds(), "whole": demo.whole("fine-tuning")}
+    )
+    code = run_sweep(demo.sweep, out, processes=demo.workers, device=demo.placement.device, **shown)
+    _check(code, "the sweep", out)
+
+
+def _check(code: int, what: str, out: Path) -> None:
+    """Raise what says that a stage has not come to its end, with the exit code it ended with where it was stopped."""
     check_stopped(code)
     if code != 0:
-        raise LaunchError(f"the sweep ended with exit code {code}; the same command continues it")
+        raise LaunchError(f"{what} ended with exit code {code}; see {out}; the same command continues it")
 
 
 def _workers(placement: Placement) -> int:

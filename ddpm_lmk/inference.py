@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ def evaluate_split(
     out: Path,
     cache: dict[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
+    show: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Predict every labelled image of `split` once, over all ranks, and score it; call on every rank.
 
@@ -48,13 +49,14 @@ def evaluate_split(
         out: folder that gets `predictions.csv` and `results.json` (written by rank 0).
         cache: pixels kept resident between the runs of a sweep, as `open_loader` takes it.
         train: what training took (steps, images, wall_s), copied into the results.
+        show: is told how many of this rank's images are done, and of how many.
 
     Returns the content of `results.json`, on every rank.
 
     Raises:
         DataError: an image was predicted twice or not at all, a prediction is not finite, or a spacing is missing.
     """
-    found = predict_split(cfg, task, model, parallel, split=split, cache=cache)
+    found = predict_split(cfg, task, model, parallel, split=split, cache=cache, show=show)
 
     def score() -> dict[str, Any]:
         corpus = evaluation_corpora(cfg, split)[0]
@@ -136,6 +138,7 @@ def predict_split(
     *,
     split: str,
     cache: dict[str, Any] | None = None,
+    show: Callable[[int, int], None] | None = None,
 ) -> dict[str, Found]:
     """What `model` finds in every labelled image of `split`, by image id, gathered from all ranks."""
     loader = open_loader(
@@ -159,6 +162,8 @@ def predict_split(
             is_real = (batch.weight > 0).tolist()
             found = to_native(predictions, batch)
             rows += [(name, each) for name, each, real in zip(batch.ids, found, is_real, strict=True) if real]
+            if show is not None:
+                show(len(rows), -(-loader.num_images // parallel.world))
     finally:
         model.train(was_training)
         loader.close()

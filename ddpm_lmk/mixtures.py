@@ -7,7 +7,7 @@ add.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def evaluate_parts(
     out: Path,
     train: Mapping[str, Any],
     cache: dict[str, Any] | None = None,
+    show: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Score every dataset of a mixture on its `split`; call on every rank. Raises as `inference.evaluate_split`.
 
@@ -53,6 +54,7 @@ def evaluate_parts(
             out=out / FOLDER / name,
             train=train,
             cache=cache,
+            show=show,
         )
         blocks.append({**block, "folder": f"{FOLDER}/{name}"})
     return {

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ddpm_lmk import leakage, tempering
 from ddpm_lmk.checkpoint import load_checkpoint
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.console import say
+from ddpm_lmk.console import Whole, duration, progress, say
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.backend import choose_backend
 from ddpm_lmk.data.corpora import fingerprints_of
@@ -33,6 +34,7 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.precision import emulation_warning
 from ddpm_lmk.engine.ranks import checksum, want_same_facts
 from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.forecast import LONG_S, Forecast, Work, steps_done
 from ddpm_lmk.fork import bring_checkpoint
 from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.lifeline import beat
@@ -46,6 +48,7 @@ from ddpm_lmk.sampling import draw_samples, to_png
 from ddpm_lmk.system.cores import granted_cores
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
 from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.timing import time_steps
 from ddpm_lmk.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -62,12 +65,20 @@ def execute(
     workbench: Workbench | None = None,
     fork: Path | None = None,
     is_strict: bool = False,
+    is_foretold: bool = False,
+    forecast: Forecast | None = None,
+    instead: str | None = None,
+    whole: Whole | None = None,
 ) -> dict[str, Any]:
     """Do a run in the directory `out`, or what is left of it, and return its results, on every rank.
 
     Args:
         fork: directory of another run, whose newest checkpoint a new run begins with.
         is_strict: refuse several kinds of devices, and end where a validation on the way fails.
+        is_foretold: time some steps before the first one, and say how long the run takes here.
+        forecast: how long it takes, where that is known without.
+        instead: what to say where that is very long.
+        whole: what the run is a stage of, so that what is shown as left is all of that.
 
     Raises:
         LmkError: on all ranks alike where it is found before training; see `rundir`, `data` and `engine.loop`.
@@ -90,6 +101,12 @@ def execute(
         with _open_loaders(here, parallel, workbench, run) as loaders:
             with parallel.together():
                 task = build_task(cfg, loaders.train.spec)
+            if is_foretold and not parallel.zero:  # its state is made once
+                forecast = _foretell(here, task, loaders, parallel, fitted, run, workbench)
+                if parallel.is_main:
+                    say(f"{cfg.name}: {forecast}")
+                    if instead is not None and forecast.total_s > LONG_S:
+                        say(instead)
             tempering.before_training(cfg, task, run, parallel, workbench, execute=execute)
             state, parent = starting_state(here, task, workbench=workbench, parallel=parallel, run=run)
             _want_same_everywhere(here, loaders, state, parallel)
@@ -101,10 +118,44 @@ def execute(
             everyone = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else Everyone()
             task.meet(everyone, total=Pace.of(cfg, loaders.train).total)
             with parallel.training_in(fitted.precision):
-                fit(here, task, state, loaders, parallel, run, is_strict=is_strict)
-            results = _conclude(cfg, task, state, loaders, parallel, run, workbench)
+                shown: dict[str, Any] = {"forecast": forecast, "whole": whole}
+                fit(here, task, state, loaders, parallel, run, is_strict=is_strict, **shown)
+            with _concluding(cfg, loaders, parallel, forecast, whole) as show:
+                results = _conclude(cfg, task, state, loaders, parallel, run, workbench, show)
         parallel.on_main(lambda: run.finish(cfg, results))
         return results
+
+
+def _foretell(
+    cfg: RunConfig,
+    task: Task,
+    loaders: Loaders,
+    parallel: Parallel,
+    fitted: Fitted,
+    run: RunDir,
+    workbench: Workbench,
+) -> Forecast:
+    """How long it takes from here on."""
+    done = parallel.on_main(lambda: steps_done(run.path))
+    work = Work.of(cfg, steps=Pace.of(cfg, loaders.train).total, done=done)
+    return time_steps(cfg, task, parallel, precision=fitted.precision, workbench=workbench).forecast(work)
+
+
+@contextmanager
+def _concluding(
+    cfg: RunConfig, loaders: Loaders, parallel: Parallel, forecast: Forecast | None, whole: Whole | None
+) -> Iterator[Callable[[int, int], None]]:
+    """Shows what follows the last step: a bar on a terminal, else a line before it. Yields a function of (done, of)."""
+    split = cfg.evaluate.split
+    doing = "drawing samples" if cfg.task.kind == "denoise" and cfg.evaluate.samples else ""
+    doing = f"scoring split {split}" if cfg.task.kind == "landmarks" and split is not None else doing
+    if not doing or not parallel.is_main:
+        yield lambda done, total: None
+        return
+    if whole is None and not sys.stderr.isatty():
+        say(f"{cfg.name}: {doing}" + (f", about {duration(forecast.conclude_s)}" if forecast is not None else ""))
+    with progress(doing, lines=False) as show:
+        yield show
 
 
 def starting_state(
@@ -267,6 +318,7 @@ def _conclude(
     parallel: Parallel,
     run: RunDir,
     workbench: Workbench,
+    show: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Score what was learnt: a task that finds points on its split, any other by the losses it ended with."""
     train = {
@@ -281,9 +333,9 @@ def _conclude(
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
             split, cache = cfg.evaluate.split, workbench.cache
             score = evaluate_parts if task.spec.parts else evaluate_split
-            return score(cfg, task, model, parallel, split=split, out=run.path, train=train, cache=cache)
+            return score(cfg, task, model, parallel, split=split, out=run.path, train=train, cache=cache, show=show)
         if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
-            images = draw_samples(cfg, task, model, parallel, count=cfg.evaluate.samples)
+            images = draw_samples(cfg, task, model, parallel, count=cfg.evaluate.samples, show=show)
             parallel.on_main(lambda: to_png(images, run.path / "samples.png"))
     learnt, validated = parallel.on_main(run.journal.last_metrics)
     return {
@@ -313,11 +365,15 @@ def _tflop(cfg: RunConfig, task: Task, images: int) -> float:
 def run_job(job: dict[str, Any]) -> int:
     """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda", "zero": stage}).
 
-    `fork` and `strict` of the command line are in it too.
+    `fork` and `strict` of the command line are in it too, and what `execute` says of its time (`is_foretold`,
+    `forecast`, `instead`, `whole`).
     """
     parallel = Parallel(job.get("device", "auto"), zero=job.get("zero", 0))
     fork = Path(job["fork"]) if job.get("fork") else None
     cfg, out = RunConfig.model_validate(job["config"]), Path(job["out"])
-    execute(cfg, out, parallel=parallel, fork=fork, is_strict=job.get("strict", False))
+    whole = Whole(**job["whole"]) if job.get("whole") else None
+    foretold: dict[str, Any] = {"is_foretold": job.get("is_foretold", True), "instead": job.get("instead")}
+    foretold["forecast"] = Forecast(**job["forecast"]) if job.get("forecast") else None
+    execute(cfg, out, parallel=parallel, fork=fork, is_strict=job.get("strict", False), whole=whole, **foretold)
     parallel.close()
     return 0

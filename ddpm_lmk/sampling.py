@@ -7,6 +7,7 @@ whatever the number of processes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -35,20 +36,28 @@ def draw_samples(
     *,
     count: int,
     num_steps: int = NUM_STEPS,
+    show: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Draw images by DDIM, uint8 `[count, S, S]`, the same on every rank; call on every rank."""
+    """Draw images by DDIM, uint8 `[count, S, S]`, the same on every rank; call on every rank.
+
+    Args:
+        show: is told how many of this rank's passes are done, and of how many.
+    """
     was_training = model.training
     model.eval()
     mine = list(range(parallel.rank, count, parallel.world))
     drawn: dict[int, np.ndarray] = {}
+    steps, passes = min(num_steps, task.schedule.num_timesteps - 1), 0
     for start in range(0, len(mine), cfg.evaluate.batch):
         part = mine[start : start + cfg.evaluate.batch]
         noise = torch.stack([_noise(cfg, number) for number in part]).to(parallel.device)
-        steps = min(num_steps, task.schedule.num_timesteps - 1)
         with parallel.autocast(cfg.train.precision):
             for denoised in ddim_sample(model, task.schedule, noise, num_steps=steps, target=task.cfg.target):
                 beat("sample")
                 images = denoised
+                passes += 1
+                if show is not None:
+                    show(passes, steps * -(-len(mine) // cfg.evaluate.batch))
         drawn |= dict(zip(part, (images.float() * 255).round().byte().cpu().numpy()[:, 0], strict=True))
     model.train(was_training)
     everyone = {number: image for part in parallel.gather(drawn) for number, image in part.items()}

@@ -200,6 +200,7 @@ def _add_training_command(name: Stage, text: str) -> None:
     ) -> None:
         with leaving_at_once():
             from ddpm_lmk.claim import refuse_if_in_use
+            from ddpm_lmk.cli.offer import for_run
             from ddpm_lmk.config import RunConfig
             from ddpm_lmk.launcher import place
             from ddpm_lmk.runfile import load_run
@@ -218,7 +219,9 @@ def _add_training_command(name: Stage, text: str) -> None:
             if node_rank == 0 and not dry_run:  # before torch is imported; the other nodes work in the same place
                 refuse_if_in_use(fork or out or Path("runs") / cfg.name)
             placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
-            _train(cfg, out or Path("runs") / cfg.name, placement, fork=fork, strict=strict, dry_run=dry_run)
+            instead = for_run(cfg, name, run_file, placement.device)
+            place_of = out or Path("runs") / cfg.name
+            _train(cfg, place_of, placement, fork=fork, strict=strict, dry_run=dry_run, instead=instead)
 
 
 _add_training_command("pretrain", "Pre-train on unlabelled x-rays. Continues when --out already holds this run.")
@@ -241,6 +244,8 @@ def sweep(
     explain: ExplainOption = False,
 ) -> None:
     """Pre-train what is missing, then fine-tune over methods × shots × seeds; finished cells are kept."""
+    from ddpm_lmk.cli.offer import for_sweep
+    from ddpm_lmk.forecast import LONG_S
     from ddpm_lmk.launcher import place
     from ddpm_lmk.sweep import SweepFile, hints, load_sweep, plan_table
 
@@ -248,14 +253,20 @@ def sweep(
         _explain(SweepFile, [sweep_file, *(overrides or [])])
     loaded = load_sweep(_given(sweep_file, "SWEEP.yaml"), overrides or [], out=out, scale=scale)
     folder = out or Path("runs") / loaded.name
+    instead = for_sweep(loaded, _given(sweep_file, "SWEEP.yaml"), "cuda" if gpus else "cpu", scale=scale)
     if dry_run:
         console().print(plan_table(loaded, folder))
         if loaded.has_packs():
-            from ddpm_lmk.budget import budget_table
+            from ddpm_lmk.budget import budget, budget_table
 
-            console().print(budget_table(loaded, folder, "cuda" if gpus else "cpu", workers=gpus or cpu or 1))
+            found = budget(loaded, folder, "cuda" if gpus else "cpu", workers=gpus or cpu or 1)
+            if found.runs:
+                console().print(budget_table(found))
+            if found.total_s > LONG_S and instead is not None:
+                say(instead)
         _warn_of_emulation(loaded, "cuda" if gpus else "cpu")
         return say("\n".join(hints(loaded)))
+    from ddpm_lmk.sweep.plan import check_starts
     from ddpm_lmk.sweep.probe import workers_per_device
     from ddpm_lmk.sweep.run import run_sweep
 
@@ -263,7 +274,18 @@ def sweep(
     shared = workers_per_device(per_device, loaded, device=where.device, say=say)
     say(f"sweep {loaded.name}: {where}, {folder}{f', {shared} workers on each' if shared > 1 else ''}")
     _warn_of_emulation(loaded, where.device)
-    raise typer.Exit(run_sweep(loaded, folder, processes=where.processes, per_device=shared, device=where.device))
+    check_starts(loaded)
+    seconds = None
+    if loaded.has_packs():
+        from ddpm_lmk.budget import budget
+
+        expected = budget(loaded, folder, where.device, workers=where.processes * shared)
+        say(f"sweep {loaded.name}: {expected}")
+        if expected.total_s > LONG_S and instead is not None:
+            say(instead)
+        seconds = expected.seconds() if expected.is_known else None
+    code = run_sweep(loaded, folder, processes=where.processes, per_device=shared, device=where.device, seconds=seconds)
+    raise typer.Exit(code)
 
 
 app.add_typer(run_files_app)
@@ -299,8 +321,17 @@ def _warn_of_emulation(sweep: Sweep, device: str) -> None:
             say(f"warning: {warning}")
 
 
-def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None, strict: bool, dry_run: bool) -> None:
-    """With `fork`, `out` is where the run comes from and `fork` where it goes on."""
+def _train(
+    cfg: RunConfig,
+    out: Path,
+    placement: Placement,
+    *,
+    fork: Path | None,
+    strict: bool,
+    dry_run: bool,
+    instead: str | None,
+) -> None:
+    """With `fork`, `out` is where the run comes from and `fork` where it goes on; `instead`: to say if it is long."""
     from ddpm_lmk.data.order import GroupPlan
     from ddpm_lmk.launcher import launch
 
@@ -310,10 +341,10 @@ def _train(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None
     if dry_run:
         from ddpm_lmk.plan import plan_run
 
-        print_table(("", ""), plan_run(cfg, placement, out))
+        print_table(("", ""), plan_run(cfg, placement, out, instead=instead))
         return
     environment.check_copies(placement.nodes)
-    job = {"config": cfg.model_dump(mode="json"), "out": str(fork or out), "strict": strict}
+    job = {"config": cfg.model_dump(mode="json"), "out": str(fork or out), "strict": strict, "instead": instead}
     job["fork"] = None if fork is None else str(out)
     out = fork or out
     say(f"{cfg.name}: {placement}, {out}")

@@ -12,12 +12,13 @@ import logging
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ddpm_lmk.checkpoint import load_checkpoint, newest_where
 from ddpm_lmk.config import Duration, RunConfig, TrainConfig
+from ddpm_lmk.console import Whole
 from ddpm_lmk.data.backend import Backend
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
@@ -41,6 +42,9 @@ from ddpm_lmk.retention import Keep
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.stop import StopRequest, stopped
 from ddpm_lmk.tasks.task import Task
+
+if TYPE_CHECKING:
+    from ddpm_lmk.forecast import Forecast
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +116,14 @@ def fit(
     run: RunDir,
     *,
     is_strict: bool = False,
+    forecast: Forecast | None = None,
+    whole: Whole | None = None,
 ) -> TrainState:
     """Train `state` to the end of the run; what is kept on the way and at the end goes to `run`.
 
     Args:
         is_strict: does a validation that fails end the run, with the error's own exit code?
+        forecast, whole: how long it takes, and what it is a stage of, for what is shown as left.
 
     Raises:
         StoppedError: a signal or a file system that stays away (saved), or no memory after steps that fitted (not).
@@ -132,7 +139,8 @@ def fit(
     statistics = Statistics(state.model, parallel)
     supply = Supply(loaders.train, parallel, run, start=state.step)
     clock = CompileClock(cfg, parallel, run)
-    meter = Meter(state, parallel, clock, write=run.metrics, total=pace.total, every=pace.log)
+    shown: dict[str, Any] = {"evaluate": pace.evaluate, "forecast": forecast, "whole": whole}
+    meter = Meter(state, parallel, clock, write=run.metrics, total=pace.total, every=pace.log, **shown)
     saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint))
     validation = None
     if loaders.validation is not None:
@@ -158,7 +166,7 @@ def fit(
             is_unseen = state.evaluated_at < state.step and not stop_level
             if validation is not None and is_unseen and (is_last or is_due(pace.evaluate, state.step)):
                 try:
-                    with meter.paused():
+                    with meter.paused(validates=True):
                         figures = validation.score(state)
                 except StoppedError as away:
                     stop_level, figures = supply.halt(away), None

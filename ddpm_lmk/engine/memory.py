@@ -106,6 +106,13 @@ def process_bytes(
     return int(cost.weight_bytes * (1 + 1 / share) + learning + images * working + libraries)
 
 
+def memory_gib(cfg: RunConfig, task: Task, *, device: str, micro_batch: int, world: int = 1, zero: int = 0) -> float:
+    """The same of a run's task on this kind of device, in GiB."""
+    cost = training_cost(cfg, task, is_fused=uses_fused(cfg, device))
+    place: dict[str, Any] = {"device": device, "is_half": is_half(cfg, device), "world": world, "zero": zero}
+    return process_bytes(cfg, cost, micro_batch, **place) / 2**30
+
+
 def _working_bytes(cfg: RunConfig, device: str, *, is_half: bool) -> float:
     """What a pass needs beside what it keeps, for one image; where kept maps are the most, at the first level."""
     if not isinstance(cfg.model, UNetConfig):

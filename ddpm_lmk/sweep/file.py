@@ -121,6 +121,11 @@ def stage_of(start: str) -> tuple[str, int | None]:
     return name, int(step) if at else None
 
 
+def scales_of(path: Path) -> list[str]:
+    """The variants a sweep file has."""
+    return list(load_yaml(path).get("scales") or {})
+
+
 def read_sweep(path: str | Path, words: list[str], scale: str | None) -> tuple[SweepFile, dict[str, str], list[str]]:
     """The sweep of a file at a scale, with the words that are for it applied.
 

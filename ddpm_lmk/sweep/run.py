@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from typing import Any
 from rich.console import Console
 
 from ddpm_lmk import atomic
+from ddpm_lmk.console import Whole
 from ddpm_lmk.errors import ConfigError, StoppedError
 from ddpm_lmk.launcher.placement import STALL_S
 from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, StopRequest, code_of, grace_s
 from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, check_starts, is_done
+from ddpm_lmk.sweep.remaining import Remaining, stage_key
 from ddpm_lmk.sweep.stages import Stages
 from ddpm_lmk.sweep.summary import write_summary
 from ddpm_lmk.sweep.view import SweepView
@@ -85,6 +88,8 @@ def run_sweep(
     device: str = "cpu",
     console: Console | None = None,
     stall_s: float = STALL_S,
+    seconds: Mapping[str, float] | None = None,
+    whole: Whole | None = None,
 ) -> int:
     """Run every cell of `sweep` that is not done in `out`; returns the exit code (see the module).
 
@@ -92,6 +97,8 @@ def run_sweep(
         processes: GPUs, or processes on the CPU.
         per_device: workers that share one of these (`probe` finds out how many pay).
         stall_s: seconds without a sign of progress after which a worker is ended, where its usual pace is no slower.
+        seconds: what runs are expected to take, by name (see `remaining`).
+        whole: what this sweep is a stage of.
 
     Raises:
         ConfigError: starting weights are missing, or `processes` is not positive.
@@ -102,7 +109,15 @@ def run_sweep(
     run = SweepRun(sweep, Path(out), device, processes, Vigil(Path(out) / "stacks", stall_s), per_device)
     (run.out / "cells").mkdir(parents=True, exist_ok=True)
     _see_done(run)
-    view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done))
+    left = Remaining(
+        sweep,
+        seconds or {},
+        workers=processes * per_device,
+        stages_at_once=processes if device == "cpu" else 1,
+    )
+    for name in run.done:
+        left.skip(name)
+    view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done), left=left, whole=whole)
     write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
     if _pending(run):
         # The first signal lets workers save and end; a second one ends them and this process.
@@ -136,12 +151,17 @@ def _pre_train(run: SweepRun, view: SweepView) -> None:
     """Run the stages that pending cells start from; the cells of one that fails fail with it."""
     wanted = [Path(cell.cfg.init.weights) for cell in _pending(run) if cell.cfg.init.weights is not None]
     needed = [stage for stage in run.sweep.stages if any(path.is_relative_to(stage.folder) for path in wanted)]
-    stages = Stages(run.out, processes=run.processes, device=run.device, say=view.say)
+    for stage in run.sweep.stages:
+        if stage not in needed or is_done(stage.folder, stage):
+            view.left.skip(stage_key(stage))
+    stages = Stages(run.out, processes=run.processes, device=run.device, view=view)
     stages.run(needed, lambda: run.asked)
     for stage in needed:
         if stage.name in stages.failed:
             cells = [cell for cell in _pending(run) if Path(cell.cfg.init.weights or "").is_relative_to(stage.folder)]
             run.failed |= {cell.name: stages.failed[stage.name] for cell in cells}
+            for cell in cells:
+                view.left.skip(cell.name)
 
 
 def _supervise(run: SweepRun, view: SweepView) -> None:

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk import privacy, stop
+from ddpm_lmk.console import duration
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, grace_s
 from ddpm_lmk.sweep.plan import StageRun, is_done
+from ddpm_lmk.sweep.view import SweepView
 from ddpm_lmk.system.cores import THREADS, threads_per_process
 from ddpm_lmk.system.processes import die_with_parent, leave
 
@@ -40,10 +42,10 @@ class Running:
 
 
 class Stages:
-    """Runs stages; `failed` says why some are not finished, by name."""
+    """Runs stages, and shows them in `view`; `failed` says why some are not finished, by name."""
 
-    def __init__(self, out: Path, *, processes: int, device: str, say: Callable[[str], None]) -> None:
-        self._out, self._processes, self._device, self._say = out, processes, device, say
+    def __init__(self, out: Path, *, processes: int, device: str, view: SweepView) -> None:
+        self._out, self._processes, self._device, self._view = out, processes, device, view
         self.failed: dict[str, str] = {}
 
     def run(self, stages: Sequence[StageRun], asked: Callable[[], int]) -> None:
@@ -63,6 +65,7 @@ class Stages:
                 for each in running:
                     each.process.kill()
             time.sleep(POLL_S)
+            self._view.refresh()
             for each in [each for each in running if each.process.poll() is not None]:
                 running.remove(each)
                 self._see(each)
@@ -72,11 +75,11 @@ class Stages:
         log.parent.mkdir(parents=True, exist_ok=True)
         processes = 1 if self._device == "cpu" else self._processes
         job = {"config": stage.cfg.model_dump(mode="json"), "out": str(stage.folder), "parent": os.getpid()}
-        job |= {"device": self._device, "processes": processes}
+        job |= {"is_foretold": False, "device": self._device, "processes": processes}
         environment = dict(os.environ)
         if self._device == "cpu":
             environment[THREADS] = str(threads_per_process(side_by_side))
-        self._say(f"stage {stage.name}: pre-training in {stage.folder}, see {log}")
+        self._view.say(f"stage {stage.name}: pre-training in {stage.folder}, see {log}")
         with log.open("a") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "ddpm_lmk.sweep.stages"],
@@ -90,18 +93,23 @@ class Stages:
         assert process.stdin is not None
         with process.stdin as stdin:
             stdin.write(json.dumps(job))
+        self._view.begin_stage(stage)
         return Running(stage, process, log, time.monotonic())
 
     def _see(self, ended: Running) -> None:
         """Take note of how a stage ended."""
         code, name = ended.process.returncode, ended.stage.name
         if is_done(ended.stage.folder, ended.stage):
-            self._say(f"stage {name} done, {time.monotonic() - ended.since:.0f} s")
-        elif code in (StoppedError.exit_code, InterruptedRunError.exit_code):
-            self._say(f"stage {name} stopped; the same command continues it")
+            taken = time.monotonic() - ended.since
+            self._view.end_stage(ended.stage, taken)
+            self._view.say(f"stage {name} done, {duration(taken)}")
+            return
+        self._view.end_stage(ended.stage, None)
+        if code in (StoppedError.exit_code, InterruptedRunError.exit_code):
+            self._view.say(f"stage {name} stopped; the same command continues it")
         else:
             self.failed[name] = f"stage {name} ended with exit code {code}; see {ended.log}"
-            self._say(self.failed[name])
+            self._view.say(self.failed[name])
 
 
 def main() -> int:
@@ -117,7 +125,7 @@ def _do(job: dict[str, Any]) -> int:
     from ddpm_lmk.launcher import launch
 
     try:
-        run = {"config": job["config"], "out": job["out"]}
+        run = {key: job[key] for key in ("config", "out", "is_foretold")}
         return launch(run, processes=job["processes"], device=job["device"])
     except LmkError as error:
         sys.stderr.write(f"error[{type(error).__name__}]: {error}\n")

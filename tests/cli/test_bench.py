@@ -1,4 +1,4 @@
-"""`ddpm-lmk bench --compare`: ratios with bounds, refusals, usage errors; and what `--dry-run` makes of results."""
+"""`ddpm-lmk bench --compare`: ratios with bounds, refusals, usage errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from ddpm_lmk.measure import Result, read_results
 from tests.cli.commands import SMOKE, Lmk
-from tests.test_forecast import run, write_results
 
 
 def write(folder: Path, seconds: float, *, noise: float) -> Path:
@@ -64,28 +63,3 @@ def test_bench_runs_a_benchmark_in_a_process_of_its_own(
     assert result.code == 0, result.err
     [found] = read_results(tmp_path, "train")
     assert found.facts["settings"]["name"] == "smoke-pretrain"
-
-
-def test_dry_run_forecasts_from_results_of_this_machine(
-    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_results(tmp_path / "bench-results", run())
-    words = ("--dry-run", f"data.path={packed_phantoms}", "train.length=3600 steps")
-
-    result = lmk("pretrain", SMOKE / "pretrain.yaml", "--cpu", 1, *words)
-    assert result.code == 0, result.err
-    assert "process-hours on an idle machine; from levels of known: step-made-cpu-" in result.out
-    assert "images/s" in result.out
-    assert "reduction between processes not counted" in lmk("pretrain", SMOKE / "pretrain.yaml", "--cpu", 2, *words).out
-
-
-def test_dry_run_without_a_result_says_how_to_get_one(
-    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ("--cpu", 1, "--dry-run", f"data.path={packed_phantoms}", "train.precision=fp16")
-
-    out = lmk("pretrain", SMOKE / "pretrain.yaml", *words).out
-    assert "not known: no result of this machine with fp16 and ddpm_unet; run `ddpm-lmk bench device` and" in out
-    assert "`ddpm-lmk bench step --run RUN.yaml`" in out

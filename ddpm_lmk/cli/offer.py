@@ -1,0 +1,48 @@
+"""What to type instead, where a run or a sweep would take very long on this machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config.values import Stage
+from ddpm_lmk.console import duration
+from ddpm_lmk.forecast import LONG_S
+from ddpm_lmk.launcher import Device
+from ddpm_lmk.sweep import Sweep
+from ddpm_lmk.sweep.file import scales_of
+
+FITTING = "cpu.yaml"  # in configs/pretrain, configs/finetune and configs/sweep
+TOO_LONG = f"that is more than {duration(LONG_S)}"
+
+
+def for_run(cfg: RunConfig, command: Stage, run_file: Path, device: Device) -> str | None:
+    """The run file for a CPU and the command to type, for the same data and weights; None on a GPU."""
+    if device != "cpu":
+        return None
+    if run_file.name == FITTING:
+        return f"{TOO_LONG}; a smaller train.length takes less"
+    paths = cfg.data.path
+    words = [f"data.path={paths[0] if len(paths) == 1 else '[' + ', '.join(paths) + ']'}"]
+    if cfg.init.weights is not None:
+        words.append(f"init.weights={cfg.init.weights}")
+    return _offer(command, words)
+
+
+def for_sweep(sweep: Sweep, sweep_file: Path, device: Device, *, scale: str | None) -> str | None:
+    """A smaller scale of the same file where it has one, else the sweep file for a CPU."""
+    if device != "cpu":
+        return None
+    scales = scales_of(sweep_file) if scale is None else []
+    if scales:
+        command = shlex.join(["ddpm-lmk", "sweep", str(sweep_file), "--scale", scales[0]])
+        return f"{TOO_LONG}; a variant of this file that fits a CPU: {command}"
+    if sweep_file.name == FITTING:
+        return f"{TOO_LONG}; fewer shots or seeds take less"
+    return _offer("sweep", [f"data.path={sweep.cells[0].cfg.data.path[0]}"])
+
+
+def _offer(command: str, words: list[str]) -> str:
+    run_file = f"configs/{command}/{FITTING}"
+    return f"{TOO_LONG}; a run file that fits a CPU: {shlex.join(['ddpm-lmk', command, run_file, *words])}"

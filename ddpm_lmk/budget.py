@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.console import duration
+from ddpm_lmk.console import about, duration
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.forecast import Forecast, Timing, Work, steps_done
 from ddpm_lmk.launcher import Device
@@ -69,7 +69,7 @@ class Budget:
         what = [f"{stages} stage{'s' if stages > 1 else ''}"] if stages else []
         what += [f"{cells} cell{'s' if cells > 1 else ''}"] if cells else []
         on = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
-        return f"about {duration(self.total_s)} here: {' and '.join(what)} on {on} (from steps timed here)"
+        return f"{about(self.total_s)} here: {' and '.join(what)} on {on} (from steps timed here)"
 
 
 def budget(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLOURS = {"problem": "bold red", "note": "yellow", "ok": "green"}
 PLAIN_WIDTH = 200
 PAGE_WIDTH = 100
+LEAST_S = 0.95
 SPELT = {"×": "x", "±": "+/-", "–": "-", "−": "-", "²": "^2", "³": "^3", "…": "...", "µ": "u", "→": "->"}
 
 
@@ -113,12 +114,17 @@ class Whole:
 
 def remaining(seconds: float | None) -> str:
     """What is left, in words; nothing where it is not known."""
-    return "" if seconds is None else f"about {duration(seconds)} left"
+    return "" if seconds is None else f"{about(seconds)} left"
+
+
+def about(seconds: float) -> str:
+    """An estimate in words."""
+    return ("" if seconds < LEAST_S else "about ") + duration(seconds)
 
 
 def duration(seconds: float) -> str:
     """Seconds in words for people: two units at most, never more digits than are known."""
-    if seconds < 0.95:
+    if seconds < LEAST_S:
         return "less than a second"
     if seconds < 100:
         return f"{seconds:.0f} s"

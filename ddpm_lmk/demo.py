@@ -7,6 +7,7 @@ writes its report again. Numbers measured on phantoms say nothing about patients
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import Field
 
 from ddpm_lmk.budget import Budget, budget
 from ddpm_lmk.config import Section
-from ddpm_lmk.console import Whole, duration, progress, say
+from ddpm_lmk.console import Whole, about, duration, progress, remaining, say
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.phantom import render
@@ -109,11 +110,16 @@ class Demo:
         self.expected_s["the report"] = REPORT_S
         return forecast, found if found.is_known else None
 
+    def say(self, text: str, stage: str) -> None:
+        """Say that a stage begins, and what is left from here on."""
+        left_s = self.expected_s.get(stage, 0.0) + self.whole(stage).then_s
+        say(f"{text}, {remaining(left_s)}")
+
     def whole(self, stage: str) -> Whole:
         """The road, as this stage shows it."""
-        names = list(self.expected_s)
-        after = names[names.index(stage) + 1 :] if stage in names else []
-        return Whole("demo", self.began, sum(self.expected_s[name] for name in after))
+        order = ("packing", "pre-training", "fine-tuning", "the report")
+        after = order[order.index(stage) + 1 :]
+        return Whole("demo", self.began, sum(self.expected_s.get(name, 0.0) for name in after))
 
 
 def run_demo(out: Path, placement: Placement, *, configs: Path | None = None) -> Path:
@@ -125,13 +131,14 @@ def run_demo(out: Path, placement: Placement, *, configs: Path | None = None) ->
     demo = Demo(out, placement, configs or shipped("configs") / "demo")
     forecast, expected = demo.expect()
     parts = ", ".join(f"{duration(seconds)} of {stage}" for stage, seconds in demo.expected_s.items() if seconds >= 1)
-    say(f"demo: about {duration(sum(demo.expected_s.values()))} here: {parts} (from steps timed here)")
+    say(f"demo: {about(sum(demo.expected_s.values()))} here: {parts} (from steps timed here)")
     say(f"1/4 packing synthetic x-rays into {out / 'shards'}")
+    whole = demo.whole("packing")
     for name, wanted in demo.settings.packs.items():
-        _pack_once(out / "shards" / name, wanted, demo.settings.size)
-    say(f"2/4 pre-training without labels into {out / 'pretrain'}")
+        _pack_once(out / "shards" / name, wanted, demo.settings.size, whole)
+    demo.say(f"2/4 pre-training without labels into {out / 'pretrain'}", "pre-training")
     _pretrain(demo, forecast)
-    say(f"3/4 fine-tuning with few labels into {out / 'sweep'}")
+    demo.say(f"3/4 fine-tuning with few labels into {out / 'sweep'}", "fine-tuning")
     _sweep(demo, expected)
     say("4/4 writing the report")
     report = write_report([out / "sweep"], out / "report.html")
@@ -151,12 +158,20 @@ def _packing_s(settings: DemoShards, out: Path) -> float:
     return seconds
 
 
-def _pack_once(out: Path, wanted: DemoPack, size: int) -> None:
+def _pack_once(out: Path, wanted: DemoPack, size: int, whole: Whole) -> None:
     if (out / MANIFEST).is_file():
         Manifest.open(out).close()
         return
-    with progress(f"packing {out.name}") as show:
-        pack(wanted.source, "phantom", out, size=size, counts=wanted.counts, seed=wanted.seed, progress=show)
+    began = time.monotonic()
+    with progress(f"packing {out.name}", lines=False) as show:
+
+        def tell(done: int, total: int) -> None:
+            show(done, total)
+            line = whole.line((time.monotonic() - began) / done * (total - done), f"{done} of {total} images packed")
+            if line is not None and not sys.stderr.isatty():
+                say(line)
+
+        pack(wanted.source, "phantom", out, size=size, counts=wanted.counts, seed=wanted.seed, progress=tell)
 
 
 def _pretrain(demo: Demo, forecast: Forecast | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ddpm_lmk import retention
 from ddpm_lmk.config import LandmarksConfig, RunConfig
-from ddpm_lmk.console import duration
+from ddpm_lmk.console import about, duration
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.order import GroupPlan
 
@@ -176,7 +176,7 @@ class Forecast:
     def __str__(self) -> str:
         steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'} of {_per_step(self.step_s)}"
         then = f", then {duration(self.conclude_s)} of scoring" if self.conclude_s >= 1 else ""
-        return f"about {duration(self.total_s)} here: {steps}{then} ({self.source})"
+        return f"{about(self.total_s)} here: {steps}{then} ({self.source})"
 
 
 def _per_step(seconds: float) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ddpm_lmk import leakage, tempering
 from ddpm_lmk.checkpoint import load_checkpoint
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.console import Whole, duration, progress, say
+from ddpm_lmk.console import Whole, about, progress, say
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.backend import choose_backend
 from ddpm_lmk.data.corpora import fingerprints_of
@@ -153,7 +153,7 @@ def _concluding(
         yield lambda done, total: None
         return
     if whole is None and not sys.stderr.isatty():
-        say(f"{cfg.name}: {doing}" + (f", about {duration(forecast.conclude_s)}" if forecast is not None else ""))
+        say(f"{cfg.name}: {doing}" + (f", {about(forecast.conclude_s)}" if forecast is not None else ""))
     with progress(doing, lines=False) as show:
         yield show
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,20 +103,23 @@ def time_steps(
         least = min(2 if cfg.model.couples_images else 1, micro)
         model.train()
         with parallel.training_in(precision), closing(build_updater(cfg, state, parallel)) as updater:
-            images, taken = repeated(step, sorted({least, micro, share}), budget_s)
+            images, taken = repeated(step, sorted({least, max(least, micro // 4), micro, share}), budget_s)
         image_s, update_s = (statistics.median(column) for column in zip(*parts[-len(taken) :], strict=True))
         seconds = {"image_s": image_s / images, "update_s": update_s}
         model.eval()
         for name, use, passes in _uses(cfg, task, model, parallel, precision):
-            seconds[name] = passes * seconds["image_s"] * FORWARD_SHARE
-            if seconds["image_s"] < budget_s:
+            forward_s = seconds["image_s"] * FORWARD_SHARE
+            seconds[name] = passes * forward_s
+            if (forward_s if name == "draw_s" else seconds[name]) < budget_s / STEPS:
 
                 def once(images: int, use: Callable[[int], None] = use) -> float:
                     began = now()
                     use(images)
                     return max(parallel.gather(now() - began))
 
-                most, taken_s = repeated(once, sorted({1, cfg.evaluate.batch}), budget_s / 2)
+                most, taken_s = repeated(
+                    once, sorted({1, min(4, cfg.evaluate.batch), cfg.evaluate.batch}), budget_s / 2
+                )
                 seconds[name] = statistics.median(taken_s) / most * (passes if name == "draw_s" else 1)
         parallel.release()
     seconds = {name: max(parallel.gather(value)) for name, value in seconds.items()}
@@ -126,14 +129,16 @@ def time_steps(
 def repeated(call: Callable[[int], float], sizes: Sequence[int], budget_s: float) -> tuple[int, list[float]]:
     """The largest of `sizes` there is time for, and the seconds of up to three calls of it.
 
-    A first call at a size never counts: it imports, chooses kernels and asks for memory.
+    A first call at a size chooses kernels and asks for memory, and counts only where it leaves no time for a second.
     """
     size, taken, spent = sizes[0], [0.0], 0.0
     for candidate in sizes:
-        if taken[0] / size * candidate > budget_s / STEPS:
+        if taken[0] / size * candidate > budget_s:  # at most: more images at once take less each
             break
-        call(candidate)
         size, taken = candidate, [call(candidate)]
+        if taken[0] > 2 * budget_s:
+            break
+        taken = [call(candidate)]
         spent += taken[0]
     while len(taken) < STEPS and spent + taken[0] < budget_s:
         taken.append(call(size))
@@ -234,30 +239,29 @@ def time_apart(
     facts = {"device": device, "processes": processes, "budget_s": budget_s, "parent": os.getpid()}
     job = json.dumps({"runs": each, **facts})
     began = time.monotonic()
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ddpm_lmk.timing"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=worker_environment(device, slot, processes, devices=processes),
-        )
-        for slot in range(processes)
-    ]
-    overdue = threading.Timer(PATIENCE_S + 6 * budget_s * len(runs), _end, [children])
-    overdue.start()
-    try:
+    with ExitStack() as leaving:
+        children = [
+            leaving.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "ddpm_lmk.timing"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    env=worker_environment(device, slot, processes, devices=processes),
+                )
+            )
+            for slot in range(processes)
+        ]
+        leaving.callback(_end, children)
+        overdue = threading.Timer(PATIENCE_S + 6 * budget_s * len(runs), _end, [children])
+        leaving.callback(overdue.cancel)
+        overdue.start()
         for child in children:
             assert child.stdin is not None
             with suppress(BrokenPipeError), child.stdin as stdin:
                 stdin.write(job)
         told = [list(map(json.loads, child.stdout or ())) for child in children]
-    finally:
-        overdue.cancel()
-        _end(children)
-        for child in children:
-            child.wait()
     return [_together([lines[number] for lines in told if len(lines) > number], began) for number in range(len(runs))]
 
 

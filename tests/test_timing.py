@@ -1,0 +1,116 @@
+"""Steps are timed as the run does them, within a budget, and leave nothing behind in the run."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_lmk import runs
+from ddpm_lmk.checkpoint import load_weights
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.launcher import Placement
+from ddpm_lmk.tasks import build_task
+from ddpm_lmk.timing import random_batch, repeated, spec_of, time_apart, time_run, time_steps
+from ddpm_lmk.workbench import Workbench
+from tests.test_forecast import run
+
+
+def test_as_many_images_as_there_is_time_for_are_timed_three_times() -> None:
+    calls: list[int] = []
+
+    def call(images: int) -> float:
+        calls.append(images)
+        return 0.1 * images
+
+    assert repeated(call, [1, 4, 8, 1000], budget_s=4.0) == (8, pytest.approx([0.8] * 3))
+    assert calls == [1, 1, 4, 4, 8, 8, 8, 8]
+
+
+def test_a_first_call_does_not_count_unless_it_takes_all_the_time_there_is() -> None:
+    slow_first = iter([5.0, 1.0, 1.0, 1.0])
+    assert repeated(lambda images: next(slow_first), [1], budget_s=4.0) == (1, [1.0, 1.0, 1.0])
+    endless = iter([60.0])
+    assert repeated(lambda images: next(endless), [1, 8], budget_s=4.0) == (1, [60.0])
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_seconds_are_shared_out_over_images_and_an_update(packed_phantoms: Path, micro_batch: int | None) -> None:
+    cfg = run(packed_phantoms, train={"micro_batch": micro_batch})
+    task, ticks = build_task(cfg, spec_of(cfg)), itertools.count()
+
+    found = time_steps(
+        cfg,
+        task,
+        Parallel("cpu"),
+        precision="fp32",
+        workbench=Workbench(),
+        budget_s=1000.0,
+        clock=lambda: float(next(ticks)),
+    )
+    # Every look at the clock is a second: passes of four images take one, the update one, a score of 16 one.
+    assert (found.image_s, found.update_s) == (1 / 4, 1.0)
+    assert found.score_s == 1 / 16
+    assert (found.images, found.of, found.steps) == (4, 4, 3)
+    assert found.draw_s == found.validate_s == 0.0
+
+
+def test_a_sample_takes_as_many_passes_as_it_is_drawn_in(packed_phantoms: Path) -> None:
+    cfg = run(packed_phantoms, "denoise", evaluate={"samples": 3, "batch": 2})
+    task, ticks = build_task(cfg, spec_of(cfg)), itertools.count()
+    clock = {"budget_s": 1000.0, "clock": lambda: float(next(ticks))}
+
+    found = time_steps(cfg, task, Parallel("cpu"), precision="fp32", workbench=Workbench(), **clock)  # type: ignore[arg-type]
+    assert found.draw_s == 50 / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("landmarks", {}),
+        ("simclrv2", {"kind": "encoder_unet", "scale": 0.1, "blocks": [1, 1, 1, 1], "decoder": [8, 8, 8, 8, 8]}),
+    ],
+)
+def test_a_run_that_was_timed_ends_with_the_weights_of_one_that_was_not(
+    kind: str, model: dict[str, object], packed_phantoms: Path, tmp_path: Path
+) -> None:
+    fields = run(packed_phantoms).model_dump(mode="json")
+    fields |= {"task": {"kind": kind}, "train": {"length": "3 steps", "group_size": 4}}
+    fields |= {"model": {**model, "in_channels": 1}} if model else {}
+    cfg = RunConfig.model_validate(fields)
+    runs.execute(cfg, tmp_path / "plain", device="cpu")
+    runs.execute(cfg, tmp_path / "timed", device="cpu", is_foretold=True)
+
+    plain, timed = (load_weights(tmp_path / name, "model")[0] for name in ("plain", "timed"))
+    assert plain.keys() == timed.keys()
+    assert all(torch.equal(plain[name], timed[name]) for name in plain)
+
+
+def test_processes_side_by_side_each_time_their_share(packed_phantoms: Path) -> None:
+    cfg = run(packed_phantoms, evaluate={"split": None})
+
+    found = time_run(cfg, spec_of(cfg), Placement("cpu", 2), budget_s=0.1)
+    assert found is not None
+    assert (found.of, found.processes) == (2, 2)
+    assert found.image_s > 0
+    assert found.start_s > 0
+
+
+def test_where_the_device_is_not_here_nothing_is_known(packed_phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm_lmk.timing.visible_gpus", lambda: 0)
+    cfg = run(packed_phantoms)
+
+    assert time_apart([cfg, cfg], processes=1, device="cuda") == [None, None]
+    assert time_run(cfg, spec_of(cfg), Placement("cuda", 1)) is None
+
+
+def test_random_points_lie_in_the_picture(packed_phantoms: Path) -> None:
+    cfg = run(packed_phantoms)
+    batch = random_batch(cfg, build_task(cfg, spec_of(cfg)), 3)
+
+    assert batch.points is not None
+    assert len(batch) == 3
+    assert ((batch.points >= 0) & (batch.points < 32)).all()

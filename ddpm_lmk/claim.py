@@ -215,7 +215,7 @@ def want_same_data(path: Path, fingerprint: str) -> None:
     if before is not None and before.get("fingerprint") != fingerprint:
         raise DataError(
             f"dataset changed since {path} was started: was {before.get('fingerprint')}, now {fingerprint}; restore "
-            "it, or add --fork NEWDIR to go on there with the new data"
+            "it, or use another --out directory (a single run goes on there with --fork NEWDIR)"
         )
 
 

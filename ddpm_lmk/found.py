@@ -14,6 +14,7 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.reliability import calibration_error
 from ddpm_lmk.tasks.landmarks import Predictions
+from ddpm_lmk.truth import Labels
 
 COLUMNS = (
     "image_id",
@@ -39,16 +40,6 @@ class Found:
     failed: np.ndarray  # [N] bool
     peak: np.ndarray | None = None  # [N] probability of the most probable pixel of the maps
     pixel_px: float = 1.0  # side of a network pixel
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The truth about a split, in order of id; M images, N landmarks, native px."""
-
-    ids: list[str]
-    points: np.ndarray  # [M, N, 2]
-    native_size: np.ndarray  # [M, 2] (width, height)
-    mm_per_px: np.ndarray  # [M], NaN where unknown
 
 
 def to_native(predictions: Predictions, batch: Batch) -> list[Found]:

@@ -19,16 +19,16 @@ from ddpm_lmk import atomic, calibration, leakage, scoring
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.corpora import Corpus, evaluation_corpora, training_corpora
-from ddpm_lmk.data.records import SampleRecord
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
-from ddpm_lmk.found import Found, Labels, peak_error, predictions_csv, to_native
+from ddpm_lmk.found import Found, peak_error, predictions_csv, to_native
 from ddpm_lmk.landmarks import ContourCodec
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.loaded import LoadedRun, open_run, pixel_settings
 from ddpm_lmk.reliability import write_reliability
 from ddpm_lmk.tasks import LandmarkTask
+from ddpm_lmk.truth import read_labels, score_points, training_shape
 
 
 def evaluate_split(
@@ -61,7 +61,7 @@ def evaluate_split(
     def score() -> dict[str, Any]:
         corpus = evaluation_corpora(cfg, split)[0]
         shots = training_corpora(cfg)[0]
-        shape = training_shape([shots.records[row] for row in shots.rows.tolist()])
+        shape = training_shape(shots)
         facts = {
             "name": cfg.name,
             "dataset": corpus.manifest.dataset,
@@ -126,7 +126,7 @@ def _shape_of(loaded: LoadedRun) -> np.ndarray:
     shots = _training_films(loaded)
     if shots is None:
         raise DataError(f"{loaded.path} does not say what it learnt from, and its training data is not there")
-    return training_shape([shots.records[row] for row in shots.rows.tolist()])
+    return training_shape(shots)
 
 
 @torch.inference_mode()
@@ -171,37 +171,6 @@ def predict_split(
     names = [name for name, _ in gathered]
     scoring.check_ids(names, names)
     return dict(gathered)
-
-
-def read_labels(corpus: Corpus) -> Labels:
-    """The labels of a corpus' rows, float64 as packed."""
-    facts = [corpus.facts(int(row)) for row in corpus.rows]
-    if any(fact.points is None for fact in facts):
-        raise DataError(f"{corpus.manifest.root} has images without landmarks; evaluate a labelled split")
-    return Labels(
-        ids=[fact.id for fact in facts],
-        points=np.stack([np.asarray(fact.points, np.float64) for fact in facts]),
-        native_size=np.array([fact.native_size for fact in facts], np.float64),
-        mm_per_px=np.array([fact.mm_per_px for fact in facts], np.float64),
-    )
-
-
-def score_points(
-    spec: DatasetSpec, points: np.ndarray, labels: Labels, failed: np.ndarray | None = None
-) -> dict[str, Any]:
-    """Both protocols for points `[M, N, 2]` native px."""
-    spacing, ids = labels.mm_per_px, labels.ids
-    size, true = labels.native_size, labels.points
-    return {
-        "original": scoring.score_original(points, true, spacing, spec, ids=ids, failed=failed),
-        "paper": scoring.score_paper(points, size, true, spec, mm_per_px=spacing, ids=ids, failed=failed),
-    }
-
-
-def training_shape(records: list[SampleRecord]) -> np.ndarray:
-    """Mean shape `[N, 2]` of labelled training images, as shares of the picture."""
-    points = np.stack([np.asarray(record.points, np.float64) for record in records])
-    return scoring.mean_shape(points, np.array([record.native_size for record in records], np.float64))
 
 
 def _score_and_write(

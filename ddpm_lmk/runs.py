@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddpm_lmk import leakage, tempering
 from ddpm_lmk.checkpoint import load_checkpoint
@@ -40,11 +40,12 @@ from ddpm_lmk.inference import evaluate_split
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.machine import code_digest, versions
 from ddpm_lmk.mixtures import evaluate_parts
-from ddpm_lmk.models.encoder_weights import is_encoder_only, load_encoder, want_file
-from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
+from ddpm_lmk.models.encoder_weights import want_file
+from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.rundir import RunDir
 from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.sampling import draw_samples, to_png
+from ddpm_lmk.starting import put_weights
 from ddpm_lmk.system.cores import granted_cores
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
 from ddpm_lmk.tasks.task import Everyone
@@ -230,12 +231,7 @@ def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, workbench: Workbe
     if cfg.model.kind == "encoder_unet":
         want_file(cfg.init.weights)
     weights, meta = workbench.weights(cfg.init)
-    if "config" not in meta and "init_conv.weight" in weights and weights["init_conv.weight"].shape[1] == 2:
-        weights = from_upstream(weights)  # the released network has an input channel more than ours
-    is_same = meta.get("out_channels") == task.out_channels and meta.get("export") == task.export()
-    part = "all" if is_same else "encoder" if is_encoder_only(cfg.model, weights) else "trunk"
-    target: dict[str, Tensor] = {name: value.to(torch.float32) for name, value in weights.items()}
-    {"all": load_all, "trunk": load_trunk, "encoder": load_encoder}[part](model, target)
+    part = put_weights(cfg, task, model, weights, meta)
     facts: dict[str, Any] = {key: meta[key] for key in ("path", "use", "step", "fingerprint", "files") if key in meta}
     return {**facts, "loaded": part}
 

@@ -46,8 +46,10 @@ LAYERS: list[set[str]] = [
         "checkpoint",
         "overlay",
         "launcher",
+        "truth",
     },
-    {"tasks", "leakage"},
+    {"tasks", "leakage", "checks"},
+    {"starting"},
     {"sweep"},
     {"engine", "rundir", "fork"},
     {"sampling", "loaded", "found", "inference", "calibration", "reliability", "mixtures", "predict", "export"},
@@ -80,7 +82,7 @@ WITHOUT_TORCH = [
     ),
     *("sweep", "sweep.run", "sweep.view", "report.page", "shipped", "machine", "measure", "retention"),
     *("forecast", "timing", "budget", "cli.offer"),
-    *("launcher.rank", "launcher.watch", "claim", "lifeline", "stop"),
+    *("launcher.rank", "launcher.watch", "claim", "checks", "truth", "lifeline", "stop"),
     *("system.cgroup", "system.cores", "system.environment", "system.limits", "system.memory", "system.processes"),
     *("data", "data.spec", "data.raw", "data.shards", "data.order", "data.augment", "data.phantom", "data.pack"),
     *("data.dicom", "data.decode_worker", "data.isolation"),
@@ -186,7 +188,7 @@ import sys
 from ddpm_lmk import cli
 code = cli.run(sys.argv[1:])
 assert 'torch' not in sys.modules, 'torch was imported'
-assert code == 0, code
+assert code == 3 if sys.argv[-1] == 'data.path=nowhere' else code == 0, code
 """
 
 

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ddpm_lmk.checkpoint import save_snapshot
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.durable import read_json
-from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.errors import CheckpointError, ConfigError
+from ddpm_lmk.models import build_model
 from ddpm_lmk.runfile import config_hash
 from ddpm_lmk.sweep import Sweep, cell_folder, is_done, load_sweep, plan_table, state_of
 from ddpm_lmk.sweep.run import run_sweep
@@ -115,9 +118,10 @@ def test_mistakes_in_a_sweep_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_missing_starting_weights_are_found_before_anything_runs(tmp_path: Path) -> None:
-    sweep = load_sweep(write_sweep(tmp_path, start={"isbi": str(tmp_path / "gone")}))
-    with pytest.raises(ConfigError, match=r"start isbi: there is nothing at .*gone"):
+def test_missing_starting_weights_are_found_before_anything_runs(tmp_path: Path, packed_phantoms: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, packed_phantoms, start={"isbi": str(tmp_path / "gone")}))
+    told = r"gone does not exist; .* \(isbi-k1-s0 and 3 more\); start\.LABEL=PATH names other weights"
+    with pytest.raises(CheckpointError, match=told):
         run_sweep(sweep, tmp_path / "out", console=quiet())
     assert not (tmp_path / "out").exists()
 
@@ -134,23 +138,34 @@ def test_a_dry_run_says_what_is_to_do_without_torch(tmp_path: Path) -> None:
         assert words in done.stdout, done.stdout
 
 
+def torn_weights(folder: Path, cfg: RunConfig) -> Path:
+    """A snapshot whose header is right and whose weights are not: what only loading them finds."""
+    state = build_model(cfg.model, out_channels=19).state_dict()
+    path = save_snapshot(folder / "snapshots", {"model": state, "ema": state}, {"step": 1})
+    content = bytearray((path / "ema.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "ema.safetensors").write_bytes(content)
+    return path
+
+
 def test_cells_that_fail_are_recorded_and_finished_ones_are_never_touched_again(
     tmp_path: Path, packed_phantoms: Path
 ) -> None:
-    file = write_sweep(tmp_path, packed_phantoms, shots=[2, 99])
+    torn = torn_weights(tmp_path / "parent", load_sweep(write_sweep(tmp_path)).cells[0].cfg)
+    file = write_sweep(tmp_path, packed_phantoms, shots=[2], start={"scratch": None, "torn": str(torn)})
     out = tmp_path / "out"
     console = quiet()
     assert run_sweep(load_sweep(file), out, processes=2, console=console) == 1
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert said.count(" MRE ") == 2, said
-    assert "scratch-k99-s0 FAILED: data.shots=99" in said
+    assert "torn-k2-s0 FAILED: " in said
     assert "2 of 4 cells done, 2 failed" in said
     check_summaries(out)
-    failure = read_json(out / "cells" / "scratch-k99-s1.error.json")
+    failure = read_json(out / "cells" / "torn-k2-s1.error.json")
     assert failure is not None
-    assert failure["exit_code"] == 2
+    assert failure["exit_code"] == 4
     before = {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*") if path.is_file()}
-    mended = load_sweep(file, ["shots=[2]"])
+    mended = load_sweep(file, ["without=[torn]"])
     assert run_sweep(mended, out, processes=2, console=quiet()) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "2 cells, 2 done" in str(plan_table(mended, out).title)
@@ -167,8 +182,13 @@ def check_summaries(out: Path) -> None:
     assert float(rows[0]["original_mean_shape_mre"]) > 0
     summary = read_json(out / "sweep.json")
     assert summary is not None
-    status = {(cell["shots"], cell["seed"]): cell["status"] for cell in summary["cells"]}
-    assert status == {(2, 0): "done", (2, 1): "done", (99, 0): "failed", (99, 1): "failed"}
+    status = {(cell["start"], cell["seed"]): cell["status"] for cell in summary["cells"]}
+    assert status == {
+        ("scratch", 0): "done",
+        ("scratch", 1): "done",
+        ("torn", 0): "failed",
+        ("torn", 1): "failed",
+    }
 
 
 def start_sweep(file: Path, out: Path, processes: int = 1) -> subprocess.Popen[str]:

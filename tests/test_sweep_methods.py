@@ -11,9 +11,13 @@ import pytest
 from rich.console import Console
 
 from ddpm_lmk.durable import read_json
-from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.sweep import Sweep, hints, load_sweep, plan_table
+from ddpm_lmk.errors import ConfigError, DataError
+from ddpm_lmk.launcher import Placement
+from ddpm_lmk.runfile import load_run
+from ddpm_lmk.sweep import Sweep, load_sweep, plan_table
+from ddpm_lmk.sweep.check import check_sweep
 from ddpm_lmk.sweep.run import run_sweep
+from tests.test_sweep import torn_weights
 
 NETWORK = "model: {width: 8, multipliers: [1, 2], heads: 2, head_dim: 8}\n"
 TUNE = NETWORK + "data: {path: nowhere, image_size: 32, workers: 0}\ntask: {kind: landmarks}\nevaluate: {batch: 4}\n"
@@ -108,10 +112,10 @@ def test_a_long_plan_has_a_row_per_recipe_and_says_what_is_missing(file: Path) -
     assert table.row_count == 2
     for line, words in zip(lines, (("1, 2", "18", "144", "missing: weights/none"), ("│ 5 ", "9", "72", "pending"))):
         assert all(word in line for word in words), line
-    told = hints(sweep)
-    assert [line.split(":")[0] for line in told] == ["packs that are not here", "weights that are not here"]
-    assert "shards/ceph;" in told[0]
-    assert "weights/none; give start.late=PATH or without=[late]" in told[1]
+    with pytest.raises(
+        DataError, match=r"shards/ceph has no manifest\.json; .* \(late-k1-s0 and 26 more\); packs\.NAME="
+    ):
+        check_sweep(sweep, Path("out"), Placement("cpu", 1))
 
 
 def test_recipes_of_a_row_that_claim_the_same_labels_are_refused(file: Path) -> None:
@@ -157,14 +161,15 @@ def test_one_command_pre_trains_what_is_missing_and_a_failed_stage_fails_its_own
     words = [f"packs.ceph={packed_phantoms}", f"packs.hand={packed_phantoms}", "shots=[2]", "without=[scratch,late]"]
     content = json.loads(file.read_text())
     content["stages"]["ddpm"]["packs"] = ["ceph"]
-    content["stages"]["elsewhere"] |= {"out": None, "set": {"data.path": str(tmp_path / "gone")}}
+    torn = torn_weights(tmp_path / "torn", load_run(file.parent / "learn.yaml"))
+    content["stages"]["elsewhere"] |= {"out": None, "packs": ["ceph"], "set": {"init.weights": str(torn)}}
     out = tmp_path / "out"
     sweep = load_sweep(write(tmp_path, content), words, out=out)
     console = Console(file=io.StringIO(), width=200)
     assert run_sweep(sweep, out, processes=2, console=console) == 1
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "stage ddpm done" in said, said
-    assert "disc-k2-s5: stage elsewhere ended with exit code 3" in said, said
+    assert "disc-k2-s5: stage elsewhere ended with exit code 4" in said, said
     results = read_json(out / "cells" / "early-k2-s0" / "results.json")
     assert results is not None
     assert results["start"]["weights"] == str(out / "stages" / "ddpm" / "snapshots" / "step-00000002")

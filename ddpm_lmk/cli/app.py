@@ -246,8 +246,9 @@ def sweep(
     """Pre-train what is missing, then fine-tune over methods × shots × seeds; finished cells are kept."""
     from ddpm_lmk.cli.offer import for_sweep
     from ddpm_lmk.forecast import LONG_S
-    from ddpm_lmk.launcher import place
-    from ddpm_lmk.sweep import SweepFile, hints, load_sweep, plan_table
+    from ddpm_lmk.launcher import Placement, place
+    from ddpm_lmk.sweep import SweepFile, load_sweep, plan_table
+    from ddpm_lmk.sweep.check import check_sweep
 
     if explain:
         _explain(SweepFile, [sweep_file, *(overrides or [])])
@@ -256,34 +257,33 @@ def sweep(
     instead = for_sweep(loaded, _given(sweep_file, "SWEEP.yaml"), "cuda" if gpus else "cpu", scale=scale)
     if dry_run:
         console().print(plan_table(loaded, folder))
-        if loaded.has_packs():
-            from ddpm_lmk.budget import budget, budget_table
+        there = Placement("cuda" if gpus else "cpu", gpus or cpu or 1)
+        for remark in check_sweep(loaded, folder, there):
+            say(remark)
+        _warn_of_emulation(loaded, there.device)
+        from ddpm_lmk.budget import budget, budget_table
 
-            found = budget(loaded, folder, "cuda" if gpus else "cpu", workers=gpus or cpu or 1)
-            if found.runs:
-                console().print(budget_table(found))
-            if found.total_s > LONG_S and instead is not None:
-                say(instead)
-        _warn_of_emulation(loaded, "cuda" if gpus else "cpu")
-        return say("\n".join(hints(loaded)))
-    from ddpm_lmk.sweep.plan import check_starts
+        found = budget(loaded, folder, there.device, workers=there.processes)
+        if found.runs:
+            console().print(budget_table(found))
+        if found.total_s > LONG_S and instead is not None:
+            say(instead)
+        return
     from ddpm_lmk.sweep.probe import workers_per_device
     from ddpm_lmk.sweep.run import run_sweep
 
     where = place(gpus=gpus, cpu=cpu)
+    check_sweep(loaded, folder, where)  # before steps are timed
     shared = workers_per_device(per_device, loaded, device=where.device, say=say)
     say(f"sweep {loaded.name}: {where}, {folder}{f', {shared} workers on each' if shared > 1 else ''}")
     _warn_of_emulation(loaded, where.device)
-    check_starts(loaded)
-    seconds = None
-    if loaded.has_packs():
-        from ddpm_lmk.budget import budget
+    from ddpm_lmk.budget import budget
 
-        expected = budget(loaded, folder, where.device, workers=where.processes * shared)
-        say(f"sweep {loaded.name}: {expected}")
-        if expected.total_s > LONG_S and instead is not None:
-            say(instead)
-        seconds = expected.seconds() if expected.is_known else None
+    expected = budget(loaded, folder, where.device, workers=where.processes * shared)
+    say(f"sweep {loaded.name}: {expected}")
+    if expected.total_s > LONG_S and instead is not None:
+        say(instead)
+    seconds = expected.seconds() if expected.is_known else None
     code = run_sweep(loaded, folder, processes=where.processes, per_device=shared, device=where.device, seconds=seconds)
     raise typer.Exit(code)
 
@@ -332,12 +332,11 @@ def _train(
     instead: str | None,
 ) -> None:
     """With `fork`, `out` is where the run comes from and `fork` where it goes on; `instead`: to say if it is long."""
-    from ddpm_lmk.data.order import GroupPlan
+    from ddpm_lmk.checks import check_run
     from ddpm_lmk.launcher import launch
 
-    # Before any process starts; how many images there are does not matter for this.
-    groups = GroupPlan(cfg.train.group_size, cfg.train.group_size, cfg.train.given_micro_batch, cfg.train.windows)
-    groups.check_world(placement.processes * placement.nodes)
+    for remark in check_run(cfg, fork or out, placement, fork=None if fork is None else out):
+        say(remark)
     if dry_run:
         from ddpm_lmk.plan import plan_run
 

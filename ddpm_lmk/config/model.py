@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from ddpm_lmk.config.encoder import EncoderUNetConfig
 from ddpm_lmk.config.values import Section
@@ -36,6 +36,22 @@ class UNetConfig(Section):
         False,
         description="recompute activations in the backward pass, per level or everywhere: less memory, about a quarter more FLOPs (the paper: everywhere); auto: where memory is short",
     )
+
+    @model_validator(mode="after")
+    def _levels_and_groups_fit(self) -> UNetConfig:
+        if self.width % 2 or self.width % self.groups:
+            raise ValueError(
+                f"model.width={self.width} must be even and divisible by model.groups={self.groups}; "
+                f"nearest: {-(-self.width // (2 * self.groups)) * 2 * self.groups}"
+            )
+        for key in ("linear_attention", "checkpointing"):
+            values = getattr(self, key)
+            if isinstance(values, tuple) and len(values) != len(self.multipliers):
+                raise ValueError(
+                    f"model.{key} has {len(values)} entries for {len(self.multipliers)} levels; "
+                    "give one per level, or a single true or false"
+                )
+        return self
 
     @property
     def side_multiple(self) -> int:

@@ -165,6 +165,14 @@ class TrainConfig(Section):
             raise ValueError("cuda_graphs=true records what the compiler makes; set compile=true too")
         return self
 
+    @model_validator(mode="after")
+    def _intervals_have_steps(self) -> TrainConfig:
+        for name in ("compare", "log", "checkpoint", "keep", "snapshot", "evaluate"):
+            interval = getattr(self, f"{name}_every")
+            if interval is not None and not interval.count:
+                raise ValueError(f"train.{name}_every={interval} is no interval; wanted at least 1 step")
+        return self
+
     @property
     def given_micro_batch(self) -> int | None:
         """The micro-batch, where the run file says one."""

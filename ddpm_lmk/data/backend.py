@@ -50,7 +50,8 @@ def choose_backend(
     if cfg.data.loader == "torch":
         return Backend("torch", "data.loader=torch")
     if cfg.data.loader == "dali":
-        return _asked_for_dali(cfg)
+        want_dali(cfg)
+        return Backend("dali", "data.loader=dali")
     if before is not None:
         return Backend(before["name"], "as this run began", before.get("images_per_s"))
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
@@ -70,7 +71,8 @@ def measured_backend(cfg: RunConfig, *, device: torch.device) -> Backend:
     return Backend(best, f"the faster in {_MEASURED_S:g} s of loading", speed)
 
 
-def _asked_for_dali(cfg: RunConfig) -> Backend:
+def want_dali(cfg: RunConfig) -> None:
+    """Refuse DALI where it is not installed, or pixels are to be decoded beforehand; raises as `choose_backend`."""
     from ddpm_lmk.data.dali_loader import require_dali
 
     if cfg.data.residency in ("ram", "device"):
@@ -79,7 +81,6 @@ def _asked_for_dali(cfg: RunConfig) -> Backend:
             "use data.residency=stream or auto, or data.loader=torch"
         )
     require_dali()
-    return Backend("dali", "data.loader=dali")
 
 
 def _images_per_s(cfg: RunConfig, name: Name, device: torch.device) -> float:

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.rows import ByShard, Ints
 from ddpm_lmk.errors import ConfigError
 
@@ -57,6 +58,14 @@ class GroupPlan:
         self.num_images, self.group_size, self.micro_batch, self.windows = num_images, group_size, micro_batch, windows
         unit = micro_batch if drop_last and micro_batch is not None and micro_batch <= num_images else 1
         self._used = num_images // unit * unit
+
+    @classmethod
+    def of(cls, cfg: RunConfig, num_images: int) -> GroupPlan:
+        """The groups of a run that learns from so many images; raises ConfigError as the constructor."""
+        train = cfg.train
+        # The paper leaves out a part of a micro-batch in pre-training, but uses every labelled image (paper.md, 2, 3).
+        drop_last = cfg.task.stage == "pretrain"
+        return cls(num_images, train.group_size, train.given_micro_batch, train.windows, drop_last=drop_last)
 
     @property
     def steps_per_epoch(self) -> int | None:

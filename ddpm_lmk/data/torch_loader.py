@@ -261,14 +261,10 @@ def open_training(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None) -> T
     """See `ddpm_lmk.data.open_loader`."""
     corpora = training_corpora(cfg)
     count = sum(len(corpus.rows) for corpus in corpora)
-    train = cfg.train
-    # The paper leaves out a part of a micro-batch in pre-training, but uses every labelled image (paper.md, 2 and 3).
-    plan = GroupPlan(
-        count, train.group_size, train.given_micro_batch, train.windows, drop_last=cfg.task.stage == "pretrain"
-    )
+    plan = GroupPlan.of(cfg, count)
     plan.check_world(seat.world)
     if count < plan.largest:
-        log.warning("%d images are fewer than train.group_size=%d: groups repeat them", count, train.group_size)
+        log.warning("%d images are fewer than train.group_size=%d: groups repeat them", count, cfg.train.group_size)
     return TrainLoader(cfg, corpora, seat, cache, plan=plan)
 
 

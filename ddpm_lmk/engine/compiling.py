@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpm_lmk.checks import want_graphs
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.console import say
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.rundir import RunDir
 
@@ -36,10 +36,7 @@ def compile_model(model: nn.Module, cfg: RunConfig, device: torch.device) -> Non
     Raises:
         LaunchError: CUDA graphs on another device.
     """
-    if cfg.train.cuda_graphs and device.type != "cuda":
-        raise LaunchError(
-            f"train.cuda_graphs=true, but this run is on {device.type}; use a GPU, or train.cuda_graphs=false"
-        )
+    want_graphs(cfg, device.type)
     if not cfg.train.compile:
         return
     keep_compiled()

@@ -36,7 +36,7 @@ from ddpm_lmk.engine.statistics import Statistics
 from ddpm_lmk.engine.supply import DRY, Supply
 from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.engine.validation import Validation
-from ddpm_lmk.errors import ConfigError, DivergedError, ResourceError, StoppedError
+from ddpm_lmk.errors import DivergedError, ResourceError, StoppedError
 from ddpm_lmk.lifeline import beat
 from ddpm_lmk.retention import Keep
 from ddpm_lmk.rundir import RunDir
@@ -78,27 +78,24 @@ class Pace:
 
     @classmethod
     def of(cls, cfg: RunConfig, train: TrainLoader) -> Pace:
-        """Raises `ConfigError` for an interval of no steps."""
+        """As this run's images and groups make them."""
 
         def steps(length: Duration) -> int:
             return length.steps(cfg.train.group_size, train.num_images, train.plan.steps_per_epoch)
 
-        def interval(name: str) -> int:
-            length: Duration = getattr(cfg.train, name)
-            if not steps(length):
-                raise ConfigError(f"train.{name}={length} is no interval; wanted at least 1 step")
-            return steps(length)
+        def interval(length: Duration | None) -> int | None:
+            return None if length is None else steps(length)
 
         return cls(
             total=steps(cfg.train.length),
             warmup=steps(cfg.optim.warmup),
             cycle=0 if cfg.optim.cycle is None else steps(cfg.optim.cycle),
-            log=interval("log_every"),
-            checkpoint=interval("checkpoint_every"),
-            keep=None if cfg.train.keep_every is None else interval("keep_every"),
-            compare=interval("compare_every"),
-            snapshot=None if cfg.train.snapshot_every is None else interval("snapshot_every"),
-            evaluate=None if cfg.train.evaluate_every is None else interval("evaluate_every"),
+            log=steps(cfg.train.log_every),
+            checkpoint=steps(cfg.train.checkpoint_every),
+            keep=interval(cfg.train.keep_every),
+            compare=steps(cfg.train.compare_every),
+            snapshot=interval(cfg.train.snapshot_every),
+            evaluate=interval(cfg.train.evaluate_every),
         )
 
 

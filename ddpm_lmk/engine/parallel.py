@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm_lmk.checks import want_zero
 from ddpm_lmk.engine.precision import cuda_has_bf16
 from ddpm_lmk.engine.tree import all_gather
 from ddpm_lmk.errors import LaunchError, LmkError
@@ -226,10 +226,7 @@ class Parallel:
 
     def _want_deepspeed(self) -> None:
         """Have DeepSpeed use the group and the kind of device of this process."""
-        if find_spec("deepspeed") is None:
-            raise LaunchError("the launch file asks for ZeRO, found no DeepSpeed; pip install 'ddpm-lmk[deepspeed]'")
-        if self.world == 1:
-            raise LaunchError("ZeRO shares the optimizer's state among processes, found one; use more, or zero: 0")
+        want_zero(self.zero, self.world)
         os.environ["DS_ACCELERATOR"] = self.device.type
         # It reports a success to standard output, which belongs to results, and uses an old name of torch's.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor` is deprecated.*", category=FutureWarning)

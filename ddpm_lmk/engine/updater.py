@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm_lmk.checks import want_kept
 from ddpm_lmk.config import ClipConfig, RunConfig
 from ddpm_lmk.engine import tree
 from ddpm_lmk.engine.optim import clip, global_norm, gradients, moments
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.models.standard import OncePerStep
 
 if TYPE_CHECKING:
@@ -256,25 +256,10 @@ def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Upda
     Raises:
         ConfigError: the run asks for what cannot be kept together.
     """
-    share = cfg.train.group_size // parallel.world
-    if cfg.train.cuda_graphs and (parallel.zero or share > (cfg.train.given_micro_batch or share)):
-        raise ConfigError(
-            f"train.cuda_graphs=true with {f'ZeRO {parallel.zero}' if parallel.zero else 'several micro-batches'}: a "
-            "replayed graph writes its gradients over those of the micro-batch before (pytorch#169545); use one "
-            "micro-batch per process (train.micro_batch=null) and no ZeRO, or train.cuda_graphs=false"
-        )
+    want_kept(cfg, world=parallel.world, zero=parallel.zero)
     if parallel.zero:
         from ddpm_lmk.engine.sharded import Sharded
 
-        if cfg.train.exactness == "exact":
-            raise ConfigError(
-                "train.exactness=exact cannot be kept with ZeRO, which adds in its own order; use ordered"
-            )
-        if cfg.train.standardise == "step":
-            raise ConfigError(
-                "train.standardise=step cannot be kept with ZeRO, which shares out gradients before they are those of "
-                "weights; use auto or pass"
-            )
         return Sharded(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
     standard = None
     if cfg.train.standardise != "pass":

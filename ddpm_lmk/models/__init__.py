@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ddpm_lmk.config import EncoderUNetConfig, GU2NetConfig, Network, UNetConfig
-from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.config import EncoderUNetConfig, GU2NetConfig, Network
 from ddpm_lmk.models import cost
 from ddpm_lmk.models.cost import ModelCost
 from ddpm_lmk.models.encoder_unet import EncoderUNet
@@ -25,14 +24,12 @@ def build_model(cfg: Network, *, out_channels: int, full_size: bool = True, doma
     which is told the domain [B] instead of the timestep); empty: one dataset.
 
     It maps images [B, 1, S, S] and timesteps [B] (or None: no time conditioning) to [B, out_channels, S, S]. When not
-    `full_size`, a ddpm_unet gives [B, out_channels, S / patch, S / patch]. Raises ConfigError for widths that cannot
-    be grouped.
+    `full_size`, a ddpm_unet gives [B, out_channels, S / patch, S / patch].
     """
     if isinstance(cfg, GU2NetConfig):
         return GU2Net(cfg, domains=domains or (out_channels,))
     if isinstance(cfg, EncoderUNetConfig):
         return EncoderUNet(cfg, out_channels=out_channels)
-    _want_groups(cfg)
     return UNet(cfg, out_channels=out_channels, full_size=full_size)
 
 
@@ -55,11 +52,3 @@ def model_cost(
     if isinstance(cfg, EncoderUNetConfig):
         return traced_cost(lambda: EncoderUNet(cfg, out_channels=out_channels), 1, image_size, image_size)
     return cost.model_cost(cfg, image_size, out_channels, full_size=full_size, is_fused=is_fused)
-
-
-def _want_groups(cfg: UNetConfig) -> None:
-    if cfg.width % 2 or cfg.width % cfg.groups:
-        raise ConfigError(
-            f"model.width={cfg.width} must be even and divisible by model.groups={cfg.groups}; "
-            f"nearest: {-(-cfg.width // (2 * cfg.groups)) * 2 * cfg.groups}"
-        )

@@ -123,7 +123,7 @@ def _run(again: bool, module: nn.Module, *inputs: Tensor | None) -> Tensor:
 def checkpointed_levels(cfg: UNetConfig) -> tuple[bool, ...]:
     """Which levels recompute their activations; the middle goes with the deepest. `auto`, not yet chosen, is none."""
     if isinstance(cfg.checkpointing, tuple):
-        return _per_level("checkpointing", cfg.checkpointing, cfg)
+        return cfg.checkpointing
     return (cfg.checkpointing is True,) * len(cfg.multipliers)
 
 
@@ -131,16 +131,7 @@ def linear_levels(cfg: UNetConfig) -> tuple[bool, ...]:
     """Which levels have linear attention."""
     if isinstance(cfg.linear_attention, bool):
         return (cfg.linear_attention,) * len(cfg.multipliers)
-    return _per_level("linear_attention", cfg.linear_attention, cfg)
-
-
-def _per_level(key: str, values: tuple[bool, ...], cfg: UNetConfig) -> tuple[bool, ...]:
-    if len(values) != len(cfg.multipliers):
-        raise ConfigError(
-            f"model.{key} has {len(values)} entries for {len(cfg.multipliers)} levels; "
-            "give one per level, or a single true or false"
-        )
-    return values
+    return cfg.linear_attention
 
 
 def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:

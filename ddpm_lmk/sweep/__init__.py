@@ -1,4 +1,5 @@
-"""A table of runs: how it is written (`file`), which runs these are (`plan`, shown by `table`), running them.
+"""A table of runs: how it is written (`file`), which runs these are (`plan`, shown by `table`), whether they
+can run (`check`), running them.
 
 `run` starts pre-training (`stages`) and then cells (`worker`), `view` shows them on a terminal, `summary` writes how
 they stand.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from ddpm_lmk.sweep.file import SweepFile
 from ddpm_lmk.sweep.plan import Cell, StageRun, Sweep, cell_folder, is_done, load_sweep, state_of
-from ddpm_lmk.sweep.table import hints, listed_shots, plan_table
+from ddpm_lmk.sweep.table import listed_shots, plan_table
 
 __all__ = [
     "Cell",
@@ -16,7 +17,6 @@ __all__ = [
     "Sweep",
     "SweepFile",
     "cell_folder",
-    "hints",
     "is_done",
     "listed_shots",
     "load_sweep",

@@ -81,12 +81,6 @@ class Sweep:
         """Starting weights by label."""
         return {cell.start: cell.cfg.init.weights for cell in self.cells}
 
-    def has_packs(self) -> bool:
-        """Are the packs of all its runs on this machine?"""
-        runs = [cell.cfg for cell in self.cells] + [stage.cfg for stage in self.stages]
-        paths = {path for cfg in runs for path in cfg.data.path}
-        return all((Path(path) / "manifest.json").is_file() for path in paths)
-
     def recipes(self) -> list[list[Cell]]:
         """Cells by start and recipe, by number of labels and seed, in the order of the file's `rows`."""
         order = list(dict.fromkeys([*self.rows, *(cell.start for cell in self.cells)]))
@@ -218,7 +212,7 @@ def count_steps(cfg: RunConfig, shots: int | None) -> int | None:
     if num_images is None and cfg.train.length.unit == "epochs":
         return None
     train = cfg.train
-    plan = GroupPlan(num_images or 1, train.group_size, train.given_micro_batch, train.windows, drop_last=False)
+    plan = GroupPlan.of(cfg, num_images or 1)
     return train.length.steps(train.group_size, num_images or 1, plan.steps_per_epoch)
 
 
@@ -253,13 +247,3 @@ def state_of(out: Path, cell: Cell | StageRun) -> State:
 def cell_folder(out: Path, name: str) -> Path:
     """The run directory of a cell."""
     return out / "cells" / name
-
-
-def check_starts(sweep: Sweep) -> None:
-    """Refuse a sweep whose starting weights are not there and do not come from a stage, before anything runs."""
-    for label, weights in sweep.starts().items():
-        if weights is not None and not Path(weights).exists() and not sweep.makes(weights):
-            raise ConfigError(
-                f"start {label}: there is nothing at {weights}; pre-train it first, or give start.{label}=PATH, or "
-                f"without=[{label}]"
-            )

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.launcher import Device
 from ddpm_lmk.stop import check_stopped
 from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder
 from ddpm_lmk.sweep.run import run_sweep
@@ -27,7 +28,7 @@ STEPS = 24  # the second half counts: the first warms up, and waits for the othe
 LEAST_GAIN = 1.05
 
 
-def workers_per_device(wanted: str, sweep: Sweep, *, device: str, say: Callable[[str], None]) -> int:
+def workers_per_device(wanted: str, sweep: Sweep, *, device: Device, say: Callable[[str], None]) -> int:
     """What `--per-device` asks for: a number, or `auto` for what the probe finds."""
     if wanted == "auto":
         return choose_per_device(sweep, device=device, say=say)
@@ -36,7 +37,7 @@ def workers_per_device(wanted: str, sweep: Sweep, *, device: str, say: Callable[
     return int(wanted)
 
 
-def choose_per_device(sweep: Sweep, *, device: str, say: Callable[[str], None]) -> int:
+def choose_per_device(sweep: Sweep, *, device: Device, say: Callable[[str], None]) -> int:
     """The number of workers on one device with the highest rate; a larger number has to gain 5 %."""
     best, best_rate = 1, 0.0
     for count in COUNTS:
@@ -51,7 +52,7 @@ def choose_per_device(sweep: Sweep, *, device: str, say: Callable[[str], None]) 
     return best
 
 
-def measure_rate(cell: Cell, count: int, *, device: str) -> float | None:
+def measure_rate(cell: Cell, count: int, *, device: Device) -> float | None:
     """Images per second of `count` workers together; None where not all of them could train."""
     cells = tuple(replace(cell, name=f"probe-{number}", cfg=_shortened(cell.cfg, number)) for number in range(count))
     with tempfile.TemporaryDirectory(prefix="ddpm-lmk-probe-") as folder:

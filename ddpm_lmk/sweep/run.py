@@ -30,9 +30,10 @@ from rich.console import Console
 from ddpm_lmk import atomic
 from ddpm_lmk.console import Whole
 from ddpm_lmk.errors import ConfigError, StoppedError
-from ddpm_lmk.launcher.placement import STALL_S
+from ddpm_lmk.launcher.placement import STALL_S, Device, Placement
 from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, StopRequest, code_of, grace_s
-from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, check_starts, is_done
+from ddpm_lmk.sweep.check import check_sweep, needed
+from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, is_done
 from ddpm_lmk.sweep.remaining import Remaining, stage_key
 from ddpm_lmk.sweep.stages import Stages
 from ddpm_lmk.sweep.summary import write_summary
@@ -63,7 +64,7 @@ class SweepRun:
 
     sweep: Sweep
     out: Path
-    device: str
+    device: Device
     processes: int
     vigil: Vigil
     per_device: int = 1
@@ -85,7 +86,7 @@ def run_sweep(
     *,
     processes: int = 1,
     per_device: int = 1,
-    device: str = "cpu",
+    device: Device = "cpu",
     console: Console | None = None,
     stall_s: float = STALL_S,
     seconds: Mapping[str, float] | None = None,
@@ -101,11 +102,11 @@ def run_sweep(
         whole: what this sweep is a stage of.
 
     Raises:
-        ConfigError: starting weights are missing, or `processes` is not positive.
+        ConfigError: `processes` is not positive. LmkError: as `check_sweep`.
     """
     if processes < 1:
         raise ConfigError(f"a sweep needs at least 1 process, found {processes}")
-    check_starts(sweep)
+    remarks = check_sweep(sweep, Path(out), Placement(device, processes))
     run = SweepRun(sweep, Path(out), device, processes, Vigil(Path(out) / "stacks", stall_s), per_device)
     (run.out / "cells").mkdir(parents=True, exist_ok=True)
     _see_done(run)
@@ -119,6 +120,8 @@ def run_sweep(
         left.skip(name)
     view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done), left=left, whole=whole)
     write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
+    for remark in remarks:
+        view.say(remark)
     if _pending(run):
         # The first signal lets workers save and end; a second one ends them and this process.
         with StopRequest(on_first=run.ask, within_s=grace_s(), raises=False), view, run.vigil:
@@ -149,14 +152,13 @@ def _pending(run: SweepRun) -> list[Cell]:
 
 def _pre_train(run: SweepRun, view: SweepView) -> None:
     """Run the stages that pending cells start from; the cells of one that fails fail with it."""
-    wanted = [Path(cell.cfg.init.weights) for cell in _pending(run) if cell.cfg.init.weights is not None]
-    needed = [stage for stage in run.sweep.stages if any(path.is_relative_to(stage.folder) for path in wanted)]
+    wanted = needed(run.sweep.stages, _pending(run))
     for stage in run.sweep.stages:
-        if stage not in needed or is_done(stage.folder, stage):
+        if stage not in wanted or is_done(stage.folder, stage):
             view.left.skip(stage_key(stage))
     stages = Stages(run.out, processes=run.processes, device=run.device, view=view)
-    stages.run(needed, lambda: run.asked)
-    for stage in needed:
+    stages.run(wanted, lambda: run.asked)
+    for stage in wanted:
         if stage.name in stages.failed:
             cells = [cell for cell in _pending(run) if Path(cell.cfg.init.weights or "").is_relative_to(stage.folder)]
             run.failed |= {cell.name: stages.failed[stage.name] for cell in cells}
@@ -273,7 +275,7 @@ def log_file(run: SweepRun, slot: int) -> Path:
     return run.out / "logs" / f"worker-{slot}.log"
 
 
-def _environment(device: str, slot: int, count: int, *, devices: int) -> dict[str, str]:
+def _environment(device: Device, slot: int, count: int, *, devices: int) -> dict[str, str]:
     """CPU threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker, in turn."""
     environment = dict(os.environ)
     if device == "cpu":

@@ -22,6 +22,7 @@ from typing import Any
 from ddpm_lmk import privacy, stop
 from ddpm_lmk.console import duration
 from ddpm_lmk.errors import LmkError, StoppedError
+from ddpm_lmk.launcher import Device
 from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, grace_s
 from ddpm_lmk.sweep.plan import StageRun, is_done
 from ddpm_lmk.sweep.view import SweepView
@@ -44,7 +45,7 @@ class Running:
 class Stages:
     """Runs stages, and shows them in `view`; `failed` says why some are not finished, by name."""
 
-    def __init__(self, out: Path, *, processes: int, device: str, view: SweepView) -> None:
+    def __init__(self, out: Path, *, processes: int, device: Device, view: SweepView) -> None:
         self._out, self._processes, self._device, self._view = out, processes, device, view
         self.failed: dict[str, str] = {}
 

@@ -68,23 +68,6 @@ def _shots(cell: Cell) -> str:
     return "all" if cell.shots is None else str(cell.shots)
 
 
-def hints(sweep: Sweep) -> list[str]:
-    """What is not there yet and has to be before the sweep can run, a line each."""
-    runs = [cell.cfg for cell in sweep.cells] + [stage.cfg for stage in sweep.stages]
-    packs = dict.fromkeys(path for cfg in runs for path in cfg.data.path)
-    missing = [path for path in packs if not (Path(path) / "manifest.json").is_file()]
-    lines = []
-    if missing:
-        lines.append(
-            f"packs that are not here: {', '.join(missing)}; pack them (the head of the sweep file says how) or give "
-            "packs.NAME=DIR. Memory and time are estimated once they are there."
-        )
-    for start, weights in sweep.starts().items():
-        if weights is not None and not Path(weights).exists() and not sweep.makes(weights):
-            lines.append(f"weights that are not here: {weights}; give start.{start}=PATH or without=[{start}]")
-    return lines
-
-
 def _weights(sweep: Sweep, cell: Cell) -> str:
     """Where the weights of a start are from, in a table."""
     weights = cell.cfg.init.weights

@@ -121,8 +121,8 @@ def test_linear_attention_is_where_it_is_asked_for():
     ],
 )
 def test_networks_that_cannot_be_built_are_refused(changes, told):
-    with pytest.raises(ConfigError, match=told):
-        build_model(SMALL.model_copy(update=changes), out_channels=1)
+    with pytest.raises(ValueError, match=told):
+        UNetConfig.model_validate(SMALL.model_dump() | changes)
 
 
 def test_images_that_cannot_be_halved_are_refused_with_the_multiple_wanted():

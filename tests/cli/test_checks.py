@@ -1,0 +1,303 @@
+"""What cannot be trained is refused before the first step, by a run, a sweep and their dry runs.
+
+All four say it in the same words and with the same exit code, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.phantom import render
+from ddpm_lmk.data.spec import SPECS
+from tests.cli.commands import SMOKE, Lmk
+
+SIZE = 32
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Words that ask for what cannot be, the exit code, and the sentence."""
+
+    words: tuple[str, ...]
+    code: int
+    said: str
+    key: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Packs and runs that faults are made of."""
+
+    good: Path  # skulls with train, val, test
+    untested: Path  # without a test split
+    single: Path  # one landmark
+    pinched: Path  # hands, in one of which the pair that gives the paper its millimetres has no length
+    unlabelled: Path
+    parent: Path  # a pre-training run
+    wide: Path  # one of a wider network
+    gone: Path
+    torn: Path  # weights cut off
+
+
+FAULTS = {
+    "no test split": Fault(("data.path={untested}",), 3, "there is no split 'test'"),
+    "no validation split": Fault(("data.validation_split=wal",), 3, "there is no split 'wal'"),
+    "no training split": Fault(("data.splits=[learn]",), 3, "there is no split 'learn'"),
+    "trained on and scored": Fault(("evaluate.split=train",), 2, "evaluate.split=train is also in data.splits"),
+    "no pack": Fault(("data.path={gone}",), 3, "gone has no manifest.json"),
+    "no labels": Fault(("data.path={unlabelled}",), 3, "is packed without landmarks"),
+    "no score": Fault(("data.path={pinched}",), 3, "landmarks 0 and 4 of hand fall on one grid pixel in some image"),
+    "one landmark on discs": Fault(
+        ("data.path={single}", "task.codec.kind=disc"), 2, "has only one, so nothing would be"
+    ),
+    "parts of too few shots": Fault(("data.hold_out={{of: 9}}",), 2, "data.hold_out.of=9, but there are 2 shots"),
+    "packed otherwise": Fault(("data.packed={{filter: gaussian}}",), 2, "was packed with filter=area"),
+    "no weights": Fault(("init.weights={gone}",), 4, "gone does not exist; wanted a run directory"),
+    "weights of another network": Fault(("init.weights={wide}",), 4, "does not fit model"),
+    "weights cut off": Fault(("init.weights={torn}",), 4, "ema.safetensors has 100 bytes, its manifest says"),
+    "no average to start from": Fault(("init.weights={parent}", "init.use=ema"), 4, "and no ema.safetensors; choose"),
+    "a pickle": Fault(("init.weights={parent}/model.pth",), 4, "may hold code and is not opened"),
+    "a group not shared out": Fault(("train.micro_batch=3",), 2, "train.group_size=4 is not a multiple of"),
+    "graphs on a CPU": Fault(("train.cuda_graphs=true", "train.compile=true"), 5, "but this run is on cpu"),
+    "an interval of no steps": Fault(("train.log_every=0",), 2, "train.log_every=0 steps is no interval"),
+    "a width that has no groups": Fault(("model.width=10",), 2, "model.width=10 must be even and divisible by"),
+    "DALI beside resident pixels": Fault(("data.loader=dali", "data.residency=ram"), 2, "data.residency=ram decodes"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, packed_phantoms: Path, lmk_once: Lmk) -> Places:
+    root = tmp_path_factory.mktemp("places")
+    pack("skull", "phantom", root / "untested", size=SIZE, counts={"train": 4}, workers=1)
+    _table(root / "single", "sella")
+    _table(root / "pinched", *SPECS["hand"].landmark_names, spec="hand")
+    _films(root / "films", 3)
+    pack(root / "films", "folder", root / "unlabelled", size=SIZE, workers=1)
+    words = (f"data.path={packed_phantoms}", "evaluate.samples=0", "--cpu", 1)
+    pretrain = ("pretrain", SMOKE / "pretrain.yaml", *words)
+    for name, more in (("parent", "train.ema=null"), ("wide", "model.width=16"), ("torn", "seed=1")):
+        result = lmk_once(*pretrain, more, "--out", root / name)
+        assert result.code == 0, result.err
+    with next((root / "torn").glob("snapshots/*/ema.safetensors")).open("rb+") as file:
+        file.truncate(100)
+    names = ("untested", "single", "pinched", "unlabelled", "parent", "wide", "gone", "torn")
+    return Places(packed_phantoms, **{name: root / name for name in names})
+
+
+@pytest.fixture(scope="module")
+def lmk_once() -> Lmk:
+    from tests.cli.commands import run_command
+
+    return run_command
+
+
+def _films(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        image = (render("skull", number, 0, 64).image >> 8).astype(np.uint8)
+        cv2.imwrite(str(folder / f"{number}.png"), image)
+
+
+def _table(out: Path, *landmarks: str, **settings: Any) -> None:
+    """Six labelled films, two of them for testing; in the last, landmarks 0 and 4 all but fall on one point."""
+    source = out.with_name(f"{out.name}-source")
+    _films(source, 6)
+    images = ["image_id,file,split", *(f"{i},{i}.png,{'test' if i > 3 else 'train'}" for i in range(6))]
+    (source / "images.csv").write_text("\n".join(images) + "\n")
+    labels = ["image_id,landmark_index,landmark_name,x,y"]
+    for i in range(6):
+        points = [(20 + n % 7 * 3, 20 + n // 7 * 3) for n in range(len(landmarks))]
+        points[4:5] = [(20.01, 20)] if i == 5 else points[4:5]
+        labels += [f"{i},{n},{name},{x},{y}" for n, (name, (x, y)) in enumerate(zip(landmarks, points))]
+    (source / "landmarks.csv").write_text("\n".join(labels) + "\n")
+    pack(source, "table", out, size=SIZE, workers=1, **settings)
+
+
+def _sweep(folder: Path, words: list[str]) -> Path:
+    """A sweep file whose cells are the smoke fine-tuning with these words."""
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        settings[key] = yaml.safe_load(text)
+    start = settings.pop("init.weights", None)
+    grid = {"shots": [2], "seeds": [0, 1], "start": {"first": start}, "set": settings}
+    content = {"name": "checked", "run": str(SMOKE / "finetune.yaml"), "grids": [grid]}
+    (folder / "sweep.yaml").write_text(json.dumps(content))
+    return folder / "sweep.yaml"
+
+
+def refusal(err: str) -> str:
+    [line] = [line for line in err.splitlines() if line.startswith("error[")]
+    return line
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_a_run_a_sweep_and_their_dry_runs_refuse_alike_before_anything_is_written(
+    lmk: Lmk, places: Places, tmp_path: Path, fault: Fault
+) -> None:
+    given = [word.format(**vars(places)) for word in fault.words]
+    words = [*([] if any(word.startswith("data.path=") for word in given) else [f"data.path={places.good}"]), *given]
+    out = tmp_path / "out"
+    run = ("finetune", SMOKE / "finetune.yaml", *words, "data.shots=2", "--cpu", 1, "--out", out)
+    sweep = ("sweep", _sweep(tmp_path, words), "--cpu", 1, "--out", out)
+    results = [lmk(*run), lmk(*run, "--dry-run"), lmk(*sweep), lmk(*sweep, "--dry-run")]
+    assert [result.code for result in results] == [fault.code] * 4, [result.err for result in results]
+    told = [refusal(result.err) for result in results]
+    assert [line for line in told if fault.said not in line] == []
+    assert told[0] == told[1]
+    assert told[2] == told[3]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("words", [("data.shots=13",), ("data.shots=13", "data.draw=random")])
+def test_more_shots_than_labels_are_refused_alike(lmk: Lmk, places: Places, tmp_path: Path, words: tuple[str]) -> None:
+    run = ("finetune", SMOKE / "finetune.yaml", *words, f"data.path={places.good}", "--cpu", 1, "--out", tmp_path / "o")
+    file = tmp_path / "sweep.yaml"
+    grid = {"shots": [1, 13, 14], "seeds": [0, 1], "start": {"first": None}, "set": {"data.path": str(places.good)}}
+    file.write_text(json.dumps({"name": "s", "run": str(SMOKE / "finetune.yaml"), "grids": [grid]}))
+    sweep = ("sweep", file, *words[1:], "--cpu", 1, "--out", tmp_path / "o")
+    results = [lmk(*run), lmk(*run, "--dry-run"), lmk(*sweep), lmk(*sweep, "--dry-run")]
+    assert [result.code for result in results] == [2] * 4
+    sentence = "data.shots=13, but phantom-skull has 12 labelled training images; use 1..12 or null for all"
+    assert all(sentence in refusal(result.err) for result in results)
+    assert "(first-k13-s0 and 1 more); data.shots=14" in refusal(results[2].err)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_alike(lmk: Lmk, places: Places, tmp_path: Path) -> None:
+    data = f"data.path={places.good}"
+    for out, said in ((Path("/proc/nowhere/out"), "cannot write to"), (tmp_path / "sweep.yaml", "is a file")):
+        run = ("finetune", SMOKE / "finetune.yaml", data, "--cpu", 1, "--out", out)
+        sweep = ("sweep", _sweep(tmp_path, [data]), "--cpu", 1, "--out", out)
+        results = [lmk(*run), lmk(*run, "--dry-run"), lmk(*sweep), lmk(*sweep, "--dry-run")]
+        assert [result.code for result in results] == [6] * 4
+        assert len({refusal(result.err) for result in results}) == 1
+        assert said in refusal(results[0].err)
+
+
+def test_other_settings_than_the_folder_holds_are_refused_key_by_key_before_the_first_cell(
+    lmk: Lmk, places: Places, tmp_path: Path
+) -> None:
+    data, out = f"data.path={places.good}", tmp_path / "out"
+    assert lmk("sweep", _sweep(tmp_path, [data]), "--cpu", 1, "--out", out).code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    changed = ("sweep", _sweep(tmp_path, [data, "optim.lr=0.01"]), "seeds=[0,1,2,3]", "--cpu", 1, "--out", out)
+    for result in (lmk(*changed), lmk(*changed, "--dry-run")):
+        assert result.code == 7
+        assert "optim.lr: there 0.001, here 0.01 (first-k2-s0 and 1 more)" in refusal(result.err)
+        assert "--fork" not in refusal(result.err)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    cell = (
+        "finetune",
+        SMOKE / "finetune.yaml",
+        data,
+        "data.shots=2",
+        "--cpu",
+        1,
+        "--out",
+        out / "cells" / "first-k2-s0",
+    )
+    for result in (lmk(*cell, "optim.lr=0.01"), lmk(*cell, "optim.lr=0.01", "--dry-run")):
+        assert result.code == 7
+        assert "optim.lr: there 0.001, here 0.01" in refusal(result.err)
+    more = lmk("sweep", _sweep(tmp_path, [data]), "seeds=[0,1,2]", "data.workers=1", "--cpu", 1, "--out", out)
+    assert more.code == 0, more.err
+    assert "3 of 3 cells done" in more.err
+
+
+def test_a_pack_that_was_made_anew_is_refused_alike(lmk: Lmk, places: Places, tmp_path: Path) -> None:
+    data = shutil.copytree(places.untested, tmp_path / "data")
+    words = (f"data.path={data}", "evaluate.split=null")
+    run = ("finetune", SMOKE / "finetune.yaml", *words, "data.shots=2", "--cpu", 1, "--out", tmp_path / "run")
+    assert lmk(*run, "train.length=2 steps").code == 0
+    shutil.rmtree(data)
+    pack("skull", "phantom", data, size=SIZE, counts={"train": 4}, seed=5, workers=1)
+    for more in ((), ("--dry-run",)):
+        result = lmk(*run, *more)
+        assert result.code == 3
+        assert "dataset changed since" in refusal(result.err)
+
+
+def test_a_run_that_has_begun_needs_its_starting_weights_no_more_and_a_finished_one_nothing(
+    lmk: Lmk, places: Places, tmp_path: Path
+) -> None:
+    parent = shutil.copytree(places.parent, tmp_path / "parent")
+    data = shutil.copytree(places.good, tmp_path / "data")
+    words = (f"data.path={data}", f"init.weights={parent}", "init.use=model", "--cpu", 1, "--out", tmp_path / "run")
+    run = ("finetune", SMOKE / "finetune.yaml", *words)
+    assert lmk(*run, "train.length=2 steps").code == 0
+    shutil.rmtree(parent)
+    assert lmk(*run, "train.length=4 steps").code == 0
+    shutil.rmtree(data)
+    assert lmk(*run, "train.length=4 steps").code == 0
+
+
+def stages(folder: Path, start: str, **stage: Any) -> Path:
+    """A sweep with a pre-training stage."""
+    grid = {"shots": [2], "seeds": [0], "start": {"ddpm": start}}
+    content = {"name": "staged", "run": str(SMOKE / "finetune.yaml"), "packs": {"all": "set below"}, "grids": [grid]}
+    settings = {"evaluate.samples": 0} | stage
+    content["stages"] = {"ddpm": {"run": str(SMOKE / "pretrain.yaml"), "packs": ["all"], "set": settings}}
+    (folder / "sweep.yaml").write_text(json.dumps(content))
+    return folder / "sweep.yaml"
+
+
+@pytest.mark.parametrize(
+    ("start", "stage", "code", "said"),
+    [
+        (
+            "stage:ddpm@3",
+            {"train.snapshot_every": "2 steps"},
+            2,
+            "stage:ddpm@3: the stage keeps snapshots at steps 2, 4",
+        ),
+        ("stage:ddpm@2", {}, 2, "stage:ddpm@2: the stage keeps snapshots at steps 4"),
+        ("stage:ddpm", {"model.width": 16}, 4, "does not fit model"),
+        ("stage:ddpm", {"train.ema": None}, 4, "will hold no ema.safetensors"),
+        ("stage:ddpm", {"data.splits": ["learn"]}, 3, "there is no split 'learn'"),
+        ("stage:ddpm", {"data.protect": ["gone"]}, 3, "gone has no manifest.json"),
+    ],
+)
+def test_weights_that_a_stage_would_not_give_are_refused_before_it_is_trained(
+    lmk: Lmk, places: Places, tmp_path: Path, start: str, stage: dict[str, Any], code: int, said: str
+) -> None:
+    file = stages(tmp_path, start, **stage)
+    words = ("sweep", file, f"packs.all={places.good}", f"data.path={places.good}", "--cpu", 1, "--out", tmp_path / "o")
+    for result in (lmk(*words), lmk(*words, "--dry-run")):
+        assert result.code == code, result.err
+        assert said in refusal(result.err)
+    assert not (tmp_path / "o").exists()
+
+
+def test_snapshots_that_a_stage_will_keep_are_let_through(lmk: Lmk, places: Places, tmp_path: Path) -> None:
+    for start in ("stage:ddpm@2", "stage:ddpm@4", "stage:ddpm"):
+        file = stages(tmp_path, start, **{"train.snapshot_every": "2 steps"})
+        words = (
+            "sweep",
+            file,
+            f"packs.all={places.good}",
+            f"data.path={places.good}",
+            "--cpu",
+            1,
+            "--out",
+            tmp_path / "o",
+        )
+        assert lmk(*words, "--dry-run").code == 0
+
+
+def test_images_that_are_enlarged_are_remarked(lmk: Lmk, places: Places, tmp_path: Path) -> None:
+    words = ("--cpu", 1, "--dry-run", "--out", tmp_path / "o", f"data.path={places.good}", "data.image_size=64")
+    result = lmk("pretrain", SMOKE / "pretrain.yaml", *words)
+    assert result.code == 0, result.err
+    assert "holds images of 32 pixels, which are enlarged to data.image_size=64" in result.err
+    assert "enlarged" not in lmk("pretrain", SMOKE / "pretrain.yaml", *words[:-1]).err

@@ -74,7 +74,7 @@ def measure_products(result: Result, device: str, threads: int, options: argpars
 
 
 def precisions(device: str) -> list[str]:
-    """Precisions worth measuring here; a CPU takes minutes for products in fp16, and training refuses it."""
+    """Precisions worth measuring here; a CPU takes minutes for products in fp16."""
     if device == "cpu":
         return ["fp32", "bf16"]
     has_bf16, has_tf32 = torch.cuda.is_bf16_supported(), torch.cuda.get_device_capability()[0] >= 8

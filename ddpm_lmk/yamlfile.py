@@ -74,9 +74,12 @@ def parse(text: str, source: str) -> tuple[Any, Origins]:
 def parse_word(text: str, source: str) -> Any:
     """Value of a word of the command line: YAML where it opens a list, a mapping or a quote, else one plain value.
 
-    So a path may hold what means something in a YAML document, such as ` #` or `: `. Raises as `parse` does.
+    So a path may hold what means something in a YAML document, such as ` #` or `: `, and begin with `~/`, which shells
+    leave as it is behind an equals sign. Raises as `parse` does.
     """
     text = text.strip()
+    if text.startswith("~/"):
+        return str(Path(text).expanduser())
     if text[:1] not in YAML_BEGINS:
         return _scalar(yaml.ScalarNode("tag:yaml.org,2002:str", text), (), source)
     try:

@@ -202,6 +202,12 @@ def test_word_is_the_text_that_was_typed_where_the_field_is_text(
     assert load_run(run_file, [f"data.path={word}"]).data.path == path
 
 
+def test_home_is_known_behind_an_equals_sign(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of me")
+    assert load_run(run_file, ["data.path=~/films"]).data.path == ("/home/of me/films",)
+    assert load_run(run_file, ["data.path=films~/x"]).data.path == ("films~/x",)
+
+
 def test_numbers_name_splits_runs_and_folders_in_files_too(tmp_path: Path) -> None:
     text = "name: 12\ndata: {path: [2024.10, 7], splits: [0, 1]}\ntask: {kind: landmarks}\nevaluate: {split: 2}\n"
     run = load_text(tmp_path, text)

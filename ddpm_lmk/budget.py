@@ -20,7 +20,7 @@ from ddpm_lmk.launcher import Device
 from ddpm_lmk.sweep import Cell, StageRun, Sweep, cell_folder, is_done, listed_shots
 from ddpm_lmk.sweep.plan import recipe_key
 from ddpm_lmk.sweep.remaining import span_s, stage_key
-from ddpm_lmk.timing import BUDGET_S, spec_of, time_apart
+from ddpm_lmk.timing import AFTER_DAYS, BUDGET_S, DAYS_S, spec_of, time_apart
 
 MOST_S = 30.0  # for the timed steps of a sweep, about, however many networks it has
 
@@ -30,7 +30,7 @@ class Budget:
     """What is left of a sweep.
 
     Attributes:
-        runs: what is known of every run that is not done; None: it cannot be carried out here.
+        runs: what is known of every run that is not done; or why nothing is.
         start_s: until a worker has begun.
     """
 
@@ -38,17 +38,17 @@ class Budget:
     out: Path
     workers: int
     device: Device
-    runs: Mapping[str, Forecast | None] = field(default_factory=dict)
+    runs: Mapping[str, Forecast | str] = field(default_factory=dict)
     start_s: float = 0.0
 
     @property
     def is_known(self) -> bool:
         """Could every run be timed?"""
-        return None not in self.runs.values()
+        return len(self.seconds()) == len(self.runs)
 
     def seconds(self) -> dict[str, float]:
         """Of every run that is not done and is known, by the name of the cell, or `stage NAME`."""
-        return {name: found.total_s for name, found in self.runs.items() if found is not None}
+        return {name: found.total_s for name, found in self.runs.items() if not isinstance(found, str)}
 
     @property
     def total_s(self) -> float:
@@ -62,14 +62,17 @@ class Budget:
     def __str__(self) -> str:
         if not self.runs:
             return "nothing is left to do"
-        if not self.is_known:
-            return "how long it takes is not known here, where its device is not"
+        why = next((found for found in self.runs.values() if isinstance(found, str)), "")
+        if not self.seconds():
+            return f"how long it takes is not known: {why}"
         cells = sum(cell.name in self.runs for cell in self.sweep.cells)
         stages = len(self.runs) - cells
         what = [f"{stages} stage{'s' if stages > 1 else ''}"] if stages else []
         what += [f"{cells} cell{'s' if cells > 1 else ''}"] if cells else []
         on = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
-        return f"{about(self.total_s)} here: {' and '.join(what)} on {on} (from steps timed here)"
+        how_long = f"more than {duration(self.total_s)}" if why else about(self.total_s)
+        more = f"; not all of them: {why}" if why else ""
+        return f"{how_long} here: {' and '.join(what)} on {on} (from steps timed here{more})"
 
 
 def budget(
@@ -88,38 +91,44 @@ def budget(
         budget_s: for the timed steps of one kind.
         specs, counts: facts, and images by split, of packs that are not made yet.
     """
-    left: dict[str, tuple[RunConfig, Path]] = {}
+    left: dict[str, RunConfig] = {}
+    folders: dict[str, Path] = {}
     for stage in sweep.stages:
         if not is_done(stage.folder, stage):
-            left[stage_key(stage)] = (stage.cfg, stage.folder)
-    stages = len(left)
+            left[stage_key(stage)], folders[stage_key(stage)] = stage.cfg, stage.folder
+    stages = list(left)
     for cell in sweep.cells:
         if not is_done(cell_folder(out, cell.name), cell):
-            left[cell.name] = (cell.cfg, cell_folder(out, cell.name))
-    known = specs or {}
-    kinds: dict[str, tuple[RunConfig, DatasetSpec]] = {}
-    kind_of: dict[str, str] = {}
-    for name, (cfg, _) in left.items():
-        spec = known[cfg.data.path[0]] if cfg.data.path[0] in known else spec_of(cfg)
-        key = f"{recipe_key(_without_length(cfg))} {spec.num_landmarks}"
-        kinds.setdefault(key, (cfg, spec))
-        kind_of[name] = key
-    timings: dict[str, Timing | None] = {}
-    cells = len(left) - stages
-    each_s = min(budget_s, MOST_S / max(1, len(kinds)))
-    for names, beside in ((list(left)[:stages], min(workers, stages)), (list(left)[stages:], min(workers, cells))):
-        keys = [key for key in dict.fromkeys(kind_of[name] for name in names) if key not in timings]
-        if keys:
-            runs, facts = zip(*(kinds[key] for key in keys), strict=True)
-            found = time_apart(runs, processes=beside, device=device, specs=facts, budget_s=each_s)
-            timings |= dict(zip(keys, found, strict=True))
-    forecasts: dict[str, Forecast | None] = {}
-    for name, (cfg, folder) in left.items():
-        seconds = timings[kind_of[name]]
-        work = Work.of(cfg, done=steps_done(folder), counts=(counts or {}).get(cfg.data.path[0]))
-        forecasts[name] = None if seconds is None else seconds.forecast(work)
-    start_s = max((timing.start_s for timing in timings.values() if timing is not None), default=0.0)
-    return Budget(sweep, out, workers, device, forecasts, start_s)
+            left[cell.name], folders[cell.name] = cell.cfg, cell_folder(out, cell.name)
+    cells = [name for name in left if name not in stages]
+    works: dict[str, Work] = {}
+    kinds: dict[str, list[str]] = {}  # runs by what makes them alike; the first of each is timed
+    facts: dict[str, DatasetSpec] = {}
+    for name, cfg in left.items():
+        path = cfg.data.path[0]
+        works[name] = Work.of(cfg, done=steps_done(folders[name]), counts=(counts or {}).get(path))
+        facts[name] = spec_of(cfg) if path not in (specs or {}) else (specs or {})[path]
+        kinds.setdefault(f"{recipe_key(_without_length(cfg))} {facts[name].num_landmarks}", []).append(name)
+    found: dict[str, Forecast | str] = {}
+    start_s = 0.0
+    for names in (stages, cells):
+        alike = [[name for name in kind if name in names] for kind in kinds.values()]
+        firsts = [kind[0] for kind in alike if kind]
+        if any(isinstance(each, Forecast) and each.total_s > DAYS_S for each in found.values()):
+            found |= dict.fromkeys(names, AFTER_DAYS)
+        elif firsts:
+            timings = time_apart(
+                [left[name] for name in firsts],
+                processes=min(workers, len(names)),
+                device=device,
+                specs=[facts[name] for name in firsts],
+                budget_s=min(budget_s, MOST_S / len(kinds)),
+                steps=[works[name].steps for name in firsts],
+            )
+            for kind, timing in zip([kind for kind in alike if kind], timings, strict=True):
+                start_s = max(start_s, timing.start_s) if isinstance(timing, Timing) else start_s
+                found |= {name: timing.forecast(works[name]) if isinstance(timing, Timing) else timing for name in kind}
+    return Budget(sweep, out, workers, device, found, start_s)
 
 
 def budget_table(found: Budget) -> Table:
@@ -135,7 +144,7 @@ def budget_table(found: Budget) -> Table:
     for what, runs in rows:
         names = [stage_key(run) if isinstance(run, StageRun) else run.name for run in runs]
         seconds = [found.runs[name] for name in names if name in found.runs]
-        totals = [each.total_s for each in seconds if each is not None]
+        totals = [each.total_s for each in seconds if isinstance(each, Forecast)]
         if not seconds:
             continue
         least, most = (duration(pick(totals)) if totals else "not known" for pick in (min, max))

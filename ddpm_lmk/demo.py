@@ -98,7 +98,7 @@ class Demo:
         if not is_done(folder, StageRun("pretrain", folder, self.pretraining)):
             place = replace(self.placement, processes=self.processes)
             timing = time_run(self.pretraining, spec["pool"], place, budget_s=BUDGET_S)
-            if timing is not None:
+            if not isinstance(timing, str):
                 work = Work.of(self.pretraining, done=steps_done(folder), counts=counts["pool"])
                 forecast = timing.forecast(work)
                 self.expected_s["pre-training"] = timing.start_s + forecast.total_s

@@ -98,8 +98,8 @@ def _time(
 ) -> list[tuple[str, str]]:
     """How long it takes from here on, from steps timed on this machine by as many processes as the run will have."""
     timing = time_run(cfg, spec, placement)
-    if timing is None:
-        return [("time", "not known here, where the run's device is not")]
+    if isinstance(timing, str):
+        return [("time", f"not known: {timing}")]
     found = timing.forecast(Work.of(cfg, steps=steps, done=steps_done(out)))
     more = [] if placement.processes == 1 else ["without what processes tell one another"]
     more += [f"{placement.nodes} nodes like this one"] if placement.nodes > 1 else []

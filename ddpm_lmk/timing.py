@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 BUDGET_S = 4.0  # for the steps of one run, about, and again for its scoring
 STEPS = 3
 FORWARD_SHARE = 1 / 3  # of a training pass, where even one image takes longer than the budget
+DAYS_S = 2 * 24 * 3600.0  # of one run: what the others take is no news then
+NO_DEVICE = "its device is not on this machine"
+AFTER_DAYS = "another run of it takes days"
+TOO_SLOW = "this machine is too slow, or too busy, to time a step"
 PATIENCE_S = 120.0  # for processes that time steps to start, beside what they may take
 
 
@@ -204,16 +208,16 @@ def random_batch(cfg: RunConfig, task: Task, count: int, *, seed: int = 0) -> Ba
     )
 
 
-def time_run(cfg: RunConfig, spec: DatasetSpec, placement: Placement, *, budget_s: float = BUDGET_S) -> Timing | None:
-    """Time steps of a run as it would be placed; None where that device is not here."""
+def time_run(cfg: RunConfig, spec: DatasetSpec, placement: Placement, *, budget_s: float = BUDGET_S) -> Timing | str:
+    """Time steps of a run as it would be placed; or why that cannot be done."""
     world = placement.processes * placement.nodes
     share = cfg.model_copy(update={"train": cfg.train.model_copy(update={"group_size": cfg.train.group_size // world})})
     if placement.processes == 1 and (placement.device == "cpu" or visible_gpus()):
-        found: Timing | None = time_here(share, spec, placement.device, budget_s=budget_s)
+        found: Timing | str = time_here(share, spec, placement.device, budget_s=budget_s)
     else:
         place: dict[str, Any] = {"processes": placement.processes, "device": placement.device}
         [found] = time_apart([share], **place, specs=[spec], budget_s=budget_s)
-    return found and replace(found, processes=world)
+    return found if isinstance(found, str) else replace(found, processes=world)
 
 
 def time_apart(
@@ -221,21 +225,24 @@ def time_apart(
     *,
     processes: int,
     device: Device,
-    specs: Sequence[DatasetSpec] | None = None,
+    specs: Sequence[DatasetSpec],
     budget_s: float = BUDGET_S,
-) -> list[Timing | None]:
+    steps: Sequence[int] | None = None,
+) -> list[Timing | str]:
     """Time steps of each of `runs` in `processes` processes side by side, each as if it were alone with its batch.
 
     Args:
-        specs: what the runs' data is; None: their packs say it.
+        specs: what the runs' data is.
+        steps: how long the runs are; where one of them takes days, those after it are not timed.
 
-    Returns None for a run that cannot be carried out here, with these devices or this memory.
+    Returns why instead, for a run that cannot be timed here.
     """
     if device == "cuda" and not visible_gpus():
-        return [None] * len(runs)
-    if specs is None:
-        specs = [spec_of(cfg) for cfg in runs]
-    each = [{"cfg": r.model_dump(mode="json"), "spec": s.model_dump(mode="json")} for r, s in zip(runs, specs)]
+        return [NO_DEVICE] * len(runs)
+    each = [
+        {"cfg": cfg.model_dump(mode="json"), "spec": spec.model_dump(mode="json"), "steps": length}
+        for cfg, spec, length in zip(runs, specs, steps or [0] * len(runs), strict=True)
+    ]
     facts = {"device": device, "processes": processes, "budget_s": budget_s, "parent": os.getpid()}
     job = json.dumps({"runs": each, **facts})
     began = time.monotonic()
@@ -270,11 +277,11 @@ def _end(children: Sequence[subprocess.Popen[str]]) -> None:
         child.kill()
 
 
-def _together(told: Sequence[dict[str, Any] | None], began: float) -> Timing | None:
+def _together(told: Sequence[dict[str, Any] | str], began: float) -> Timing | str:
     """The mean of what processes have seen of one run."""
-    seen = [Timing(**facts) for facts in told if facts is not None]
+    seen = [Timing(**facts) for facts in told if not isinstance(facts, str)]
     if not seen:
-        return None
+        return next((why for why in told if isinstance(why, str)), TOO_SLOW)
     names = ("image_s", "update_s", "validate_s", "score_s", "draw_s", "start_s")
     mean: dict[str, Any] = {name: statistics.fmean(getattr(each, name) for each in seen) for name in names}
     return replace(seen[0], **mean | {"start_s": max(0.0, mean["start_s"] - began)})
@@ -311,14 +318,17 @@ def main() -> int:
         import ddpm_lmk.runs  # noqa: F401  # as a worker does: what it takes to start is told too
 
         began = time.monotonic()  # the clock of all processes of a machine
+        longest_s = 0.0
         for each in job["runs"]:
             cfg, spec = RunConfig.model_validate(each["cfg"]), DatasetSpec.model_validate(each["spec"])
-            told = None
-            try:
-                found = time_here(cfg, spec, job["device"], beside=job["processes"], budget_s=job["budget_s"])
-                told = asdict(replace(found, start_s=began))
-            except LmkError as error:
-                sys.stderr.write(f"{error}\n")
+            told: dict[str, Any] | str = AFTER_DAYS
+            if longest_s < DAYS_S:
+                try:
+                    found = time_here(cfg, spec, job["device"], beside=job["processes"], budget_s=job["budget_s"])
+                    told = asdict(replace(found, start_s=began))
+                    longest_s = max(longest_s, each["steps"] * cfg.train.group_size * found.image_s)
+                except LmkError as error:
+                    told = str(error)
             sys.stdout.write(json.dumps(told) + "\n")
             sys.stdout.flush()
     return 0

@@ -43,7 +43,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
     """Every call that times steps: the kinds of runs, and how many processes side by side."""
     calls: list[tuple[list[str], int]] = []
 
-    def time_apart(runs: Sequence[RunConfig], *, processes: int, **more: Any) -> list[Timing | None]:
+    def time_apart(runs: Sequence[RunConfig], *, processes: int, **more: Any) -> list[Timing | str]:
         calls.append(([cfg.task.kind for cfg in runs], processes))
         return [Timing(SECONDS[cfg.task.kind], 0.0, images=4, of=4, steps=3, start_s=5.0) for cfg in runs]
 
@@ -84,12 +84,23 @@ def test_what_is_done_is_not_counted_and_what_was_begun_counts_from_its_checkpoi
 def test_where_the_device_is_not_here_nothing_is_known(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budgets, "time_apart", lambda runs, **more: [None] * len(runs))
+    monkeypatch.setattr(budgets, "time_apart", lambda runs, **more: ["no such device"] * len(runs))
     found = budget(sweep, tmp_path / "out", "cuda", workers=2)
 
     assert not found.is_known
-    assert "not known here" in str(found)
+    assert str(found) == "how long it takes is not known: no such device"
     budget_table(found)
+
+
+def test_where_a_stage_takes_days_its_cells_are_not_timed(
+    sweep: Sweep, tmp_path: Path, timed: list[tuple[list[str], int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SECONDS, "denoise", 3600.0)
+    found = budget(sweep, tmp_path / "out", "cpu", workers=2)
+
+    assert timed == [(["denoise"], 1)]
+    assert not found.is_known
+    assert str(found).startswith("more than 8 days here: 1 stage and 8 cells on 2 workers (from steps timed here; not")
 
 
 def test_jobs_go_to_whoever_is_free_first() -> None:

@@ -14,7 +14,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.launcher import Placement
 from ddpm_lmk.tasks import build_task
-from ddpm_lmk.timing import random_batch, repeated, spec_of, time_apart, time_run, time_steps
+from ddpm_lmk.timing import NO_DEVICE, random_batch, repeated, spec_of, time_apart, time_run, time_steps
 from ddpm_lmk.workbench import Workbench
 from tests.test_forecast import run
 
@@ -93,7 +93,7 @@ def test_processes_side_by_side_each_time_their_share(packed_phantoms: Path) -> 
     cfg = run(packed_phantoms, evaluate={"split": None})
 
     found = time_run(cfg, spec_of(cfg), Placement("cpu", 2), budget_s=0.1)
-    assert found is not None
+    assert not isinstance(found, str)
     assert (found.of, found.processes) == (2, 2)
     assert found.image_s > 0
     assert found.start_s > 0
@@ -103,8 +103,8 @@ def test_where_the_device_is_not_here_nothing_is_known(packed_phantoms: Path, mo
     monkeypatch.setattr("ddpm_lmk.timing.visible_gpus", lambda: 0)
     cfg = run(packed_phantoms)
 
-    assert time_apart([cfg, cfg], processes=1, device="cuda") == [None, None]
-    assert time_run(cfg, spec_of(cfg), Placement("cuda", 1)) is None
+    assert time_apart([cfg, cfg], processes=1, device="cuda", specs=[spec_of(cfg)] * 2) == [NO_DEVICE, NO_DEVICE]
+    assert time_run(cfg, spec_of(cfg), Placement("cuda", 1)) == NO_DEVICE
 
 
 def test_random_points_lie_in_the_picture(packed_phantoms: Path) -> None:

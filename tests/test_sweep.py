@@ -155,7 +155,7 @@ def test_cells_that_fail_are_recorded_and_finished_ones_are_never_touched_again(
     file = write_sweep(tmp_path, packed_phantoms, shots=[2], start={"scratch": None, "torn": str(torn)})
     out = tmp_path / "out"
     console = quiet()
-    assert run_sweep(load_sweep(file), out, processes=2, console=console) == 1
+    assert run_sweep(load_sweep(file), out, processes=1, console=console) == 1
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert said.count(" MRE ") == 2, said
     assert "torn-k2-s0 FAILED: " in said
@@ -214,8 +214,10 @@ def wait_until(condition: Any, *, seconds: float = 180) -> None:
         time.sleep(0.05)
 
 
-def test_a_sweep_stopped_by_a_scheduler_and_then_killed_still_finishes(tmp_path: Path, packed_phantoms: Path) -> None:
-    file = write_sweep(tmp_path, packed_phantoms, length="40 steps", shots=[1], seeds=[0])
+def test_a_sweep_stopped_by_a_scheduler_and_then_killed_is_finished_by_two_that_share_its_cells(
+    tmp_path: Path, packed_phantoms: Path
+) -> None:
+    file = write_sweep(tmp_path, packed_phantoms, length="40 steps", shots=[1])
     out = tmp_path / "out"
     steps_before = 0
     for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
@@ -227,10 +229,15 @@ def test_a_sweep_stopped_by_a_scheduler_and_then_killed_still_finishes(tmp_path:
         wait_until(lambda: _is_free(out / "cells" / "scratch-k1-s0.lock"))  # the worker has ended by itself
         steps_before = steps_of(out)
         assert not (cell_folder(out, "scratch-k1-s0") / "done.json").exists(), "it was over before it was stopped"
+    processes = [start_sweep(file, out) for _ in range(2)]
+    for process in processes:
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode in (0, 75), said
     sweep = load_sweep(file)
-    assert run_sweep(sweep, out, console=quiet()) == 0
     assert all(is_done(cell_folder(out, cell.name), cell) for cell in sweep.cells)
-    assert events(out, "scratch-k1-s0").count("run.continued") == 2
+    assert [state_of(out, cell) for cell in sweep.cells] == ["done", "done"]
+    for name, times in (("scratch-k1-s0", 2), ("scratch-k1-s1", 0)):
+        assert (events(out, name).count("run.started"), events(out, name).count("run.continued")) == (1, times)
 
 
 def steps_of(out: Path) -> int:
@@ -240,19 +247,6 @@ def steps_of(out: Path) -> int:
 def _is_free(path: Path) -> bool:
     with try_lock(path) as is_mine:
         return is_mine
-
-
-def test_two_sweeps_in_one_folder_share_the_cells(tmp_path: Path, packed_phantoms: Path) -> None:
-    file = write_sweep(tmp_path, packed_phantoms, length="6 steps", shots=[1])
-    out = tmp_path / "out"
-    processes = [start_sweep(file, out) for _ in range(2)]
-    for process in processes:
-        said = process.communicate(timeout=300)[1]
-        assert process.returncode in (0, 75), said
-    for cell in load_sweep(file).cells:
-        assert state_of(out, cell) == "done"
-        assert events(out, cell.name).count("run.started") == 1
-        assert "run.continued" not in events(out, cell.name)
 
 
 def test_a_done_file_of_another_configuration_or_other_results_does_not_count(tmp_path: Path) -> None:

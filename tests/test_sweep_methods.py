@@ -166,7 +166,7 @@ def test_one_command_pre_trains_what_is_missing_and_a_failed_stage_fails_its_own
     out = tmp_path / "out"
     sweep = load_sweep(write(tmp_path, content), words, out=out)
     console = Console(file=io.StringIO(), width=200)
-    assert run_sweep(sweep, out, processes=2, console=console) == 1
+    assert run_sweep(sweep, out, processes=1, console=console) == 1
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "stage ddpm done" in said, said
     assert "disc-k2-s5: stage elsewhere ended with exit code 4" in said, said

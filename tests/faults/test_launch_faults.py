@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.commands import run_command
 from tests.faults.harness import Started, are_gone, events, newest_checkpoint, steps_done, write_run
 
 pytestmark = pytest.mark.distributed
@@ -48,10 +49,10 @@ def test_lost_and_stopped_ranks_are_replaced_and_a_signal_saves(run_file: Path, 
     assert all("most recent call first" in text for text in stacks)
     assert are_gone([rank.pid for rank in second])
 
-    late = start(run_file, out)
-    assert late.wait() == 7
-    assert f"in use by process {run.process.pid} on " in late.said.read_text()
-    assert "since 20" in late.said.read_text()
+    late = run_command("pretrain", run_file, "--cpu", 2, "--out", out)
+    assert late.code == 7
+    assert f"in use by process {run.process.pid} on " in late.err
+    assert "since 20" in late.err
 
     last = run.ranks()
     run.process.send_signal(signal.SIGTERM)
@@ -82,5 +83,5 @@ def test_a_run_in_one_process_that_hangs_says_where_and_can_be_continued(tmp_pat
     assert "at evaluate" in stalled["message"]
     assert "most recent call first" in Path(stalled["stacks"]).read_text()
     assert "in evaluate" in Path(stalled["stacks"]).read_text()
-    assert Started(words, out, launch=alone).wait() == 0
+    assert run_command("pretrain", *words, "--cpu", 1, "--out", out).code == 0
     assert (out / "done.json").is_file()

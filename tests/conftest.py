@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -24,6 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests whose extra is not installed are skipped by name."""
     for item in items:
         extras.skip_without(item)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: every run ends with a collection of garbage, which would walk through it all."""
+    if len(session.items) > 50:
+        importlib.import_module("torch._dynamo")  # which the first optimizer imports, and is half of what there is
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -8,6 +8,7 @@ exit code. So a run that is killed and continued costs two runs, and not two tim
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -237,4 +238,5 @@ if __name__ == "__main__":
     # What a run imports when it needs it is imported before the first fork, so that no child has to.
     for module in ("numpy.random", "torch._dynamo", "ddpm_lmk.runs", "tests.engine.worker"):
         importlib.import_module(module)
+    gc.freeze()  # no child walks through what is shared
     serve()

@@ -92,6 +92,7 @@ def predict_images(
     *,
     mm_per_px: float | None = None,
     dataset: str | None = None,
+    frame: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> PredictSummary:
     """Find the landmarks in image files; writes OUT/predictions.{csv,json} and OUT/overlays/NAME.png.
@@ -101,6 +102,7 @@ def predict_images(
         files: PNG, JPEG, BMP, TIFF or DICOM files, and folders, of which all such files are taken.
         mm_per_px: spacing of the pixels of these files, where it is known; goes before what DICOM files state.
         dataset: whose landmarks are wanted, of a run that has learnt those of several.
+        frame: which frame of files with several, from 0; None: such files fail.
 
     Raises:
         ConfigError: no files, or the run has learnt something else.
@@ -115,7 +117,7 @@ def predict_images(
     paths, passed_over = list_images(files)
     summary = PredictSummary(out, passed_over=passed_over)
     images: list[dict[str, Any]] = []
-    for name, result in _predict_all(loaded, paths, summary.errors):
+    for name, result in _predict_all(loaded, paths, summary.errors, frame):
         if result is None:
             images.append({"file": name, "error": summary.errors[name]})
             continue
@@ -164,13 +166,13 @@ def _is_dicom(path: Path) -> bool:
 
 
 def _predict_all(
-    loaded: LoadedRun, files: list[Path], errors: dict[str, str]
+    loaded: LoadedRun, files: list[Path], errors: dict[str, str], frame: int | None
 ) -> Iterator[tuple[str, tuple[_Picture, Found] | None]]:
     """Every file in order, in batches, with its picture and points, or None and an entry in `errors`."""
     settings = loaded.pixel_settings()
     size = loaded.cfg.evaluate.batch
     # a patient's own picture is wanted, whatever is written in it; nothing of it but points is kept
-    options = asdict(ReadOptions(voi=settings["window"] == "voi", allow_burned_in=True))
+    options = asdict(ReadOptions(frame=frame, voi=settings["window"] == "voi", allow_burned_in=True))
     with Isolation(1) as isolation:
         for begin in range(0, len(files), size):
             names = [str(file) for file in files[begin : begin + size]]

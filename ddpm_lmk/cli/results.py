@@ -54,6 +54,7 @@ def predict(
     dataset: Annotated[
         str | None, typer.Option("--dataset", help="whose landmarks, where the run has learnt several sets")
     ] = None,
+    frame: Annotated[int | None, typer.Option(min=0, help="of files with several frames")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="exit with code 3 if any file could not be read, not only if all")
     ] = False,
@@ -65,7 +66,7 @@ def predict(
     """
     from ddpm_lmk.predict import predict_images
 
-    summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, device=device)
+    summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, frame=frame, device=device)
     for name, reason in summary.errors.items():
         say(f"failed: {name}: {reason}")
     if summary.passed_over:

@@ -18,7 +18,7 @@ import numpy as np
 from ddpm_lmk import atomic
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.corpora import Corpus
-from ddpm_lmk.data.leaks import Source, count_kinds, exclusion, seen
+from ddpm_lmk.data.leaks import Source, Uncompared, count_kinds, exclusion, seen, uncompared_patients
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.remote import CacheSettings
 from ddpm_lmk.durable import read_json
@@ -76,7 +76,14 @@ def of_score(weights: str | None, tested: Corpus, learnt: Corpus | None) -> dict
 def _verdict(tested: Source, trained: list[Source]) -> dict[str, Any]:
     findings = seen(tested, trained)
     kinds = {kind: count for kind, count in count_kinds(findings).items() if count}
-    return {"status": "overlap" if findings else "clean", "images": len(findings), "kinds": kinds}
+    verdict = {"status": "overlap" if findings else "clean", "images": len(findings), "kinds": kinds}
+    return verdict | _not_compared(map(str, uncompared_patients(trained, [tested])))
+
+
+def _not_compared(reasons: Iterable[str]) -> dict[str, list[str]]:
+    """A part of a verdict, where patients could not be compared."""
+    listed = list(reasons)
+    return {"patients_not_compared": listed} if listed else {}
 
 
 def _of_pretraining(weights: str | None, tested: Source) -> dict[str, Any]:
@@ -98,7 +105,9 @@ def _as_recorded(record: dict[str, Any], tested: Source, reason: str) -> dict[st
     known = {name for each in record.get("protected", ()) for name in each["splits"] if _is(each, tested.manifest)}
     splits = {tested.manifest.splits[code] for code in np.unique(tested.manifest.index["split"][tested.rows()])}
     if splits <= known:
-        return {"status": "clean", "images": 0, "kinds": {}, "reason": f"as recorded; {reason}"}
+        pairs = [Uncompared(**pair) for pair in record.get("patients_not_compared", ())]
+        missing = _not_compared(str(pair) for pair in pairs if pair.protected == tested.manifest.dataset)
+        return {"status": "clean", "images": 0, "kinds": {}, "reason": f"as recorded; {reason}"} | missing
     return {"status": "unknown", "reason": reason}
 
 
@@ -147,6 +156,13 @@ def refuse_seen(results: Iterable[dict[str, Any]], *, acknowledged: bool) -> lis
                 f"{lines[-1]} The score is not shown: pre-train with data.protect and data.leaks=leave_out, "
                 "or pass --acknowledge-leakage to have it shown with this remark"
             )
+    reasons = {
+        reason: None
+        for each in results
+        for stage in ("pretraining", "training")
+        for reason in _leak(each, stage).get("patients_not_compared", ())
+    }
+    lines += [f"{reason[0].upper()}{reason[1:]}." for reason in reasons]
     unknown = [each for each in results if _leak(each, "pretraining").get("status") == "unknown"]
     if unknown:
         lines.append(f"Whether pre-training saw scored images is not known for {len(unknown)} of {len(results)} runs.")

@@ -25,6 +25,7 @@ from ddpm_lmk.console import Whole, about, progress, say
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.backend import choose_backend
 from ddpm_lmk.data.corpora import fingerprints_of
+from ddpm_lmk.data.leaks import Uncompared
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.engine.autofit import Fitted, fit_to_device, is_free
 from ddpm_lmk.engine.everyone import AllRanks
@@ -216,8 +217,11 @@ def _needs_data(cfg: RunConfig) -> bool:
 
 def _note_left_out(cfg: RunConfig, run: RunDir) -> None:
     """Write what is not trained on, and why, and say so in one line."""
-    found = leakage.summary(leakage.write_record(cfg, run.path))
+    record = leakage.write_record(cfg, run.path)
+    found = leakage.summary(record)
     run.event("data.compared", **found)
+    for pair in record["patients_not_compared"]:
+        log.warning("%s", Uncompared(**pair))
     if found["leaks"] or found["copies"]:
         log.warning(
             "%d images are left out, of %d in protected splits and %d copies; %s says which",

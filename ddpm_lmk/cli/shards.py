@@ -205,7 +205,7 @@ def compare(
     from ddpm_lmk.atomic import write_json
     from ddpm_lmk.config import DataConfig
     from ddpm_lmk.console import print_table
-    from ddpm_lmk.data.leaks import exclusion
+    from ddpm_lmk.data.leaks import Uncompared, exclusion
     from ddpm_lmk.data.manifest import Manifest
     from ddpm_lmk.data.prints import keep_prints
 
@@ -217,6 +217,8 @@ def compare(
     record = exclusion([Manifest.open(folder) for folder in folders], data).record
     print_table(("", "images", *record["leaks"]), compare_rows(record))
     typer.echo(f"{record['left_out']} images would be left out of pre-training")
+    for pair in record["patients_not_compared"]:
+        typer.echo(str(Uncompared(**pair)))
     if out is not None:
         write_json(out, record)
         typer.echo(str(out))

@@ -155,6 +155,8 @@ def _completed(found: RawDataset, sample: RawSample, said: dict[str, Any], setti
         sample = replace(sample, points=np.array(said["points"]))
     if sample.mm_per_px is None:
         sample = replace(sample, mm_per_px=said["mm_per_px"])
+    if sample.group is None and found.keys is None and said.get("patient"):
+        found.unkept_patients += 1
     if sample.group is None and found.keys is not None and said.get("patient"):
         group = found.keys.of_patient(said["patient"])
         split = sample.split

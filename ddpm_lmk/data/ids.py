@@ -40,10 +40,20 @@ class KeyedIds:
 
     def of_patient(self, patient: str) -> str:
         """The group of a patient, by what the file calls the patient."""
-        return self._hash(b"patient\0" + patient.encode("utf-8", "surrogateescape"))
+        return self._hash(b"patient\0" + same_patient(patient).encode("utf-8", "surrogateescape"))
 
     def _hash(self, text: bytes) -> str:
         return hmac.new(self._key, text, hashlib.sha256).hexdigest()[:_DIGITS]
+
+
+def same_patient(patient: str) -> str:
+    """What the spellings of one patient's id have in common, whichever kind of source it comes from.
+
+    DICOM appends an issuer, spreadsheets take leading zeros away or append `.0`, and case and blanks get lost.
+    """
+    plain = patient.partition("\0")[0].strip().casefold()
+    number = re.fullmatch(r"0*([0-9]+)(?:\.0+)?", plain)
+    return number[1] if number else plain
 
 
 def open_key(path: Path) -> KeyedIds:

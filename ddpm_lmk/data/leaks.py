@@ -8,7 +8,7 @@ patient. What is left out follows from the packs and the settings alone, so ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -63,6 +63,18 @@ class Finding:
     of: Place
 
 
+@dataclass(frozen=True)
+class Uncompared:
+    """Two sets whose patients cannot be compared, by name, and why."""
+
+    trained_on: str
+    protected: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the patients of {self.trained_on} and {self.protected} were not compared: {self.reason}"
+
+
 @dataclass
 class Leakage:
     """What was compared and found. Sources are numbered: first the sets trained on, then the protected ones."""
@@ -71,6 +83,7 @@ class Leakage:
     protected: list[Source]
     leaks: list[Finding] = field(default_factory=list)
     copies: list[Finding] = field(default_factory=list)
+    uncompared: list[Uncompared] = field(default_factory=list)
 
     def rows_of(self, findings: Sequence[Finding], source: int) -> np.ndarray:
         """Rows of one source among the findings."""
@@ -98,7 +111,7 @@ def exclusion(manifests: Sequence[Manifest], data: DataConfig) -> Exclusion:
     if sum(map(len, manifests)) < _REMEMBER_FROM:
         return _exclusion(*packs, *settings)
     names = [[(str(each.manifest.root), each.manifest.fingerprint) for each in part] for part in packs]
-    key = {"version": 1, "radius": RADIUS, "detail": MOST_DETAIL_BITS, "packs": names, "settings": settings}
+    key = {"version": 2, "radius": RADIUS, "detail": MOST_DETAIL_BITS, "packs": names, "settings": settings}
 
     def make() -> dict[str, Any]:
         found = _exclusion(*packs, *settings)
@@ -159,7 +172,7 @@ def compare(trained: Sequence[Source], protected: Sequence[Source]) -> Leakage:
 
     A copy of a film that leaks by its picture leaks too, even where the two ends of such a chain are not alike enough.
     """
-    found = Leakage(list(trained), list(protected))
+    found = Leakage(list(trained), list(protected), uncompared=uncompared_patients(trained, protected))
     guard, places = _gathered(protected, first=len(trained))
     leaks: dict[Place, Finding] = {}
     if len(guard):
@@ -180,6 +193,46 @@ def seen(tested: Source, trained: Sequence[Source]) -> list[Finding]:
     """The films of `tested` that have a copy, or their patient, in `trained`; one finding for each of them."""
     guard, places = _gathered(trained, first=1)
     return _leaks(tested, 0, guard, places) if len(guard) else []
+
+
+def uncompared_patients(trained: Sequence[Source], protected: Sequence[Source]) -> list[Uncompared]:
+    """The pairs of sets between which a patient would not be found again, though one of them names patients."""
+    pairs = {
+        (one.manifest.fingerprint, other.manifest.fingerprint): (one.manifest, other.manifest)
+        for one in trained
+        for other in protected
+    }
+    found = []
+    for one, other in pairs.values():
+        reason = _why_not_compared(one, other)
+        if reason is not None:
+            found.append(Uncompared(one.dataset, other.dataset, reason))
+    return found
+
+
+def _why_not_compared(one: Manifest, other: Manifest) -> str | None:
+    if one.fingerprint == other.fingerprint:
+        return None
+    patients = [prints_of(manifest)["patient"] for manifest in (one, other)]
+    nameless = [each.dataset for each, ids in zip((one, other), patients, strict=True) if not ids.any()]
+    if nameless:
+        return None if len(nameless) == 2 else f"{nameless[0]} names no patients"
+    keys = [_key_of(manifest) for manifest in (one, other)]
+    cure = "pack both with one --id-key"
+    if (keys[0] is None) != (keys[1] is None):
+        return f"ids are hashed in one of them only; {cure}"
+    if keys[0] != keys[1] or "" in keys:
+        return f"ids were hashed with different keys; {cure}"
+    if keys[0] is None and one.dataset != other.dataset and any((ids & 1).any() for ids in patients):
+        return f"short ids mean somebody inside one set only; {cure}, or with one --name where ids mean the same"
+    return None
+
+
+def _key_of(manifest: Manifest) -> str | None:
+    """Which key made the ids; None: they are not hashed, empty: packed before it was noted."""
+    if not manifest.settings.get("hashed_ids"):
+        return None
+    return manifest.settings.get("key_id") or ""
 
 
 def _spread(leaks: dict[Place, Finding], copies: Sequence[Finding]) -> None:
@@ -244,6 +297,7 @@ def _record(found: Leakage, leaks: str, copies: str, left_out: int) -> dict[str,
         "copies": count_kinds(found.copies),
         "left_out": left_out,
         "overlap": len(overlap),
+        "patients_not_compared": [asdict(pair) for pair in found.uncompared],
         "listed": {
             "leaks": [line(finding) for finding in found.leaks[:_MOST_LISTED]],
             "copies": [line(finding) for finding in found.copies[:_MOST_LISTED]],

@@ -106,6 +106,9 @@ def pack(
     return summary
 
 
+_PATIENTS_NOTE = (
+    "{} files name their patient, who is not kept without --id-key: patients will not be compared with other packs'"
+)
 _KEY_NOTE = "ids are hashed with the key in {}; keep it to yourself, and for further packs"
 
 
@@ -206,6 +209,8 @@ def _write(
                 progress(position.done, len(found.samples))
         labels.raise_if_wrong()
         summary.warnings += labels.warnings() + notes.sentences()
+        if found.unkept_patients:
+            summary.warnings.append(_PATIENTS_NOTE.format(found.unkept_patients))
         _count(summary, found, writer)
         _raise_if_empty(summary)
     return summary

@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ddpm_lmk.data.ids import same_patient
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.records import CorruptSampleError, SampleRecord, content_box
 from ddpm_lmk.durable import flush_directory
@@ -27,14 +28,16 @@ PRINT_DTYPE = np.dtype(
         ("pixels", "<u8", (2,)),  # first half of the sha256 of shape, type and packed pixels; 0: cannot be read
         ("low", "<u8"),
         ("detail", "<u8", (4,)),
-        ("patient", "<u8"),  # 0: unknown
+        ("patient", "<u8"),  # 0: unknown; odd: means somebody inside the dataset of this name only
     ]
 )
 FILE_NAME = "prints.bin"
 
 _GRID = 32  # side of what is transformed; smaller films than this have no details to compare
 _LOW, _DETAIL = 64, 256
-_UNIQUE_ID = 16  # characters from which a patient's id means one person whatever the dataset
+_UNIQUE_ID = 6  # characters from which a patient's id means one person whatever the dataset; MIMIC-CXR's have 8
+_VERSION = "ddpm-lmk-prints 2"
+_OLDER = (b"ddpm-lmk-prints 1 ",)  # other rules for patients; whole, and made anew
 _AT_ONCE = 4096
 _HEADER_BYTES = 256
 
@@ -77,12 +80,17 @@ def print_of(pixels: np.ndarray, record: SampleRecord, size: int, aspect: str) -
 
 
 def _patient(record: SampleRecord) -> int:
-    """Short ids ("0012") name a person inside their dataset only; long ones are taken to be unique everywhere."""
-    if not record.group:
+    """Short ids ("0012") name a person inside their dataset only; long ones are taken to be unique everywhere.
+
+    The last bit tells which, so that whoever compares two sets can say what was not compared.
+    """
+    patient = same_patient(record.group or "")
+    if not patient:
         return 0
-    scope = "" if len(record.group) >= _UNIQUE_ID else record.dataset
-    digest = hashlib.sha256(os.fsencode(f"{scope}\0{record.group}")).digest()
-    return int.from_bytes(digest[:8], "little") or 1
+    is_scoped = len(patient) < _UNIQUE_ID
+    scope = record.dataset if is_scoped else ""
+    digest = hashlib.sha256(os.fsencode(f"{scope}\0{patient}")).digest()
+    return (int.from_bytes(digest[:8], "little") | 1) ^ (0 if is_scoped else 1) or 2
 
 
 def prints_of(manifest: Manifest) -> np.ndarray:
@@ -92,10 +100,21 @@ def prints_of(manifest: Manifest) -> np.ndarray:
         DataError: the file is damaged or belongs to another pack.
     """
     path = manifest.root / FILE_NAME
-    if not path.exists():
+    if not _is_here(path):
         return np.concatenate(list(_computed(manifest)))
     check_prints(manifest)
     return np.memmap(path, PRINT_DTYPE, "r", offset=_HEADER_BYTES, shape=(len(manifest),))
+
+
+def _is_here(path: Path) -> bool:
+    """Is there a file of prints, of this version?"""
+    try:
+        with open(path, "rb") as file:
+            return not file.read(_HEADER_BYTES).startswith(_OLDER)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # whoever reads it says what is wrong
 
 
 def check_prints(manifest: Manifest) -> None:
@@ -118,7 +137,7 @@ def check_prints(manifest: Manifest) -> None:
 
 def keep_prints(manifest: Manifest) -> None:
     """Write the prints of a pack that has none, where its folder may be written; elsewhere they are made every time."""
-    if not (manifest.root / FILE_NAME).exists() and os.access(manifest.root, os.W_OK):
+    if not _is_here(manifest.root / FILE_NAME) and os.access(manifest.root, os.W_OK):
         write_prints(manifest)
 
 
@@ -152,7 +171,7 @@ def write_prints(manifest: Manifest) -> Path:
 
 
 def _header(manifest: Manifest, digest: str) -> bytes:
-    return f"ddpm-lmk-prints 1 {manifest.fingerprint} {digest}\n".encode("ascii").ljust(_HEADER_BYTES)
+    return f"{_VERSION} {manifest.fingerprint} {digest}\n".encode("ascii").ljust(_HEADER_BYTES)
 
 
 def _computed(manifest: Manifest) -> Iterator[np.ndarray]:

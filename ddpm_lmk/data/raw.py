@@ -99,6 +99,7 @@ class RawDataset:
         splits: names of splits; empty: those of the samples.
         listing: the files behind the samples, where ids are hashes and somebody may want to know.
         keys: hashes paths and patients, where they are private.
+        unkept_patients: files that name a patient who is not kept, because there is no key to hash the id.
     """
 
     spec: DatasetSpec
@@ -108,6 +109,7 @@ class RawDataset:
     splits: tuple[str, ...] = ()
     listing: Listing | None = None
     keys: KeyedIds | None = None
+    unkept_patients: int = 0
 
     def refuse(self, sample_id: str, code: str, reason: str) -> None:
         """Leave an image out."""

@@ -90,7 +90,9 @@ def _leakage(study: Study) -> str:
     unknown = any(block.get("status") not in ("none", "clean") for block in blocks)
     if not blocks or unknown:
         return "For some rows it is not known whether pre-training saw scored films (weights from elsewhere)."
-    return "No scored film was in pre-training or among the training labels, by pixels, near copies and patients."
+    compared = not any(block.get("patients_not_compared") for block in blocks)
+    by = "pixels, near copies and patients" if compared else "pixels and near copies; not all patients were compared"
+    return f"No scored film was in pre-training or among the training labels, by {by}."
 
 
 def _listed(words: Iterable[object]) -> str:

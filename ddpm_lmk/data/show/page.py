@@ -39,6 +39,7 @@ def found_lines(found: Leakage) -> list[tuple[str, str]]:
     return [
         ("also in a protected split", _counted(count_kinds(found.leaks))),
         ("copies of an earlier one", _counted(count_kinds(found.copies))),
+        *(("not compared", str(pair)) for pair in found.uncompared),
     ]
 
 
@@ -73,8 +74,9 @@ def _facts(look: Look) -> str:
 
 
 def _findings(found: Leakage) -> str:
+    missing = "".join(f'<p class="note">Note: {escape(str(pair))}.</p>' for pair in found.uncompared)
     if not found.leaks and not found.copies:
-        return '<p class="note">No training image is in another split too, and none comes twice.</p>'
+        return '<p class="note">No training image is in another split too, and none comes twice.</p>' + missing
     rows = []
     for what, findings in (("also in a protected split", found.leaks), ("copies of an earlier one", found.copies)):
         counts = count_kinds(findings)
@@ -85,7 +87,7 @@ def _findings(found: Leakage) -> str:
         '<p class="note">Pre-training leaves these out unless it is told otherwise (data.leaks, data.copies). '
         "Protected is every split but train.</p>"
         f'<div class="scroll"><table><thead><tr><th></th><th>images</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>" + missing
     )
 
 

@@ -1,7 +1,7 @@
 # The two commands of the README, and the developer's: each makes its own virtual environment when there is none.
 #   make demo    the whole road on synthetic x-rays, ending with a report      make lint    ruff and mypy
 #   make test    the test suite                                                make bench   benchmarks of this machine
-#   make soak    30 random kills and 60 signals; more with KILLS=N              make test-slow     tests that take minutes
+#   make soak    30 random kills and 60 signals; more with KILLS=N             make test-slow     tests that take minutes
 #   make fuzz    20,000 damaged files, 44,000 unusual ones                     make test-extras   only those of EXTRAS
 #   make clean   remove the environment and what the commands above wrote
 #   TORCH=cpu    torch without CUDA, when the environment is made              PYTHON=python3.13   another Python

@@ -37,6 +37,7 @@ from PIL import Image
 
 from ddpm_lmk import machine
 from ddpm_lmk.data.pack import pack
+from tests.data.web import serve
 from tests.faults.harness import ROOT, SMOKE
 
 LIMIT_S = 25.0
@@ -77,11 +78,14 @@ class Place:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.nowhere = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.remote = stack.enter_context(serve(self.pool)).url
+        stalling = stack.enter_context(serve(self.pool))
+        stalling.fault = lambda name, number: "hang" if name.endswith(".tar") else None
+        self.stalling = stalling.url
         self.held = folder / "held"
-        for lock in self.cache.rglob("*.lock"):
-            copy = self.held / lock.relative_to(self.cache)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(copy.open("w")), fcntl.LOCK_EX)
+        for cache in (self.held, self.held / "shards"):
+            cache.mkdir()
+            fcntl.flock(stack.enter_context((cache / ".lock").open("w")), fcntl.LOCK_EX)
 
     def _run(self, *words: object) -> None:
         process = self.start(words, self.folder / "prepared.txt")
@@ -103,7 +107,7 @@ class Place:
 
 def commands(place: Place) -> dict[str, Command]:
     """Every command, and every kind of wait."""
-    data, one = f"data.path={place.pool}", ("--cpu", 1)
+    data, ram, one = f"data.path={place.pool}", "data.residency=ram", ("--cpu", 1)
     pretrain, finetune = ("pretrain", SMOKE / "pretrain.yaml"), ("finetune", SMOKE / "finetune.yaml")
     finished = place.folder / "finetuned"
     nodes = ("--nodes", 2, "--rdzv", place.nowhere)
@@ -146,7 +150,14 @@ def commands(place: Place) -> dict[str, Command]:
             lambda at: (*pretrain, f"data.path={place.silent}", *one, "--out", at), 10, waits=True
         ),
         "verify waits for a server": Command(lambda at: ("shards", "verify", place.silent), 6, waits=True),
-        "wait for a lock": Command(lambda at: (*pretrain, data, *one, "--out", at), 10, waits=True),
+        "wait for a download": Command(
+            lambda at: (*pretrain, f"data.path={place.stalling}", ram, *one, "--out", at),
+            12,
+            waits=True,
+        ),
+        "wait for a lock": Command(
+            lambda at: (*pretrain, f"data.path={place.remote}", ram, *one, "--out", at), 12, waits=True
+        ),
         "wait for a compiler": Command(
             lambda at: (*pretrain, data, ENDLESS, "train.compile=true", *one, "--out", at), 20
         ),
@@ -156,6 +167,7 @@ def commands(place: Place) -> dict[str, Command]:
 def campaign(folder: Path, *, signals: int, seed: int, only: Sequence[str] | None = None) -> dict[str, Any]:
     """Ask `signals` times, the commands in turn; the result says what was seen and whether the limit was kept."""
     dice = random.Random(seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background ignore it, and hands that on
     with ExitStack() as stack:
         place = Place(folder, stack)
         chosen = {name: it for name, it in commands(place).items() if only is None or name in only}

@@ -55,8 +55,6 @@ def launch(
     placement = Placement(device, processes, nodes, node_rank, rdzv, restarts, stall_s, grace_s, rendezvous_s, zero)
     check_placement(placement)
     job = {**job, "device": device, "zero": zero}
-    for line in environment.stand_alone():
-        stop.say(f"note: {line}")
     with stop.leaving_at_once(), _environment({stop.GRACE: str(grace_s)}):
         out = Path(job["out"])
         if processes == 1 and nodes == 1:
@@ -81,6 +79,8 @@ def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = 
         NoProgressError: `placement.restarts` restarts in a row brought no new checkpoint in `out`.
         LaunchError: the nodes do not find one another. StoppedError: they have lost one another.
     """
+    for line in environment.stand_alone():
+        stop.say(f"note: {line}")
     agents: list[Agent] = []
     pulse = room or Path(tempfile.mkdtemp(prefix="ddpm-lmk-"))
 

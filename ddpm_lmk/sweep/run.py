@@ -276,11 +276,9 @@ def log_file(run: SweepRun, slot: int) -> Path:
 
 
 def _environment(device: Device, slot: int, count: int, *, devices: int) -> dict[str, str]:
-    """CPU threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker, in turn."""
-    environment = dict(os.environ)
-    if device == "cpu":
-        environment[THREADS] = str(threads_per_process(count))
-    else:
+    """Threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker, in turn."""
+    environment = os.environ | {THREADS: str(threads_per_process(count))}
+    if device == "cuda":
         visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % devices % len(visible)] if visible else str(slot % devices)
     return environment

@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
+from torch import distributed
 
 from ddpm_lmk import cli
+from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.system import environment
 from tests.cli.commands import SMOKE
@@ -131,6 +134,15 @@ def test_copies_of_a_command_do_not_train_the_same_run(
         with pytest.raises(LaunchError, match="start ddpm-lmk once") as error:
             environment.check_copies(nodes)
         assert named in str(error.value)
+
+
+def test_a_torchrun_of_one_around_a_run_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads of such a group now and then aborted the process at its end."""
+    put(monkeypatch, KINDS["torchrun of one"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    parallel = Parallel("cpu")
+    assert (parallel.world, parallel.rank) == (1, 0)
+    assert not distributed.is_initialized()
 
 
 def test_a_copy_is_refused_before_anything_is_written(

@@ -16,20 +16,23 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ddpm_lmk.budget import Budget, budget
-from ddpm_lmk.config import Section
+from ddpm_lmk.checks import check_run
+from ddpm_lmk.claim import listed
+from ddpm_lmk.config import RunConfig, Section
 from ddpm_lmk.console import Whole, about, duration, progress, remaining, say
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.spec import SPECS
-from ddpm_lmk.errors import LaunchError
+from ddpm_lmk.errors import LaunchError, RunConflictError
 from ddpm_lmk.forecast import Forecast, Work, steps_done
 from ddpm_lmk.launcher import Placement, launch
 from ddpm_lmk.report.page import write_report
 from ddpm_lmk.runfile import load_run, load_yaml, validate
 from ddpm_lmk.shipped import shipped
 from ddpm_lmk.stop import check_stopped
-from ddpm_lmk.sweep import StageRun, is_done, load_sweep
+from ddpm_lmk.sweep import StageRun, Sweep, is_done, load_sweep
+from ddpm_lmk.sweep.check import refuse_other_settings
 from ddpm_lmk.sweep.run import run_sweep
 from ddpm_lmk.system.cores import granted_cores
 from ddpm_lmk.timing import time_run
@@ -129,6 +132,7 @@ def run_demo(out: Path, placement: Placement, *, configs: Path | None = None) ->
         LmkError: whatever a stage raises.
     """
     demo = Demo(out, placement, configs or shipped("configs") / "demo")
+    refuse_another_recipe(out, demo.settings, demo.pretraining, demo.sweep)
     forecast, expected = demo.expect()
     parts = ", ".join(f"{duration(seconds)} of {stage}" for stage, seconds in demo.expected_s.items() if seconds >= 1)
     say(f"demo: {about(sum(demo.expected_s.values()))} here: {parts} (from steps timed here)")
@@ -174,8 +178,32 @@ def _pack_once(out: Path, wanted: DemoPack, size: int, whole: Whole) -> None:
         pack(wanted.source, "phantom", out, size=size, counts=wanted.counts, seed=wanted.seed, progress=tell)
 
 
+def refuse_another_recipe(out: Path, settings: DemoShards, pretraining: RunConfig, sweep: Sweep) -> None:
+    """Raise `RunConflictError` where a folder holds a demo of other settings, e.g. of an older version."""
+    for name, wanted in settings.packs.items():
+        path = out / "shards" / name
+        if not (path / "manifest.json").is_file():
+            continue
+        manifest = Manifest.open(path)
+        asked = {
+            "name": f"phantom-{wanted.source}",
+            "size": settings.size,
+            "counts": wanted.counts,
+            "seed": wanted.seed,
+        }
+        rows = [(key, manifest.settings.get(key), value) for key, value in asked.items()]
+        manifest.close()
+        if other := [row for row in rows if row[1] != row[2]]:
+            raise RunConflictError(
+                f"{path} holds phantoms of another demo: {listed(other)}; use another --out directory, or remove {out}"
+            )
+    refuse_other_settings(out / "sweep", [StageRun("pre-training", out / "pretrain", pretraining)], sweep.cells)
+
+
 def _pretrain(demo: Demo, forecast: Forecast | None) -> None:
     out = demo.out / "pretrain"
+    for remark in check_run(demo.pretraining, out, replace(demo.placement, processes=demo.processes)):
+        say(remark)
     job = {"config": demo.pretraining.model_dump(mode="json"), "out": str(out), "is_foretold": False}
     if forecast is not None:
         job |= {"forecast": asdict(forecast), "whole": asdict(demo.whole("pre-training"))}

@@ -12,6 +12,7 @@ from ddpm_lmk.report import recipes, runs
 from ddpm_lmk.report.data import Study, collect
 from ddpm_lmk.report.differences import less_scratch
 from ddpm_lmk.report.page import write_report
+from ddpm_lmk.runfile import dump_run, load_run
 from tests.known_runs import put, write_sweep
 
 FEW = ["task.codec.sigma_px=3", "train.length=100 steps", "optim.lr=1e-3"]
@@ -68,3 +69,18 @@ def test_weights_from_several_pre_trainings_are_all_named_and_paid_for(study: St
     seeds, _ = less_scratch(study, "ours", 10)
     assert seeds is not None
     assert (seeds.mean, seeds.count) == (pytest.approx(-2.0), 2)
+
+
+def test_runs_of_one_row_that_were_not_trained_alike_are_told_before_any_number(study: Study, tmp_path: Path) -> None:
+    assert recipes.mixed(study) == []
+    home = tmp_path / "sweep" / "cells" / "ours-k5-s1"
+    put(home / "config.yaml", dump_run(load_run(home / "config.yaml", ["optim.lr=0.5", "data.workers=7"])))
+    for seed, name in enumerate(("one pack", "another")):
+        put(tmp_path / "sweep" / "cells" / f"scratch-k1-s{seed}" / "run.json", {"fingerprint": name})
+    (found,) = collect([tmp_path / "sweep"])
+    packs, settings = recipes.mixed(found)
+    assert "with 1 label differ in packed data one pack and another (seed 1)" in packs
+    assert "the 2 runs of “ours” with 5 labels differ in optim.lr 0.001 and 0.5 (seed 1)" in settings
+    page, _, markdown = write_report([tmp_path / "sweep"], tmp_path / "report.html")
+    assert f'<p class="stamp">{settings}</p>' in page.read_text()
+    assert settings in markdown.read_text()

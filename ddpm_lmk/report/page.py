@@ -125,8 +125,8 @@ def _header(study: Study) -> str:
 
 
 def _stamp(study: Study) -> str:
-    """What has to be said about leakage before any number is."""
-    lines = refuse_seen([run.results for run in study.runs], acknowledged=True)
+    """What has to be said about leakage, and about rows of unlike runs, before any number is."""
+    lines = [*refuse_seen([run.results for run in study.runs], acknowledged=True), *recipes.mixed(study)]
     return "".join(f'<p class="stamp">{escape(line)}</p>' for line in lines)
 
 

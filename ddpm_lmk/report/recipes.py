@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm_lmk.claim import MAY_CHANGE
 from ddpm_lmk.config import LandmarksConfig, RunConfig
-from ddpm_lmk.report.data import Study
+from ddpm_lmk.durable import read_json
+from ddpm_lmk.report.data import Run, Study
 from ddpm_lmk.runfile import diff_runs, load_run
 from ddpm_lmk.sweep.plan import recipe_key
 
@@ -90,6 +92,36 @@ def differing(study: Study) -> list[str]:
             settings = "; ".join(f"{key}: {_values(key, found)}" for key in changes)
             lines.append(f"{study.title(start)}: {settings}.")
     return lines
+
+
+def mixed(study: Study) -> list[str]:
+    """A sentence per cell of the table whose runs were not trained alike: its mean is over different settings."""
+    lines = []
+    for start in study.starts:
+        for labels in study.shots:
+            runs = study.select(start, labels)
+            found = [(run, *_settings(run)) for run in runs if (run.home / "config.yaml").is_file()]
+            first = next(iter(found), None)
+            changes: dict[str, list[str]] = {}
+            for run, cfg, data in found[1:]:
+                assert first is not None
+                rows = [row for row in diff_runs(first[1], cfg) if row[0] not in (*MAY_CHANGE, *OWN_KEYS)]
+                rows += [("packed data", first[2], data)] if None not in (data, first[2]) and data != first[2] else []
+                for key, there, here in rows:
+                    told = f"{key} {_shown(there)} and {_shown(here)}"
+                    changes.setdefault(told, []).append(str(run.results["seed"]))
+            if changes:
+                told = "; ".join(f"{text} (seed {', '.join(seeds)})" for text, seeds in changes.items())
+                lines.append(
+                    f"Not one recipe: the {len(runs)} runs of “{study.title(start)}” with {_or([labels])} differ in "
+                    f"{told}; their mean and spread are of different things."
+                )
+    return lines
+
+
+def _settings(run: Run) -> tuple[RunConfig, str | None]:
+    """The run file of a run, and what it learnt from."""
+    return load_run(run.home / "config.yaml"), (read_json(run.home / "run.json") or {}).get("fingerprint")
 
 
 def _values(key: str, found: list[Recipe]) -> str:

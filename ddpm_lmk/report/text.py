@@ -10,6 +10,7 @@ from ddpm_lmk import atomic
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.leakage import refuse_seen
 from ddpm_lmk.report.data import PROTOCOLS, Spread, Study
+from ddpm_lmk.report.recipes import mixed
 
 
 def csv_rows(study: Study) -> list[dict[str, Any]]:
@@ -43,7 +44,8 @@ def markdown_table(study: Study, *, with_paper: bool = True) -> str:
             cells.append("–" if score is None else _plain(score.mre))
             cells.append("–" if score is None else " / ".join(f"{score.sdr[key][0]:.1f}" for key in keys[name]))
         lines.append("| " + " | ".join(cells) + " |")
-    remarks = "".join(f"{line}\n\n" for line in refuse_seen([run.results for run in study.runs], acknowledged=True))
+    told = [*refuse_seen([run.results for run in study.runs], acknowledged=True), *mixed(study)]
+    remarks = "".join(f"{line}\n\n" for line in told)
     head = f"**{study.dataset}**, {study.num_images} images of split {study.split}\n\n"
     return head + remarks + "\n".join(lines) + "\n"
 

@@ -37,7 +37,7 @@ def check_sweep(sweep: Sweep, out: Path, placement: Placement) -> list[str]:
     stages = [stage for stage in needed(sweep.stages, cells) if not is_done(stage.folder, stage)]
     for folder in dict.fromkeys((out, out / "cells", *(stage.folder for stage in stages))) if cells else ():
         claim.want_writable(folder)
-    _refuse_other_settings(out, stages, cells)
+    refuse_other_settings(out, stages, cells)
     looked = _Looked()
     on_all = replace(placement, processes=placement.processes if placement.device == "cuda" else 1)
     for stage in stages:
@@ -137,7 +137,7 @@ def kept_steps(cfg: RunConfig, num_images: int) -> Iterator[int]:
         yield total
 
 
-def _refuse_other_settings(out: Path, stages: Sequence[StageRun], cells: Sequence[Cell]) -> None:
+def refuse_other_settings(out: Path, stages: Sequence[StageRun], cells: Sequence[Cell]) -> None:
     """Raise `RunConflictError` with the differences, key by key, and the runs that have them."""
     found: dict[str, list[str]] = {}
     runs = [(f"stage {stage.name}", stage.folder, stage.cfg) for stage in stages]
@@ -147,7 +147,7 @@ def _refuse_other_settings(out: Path, stages: Sequence[StageRun], cells: Sequenc
     if found:
         told = "; ".join(f"{text} ({_some(names)})" for text, names in found.items())
         raise RunConflictError(
-            f"{out} holds runs of this sweep with other settings: {told}; use another --out directory for these "
+            f"{out} holds runs with other settings: {told}; use another --out directory for these "
             "settings, or give those that are there: one table would mix them"
         )
 

@@ -14,13 +14,16 @@ from ddpm_lmk.sweep.plan import Sweep, cell_folder
 
 
 def write_summary(sweep: Sweep, out: Path, *, done: Collection[str], failed: Mapping[str, str]) -> None:
-    """Write OUT/sweep.json and OUT/results.csv from what lies in the cells; `done` and `failed` are names of cells."""
+    """Write OUT/sweep.json and OUT/results.csv from what lies in the cells; `done` and `failed` are names of cells.
+
+    `recipe` is equal for cells that were trained alike but for shots, seed, packs and starting weights.
+    """
     rows, scores = [], []
     dataset = None
     for cell in sorted(sweep.cells, key=lambda cell: (cell.start, cell.shots or 10**9, cell.seed)):
         status = "done" if cell.name in done else "failed" if cell.name in failed else "pending"
         facts = {"cell": cell.name, "start": cell.start, "shots": cell.shots, "seed": cell.seed}
-        facts |= {"draw": cell.cfg.data.draw, "weights": cell.cfg.init.weights}
+        facts |= {"draw": cell.cfg.data.draw, "weights": cell.cfg.init.weights, "recipe": cell.recipe}
         rows.append({**facts, "status": status, "error": failed.get(cell.name)})
         results = read_json(cell_folder(out, cell.name) / "results.json") if status == "done" else None
         if results is not None:

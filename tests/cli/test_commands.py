@@ -16,6 +16,7 @@ import yaml
 from ddpm_lmk import failpoints
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.engine import precision
+from ddpm_lmk.errors import RunConflictError
 from ddpm_lmk.floors import release
 from ddpm_lmk.runfile import load_run
 from tests.cli.commands import CONFIGS, SMOKE, Lmk, rows_of
@@ -249,3 +250,18 @@ def test_demo_goes_the_whole_road_and_takes_it_up_again(tmp_path: Path) -> None:
     stamp = weights.stat().st_mtime_ns
     run_demo(tmp_path / "demo", Placement("cpu", 1), configs=configs)
     assert weights.stat().st_mtime_ns == stamp
+    for name, old, new, told in (
+        (
+            "finetune",
+            "name: x",
+            "optim: {lr: 0.5}",
+            r"optim\.lr: there 0\.001, here 0\.5 \(pretrained-k2-s0 and 1 more\)",
+        ),
+        ("pretrain", "name: x", "seed: 5", r"seed: there 0, here 5 \(stage pre-training\)"),
+        ("shards", "seed: 1", "seed: 2", r"labelled holds phantoms of another demo: seed: there 1, here 2"),
+    ):
+        before = (configs / f"{name}.yaml").read_text()
+        (configs / f"{name}.yaml").write_text(before.replace(old, new) if old in before else f"{before}{new}\n")
+        with pytest.raises(RunConflictError, match=told):
+            run_demo(tmp_path / "demo", Placement("cpu", 1), configs=configs)
+        (configs / f"{name}.yaml").write_text(before)

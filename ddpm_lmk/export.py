@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk import atomic
+from ddpm_lmk.claim import want_writable
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError
 from ddpm_lmk.loaded import LoadedRun, open_run
 from ddpm_lmk.sampling import draw_samples, to_png
@@ -39,6 +40,7 @@ def sample_run(
     """Draw `count` images from a pre-training run by DDIM into one PNG sheet; raises ConfigError for other runs."""
     if count < 1 or num_steps < 1:
         raise ConfigError(f"count={count}, steps={num_steps}: wanted at least 1 each")
+    want_writable(Path(file).parent)
     loaded = open_run(run, kind="denoise", device=device)
     assert isinstance(loaded.task, DenoiseTask)
     images = draw_samples(loaded.cfg, loaded.task, loaded.model, loaded.parallel, count=count, num_steps=num_steps)
@@ -59,6 +61,7 @@ def export_run(run: str | Path, *, format: Format = "safetensors", out: str | Pa
         _want_onnx()
     loaded = open_run(run, device="cpu")
     path = loaded.path / "export" / f"{loaded.cfg.name}.{format}" if out is None else Path(out)
+    want_writable(path.parent)
     facts = _facts(loaded)
     if format == "onnx" and not isinstance(loaded.task, DenoiseTask | LandmarkTask):
         raise ConfigError(

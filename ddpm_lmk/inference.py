@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ddpm_lmk import atomic, calibration, leakage, scoring
+from ddpm_lmk.claim import want_writable
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.corpora import Corpus, evaluation_corpora, training_corpora
@@ -95,6 +96,7 @@ def evaluate_run(
     Raises:
         DataError: the set has other landmarks, or the run cannot say what it learnt from.
     """
+    want_writable(Path(out))  # before minutes of scoring
     loaded = open_run(run, kind="landmarks", device=device)
     settings = loaded.cfg.data.model_copy(update={"path": (str(data),), "packed": {}})
     cfg = loaded.cfg.model_copy(update={"data": settings})

@@ -1,4 +1,4 @@
-"""Scores of a run that has learnt several labelled datasets at once: each by itself, in its own unit.
+"""Scores of a run that has learnt several labelled packs at once: each by itself, in its own unit.
 
 RUN/parts/DATASET holds what a run on that dataset alone would have written (`results.json`, `predictions.csv`), and the
 run's own `results.json` holds them all as `parts`. There is no score over all of them: millimetres and pixels do not
@@ -56,7 +56,7 @@ def evaluate_parts(
             cache=cache,
             show=show,
         )
-        blocks.append({**block, "folder": f"{FOLDER}/{name}"})
+        blocks.append({**block, "dataset": name, "folder": f"{FOLDER}/{name}"})
     return {
         "kind": "mixture",
         "name": cfg.name,

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ddpm_lmk import atomic
+from ddpm_lmk.claim import want_writable
 from ddpm_lmk.data.augment import compose, invert, no_changes, resize_matrix
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.decode import SUFFIXES, Film, ReadOptions, RefusedImageError
@@ -112,9 +113,10 @@ def predict_images(
         raise ConfigError("no image files given; name at least one")
     if mm_per_px is not None and not (np.isfinite(mm_per_px) and mm_per_px > 0):
         raise ConfigError(f"--mm-per-px={mm_per_px}: wanted a positive number of millimetres")
-    loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
     out = Path(out)
+    want_writable(out)
     paths, passed_over = list_images(files)
+    loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
     summary = PredictSummary(out, passed_over=passed_over)
     images: list[dict[str, Any]] = []
     for name, result in _predict_all(loaded, paths, summary.errors, frame):

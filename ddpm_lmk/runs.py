@@ -332,7 +332,7 @@ def _conclude(
         tempering.after_training(cfg, task, model, run, parallel, workbench)
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
             split, cache = cfg.evaluate.split, workbench.cache
-            score = evaluate_parts if task.spec.parts else evaluate_split
+            score = evaluate_parts if len(cfg.data.path) > 1 else evaluate_split
             return score(cfg, task, model, parallel, split=split, out=run.path, train=train, cache=cache, show=show)
         if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
             images = draw_samples(cfg, task, model, parallel, count=cfg.evaluate.samples, show=show)

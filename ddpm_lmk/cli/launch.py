@@ -44,6 +44,8 @@ def slurm(
     submit: Annotated[bool, typer.Option("--submit", help="hand it to sbatch as well")] = False,
 ) -> None:
     """Write (and submit) a batch script that saves and queues itself again when it is preempted."""
+    from ddpm_lmk.checks import check_run
+    from ddpm_lmk.launcher import Placement
     from ddpm_lmk.launcher import slurm as writer
     from ddpm_lmk.launcher.placement import read_launch_file
     from ddpm_lmk.runfile import load_run
@@ -63,6 +65,12 @@ def slurm(
         out=folder,
         launch=launch,
     )
+    # A queue is long; what a login node does not see is checked as the job starts.
+    if all((Path(path) / "manifest.json").is_file() for path in cfg.data.path):
+        processes = file.processes if file is not None else on_gpus or cpu or 1
+        place = Placement("cuda" if on_gpus else "cpu", processes, nodes or (file.nodes if file is not None else 1))
+        for remark in check_run(cfg, folder, place):
+            typer.echo(remark, err=True)
     job = writer.Job(
         name=cfg.name,
         command=words,

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from ddpm_lmk import atomic, leakage
+from ddpm_lmk.claim import want_writable
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.leakage import refuse_seen
 from ddpm_lmk.report import (
@@ -50,6 +51,7 @@ def write_report(
         DataError: a folder is neither, nothing in them is finished, or there is leakage that is not acknowledged.
     """
     out = Path(out)
+    want_writable(out.parent)
     studies = collect([Path(folder) for folder in folders])
     for study in studies:
         refuse_seen([run.results for run in study.runs], acknowledged=acknowledge_leakage)

@@ -301,3 +301,51 @@ def test_images_that_are_enlarged_are_remarked(lmk: Lmk, places: Places, tmp_pat
     assert result.code == 0, result.err
     assert "holds images of 32 pixels, which are enlarged to data.image_size=64" in result.err
     assert "enlarged" not in lmk("pretrain", SMOKE / "pretrain.yaml", *words[:-1]).err
+
+
+def test_packs_of_the_same_landmarks_are_learnt_together_and_scored_each_by_itself(
+    lmk: Lmk, places: Places, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    pack("skull", "phantom", other, size=SIZE, counts={"train": 4, "test": 3}, seed=9, workers=1)
+    words = (f"data.path=[{places.good},{other}]", "data.shots=2", "train.length=2 steps", "--cpu", 1)
+    result = lmk("finetune", SMOKE / "finetune.yaml", *words, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = [(part["dataset"], part["num_images"], part["labels"]["training"]) for part in results["parts"]]
+    assert found == [("phantom-skull", 6, 2), ("phantom-skull-1", 3, 2)]
+
+
+def test_a_place_that_takes_no_results_is_refused_before_they_are_made(lmk: Lmk, places: Places) -> None:
+    nowhere = Path("/proc/nowhere")
+    for words in (
+        ("sample", places.parent, "--out", nowhere / "samples.png"),
+        ("export", places.parent, "--out", nowhere / "weights.safetensors"),
+        ("evaluate", places.parent, "--data", places.good, "--out", nowhere),
+        ("predict", places.parent, "no.png", "--out", nowhere),
+        ("report", places.parent, "--out", nowhere / "report.html"),
+    ):
+        result = lmk(*words)
+        assert result.code == 6, result.err
+        assert "cannot write to /proc/nowhere" in refusal(result.err)
+
+
+def test_a_job_for_a_cluster_is_checked_before_it_is_queued_where_its_packs_are_seen(
+    lmk: Lmk, places: Places, tmp_path: Path
+) -> None:
+    words = (
+        "launch",
+        "slurm",
+        SMOKE / "finetune.yaml",
+        "--cpu",
+        1,
+        "--out",
+        tmp_path / "run",
+        "--script",
+        tmp_path / "j",
+    )
+    refused = lmk(*words, f"data.path={places.untested}")
+    assert refused.code == 3
+    assert "there is no split 'test'" in refusal(refused.err)
+    assert not (tmp_path / "j").exists()
+    assert lmk(*words, f"data.path={places.gone}").code == 0

@@ -239,6 +239,16 @@ def _asked_anywhere(source: Path) -> list[list[object]]:
     return [[what, found["signals"], ended]]
 
 
+def commands_table(source: Path) -> str:
+    """The README's two commands in fresh clones: how long, how they ended, what they said last."""
+    result = json.loads(source.read_text())
+    rows = [
+        [f"`{row['command']}`", row["python"], f"{row['wall_s'] / 60:.1f} min", row["exit_code"], row["said"]]
+        for row in result["rows"]
+    ]
+    return f"{machine(result)}\n\n{markdown(['command', 'Python', 'time, with installing', 'exit code', 'said'], rows)}"
+
+
 def exactness_table(source: Path) -> str:
     """Milliseconds per step of the exactness classes, by number of processes."""
     result = json.loads(source.read_text())

@@ -34,6 +34,7 @@ from _tables import (
     RESIZE,
     TRAINING,
     WAYS,
+    commands_table,
     copied,
     exactness_table,
     faults_table,
@@ -80,6 +81,7 @@ def newer(old: str, table: Table, old_table: Table) -> tuple[Path, Table]:
 PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (README, "isbi", RESULTS / "table2_small" / "report.csv", methods_table),
     (README, "demo", RESULTS / "demo" / "report.md", copied),
+    (README, "commands", RESULTS / "two_commands.json", commands_table),
     (README, "survived", RESULTS / "soak.json", survived_table),
     (BENCHMARKS, "pack", RESULTS / "pack_real.json", pack_table),
     (BENCHMARKS, "pack-phantoms", RESULTS / "pack_phantoms.json", pack_table),

@@ -378,13 +378,17 @@ _PATIENTS = {
     "short": [f"P{number}" for number in range(8)],
     "16 and more": [f"patient-{number:012d}" for number in range(8)],
 }
-_PACK_KINDS = ("table", "dicom")
+_PACK_KINDS = ("table", "keyed table", "dicom", "folder")  # a folder knows no patients, which is to be said
 
 
 def patients(_: int) -> list[Trial]:
     """A pool of 16 films of 8 patients, and a set in whose test split 4 of these are: 8 films go, or it is said."""
     kinds = itertools.product(_PATIENTS, _PACK_KINDS, _PACK_KINDS, (False, True))
-    return [Trial(repr(kind), lambda folder, kind=kind: _patients_trial(folder, *kind)) for kind in kinds]  # type: ignore[misc]
+    return [
+        Trial(repr(kind), lambda folder, kind=kind: _patients_trial(folder, *kind))  # type: ignore[misc]
+        for kind in kinds
+        if kind[1:3] != ("folder", "folder")  # where nobody knows a patient there is nothing to say
+    ]
 
 
 def _patients_trial(folder: Path, ids: str, pool: str, protected: str, is_one_key: bool) -> str:
@@ -420,11 +424,13 @@ def _patients_pack(folder: Path, name: str, kind: str, persons: list[str], first
         for number, person in enumerate(persons):
             Image.fromarray(smooth(first + number, 8)).save(source / f"{number}.png")
             rows.append(f"{name}{number},{number}.png,{'train' if name == 'pool' else 'test'},{person}")
-        (source / "images.csv").write_text("\n".join(rows) + "\n")
-    settings: dict[str, Any] = {"id_key": key} if kind == "dicom" else {}
-    if kind == "dicom" and name == "set":
+        if kind != "folder":
+            (source / "images.csv").write_text("\n".join(rows) + "\n")
+    settings: dict[str, Any] = {"id_key": key} if kind in ("dicom", "keyed table") else {}
+    if kind in ("dicom", "folder") and name == "set":
         settings["split"] = "test"
-    pack(source, kind, folder / f"{name}.pack", name=name, size=32, workers=1, **settings)  # type: ignore[arg-type]
+    known: Any = kind.rsplit(maxsplit=1)[-1]
+    pack(source, known, folder / f"{name}.pack", name=name, size=32, workers=1, **settings)
 
 
 FAMILIES: dict[str, Callable[[int], list[Trial]]] = {

@@ -29,7 +29,8 @@ PLAIN = ("table", "short table")
 
 
 def pixels(seed: int) -> np.ndarray:
-    return (render("chest", 7, seed, 64).image * 15.0).astype(np.uint16)
+    film = render("chest", 7, seed, 64).image
+    return np.interp(film, (film.min(), film.max()), (0, 4095)).astype(np.uint16)
 
 
 def make(root: Path, what: str, which: str) -> Manifest:

@@ -43,10 +43,11 @@ def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def say(text: str) -> None:
-    """One line on standard error."""
+    """One line on standard error. Where nobody can take it (a full disk, a closed pipe) work goes on without it."""
     from rich.console import Console
 
-    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+    with suppress(OSError):
+        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def console() -> Console:

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -179,8 +179,9 @@ def asked_to_leave(number: int) -> StoppedError:
 
 
 def say(text: str) -> None:
-    """One line on standard error, without a lock that the main thread may hold."""
-    os.write(2, f"{text}\n".encode())
+    """One line on standard error, without a lock that the main thread may hold, where anybody can take it."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 def check_stopped(code: int) -> None:

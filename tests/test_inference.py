@@ -308,7 +308,7 @@ def test_export_to_onnx_names_what_is_missing(
     landmark_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LaunchError, match=r"needs onnx and onnxscript, .*pip install ddpm-lmk\[onnx\]"):
+    with pytest.raises(LaunchError, match=r"needs onnx and onnxscript, .*pip install 'ddpm-lmk\[onnx\]'"):
         export_run(landmark_run, format="onnx", out=tmp_path / "net.onnx")
 
 

@@ -69,7 +69,7 @@ def test_the_same_packs_elsewhere_are_the_same_run_and_others_are_not(
         with pytest.raises(RunConflictError, match=r"another run: data\.(path|protect): there \["):
             execute(pretraining(data=wrong, train={"length": 6}), tmp_path / "run", parallel=parallel)
     gone = moved | {"path": [str(tmp_path / "gone")]}
-    with pytest.raises(DataError, match=r"gone has no manifest\.json"):
+    with pytest.raises(DataError, match=r"gone is not there \(no manifest\.json\)"):
         execute(pretraining(data=gone, train={"length": 6}), tmp_path / "run", parallel=parallel)
 
 

@@ -113,7 +113,7 @@ def test_a_long_plan_has_a_row_per_recipe_and_says_what_is_missing(file: Path) -
     for line, words in zip(lines, (("1, 2", "18", "144", "missing: weights/none"), ("│ 5 ", "9", "72", "pending"))):
         assert all(word in line for word in words), line
     with pytest.raises(
-        DataError, match=r"shards/ceph has no manifest\.json; .* \(late-k1-s0 and 26 more\); packs\.NAME="
+        DataError, match=r"shards/ceph is not there \(no manifest\.json\); .* \(late-k1-s0 and 26 more\); packs\.NAME="
     ):
         check_sweep(sweep, Path("out"), Placement("cpu", 1))
 

@@ -10,7 +10,6 @@ wants the weights an undisturbed run would have had, asks for it by name.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.console import say
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.rundir import RunDir
@@ -74,7 +74,7 @@ def say_class(cfg: RunConfig, *, step: int, parallel: Parallel, run: RunDir) -> 
     can = kept(cfg, kinds)
     run.event("train.started", step=step, exactness=can, processes=parallel.world, zero=parallel.zero, devices=kinds)
     if parallel.is_main:
-        sys.stderr.write(f"exactness={can} ({MEANING[can]})\n")
+        say(f"exactness={can} ({MEANING[can]})")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from ddpm_lmk.console import Whole, remaining
+from ddpm_lmk.console import Whole, remaining, say
 from ddpm_lmk.engine.compiling import CompileClock
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
@@ -212,5 +212,4 @@ class Meter:
             told = None
         if told is not None:
             self._said = time.perf_counter()
-            sys.stderr.write(told + "\n")
-            sys.stderr.flush()
+            say(told)

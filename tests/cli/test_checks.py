@@ -54,7 +54,7 @@ FAULTS = {
     "no validation split": Fault(("data.validation_split=wal",), 3, "there is no split 'wal'"),
     "no training split": Fault(("data.splits=[learn]",), 3, "there is no split 'learn'"),
     "trained on and scored": Fault(("evaluate.split=train",), 2, "evaluate.split=train is also in data.splits"),
-    "no pack": Fault(("data.path={gone}",), 3, "gone has no manifest.json"),
+    "no pack": Fault(("data.path={gone}",), 3, "gone is not there (no manifest.json)"),
     "no labels": Fault(("data.path={unlabelled}",), 3, "is packed without landmarks"),
     "no score": Fault(("data.path={pinched}",), 3, "landmarks 0 and 4 of hand fall on one grid pixel in some image"),
     "one landmark on discs": Fault(
@@ -265,7 +265,7 @@ def stages(folder: Path, start: str, **stage: Any) -> Path:
         ("stage:ddpm", {"model.width": 16}, 4, "does not fit model"),
         ("stage:ddpm", {"train.ema": None}, 4, "will hold no ema.safetensors"),
         ("stage:ddpm", {"data.splits": ["learn"]}, 3, "there is no split 'learn'"),
-        ("stage:ddpm", {"data.protect": ["gone"]}, 3, "gone has no manifest.json"),
+        ("stage:ddpm", {"data.protect": ["gone"]}, 3, "gone is not there (no manifest.json)"),
     ],
 )
 def test_weights_that_a_stage_would_not_give_are_refused_before_it_is_trained(

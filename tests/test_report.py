@@ -13,6 +13,7 @@ import pytest
 
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.report.data import collect, paper_rows
 from ddpm_lmk.report.page import write_report
@@ -139,6 +140,19 @@ def test_overlays_show_best_median_and_worst_picture_from_the_packed_data(tmp_pa
     by_error = sorted(zip(errors * [truth[name][2] for name in ids], ids))
     assert shown == [("best", by_error[0][1]), ("median", by_error[2][1]), ("worst", by_error[4][1])]
     assert html.count("data:image/jpeg;base64,") == 3
+
+
+def test_a_set_without_thresholds_has_no_empty_columns_of_success_rates(tmp_path: Path) -> None:
+    spec = DatasetSpec(name="mine", landmark_names=("Nasenrücken", "鼻根点"))
+    write_run(tmp_path / "run", errors_px=np.array([3.0, 4.0]), spec=spec)
+    for path in write_report([tmp_path / "run"], tmp_path / "report.html"):
+        text = path.read_text("utf-8")
+        if path.suffix in (".html", ".md"):
+            table = text[text.index("<table") :] if path.suffix == ".html" else text
+            assert "3.50" in table
+            assert "SDR" not in re.sub(r"(?s)<p.*?</p>|<figcaption.*?</figcaption>", "", table)
+            assert 'colspan="0"' not in table
+    assert "鼻根点" in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_folders_that_hold_nothing_to_report_are_refused(tmp_path: Path) -> None:

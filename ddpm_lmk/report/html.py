@@ -66,7 +66,8 @@ def headline_table(study: Study) -> str:
     titles, heads = "", ""
     for name in PROTOCOLS:
         span = 1 + len(thresholds[name])
-        title = f"protocol {name} <small>{unit_name(study, name)}, SDR in %</small>"
+        rates = ", SDR in %" if thresholds[name] else ""
+        title = f"protocol {name} <small>{unit_name(study, name)}{rates}</small>"
         titles += f'<th class="first" colspan="{span}">{title}</th>'
         heads += '<th class="first">MRE</th>' + "".join(f"<th>SDR {t}</th>" for t in thresholds[name])
     lines = []
@@ -148,10 +149,10 @@ def landmark_table(study: Study, start: str) -> str:
         lines.append(f"<tr><td>{index + 1}. {escape(landmark['name'].replace('_', ' '))}</td>{cells}{rates}</tr>")
     heads = "".join(f"<th>{labels} {'label' if labels == 1 else 'labels'}</th>" for labels in groups)
     rates = "".join(f'<th class="{"first" if place == 0 else ""}">SDR {key} %</th>' for place, key in enumerate(keys))
+    above = f'<th class="first" colspan="{len(keys)}">with {most} labels</th>' if keys else ""
     return (
         '<div class="scroll"><table><thead><tr class="protocols"><th></th>'
-        f'<th class="first" colspan="{len(groups)}">MRE {first["unit"]}</th>'
-        f'<th class="first" colspan="{len(keys)}">with {most} labels</th></tr>'
+        f'<th class="first" colspan="{len(groups)}">MRE {first["unit"]}</th>{above}</tr>'
         f"<tr><th>landmark</th>{heads}{rates}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 

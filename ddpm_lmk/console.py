@@ -102,10 +102,14 @@ class Whole:
         """What is left, in words, given what is left of the stage under way."""
         return f"{remaining(left_s + self.then_s)} of {self.name}"
 
-    def line(self, left_s: float, what: str = "") -> str | None:
-        """What to say where a tenth is reached, given what is left of the stage under way; else None."""
+    def line(self, left_s: float, what: str = "", *, now: float | None = None) -> str | None:
+        """What to say where a tenth is reached, given what is left of the stage under way; else None.
+
+        Args:
+            now: on the monotonic clock, where this is told later than it was.
+        """
         left_s += self.then_s
-        spent = time.monotonic() - self.began
+        spent = (time.monotonic() if now is None else now) - self.began
         tenth = int(10 * spent / max(spent + left_s, 1e-9))
         is_new = self.shown is not None and tenth > self.shown
         self.shown = max(tenth, self.shown or 0)

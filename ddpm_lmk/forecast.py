@@ -135,6 +135,7 @@ class Timing:
             evaluation_s=each(work.validated) * self.validate_s,
             conclude_s=each(work.scored) * self.score_s + each(work.drawn) * self.draw_s,
             source=self.source,
+            conclusion="drawing samples" if work.drawn else "scoring",
         )
 
     @property
@@ -152,7 +153,7 @@ class Forecast:
     Attributes:
         steps, step_s: optimizer steps, and seconds of one.
         evaluations, evaluation_s: validations, and seconds of one.
-        conclude_s: of the score, or of drawing samples, after the last step.
+        conclude_s, conclusion: what follows the last step, the score or drawing samples.
         source: where the seconds are from.
     """
 
@@ -162,6 +163,7 @@ class Forecast:
     evaluation_s: float
     conclude_s: float
     source: str
+    conclusion: str = "scoring"
 
     @property
     def train_s(self) -> float:
@@ -175,7 +177,7 @@ class Forecast:
 
     def __str__(self) -> str:
         steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'} of {_per_step(self.step_s)}"
-        then = f", then {duration(self.conclude_s)} of scoring" if self.conclude_s >= 1 else ""
+        then = f", then {duration(self.conclude_s)} of {self.conclusion}" if self.conclude_s >= 1 else ""
         return f"{about(self.total_s)} here: {steps}{then} ({self.source})"
 
 

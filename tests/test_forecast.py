@@ -77,6 +77,7 @@ def test_seconds_are_those_of_the_images_a_process_has() -> None:
 
     assert alone.forecast(work).step_s == pytest.approx(5.0)
     assert alone.forecast(work).total_s == pytest.approx(100 * 5.0 + 2 * 0.5 + 20.0 + 21.0)
+    assert "then 41 s of drawing samples" in str(alone.forecast(work))
     assert two.forecast(work).total_s == pytest.approx(100 * 3.0 + 2 * 0.3 + 10.0 + 14.0)  # 3 of 5, 2 of 3 images
 
 

@@ -183,10 +183,11 @@ class Meter:
 
     def _hand_over(self, line: dict[str, Any], shown: dict[str, Any], *, left_s: float | None, is_due: bool) -> None:
         """Have a line written, and told, while training goes on."""
+        now = time.monotonic()  # the line may be told later
 
         def write() -> None:
             self._write(line)
-            self._say(shown, left_s=left_s, is_due=is_due)
+            self._say(shown, now, left_s=left_s, is_due=is_due)
 
         if self._parallel.is_main:
             self._unwritten.append(self._writer.submit(write))
@@ -197,7 +198,7 @@ class Meter:
         while self._unwritten and (len(self._unwritten) > most or self._unwritten[0].done()):
             self._unwritten.popleft().result()
 
-    def _say(self, line: dict[str, Any], *, left_s: float | None, is_due: bool) -> None:
+    def _say(self, line: dict[str, Any], now: float, *, left_s: float | None, is_due: bool) -> None:
         shown = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in line.items() if key != "step"}
         words, left = " ".join(f"{key}={value}" for key, value in shown.items()), self._words(left_s)
         if self._screen is not None:
@@ -205,11 +206,11 @@ class Meter:
             return
         place = f"step={line['step']}/{self._total}"
         if self._whole is not None:
-            told = None if left_s is None else self._whole.line(left_s, place)
-        elif is_due or time.perf_counter() - self._said >= PLAIN_LINE_EVERY_S:
+            told = None if left_s is None else self._whole.line(left_s, place, now=now)
+        elif is_due or now - self._said >= PLAIN_LINE_EVERY_S:
             told = f"{place} {words}{f', {left}' if left and line['step'] < self._total else ''}"
         else:
             told = None
         if told is not None:
-            self._said = time.perf_counter()
+            self._said = now
             say(told)

@@ -84,6 +84,7 @@ def time_steps(
         state = TrainState.fresh(cfg, model)
         share = -(-cfg.train.group_size // parallel.world)
         micro = min(cfg.train.given_micro_batch or share, share)
+        is_compiled = cfg.train.compile is True  # for one size of a batch at a time: only those of the run are timed
         parts: list[tuple[float, float]] = []  # passes and update of every step
 
         def step(images: int) -> float:
@@ -107,7 +108,8 @@ def time_steps(
         least = min(2 if cfg.model.couples_images else 1, micro)
         model.train()
         with parallel.training_in(precision), closing(build_updater(cfg, state, parallel)) as updater:
-            images, taken = repeated(step, sorted({least, max(least, micro // 4), micro, share}), budget_s)
+            sizes = {micro, share} if is_compiled else {least, max(least, micro // 4), micro, share}
+            images, taken = repeated(step, sorted(sizes), budget_s, is_compiled=is_compiled)
         image_s, update_s = (statistics.median(column) for column in zip(*parts[-len(taken) :], strict=True))
         seconds = {"image_s": image_s / images, "update_s": update_s}
         model.eval()
@@ -121,8 +123,12 @@ def time_steps(
                     use(images)
                     return max(parallel.gather(now() - began))
 
+                batch = cfg.evaluate.batch
                 most, taken_s = repeated(
-                    once, sorted({1, min(4, cfg.evaluate.batch), cfg.evaluate.batch}), budget_s / 2
+                    once,
+                    [batch] if is_compiled else sorted({1, min(4, batch), batch}),
+                    budget_s / 2,
+                    is_compiled=is_compiled,
                 )
                 seconds[name] = statistics.median(taken_s) / most * (passes if name == "draw_s" else 1)
         parallel.release()
@@ -130,17 +136,20 @@ def time_steps(
     return Timing(**seconds, images=images, of=share, steps=len(taken), processes=parallel.world)
 
 
-def repeated(call: Callable[[int], float], sizes: Sequence[int], budget_s: float) -> tuple[int, list[float]]:
+def repeated(
+    call: Callable[[int], float], sizes: Sequence[int], budget_s: float, *, is_compiled: bool = False
+) -> tuple[int, list[float]]:
     """The largest of `sizes` there is time for, and the seconds of up to three calls of it.
 
-    A first call at a size chooses kernels and asks for memory, and counts only where it leaves no time for a second.
+    A first call at a size chooses kernels and asks for memory, and counts only where it leaves no time for a second;
+    where it compiles the network (`is_compiled`), never.
     """
     size, taken, spent = sizes[0], [0.0], 0.0
     for candidate in sizes:
         if taken[0] / size * candidate > budget_s:  # at most: more images at once take less each
             break
         size, taken = candidate, [call(candidate)]
-        if taken[0] > 2 * budget_s:
+        if taken[0] > 2 * budget_s and not is_compiled:
             break
         taken = [call(candidate)]
         spent += taken[0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,29 @@ def test_a_first_call_does_not_count_unless_it_takes_all_the_time_there_is() -> 
     assert repeated(lambda images: next(slow_first), [1], budget_s=4.0) == (1, [1.0, 1.0, 1.0])
     endless = iter([60.0])
     assert repeated(lambda images: next(endless), [1, 8], budget_s=4.0) == (1, [60.0])
+
+
+def test_the_seconds_of_a_compilation_never_count() -> None:
+    slow_first = iter([60.0, 1.0, 1.0, 1.0])
+    assert repeated(lambda images: next(slow_first), [1], budget_s=4.0, is_compiled=True) == (1, [1.0, 1.0, 1.0])
+
+
+def test_a_network_that_is_compiled_is_timed_at_the_sizes_of_the_run_alone(
+    packed_phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def watched(call: Callable[[int], float], sizes: Sequence[int], budget_s: float, **how: bool) -> Any:
+        asked.append(tuple(sizes))
+        assert how == {"is_compiled": True}
+        return repeated(call, sizes, budget_s, **how)
+
+    monkeypatch.setattr("ddpm_lmk.timing.repeated", watched)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
+    cfg = run(packed_phantoms, train={"compile": True}, evaluate={"batch": 2})
+    time_steps(cfg, build_task(cfg, spec_of(cfg)), Parallel("cpu"), precision="fp32", workbench=Workbench())
+
+    assert asked == [(4,), (2,)]  # steps, scores
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])

@@ -30,6 +30,7 @@ SAME_REQUEST_S = 1.0
 GRACE = "DDPM_LMK_GRACE_S"  # environment: seconds from a signal to the end of the last process
 DEFAULT_GRACE_S = 25.0
 SHOW_CURSOR = b"\x1b[?25h"
+MARKED = 0x80  # in a byte to the thread: from the main thread, which tells of a signal that the thread may know
 MARGIN_S = 4.0  # by which ranks leave before their launcher does
 
 
@@ -122,7 +123,7 @@ class StopRequest:
         """In the main thread, between two instructions: the flag is up before the next one."""
         self.signal = self.signal or number
         if self._told_at is None:
-            os.write(self._outlet, bytes([number]))  # should the thread not have heard it yet
+            os.write(self._outlet, bytes([number | MARKED]))  # should the thread not have heard it yet
 
     def _listen(self) -> None:
         """In the thread: the same flag even when the main thread waits in C, and everything that has to be in time."""
@@ -134,8 +135,10 @@ class StopRequest:
             for number in os.read(self._inlet, 64):
                 if number == 0:
                     return
-                if number in SIGNALS:
-                    self._hear(number)
+                if number & MARKED and self._told_at is not None:
+                    continue  # known, and no second request however late it is read
+                if number & ~MARKED in SIGNALS:
+                    self._hear(number & ~MARKED)
 
     def _hear(self, number: int) -> None:
         now = time.monotonic()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import psutil
@@ -35,6 +36,18 @@ def test_without_it_the_end_of_a_terminal_is_one() -> None:
     with stop.StopRequest(raises=False) as request:
         os.kill(os.getpid(), signal.SIGHUP)
         assert request.level == 1
+
+
+def test_a_signal_that_both_threads_tell_of_is_one_request_however_long_the_first_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(stop, "SAME_REQUEST_S", 0.0)
+    monkeypatch.setattr(stop, "_leave", left.append)
+    with stop.StopRequest(raises=False, on_first=lambda number: time.sleep(0.2)) as request:
+        os.write(request._outlet, bytes([signal.SIGTERM, signal.SIGTERM | stop.MARKED]))
+    assert request.level == 1
+    assert left == []
 
 
 @pytest.mark.parametrize("module", ["typer", "ddpm_lmk.runfile"])

@@ -81,6 +81,7 @@ def budget(
     device: Device,
     *,
     workers: int,
+    devices: int | None = None,
     specs: Mapping[str, DatasetSpec] | None = None,
     counts: Mapping[str, Mapping[str, int]] | None = None,
     budget_s: float = BUDGET_S,
@@ -88,6 +89,7 @@ def budget(
     """Time one run of each kind that is left; raises what opening the packs raises.
 
     Args:
+        devices: GPUs that the workers share in turn; None: one each.
         budget_s: for the timed steps of one kind.
         specs, counts: facts, and images by split, of packs that are not made yet.
     """
@@ -121,6 +123,7 @@ def budget(
                 [left[name] for name in firsts],
                 processes=min(workers, len(names)),
                 device=device,
+                devices=devices,
                 specs=[facts[name] for name in firsts],
                 budget_s=min(budget_s, MOST_S / len(kinds)),
                 steps=[works[name].steps for name in firsts],

@@ -235,6 +235,7 @@ def time_apart(
     processes: int,
     device: Device,
     specs: Sequence[DatasetSpec],
+    devices: int | None = None,
     budget_s: float = BUDGET_S,
     steps: Sequence[int] | None = None,
 ) -> list[Timing | str]:
@@ -242,6 +243,7 @@ def time_apart(
 
     Args:
         specs: what the runs' data is.
+        devices: GPUs that the processes share in turn; None: one each.
         steps: how long the runs are; where one of them takes days, those after it are not timed.
 
     Returns why instead, for a run that cannot be timed here.
@@ -264,7 +266,7 @@ def time_apart(
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
                     text=True,
-                    env=worker_environment(device, slot, processes, devices=processes),
+                    env=worker_environment(device, slot, processes, devices=devices or processes),
                 )
             )
             for slot in range(processes)
@@ -278,7 +280,10 @@ def time_apart(
             with suppress(BrokenPipeError), child.stdin as stdin:
                 stdin.write(job)
         told = [list(map(json.loads, child.stdout or ())) for child in children]
-    return [_together([lines[number] for lines in told if len(lines) > number], began) for number in range(len(runs))]
+    return [
+        _together([lines[number] if len(lines) > number else TOO_SLOW for lines in told], began)
+        for number in range(len(runs))
+    ]
 
 
 def _end(children: Sequence[subprocess.Popen[str]]) -> None:
@@ -287,10 +292,10 @@ def _end(children: Sequence[subprocess.Popen[str]]) -> None:
 
 
 def _together(told: Sequence[dict[str, Any] | str], began: float) -> Timing | str:
-    """The mean of what processes have seen of one run."""
+    """The mean of what processes have seen of one run; nothing is known where one of them could not do it."""
     seen = [Timing(**facts) for facts in told if not isinstance(facts, str)]
-    if not seen:
-        return next((why for why in told if isinstance(why, str)), TOO_SLOW)
+    if why := next((each for each in told if isinstance(each, str)), ""):
+        return why
     names = ("image_s", "update_s", "validate_s", "score_s", "draw_s", "start_s")
     mean: dict[str, Any] = {name: statistics.fmean(getattr(each, name) for each in seen) for name in names}
     return replace(seen[0], **mean | {"start_s": max(0.0, mean["start_s"] - began)})

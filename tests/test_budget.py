@@ -64,6 +64,21 @@ def test_one_run_of_each_kind_is_timed_beside_the_others_there_will_be(
     assert str(found) == "about 8 min here: 1 stage and 8 cells on 3 workers (from steps timed here)"
 
 
+def test_workers_that_share_gpus_are_timed_on_those_they_share(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def time_apart(runs: Sequence[RunConfig], *, processes: int, devices: int, **more: Any) -> list[Timing | str]:
+        asked.append((processes, devices))
+        return ["not now"] * len(runs)
+
+    monkeypatch.setattr(budgets, "time_apart", time_apart)
+    budget(sweep, tmp_path / "out", "cuda", workers=4, devices=2)
+
+    assert asked == [(1, 2), (4, 2)]
+
+
 def test_what_is_done_is_not_counted_and_what_was_begun_counts_from_its_checkpoint(
     sweep: Sweep, tmp_path: Path, timed: list[tuple[list[str], int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

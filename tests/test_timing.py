@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,20 @@ from ddpm_lmk import runs
 from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.forecast import Timing
 from ddpm_lmk.launcher import Placement
 from ddpm_lmk.tasks import build_task
-from ddpm_lmk.timing import NO_DEVICE, random_batch, repeated, spec_of, time_apart, time_run, time_steps
+from ddpm_lmk.timing import (
+    NO_DEVICE,
+    TOO_SLOW,
+    _together,
+    random_batch,
+    repeated,
+    spec_of,
+    time_apart,
+    time_run,
+    time_steps,
+)
 from ddpm_lmk.workbench import Workbench
 from tests.test_forecast import run
 
@@ -122,6 +134,13 @@ def test_processes_side_by_side_each_time_their_share(packed_phantoms: Path) -> 
     assert (found.of, found.processes) == (2, 2)
     assert found.image_s > 0
     assert found.start_s > 0
+
+
+def test_nothing_is_known_of_a_run_that_one_of_its_processes_could_not_time() -> None:
+    facts = asdict(Timing(0.5, 0.1, images=4, of=4, steps=3))
+
+    assert _together([facts, facts], 0.0) == Timing(**facts)
+    assert _together([facts, TOO_SLOW], 0.0) == TOO_SLOW
 
 
 def test_where_the_device_is_not_here_nothing_is_known(packed_phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,7 +279,8 @@ def sweep(
     _warn_of_emulation(loaded, where.device)
     from ddpm_lmk.budget import budget
 
-    expected = budget(loaded, folder, where.device, workers=where.processes * shared)
+    devices = where.processes
+    expected = budget(loaded, folder, where.device, workers=devices * shared, devices=devices)
     say(f"sweep {loaded.name}: {expected}")
     if expected.total_s > LONG_S and instead is not None:
         say(instead)

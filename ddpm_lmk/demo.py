@@ -64,6 +64,7 @@ class Demo:
 
     Attributes:
         expected_s: by stage, in their order.
+        unknown: why not all of them could be timed; then nothing is told of what is left.
     """
 
     out: Path
@@ -71,6 +72,7 @@ class Demo:
     configs: Path
     began: float = field(default_factory=time.monotonic)
     expected_s: dict[str, float] = field(default_factory=dict)
+    unknown: str = ""
 
     def __post_init__(self) -> None:
         self.settings = validate(DemoShards, load_yaml(self.configs / "shards.yaml"), source="shards.yaml of the demo")
@@ -92,7 +94,7 @@ class Demo:
         return max(count for count in (1, 2, 4) if count <= self.workers)
 
     def expect(self) -> tuple[Forecast | None, Budget | None]:
-        """Time what is left; None for what is done, or cannot be timed."""
+        """Time what is left; None for what is done, and for all of it where some cannot be timed."""
         self.expected_s["packing"] = _packing_s(self.settings, self.out)
         spec = {name: SPECS[f"phantom-{made.source}"] for name, made in self.settings.packs.items()}
         counts = {name: made.counts for name, made in self.settings.packs.items()}
@@ -101,7 +103,9 @@ class Demo:
         if not is_done(folder, StageRun("pretrain", folder, self.pretraining)):
             place = replace(self.placement, processes=self.processes)
             timing = time_run(self.pretraining, spec["pool"], place, budget_s=BUDGET_S)
-            if not isinstance(timing, str):
+            if isinstance(timing, str):
+                self.unknown = timing
+            else:
                 work = Work.of(self.pretraining, done=steps_done(folder), counts=counts["pool"])
                 forecast = timing.forecast(work)
                 self.expected_s["pre-training"] = timing.start_s + forecast.total_s
@@ -111,15 +115,26 @@ class Demo:
         found = budget(self.sweep, folder, device, workers=self.workers, budget_s=BUDGET_S, **facts)
         self.expected_s["fine-tuning"] = found.total_s
         self.expected_s["the report"] = REPORT_S
-        return forecast, found if found.is_known else None
+        self.unknown = next((why for why in found.runs.values() if isinstance(why, str)), self.unknown)
+        return (None, None) if self.unknown else (forecast, found)
+
+    def __str__(self) -> str:
+        total_s = sum(self.expected_s.values())
+        parts = ", ".join(f"{duration(part_s)} of {stage}" for stage, part_s in self.expected_s.items() if part_s >= 1)
+        how_long = f"more than {duration(total_s)}" if self.unknown else about(total_s)
+        more = f"; not all of them: {self.unknown}" if self.unknown else ""
+        return f"{how_long} here: {parts} (from steps timed here{more})"
 
     def say(self, text: str, stage: str) -> None:
         """Say that a stage begins, and what is left from here on."""
-        left_s = self.expected_s.get(stage, 0.0) + self.whole(stage).then_s
-        say(f"{text}, {remaining(left_s)}")
+        whole = self.whole(stage)
+        left = "" if whole is None else f", {remaining(self.expected_s.get(stage, 0.0) + whole.then_s)}"
+        say(f"{text}{left}")
 
-    def whole(self, stage: str) -> Whole:
-        """The road, as this stage shows it."""
+    def whole(self, stage: str) -> Whole | None:
+        """The road, as this stage shows it; None where it is not known how long it is."""
+        if self.unknown:
+            return None
         order = ("packing", "pre-training", "fine-tuning", "the report")
         after = order[order.index(stage) + 1 :]
         return Whole("demo", self.began, sum(self.expected_s.get(name, 0.0) for name in after))
@@ -134,8 +149,7 @@ def run_demo(out: Path, placement: Placement, *, configs: Path | None = None) ->
     demo = Demo(out, placement, configs or shipped("configs") / "demo")
     refuse_another_recipe(out, demo.settings, demo.pretraining, demo.sweep)
     forecast, expected = demo.expect()
-    parts = ", ".join(f"{duration(seconds)} of {stage}" for stage, seconds in demo.expected_s.items() if seconds >= 1)
-    say(f"demo: {about(sum(demo.expected_s.values()))} here: {parts} (from steps timed here)")
+    say(f"demo: {demo}")
     say(f"1/4 packing synthetic x-rays into {out / 'shards'}")
     whole = demo.whole("packing")
     for name, wanted in demo.settings.packs.items():
@@ -162,7 +176,7 @@ def _packing_s(settings: DemoShards, out: Path) -> float:
     return seconds
 
 
-def _pack_once(out: Path, wanted: DemoPack, size: int, whole: Whole) -> None:
+def _pack_once(out: Path, wanted: DemoPack, size: int, whole: Whole | None) -> None:
     if (out / MANIFEST).is_file():
         Manifest.open(out).close()
         return
@@ -171,6 +185,8 @@ def _pack_once(out: Path, wanted: DemoPack, size: int, whole: Whole) -> None:
 
         def tell(done: int, total: int) -> None:
             show(done, total)
+            if whole is None:
+                return
             line = whole.line((time.monotonic() - began) / done * (total - done), f"{done} of {total} images packed")
             if line is not None and not sys.stderr.isatty():
                 say(line)
@@ -205,8 +221,9 @@ def _pretrain(demo: Demo, forecast: Forecast | None) -> None:
     for remark in check_run(demo.pretraining, out, replace(demo.placement, processes=demo.processes)):
         say(remark)
     job = {"config": demo.pretraining.model_dump(mode="json"), "out": str(out), "is_foretold": False}
-    if forecast is not None:
-        job |= {"forecast": asdict(forecast), "whole": asdict(demo.whole("pre-training"))}
+    whole = demo.whole("pre-training")
+    if forecast is not None and whole is not None:
+        job |= {"forecast": asdict(forecast), "whole": asdict(whole)}
     _check(launch(job, processes=demo.processes, device=demo.placement.device), "pre-training", out)
 
 

@@ -246,30 +246,33 @@ def sweep(
     """Pre-train what is missing, then fine-tune over methods × shots × seeds; finished cells are kept."""
     from ddpm_lmk.cli.offer import for_sweep
     from ddpm_lmk.forecast import LONG_S
-    from ddpm_lmk.launcher import Placement, place
+    from ddpm_lmk.launcher import place
     from ddpm_lmk.sweep import SweepFile, load_sweep, plan_table
     from ddpm_lmk.sweep.check import check_sweep
+    from ddpm_lmk.sweep.probe import workers_per_device
 
     if explain:
         _explain(SweepFile, [sweep_file, *(overrides or [])])
-    loaded = load_sweep(_given(sweep_file, "SWEEP.yaml"), overrides or [], out=out, scale=scale)
+    file = _given(sweep_file, "SWEEP.yaml")
+    loaded = load_sweep(file, overrides or [], out=out, scale=scale)
     folder = out or Path("runs") / loaded.name
-    instead = for_sweep(loaded, _given(sweep_file, "SWEEP.yaml"), "cuda" if gpus else "cpu", scale=scale)
     if dry_run:
         console().print(plan_table(loaded, folder))
-        there = Placement("cuda" if gpus else "cpu", gpus or cpu or 1)
+        there = _foreseen(gpus, cpu)
         for remark in check_sweep(loaded, folder, there):
             say(remark)
+        there = place() if gpus is None and cpu is None else there
+        each = 1 if per_device == "auto" else workers_per_device(per_device, loaded, device=there.device, say=say)
         _warn_of_emulation(loaded, there.device)
         from ddpm_lmk.budget import budget, budget_table
 
-        found = budget(loaded, folder, there.device, workers=there.processes)
+        devices, instead = there.processes, for_sweep(loaded, file, there.device, scale=scale)
+        found = budget(loaded, folder, there.device, workers=devices * each, devices=devices)
         if found.runs:
             console().print(budget_table(found))
         if found.total_s > LONG_S and instead is not None:
             say(instead)
         return
-    from ddpm_lmk.sweep.probe import workers_per_device
     from ddpm_lmk.sweep.run import run_sweep
 
     where = place(gpus=gpus, cpu=cpu)
@@ -279,7 +282,7 @@ def sweep(
     _warn_of_emulation(loaded, where.device)
     from ddpm_lmk.budget import budget
 
-    devices = where.processes
+    devices, instead = where.processes, for_sweep(loaded, file, where.device, scale=scale)
     expected = budget(loaded, folder, where.device, workers=devices * shared, devices=devices)
     say(f"sweep {loaded.name}: {expected}")
     if expected.total_s > LONG_S and instead is not None:
@@ -301,6 +304,15 @@ def _given(path: Path | None, name: str) -> Path:
     if path is None:
         raise ConfigError(f"{name} is missing; `ddpm-lmk init` lists those shipped, --explain every setting of one")
     return path
+
+
+def _foreseen(gpus: int | None, cpu: int | None) -> Placement:
+    """Where a sweep is foreseen before torch is waited for; its GPUs need not be on this machine."""
+    from ddpm_lmk.launcher import Placement, place
+
+    if gpus is None and cpu is None:
+        return Placement("cpu", 1)
+    return Placement("cuda", gpus) if gpus and cpu is None else place(gpus=gpus, cpu=cpu)
 
 
 def _check_task(cfg: RunConfig, wanted: Stage, run_file: Path | None) -> None:

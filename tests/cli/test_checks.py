@@ -174,6 +174,24 @@ def test_more_shots_than_labels_are_refused_alike(lmk: Lmk, places: Places, tmp_
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--cpu", 0), "at least 1 process"),
+        (("--gpus", 0), "at least 1 process"),
+        (("--gpus", 1, "--cpu", 1), "contradict one another"),
+        (("--cpu", 1, "--per-device", 0), "wanted a number of workers"),
+    ],
+)
+def test_a_sweep_and_its_dry_run_refuse_the_same_places(
+    lmk: Lmk, packed_phantoms: Path, tmp_path: Path, words: tuple[str | int, ...], said: str
+) -> None:
+    sweep = ("sweep", _sweep(tmp_path, [f"data.path={packed_phantoms}"]), *words, "--out", tmp_path / "out")
+    results = [lmk(*sweep), lmk(*sweep, "--dry-run")]
+    assert [result.code for result in results] == [2, 2]
+    assert all(said in refusal(result.err) for result in results)
+
+
 def test_a_folder_that_cannot_be_written_is_refused_alike(lmk: Lmk, places: Places, tmp_path: Path) -> None:
     data = f"data.path={places.good}"
     for out, said in ((Path("/proc/nowhere/out"), "cannot write to"), (tmp_path / "sweep.yaml", "is a file")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -16,11 +17,11 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.console import about, duration
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.forecast import Forecast, Timing, Work, steps_done
-from ddpm_lmk.launcher import Device
+from ddpm_lmk.launcher import Device, Placement
 from ddpm_lmk.sweep import Cell, StageRun, Sweep, cell_folder, is_done, listed_shots
 from ddpm_lmk.sweep.plan import recipe_key
 from ddpm_lmk.sweep.remaining import span_s, stage_key
-from ddpm_lmk.timing import AFTER_DAYS, BUDGET_S, DAYS_S, spec_of, time_apart
+from ddpm_lmk.timing import AFTER_DAYS, BUDGET_S, DAYS_S, spec_of, time_apart, time_run
 
 MOST_S = 30.0  # for the timed steps of a sweep, about, however many networks it has
 
@@ -119,15 +120,21 @@ def budget(
         if any(isinstance(each, Forecast) and each.total_s > DAYS_S for each in found.values()):
             found |= dict.fromkeys(names, AFTER_DAYS)
         elif firsts:
-            timings = time_apart(
-                [left[name] for name in firsts],
-                processes=min(workers, len(names)),
-                device=device,
-                devices=devices,
-                specs=[facts[name] for name in firsts],
-                budget_s=min(budget_s, MOST_S / len(kinds)),
-                steps=[works[name].steps for name in firsts],
-            )
+            each_s = min(budget_s, MOST_S / len(kinds))
+            if names is stages and device == "cuda":  # one after the other, each on all GPUs
+                place = Placement(device, devices or workers)
+                how: dict[str, Any] = {"budget_s": each_s, "is_apart": True}
+                timings = [time_run(left[name], facts[name], place, **how) for name in firsts]
+            else:
+                timings = time_apart(
+                    [left[name] for name in firsts],
+                    processes=min(workers, len(names)),
+                    device=device,
+                    devices=devices,
+                    specs=[facts[name] for name in firsts],
+                    budget_s=each_s,
+                    steps=[works[name].steps for name in firsts],
+                )
             for kind, timing in zip([kind for kind in alike if kind], timings, strict=True):
                 start_s = max(start_s, timing.start_s) if isinstance(timing, Timing) else start_s
                 found |= {name: timing.forecast(works[name]) if isinstance(timing, Timing) else timing for name in kind}

@@ -217,11 +217,17 @@ def random_batch(cfg: RunConfig, task: Task, count: int, *, seed: int = 0) -> Ba
     )
 
 
-def time_run(cfg: RunConfig, spec: DatasetSpec, placement: Placement, *, budget_s: float = BUDGET_S) -> Timing | str:
-    """Time steps of a run as it would be placed; or why that cannot be done."""
+def time_run(
+    cfg: RunConfig, spec: DatasetSpec, placement: Placement, *, budget_s: float = BUDGET_S, is_apart: bool = False
+) -> Timing | str:
+    """Time steps of a run as it would be placed; or why that cannot be done.
+
+    Args:
+        is_apart: never in this process, which would hold a GPU from then on.
+    """
     world = placement.processes * placement.nodes
     share = cfg.model_copy(update={"train": cfg.train.model_copy(update={"group_size": cfg.train.group_size // world})})
-    if placement.processes == 1 and (placement.device == "cpu" or visible_gpus()):
+    if not is_apart and placement.processes == 1 and (placement.device == "cpu" or visible_gpus()):
         found: Timing | str = time_here(share, spec, placement.device, budget_s=budget_s)
     else:
         place: dict[str, Any] = {"processes": placement.processes, "device": placement.device}

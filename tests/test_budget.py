@@ -13,7 +13,9 @@ from rich.console import Console
 from ddpm_lmk import budget as budgets
 from ddpm_lmk.budget import budget, budget_table
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.forecast import Timing
+from ddpm_lmk.launcher import Placement
 from ddpm_lmk.sweep import Sweep, load_sweep
 from ddpm_lmk.sweep.remaining import Remaining, span_s
 
@@ -73,10 +75,16 @@ def test_workers_that_share_gpus_are_timed_on_those_they_share(
         asked.append((processes, devices))
         return ["not now"] * len(runs)
 
-    monkeypatch.setattr(budgets, "time_apart", time_apart)
-    budget(sweep, tmp_path / "out", "cuda", workers=4, devices=2)
+    def time_run(cfg: RunConfig, spec: DatasetSpec, placement: Placement, **more: Any) -> Timing | str:
+        assert (placement, more["is_apart"]) == (Placement("cuda", 2), True)
+        return Timing(1.0, 0.0, images=2, of=2, steps=3, processes=2)
 
-    assert asked == [(1, 2), (4, 2)]
+    monkeypatch.setattr(budgets, "time_apart", time_apart)
+    monkeypatch.setattr(budgets, "time_run", time_run)
+    found = budget(sweep, tmp_path / "out", "cuda", workers=4, devices=2)
+
+    assert asked == [(4, 2)]
+    assert found.seconds() == {"stage p": 50 * 4 / 2}  # a stage is shared out over both GPUs
 
 
 def test_what_is_done_is_not_counted_and_what_was_begun_counts_from_its_checkpoint(
@@ -100,6 +108,7 @@ def test_where_the_device_is_not_here_nothing_is_known(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budgets, "time_apart", lambda runs, **more: ["no such device"] * len(runs))
+    monkeypatch.setattr(budgets, "time_run", lambda cfg, spec, place, **more: "no such device")
     found = budget(sweep, tmp_path / "out", "cuda", workers=2)
 
     assert not found.is_known

@@ -168,7 +168,8 @@ def _uses(
     """
     import torch
 
-    from ddpm_lmk.sampling import NUM_STEPS, draw_samples
+    from ddpm_lmk.diffusion import ddim_sample
+    from ddpm_lmk.sampling import NUM_STEPS
     from ddpm_lmk.tasks import DenoiseTask, LandmarkTask
 
     def validate(images: int) -> None:
@@ -190,8 +191,11 @@ def _uses(
     if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
         denoise = task
 
-        def draw(images: int) -> None:
-            draw_samples(cfg, denoise, model, parallel, count=images * parallel.world, num_steps=1)
+        def draw(images: int) -> None:  # not by `sampling`, whose signs of life would tell the pace of smaller batches
+            noise, schedule = random_batch(cfg, task, images).to(parallel.device).images, denoise.schedule
+            with torch.no_grad(), parallel.autocast(cfg.train.precision):
+                for _ in ddim_sample(model, schedule, noise, num_steps=1, target=denoise.cfg.target):
+                    pass
 
         yield "draw_s", draw, min(NUM_STEPS, task.schedule.num_timesteps - 1)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_lmk import runs
+from ddpm_lmk import lifeline, runs
 from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
@@ -100,8 +100,11 @@ def test_a_sample_takes_as_many_passes_as_it_is_drawn_in(packed_phantoms: Path) 
     task, ticks = build_task(cfg, spec_of(cfg)), itertools.count()
     clock = {"budget_s": 1000.0, "clock": lambda: float(next(ticks))}
 
+    pulse = lifeline.start_own_pulse()
     found = time_steps(cfg, task, Parallel("cpu"), precision="fp32", workbench=Workbench(), **clock)  # type: ignore[arg-type]
+    lifeline.stop_pulse()
     assert found.draw_s == 50 / 2
+    assert set(pulse._intervals) == {"setup"}  # the run's own samples, of more images, may take longer
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,14 @@ def time_steps(
     Args:
         cfg: with numbers in place of `auto`, precision aside.
         precision: that of training.
+
+    Raises:
+        ResourceError: no memory for a step.
     """
     import torch
 
     from ddpm_lmk.engine.exactness import kernels
+    from ddpm_lmk.engine.memory import MemoryWatch
     from ddpm_lmk.engine.state import TrainState
     from ddpm_lmk.engine.updater import build_updater
 
@@ -107,7 +111,11 @@ def time_steps(
 
         least = min(2 if cfg.model.couples_images else 1, micro)
         model.train()
-        with parallel.training_in(precision), closing(build_updater(cfg, state, parallel)) as updater:
+        with (
+            MemoryWatch(cfg, task, state, parallel),
+            parallel.training_in(precision),
+            closing(build_updater(cfg, state, parallel)) as updater,
+        ):
             sizes = {micro, share} if is_compiled else {least, max(least, micro // 4), micro, share}
             images, taken = repeated(step, sorted(sizes), budget_s, is_compiled=is_compiled)
         image_s, update_s = (statistics.median(column) for column in zip(*parts[-len(taken) :], strict=True))

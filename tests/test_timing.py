@@ -15,6 +15,7 @@ from ddpm_lmk import lifeline, runs
 from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.errors import ResourceError
 from ddpm_lmk.forecast import Timing
 from ddpm_lmk.launcher import Placement
 from ddpm_lmk.tasks import build_task
@@ -93,6 +94,19 @@ def test_seconds_are_shared_out_over_images_and_an_update(packed_phantoms: Path,
     assert found.score_s == 1 / 16
     assert (found.images, found.of, found.steps) == (4, 4, 3)
     assert found.draw_s == found.validate_s == 0.0
+
+
+def test_a_step_that_does_not_fit_is_told_as_in_training(
+    packed_phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*unused: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    cfg = run(packed_phantoms)
+    task = build_task(cfg, spec_of(cfg))
+    monkeypatch.setattr(task, "loss", fails)
+    with pytest.raises(ResourceError, match=r"out of memory in step 1: train\.micro_batch=4"):
+        time_steps(cfg, task, Parallel("cpu"), precision="fp32", workbench=Workbench())
 
 
 def test_a_sample_takes_as_many_passes_as_it_is_drawn_in(packed_phantoms: Path) -> None:

@@ -34,13 +34,19 @@ _MAY_BE_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
 
 @dataclass
 class CsvFile:
-    """The rows of a file, each with `file line n`; cells are stripped but for those of `verbatim` columns."""
+    """The lines of a file: the number of each and its cells, which are stripped but for those of `verbatim` columns."""
 
     path: Path
     encoding: str
-    rows: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    columns: tuple[str, ...]
+    lines: list[tuple[int, list[str]]] = field(default_factory=list)
     has_decimal_commas: bool = False
     warnings: list[str] = field(default_factory=list)
+
+    def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """Every line as a dictionary, with `file line n`; made when asked for, because there may be millions."""
+        for number, cells in self.lines:
+            yield f"{self.path} line {number}", dict(zip(self.columns, cells))
 
     def number(self, text: str, where: str) -> float:
         """A finite decimal number, with the decimal sign of this file. Raises DataError that names `where`."""
@@ -60,24 +66,24 @@ def read_csv(path: Path, wanted: Sequence[str], *, numbers: Sequence[str], verba
     """
     text, encoding, warnings = _decoded(path)
     separator, first, text = _separator(path, text, wanted)
-    found = CsvFile(path, encoding, warnings=warnings)
     lines = _whole(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), path, first)
-    header = _header(next(lines, ("", []))[1])
+    header = _header(next(lines, (0, []))[1])
+    found = CsvFile(path, encoding, tuple(header), warnings=warnings)
     missing = [column for column in wanted if column not in header]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(filter(None, header)) or 'nothing'}")
     twice = [column for column in filter(None, header) if header.count(column) > 1]
     if twice:
         raise DataError(f"{path}: column {twice[0]!r} comes twice; remove one of them")
-    for where, cells in lines:
+    is_verbatim = [name in verbatim for name in header]
+    for number, cells in lines:
         while len(cells) > len(header) and not cells[-1].strip():
             cells.pop()  # a separator at the end of the line
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) != len(header):
-            raise DataError(f"{where}: {len(cells)} fields, the header has {len(header)}")
-        row = {name: cell if name in verbatim else cell.strip() for name, cell in zip(header, cells)}
-        found.rows.append((where, row))
+            raise DataError(f"{path} line {number}: {len(cells)} fields, the header has {len(header)}")
+        found.lines.append((number, [cell if kept else cell.strip() for cell, kept in zip(cells, is_verbatim)]))
     if separator != ",":
         _find_decimal_commas(found, separator, [column for column in numbers if column in header])
     return found
@@ -129,7 +135,7 @@ def _separator(path: Path, text: str, wanted: Sequence[str]) -> tuple[str, int, 
     best, most = ",", -1
     for separator in _SEPARATORS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        header = _header(next(_whole(reader, path, 1), ("", []))[1])
+        header = _header(next(_whole(reader, path, 1), (0, []))[1])
         count = sum(column in header for column in wanted)
         if count > most:
             best, most = separator, count
@@ -140,17 +146,17 @@ def _header(cells: Sequence[str]) -> list[str]:
     return [cell.strip().lower() for cell in cells]
 
 
-def _whole(reader: Iterator[list[str]], path: Path, first: int) -> Iterator[tuple[str, list[str]]]:
+def _whole(reader: Iterator[list[str]], path: Path, first: int) -> Iterator[tuple[int, list[str]]]:
     try:
         for cells in reader:
-            yield f"{path} line {reader.line_num + first - 1}", cells  # type: ignore[attr-defined]
+            yield reader.line_num + first - 1, cells  # type: ignore[attr-defined]
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV file ({error})") from error
 
 
 def _find_decimal_commas(found: CsvFile, separator: str, columns: Sequence[str]) -> None:
     """Where commas do not separate they may be decimal signs: if all of them can be, and one can be nothing else."""
-    cells = [(where, row[column]) for where, row in found.rows for column in columns]
+    cells = [(where, row[column]) for where, row in found.rows() for column in columns]
     with_comma = [(where, cell) for where, cell in cells if "," in cell]
     if not with_comma or any("." in cell for _, cell in cells):
         return

@@ -16,7 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
@@ -127,7 +127,7 @@ def _images(root: Path, split: str | None, found: RawDataset) -> dict[str, RawSa
     samples: dict[str, RawSample] = {}
     seen: set[str] = set()
     patients: Counter[str] = Counter()
-    for where, row in table.rows:
+    for where, row in table.rows():
         sample_id, patient = _name(row["image_id"]), _name(row.get("patient_id", ""))
         if not sample_id or sample_id in seen:
             raise DataError(
@@ -167,13 +167,15 @@ def _name(text: str) -> str:
 def _place(root: Path, file: str, encoding: str, where: str) -> Path:
     """The file that a row names; where there is none of this spelling, one that the table's program respelled."""
     plain = file.strip()
-    spellings = [file, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))]
+    spellings = dict.fromkeys((file, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))))
     if encoding == "cp1252":  # names on the disk may be as old as the table
-        spellings.append(os.fsdecode(plain.encode("cp1252")))
-    spellings += [spelling.replace("\\", "/") for spelling in spellings]
+        spellings[os.fsdecode(plain.encode("cp1252"))] = None
+    spellings |= dict.fromkeys(spelling.replace("\\", "/") for spelling in tuple(spellings))
     for spelling in spellings:
-        if PurePosixPath(spelling).is_absolute() or ".." in PurePosixPath(spelling).parts:
+        if spelling.startswith("/") or ".." in spelling.split("/"):
             raise DataError(f"{where}: file {plain!r} leaves the table's folder; write a path below it")
+    if len(spellings) == 1:  # nearly always: the disk need not be asked, which takes long for a million rows
+        return root / plain
     # os.path: what is no name at all does not exist
     return root / next((spelling for spelling in spellings if os.path.exists(root / spelling)), plain)  # noqa: PTH110
 
@@ -302,7 +304,7 @@ def _landmarks(path: Path, annotator: str, found: RawDataset) -> _Labels:
     gaps: dict[str, dict[tuple[int, str], str]] = {}
     names: dict[int, str] = {}
     annotators: set[str] = set()
-    for where, row in table.rows:
+    for where, row in table.rows():
         reader, image = row.get("annotator") or "", _name(row["image_id"])
         annotators.add(reader)
         index = _index(table, row["landmark_index"], where)

@@ -31,6 +31,8 @@ DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where the wheel has it: ten times faster
 
+_SURROGATE = re.compile(r"\\u[dD][c-fC-F]|[\ud800-\udfff]")
+
 KeyPath = tuple[str, ...]
 Origins = dict[KeyPath, str]
 
@@ -62,7 +64,7 @@ def parse(text: str, source: str) -> tuple[Any, Origins]:
     """
     try:
         _refuse_unsafe(text, source)
-        node = yaml.compose(text, Loader=LOADER)
+        node = yaml.compose(text, Loader=_loader(text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -98,10 +100,15 @@ def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], Origins]:
     return value, origins
 
 
+def _loader(text: str) -> Any:
+    """Lone surrogates, which stand for names that are no UTF-8 and become `\\uDCFF`, are unknown to libyaml."""
+    return yaml.SafeLoader if _SURROGATE.search(text) else LOADER
+
+
 def _refuse_unsafe(text: str, source: str) -> None:
     """Walk the event stream (no recursion, nothing built) and refuse what could hurt."""
     depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=LOADER)):
+    for count, event in enumerate(yaml.parse(text, Loader=_loader(text))):
         line = event.start_mark.line + 1 if event.start_mark else 1
         place = f"{source}, line {line}: refused for safety"
         if isinstance(event, yaml.AliasEvent):

@@ -113,6 +113,14 @@ def test_any_value_survives_the_round_trip(
     assert load_run(file) == run
 
 
+def test_a_path_that_is_no_utf8_comes_back_from_the_file_of_its_run(run_file: Path, tmp_path: Path) -> None:
+    run = load_run(run_file)
+    data = run.data.model_copy(update={"path": ("p\udcffü # x",)})
+    run = run.model_copy(update={"data": data})
+    (tmp_path / "config.yaml").write_text(dump_run(run), "utf-8")
+    assert load_run(tmp_path / "config.yaml") == run
+
+
 @pytest.mark.parametrize(
     ("word", "named", "nearest"),
     [

@@ -68,7 +68,8 @@ def slurm(
     # A queue is long; what a login node does not see is checked as the job starts.
     if all((Path(path) / "manifest.json").is_file() for path in cfg.data.path):
         processes = file.processes if file is not None else on_gpus or cpu or 1
-        place = Placement("cuda" if on_gpus else "cpu", processes, nodes or (file.nodes if file is not None else 1))
+        many = nodes or (file.nodes if file is not None else 1)
+        place = Placement("cuda" if on_gpus else "cpu", processes, many, zero=0 if file is None else file.zero)
         for remark in check_run(cfg, folder, place):
             typer.echo(remark, err=True)
     job = writer.Job(

@@ -84,7 +84,10 @@ class Journal:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects; none where there is no file."""
-    found = [parse_line(text) for text in path.read_text("utf-8").split("\n")] if path.is_file() else []
+    if not path.is_file():
+        return []
+    # a line that was cut off, or written by an older version, may not be whole UTF-8: the others are still read
+    found = [parse_line(text) for text in path.read_text("utf-8", "replace").split("\n")]
     return [line for line in found if line is not None]
 
 

@@ -33,3 +33,9 @@ def test_any_name_comes_back_from_a_result_a_manifest_and_a_log(tmp_path: Path, 
 def test_other_text_is_utf8_too_and_legible(tmp_path: Path) -> None:
     atomic.write_text(tmp_path / "table.csv", "file\nb\udcffü.png\n")
     assert (tmp_path / "table.csv").read_text("utf-8") == "file\nb\\udcffü.png\n"
+
+
+def test_a_line_that_is_no_whole_text_is_left_out_and_the_others_are_read(tmp_path: Path) -> None:
+    lines = '{"step": 1}\n{"step": 2}\n{"name": "Nasenrü'.encode()[:-1]  # cut off within a letter
+    (tmp_path / METRICS).write_bytes(lines)
+    assert read_lines(tmp_path / METRICS) == [{"step": 1}, {"step": 2}]

@@ -19,6 +19,7 @@ import numpy as np
 
 from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import DataError
+from ddpm_lmk.journal import METRICS, read_lines
 from ddpm_lmk.scoring import mean_and_std
 from ddpm_lmk.sweep import cell_folder
 
@@ -83,7 +84,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl."""
-        return read_lines(self.folder / "metrics.jsonl")
+        return read_lines(self.folder / METRICS)
 
 
 @dataclass(frozen=True)
@@ -267,16 +268,3 @@ def _runs_of(folder: Path, start: str, results: dict[str, Any]) -> list[Run]:
     if results["kind"] == "mixture":
         return [Run(folder / part["folder"], start, part) for part in results["parts"]]
     return [Run(folder, start, results)]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON objects of a .jsonl file, torn lines left out; empty where there is no file."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ddpm_lmk.durable import read_json
-from ddpm_lmk.report.data import Study, read_lines
+from ddpm_lmk.journal import METRICS, read_lines
+from ddpm_lmk.report.data import Study
 from ddpm_lmk.report.figures import NARROW, STYLE, blank, looks, to_svg
 from ddpm_lmk.report.parents import parents_of
 
@@ -57,7 +58,7 @@ def _pre_training_curve(study: Study, loss: str, starts: dict[Path, str]) -> str
         figure, axes = blank(NARROW)
         for parent, start in starts.items():
             look = looks(study)[start]
-            images, losses = _series(read_lines(parent / "metrics.jsonl"), "loss", against="images")
+            images, losses = _series(read_lines(parent / METRICS), "loss", against="images")
             if len(images) > 1:
                 axes.plot(images, losses, color=look.colour, linewidth=0.8, alpha=0.35)
                 axes.plot(images, _smooth(losses), color=look.colour, linestyle=look.dash, linewidth=1.6)

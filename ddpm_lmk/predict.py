@@ -25,6 +25,7 @@ from ddpm_lmk.data.augment import compose, invert, no_changes, resize_matrix
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.decode import SUFFIXES, Film, ReadOptions, RefusedImageError
 from ddpm_lmk.data.decode_worker import Answer
+from ddpm_lmk.data.decoding import begins_as_dicom
 from ddpm_lmk.data.isolation import Isolation
 from ddpm_lmk.data.listing import walk
 from ddpm_lmk.data.records import to_stored_matrix
@@ -50,6 +51,7 @@ COLUMNS = (
     "error",
 )
 
+IMAGES = SUFFIXES | {".dcm", ".dicom"}  # whose files are pictures, or reported as broken ones
 SMALLEST_OVERLAY, LARGEST_OVERLAY = 768, 2048  # longer side, pixels; in between an overlay has the size of its file
 
 
@@ -140,7 +142,7 @@ def predict_images(
 def list_images(places: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]:
     """The files of `places` in order, folders replaced by the images below them, and what else is there by suffix.
 
-    DICOM files are known by their mark, whatever their names. Raises DataError where a folder holds no image.
+    DICOM files are known by their first bytes, whatever their names. Raises DataError where a folder holds no image.
     """
     files: dict[Path, None] = {}
     others: Counter[str] = Counter()
@@ -149,22 +151,12 @@ def list_images(places: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]
             files[place] = None
             continue
         below = [place / name for name in sorted(walk(place, None, Counter()))]
-        images = [path for path in below if path.suffix.lower() in SUFFIXES or _is_dicom(path)]
+        images = [path for path in below if path.suffix.lower() in IMAGES or begins_as_dicom(path)]
         if not images:
             raise DataError(f"no image below {place}; looked for DICOM and {' '.join(sorted(SUFFIXES))}")
         files |= dict.fromkeys(images)
         others.update(path.suffix or "none" for path in set(below) - set(images))
     return list(files), others
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in (".dcm", ".dicom"):
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def _predict_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,7 @@ from ddpm_lmk.errors import CheckpointError, ConfigError, DataError, LaunchError
 from ddpm_lmk.export import export_run, sample_run
 from ddpm_lmk.inference import evaluate_run, evaluate_split
 from ddpm_lmk.loaded import open_run
-from ddpm_lmk.predict import predict_images
+from ddpm_lmk.predict import list_images, predict_images
 from ddpm_lmk.runs import execute
 from ddpm_lmk.tasks import LandmarkTask, Predictions
 from tests.data.dicoms import dataset, to_bytes
@@ -327,3 +328,13 @@ def test_export_to_onnx_gives_the_same_maps(landmark_run: Path, tmp_path: Path) 
 def test_an_unknown_export_format_is_refused(landmark_run: Path) -> None:
     with pytest.raises(ConfigError, match="wanted safetensors or onnx"):
         export_run(landmark_run, format="pt")  # type: ignore[arg-type]
+
+
+def test_the_images_of_a_folder_are_known_by_name_or_by_first_bytes_and_pipes_are_not_waited_for(tmp_path: Path):
+    contents = {"a.PNG": b"", "b": bytes(128) + b"DICM", "c": b"DICM", "d.dcm": b"", "e.txt": b"DICOM", "f": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "g")
+    found, others = list_images([tmp_path])
+    assert [path.name for path in found] == ["a.PNG", "b", "c", "d.dcm"]
+    assert others == {".txt": 1, "none": 2}

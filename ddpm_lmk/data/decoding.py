@@ -82,7 +82,7 @@ def with_spacing_of_files(samples: Sequence[RawSample]) -> tuple[list[RawSample]
         LaunchError: a decoding process cannot be started.
     """
     unknown = {sample.id: sample for sample in samples if sample.points is not None and sample.mm_per_px is None}
-    asked = [sample for sample in unknown.values() if isinstance(sample.path, Path) and _begins_as_dicom(sample.path)]
+    asked = [sample for sample in unknown.values() if isinstance(sample.path, Path) and begins_as_dicom(sample.path)]
     if not asked:
         return list(samples), len(unknown)
     options = asdict(ReadOptions(frame=0, allow_burned_in=True))  # of all that may be taken
@@ -98,7 +98,8 @@ def with_spacing_of_files(samples: Sequence[RawSample]) -> tuple[list[RawSample]
     return found, len(unknown) - len(stated) - left_out
 
 
-def _begins_as_dicom(path: Path) -> bool:
+def begins_as_dicom(path: Path) -> bool:
+    """Is it a DICOM file by its first bytes? Pipes are not waited for, and what cannot be read is none."""
     try:
         return is_dicom(read_content(path, size=_DICOM_HEAD))
     except (OSError, RefusedImageError):

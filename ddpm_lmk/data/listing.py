@@ -8,6 +8,7 @@ macOS leave behind.
 from __future__ import annotations
 
 import heapq
+import io
 import os
 import tempfile
 import weakref
@@ -24,7 +25,6 @@ Name = tuple[str, str]  # id, path
 _SORTED_AT_ONCE = 50_000
 _BLOCK = 1 << 16
 _SKIPPED = (".", "__MACOSX")
-_HEAD_BYTES = 1 << 16
 
 # The files that people give where a folder or a list is wanted, by their first bytes.
 _COMPRESSED = "is compressed, and pictures are read where they lie; unpack it and give the folder"
@@ -84,20 +84,20 @@ def read_list(path: Path) -> Iterator[str]:
     Raises:
         DataError: an archive, a picture, or no text at all.
     """
-    with open(path, "rb") as head:
-        _refuse_no_list(path, head.read(_HEAD_BYTES))
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for line in file:
-            name = line.rstrip("\r\n")
-            if name.strip() and not name.startswith("#"):
-                yield name
+    with open(path, "rb") as file:
+        _refuse_no_list(path, file.peek())  # opened once: a pipe, as of `<(find ...)`, does not begin anew
+        with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
+            for line in lines:
+                name = line.rstrip("\r\n")
+                if name.strip() and not name.startswith("#"):
+                    yield name
 
 
 def _refuse_no_list(path: Path, head: bytes) -> None:
     for magic, what in _FIRST_BYTES:
         if head.startswith(magic):
             raise DataError(f"{path} {what}")
-    if is_dicom(head):
+    if b"\0" in head and is_dicom(head):  # in a list the mark is a name
         raise DataError(
             f"{path} is one DICOM file, not a list; give its folder, or a text file with a path on each line"
         )

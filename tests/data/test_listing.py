@@ -1,5 +1,7 @@
 """Names of files are sorted on the disk, and ids of private ones say nothing."""
 
+import os
+import threading
 from collections import Counter
 
 import numpy as np
@@ -69,6 +71,17 @@ def test_an_archive_or_a_picture_is_never_read_as_a_list_of_names(tmp_path, name
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list_files(tmp_path / name, None, str, Counter())
+
+
+def test_a_list_may_come_through_a_pipe_and_its_names_may_be_like_a_mark(tmp_path):
+    """`<(find ...)` gives its lines once, however long; a folder may be called as the mark of DICOM files is."""
+    names = ["DICM/0.png", "/" + "x" * 116 + "/DICM/1.png", *(f"some/longer/folder/{n}.png" for n in range(20_000))]
+    os.mkfifo(tmp_path / "pipe")
+    text = "".join(f"{name}\n" for name in names)
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,))
+    writer.start()
+    assert list(read_list(tmp_path / "pipe")) == names
+    writer.join()
 
 
 def test_archives_in_a_folder_are_named_as_what_was_passed_over(tmp_path):

@@ -41,8 +41,8 @@ _OPTIONAL = (
 )
 _OVERLAY_BITS = tuple(0x60000102 + 0x20000 * overlay for overlay in range(16))  # where in the pixels an overlay lies
 _ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
-_PATIENT = ("PatientID", "IssuerOfPatientID")  # hashed, never written
-_READ: tuple[str | int, ...] = (*_REQUIRED, *_OPTIONAL, *_PATIENT, *_OVERLAY_BITS, "PixelData")
+_PATIENT = "PatientID"  # hashed, never written
+_READ: tuple[str | int, ...] = (*_REQUIRED, *_OPTIONAL, _PATIENT, *_OVERLAY_BITS, "PixelData")
 
 MODALITIES = frozenset({"CR", "DX", "MG", "IO", "PX", "RG"})
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -112,7 +112,7 @@ def _read(data: bytes, options: ReadOptions, read: Callable[[Dataset, ReadOption
             pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
             dataset = _parse(data)
             facts: dict[str, Any] = {"format": "DICOM", "applied": [], "passed_over": []}
-            pass_over_malformed(dataset, [*_OPTIONAL, *_PATIENT], facts["passed_over"])
+            pass_over_malformed(dataset, [*_OPTIONAL, _PATIENT], facts["passed_over"])
             _check(dataset, options, facts)
             return read(dataset, options, facts)
         except (RefusedImageError, MemoryError):
@@ -249,7 +249,7 @@ def _film(dataset: Dataset, options: ReadOptions, facts: dict[str, Any]) -> Film
     if (modality := code(dataset, "Modality")) in MODALITIES:
         facts["modality"] = modality
     mm_per_px = _spacing(dataset, facts)
-    patient = "\0".join(str(dataset.get(name) or "").strip() for name in _PATIENT).strip("\0") or None
+    patient = str(dataset.get(_PATIENT) or "").strip() or None
     if pixels.ndim == 3:
         return Film(luma(pixels), facts, (0.0, float((1 << facts["bits"]) - 1)), mm_per_px=mm_per_px, patient=patient)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":

@@ -49,9 +49,10 @@ class KeyedIds:
 def same_patient(patient: str) -> str:
     """What the spellings of one patient's id have in common, whichever kind of source it comes from.
 
-    DICOM appends an issuer, spreadsheets take leading zeros away or append `.0`, and case and blanks get lost.
+    Spreadsheets take leading zeros away or append `.0`, and case and blanks get lost. An issuer is no part of an id:
+    DICOM files state one and tables do not.
     """
-    plain = patient.partition("\0")[0].strip().casefold()
+    plain = patient.strip().casefold()
     number = re.fullmatch(r"0*([0-9]+)(?:\.0+)?", plain)
     return number[1] if number else plain
 

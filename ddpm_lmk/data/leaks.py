@@ -197,42 +197,49 @@ def seen(tested: Source, trained: Sequence[Source]) -> list[Finding]:
 
 def uncompared_patients(trained: Sequence[Source], protected: Sequence[Source]) -> list[Uncompared]:
     """The pairs of sets between which a patient would not be found again, though one of them names patients."""
-    pairs = {
-        (one.manifest.fingerprint, other.manifest.fingerprint): (one.manifest, other.manifest)
-        for one in trained
-        for other in protected
-    }
+    sets = {source.manifest.fingerprint: source.manifest for source in (*trained, *protected)}
+    naming = {fingerprint: _naming(manifest) for fingerprint, manifest in sets.items()} if len(sets) > 1 else {}
+    pairs = dict.fromkeys(
+        (one.manifest.fingerprint, other.manifest.fingerprint) for one in trained for other in protected
+    )
     found = []
-    for one, other in pairs.values():
-        reason = _why_not_compared(one, other)
+    for one, other in pairs:
+        reason = None if one == other else _why_not_compared(naming[one], naming[other])
         if reason is not None:
-            found.append(Uncompared(one.dataset, other.dataset, reason))
+            found.append(Uncompared(sets[one].dataset, sets[other].dataset, reason))
     return found
 
 
-def _why_not_compared(one: Manifest, other: Manifest) -> str | None:
-    if one.fingerprint == other.fingerprint:
-        return None
-    patients = [prints_of(manifest)["patient"] for manifest in (one, other)]
-    nameless = [each.dataset for each, ids in zip((one, other), patients, strict=True) if not ids.any()]
+@dataclass(frozen=True)
+class _Naming:
+    """How a set names its patients."""
+
+    dataset: str
+    key: str | None  # which key made the ids; None: they are not hashed, empty: packed before it was noted
+    any: bool
+    any_short: bool  # mean somebody inside this set only
+
+
+def _naming(manifest: Manifest) -> _Naming:
+    patients = prints_of(manifest)["patient"]
+    key = (manifest.settings.get("key_id") or "") if manifest.settings.get("hashed_ids") else None
+    return _Naming(manifest.dataset, key, bool(patients.any()), bool((patients & 1).any()))
+
+
+def _why_not_compared(one: _Naming, other: _Naming) -> str | None:
+    nameless = [each.dataset for each in (one, other) if not each.any]
     if nameless:
         return None if len(nameless) == 2 else f"{nameless[0]} names no patients"
-    keys = [_key_of(manifest) for manifest in (one, other)]
     cure = "pack both with one --id-key"
-    if (keys[0] is None) != (keys[1] is None):
+    if (one.key is None) != (other.key is None):
         return f"ids are hashed in one of them only; {cure}"
-    if keys[0] != keys[1] or "" in keys:
+    if "" in (one.key, other.key):
+        return f"ids are hashed, and an older version did not note with which key; {cure}"
+    if one.key != other.key:
         return f"ids were hashed with different keys; {cure}"
-    if keys[0] is None and one.dataset != other.dataset and any((ids & 1).any() for ids in patients):
+    if one.key is None and one.dataset != other.dataset and (one.any_short or other.any_short):
         return f"short ids mean somebody inside one set only; {cure}, or with one --name where ids mean the same"
     return None
-
-
-def _key_of(manifest: Manifest) -> str | None:
-    """Which key made the ids; None: they are not hashed, empty: packed before it was noted."""
-    if not manifest.settings.get("hashed_ids"):
-        return None
-    return manifest.settings.get("key_id") or ""
 
 
 def _spread(leaks: dict[Place, Finding], copies: Sequence[Finding]) -> None:

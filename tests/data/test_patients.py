@@ -15,7 +15,7 @@ from ddpm_lmk import leakage
 from ddpm_lmk.cli.app import run
 from ddpm_lmk.data.decode import film_from_bytes
 from ddpm_lmk.data.ids import same_patient
-from ddpm_lmk.data.leaks import Source, compare, exclusion
+from ddpm_lmk.data.leaks import Source, compare, exclusion, uncompared_patients
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.phantom import render
@@ -160,3 +160,11 @@ def test_which_key_hashed_the_ids_is_in_the_manifest_and_the_key_is_not(packs) -
     manifest = json.loads((packs["pool", "dicom"].root / "manifest.json").read_text())
     key = next(packs["pool", "dicom"].root.parents[2].glob("ours")).read_text().strip()
     assert key not in json.dumps(manifest)
+
+
+def test_of_hashed_packs_of_an_older_version_nobody_knows_the_key(packs, monkeypatch) -> None:
+    old, new = packs["pool", "dicom"], packs["test", "dicom"]
+    monkeypatch.setattr(old, "settings", {**old.settings, "key_id": None})
+    for one, other in ((old, new), (new, old)):
+        (pair,) = uncompared_patients([Source(one, ("train",))], [Source(other, ("test",))])
+        assert "an older version did not note with which key" in str(pair)

@@ -10,7 +10,6 @@ per core: how little a second core adds is what several processes will feel (`be
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -24,6 +23,7 @@ from ddpm_lmk.console import progress
 from ddpm_lmk.measure import Result, Timings, alternate
 from ddpm_lmk.measure.verdict import conclude
 from ddpm_lmk.models.blocks import DoubleSizeConv2d
+from ddpm_lmk.system.cores import granted_cores
 
 PRODUCT_SIDES = {"cpu": (1024,), "cuda": (4096, 8192)}
 ARRAY_MIB = {"cpu": 64, "cuda": 512}
@@ -55,8 +55,7 @@ def main() -> None:
 
 def thread_counts(device: str) -> list[int]:
     """One, and one per core; on a GPU the host's threads do not matter."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return sorted({1, cores}) if device == "cpu" else [torch.get_num_threads()]
+    return sorted({1, granted_cores()}) if device == "cpu" else [torch.get_num_threads()]
 
 
 def measure_products(result: Result, device: str, threads: int, options: argparse.Namespace) -> None:

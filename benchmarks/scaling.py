@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from ddpm_lmk.launcher.start import run_ranks
 from ddpm_lmk.measure import Comparison, Result, compare_paired
 from ddpm_lmk.measure.ratio import FEWEST_PAIRS
 from ddpm_lmk.measure.verdict import conclude
+from ddpm_lmk.system.cores import granted_cores
 
 MOST_CPU_PROCESSES = 8
 PATIENCE_S = 600.0  # between two signs of life, of which a benchmark gives none
@@ -67,7 +67,7 @@ def available(device: str) -> int:
     """GPUs, or cores this process may use."""
     if device == "cuda":
         return torch.cuda.device_count()
-    return min(MOST_CPU_PROCESSES, len(os.sched_getaffinity(0)))
+    return min(MOST_CPU_PROCESSES, granted_cores())
 
 
 def process_counts(most: int, batch: int) -> list[int]:

@@ -31,6 +31,7 @@ from ddpm_lmk.measure.verdict import conclude
 from ddpm_lmk.runfile import load_run
 from ddpm_lmk.shipped import find
 from ddpm_lmk.sweep import cell_folder
+from ddpm_lmk.system.cores import granted_cores
 
 SHOTS = (1, 5, 10, 25, 50)
 FILMS = {"train": 60, "test": 40}
@@ -80,7 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = _words(options, folder)
-        cores = len(os.sched_getaffinity(0))
+        cores = granted_cores()
         settings = {"run_file": options.run.name, "words": options.settings, "cores": cores}
         settings |= {"workers": options.workers, "shots": SHOTS}
         result = Result("sweep", settings=settings, device=options.device)
@@ -153,7 +154,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--run", type=find, default=root / "configs" / "finetune" / "isbi_cpu.yaml")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a cell")
     parser.add_argument("--rounds", type=int, default=6, help="seeds; every one is five cells, run both ways")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the sweep")
+    parser.add_argument("--workers", type=int, default=granted_cores(), help="of the sweep")
     parser.add_argument("--check", type=int, default=len(SHOTS), help="cells that are compared bit by bit")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds the rounds may take, about")

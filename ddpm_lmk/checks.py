@@ -114,7 +114,7 @@ def check_data(cfg: RunConfig) -> list[Corpus]:
         evaluation_corpora(cfg, cfg.data.validation_split)
     if not isinstance(cfg.task, LandmarksConfig):
         return corpora
-    spec = spec_of(cfg, corpora)
+    spec = spec_of(cfg, _specs(corpora))
     if cfg.task.codec.kind == "disc" and spec.num_landmarks == 1:
         raise ConfigError(
             f"task.codec.kind=disc tells landmarks apart at every pixel, but {spec.name} has only one, so nothing "
@@ -126,10 +126,13 @@ def check_data(cfg: RunConfig) -> list[Corpus]:
     return corpora
 
 
-def spec_of(cfg: RunConfig, corpora: Sequence[Corpus]) -> DatasetSpec:
+def spec_of(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> DatasetSpec:
     """Facts of the dataset: of all labelled ones together, of the first one in a pool without labels."""
-    specs = [corpus.manifest.spec for corpus in corpora]
     return mixture(specs) if cfg.task.stage == "finetune" else specs[0]
+
+
+def _specs(corpora: Sequence[Corpus]) -> list[DatasetSpec]:
+    return [corpus.manifest.spec for corpus in corpora]
 
 
 def check_folder(cfg: RunConfig, out: Path, corpora: Sequence[Corpus], *, fork: Path | None = None) -> None:
@@ -169,9 +172,9 @@ def check_start(
     from ddpm_lmk.starting import want_fitting, want_fitting_stage
 
     if stage is None:
-        want_fitting(cfg, spec_of(cfg, corpora))
+        want_fitting(cfg, spec_of(cfg, _specs(corpora)))
     else:
-        want_fitting_stage(cfg, spec_of(cfg, corpora), stage, spec_of(stage, training_corpora(stage)))
+        want_fitting_stage(cfg, spec_of(cfg, _specs(corpora)), stage, spec_of(stage, _specs(training_corpora(stage))))
 
 
 def has_begun(out: Path) -> bool:

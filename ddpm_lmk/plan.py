@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ddpm_lmk import checks
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.corpora import training_corpora
 from ddpm_lmk.data.manifest import Manifest
 from ddpm_lmk.data.order import GroupPlan
-from ddpm_lmk.data.spec import DatasetSpec, mixture
+from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.autofit import Fitted, fit_to_device
 from ddpm_lmk.engine.memory import device_bytes, memory_gib
 from ddpm_lmk.engine.parallel import Parallel
@@ -48,8 +49,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     if cfg.data.shots is not None:
         each = " of each set" if len(counts) > 1 else " of them"
         rows.append(("shots", f"{cfg.data.shots}{each}, {cfg.data.draw}"))
-    specs = [manifest.spec for manifest in manifests]
-    spec = specs[0] if cfg.task.stage == "pretrain" else mixture(specs)
+    spec = checks.spec_of(cfg, [manifest.spec for manifest in manifests])
     task = build_task(cfg, spec)
     given = cfg
     cfg, fitted = _fitted(cfg, task, placement, steps)

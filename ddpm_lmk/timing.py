@@ -22,14 +22,14 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from ddpm_lmk import lifeline, stop
+from ddpm_lmk import checks, lifeline, stop
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.data.spec import DatasetSpec, mixture
+from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import LmkError
 from ddpm_lmk.forecast import Timing
 from ddpm_lmk.launcher import Device, Placement, visible_gpus
-from ddpm_lmk.sweep.run import _environment as worker_environment
+from ddpm_lmk.sweep.run import worker_environment
 from ddpm_lmk.system.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -321,8 +321,7 @@ def _together(told: Sequence[dict[str, Any] | str], began: float) -> Timing | st
 
 def spec_of(cfg: RunConfig) -> DatasetSpec:
     """Facts of the run's data, together where it has several labelled sets."""
-    specs = [Manifest.open(path).spec for path in cfg.data.path]
-    return specs[0] if cfg.task.stage == "pretrain" else mixture(specs)
+    return checks.spec_of(cfg, [Manifest.open(path).spec for path in cfg.data.path])
 
 
 def time_here(

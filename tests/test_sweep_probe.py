@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.sweep import Sweep, load_sweep, probe
-from ddpm_lmk.sweep.run import _environment
+from ddpm_lmk.sweep.run import worker_environment
 
 RUN = """
 name: tiny
@@ -61,7 +61,7 @@ def test_a_number_is_taken_as_it_is_and_anything_else_refused(sweep: Sweep) -> N
 
 def test_workers_of_a_sweep_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     def visible(slot: int) -> str:
-        return _environment("cuda", slot, 4, devices=2)["CUDA_VISIBLE_DEVICES"]
+        return worker_environment("cuda", slot, 4, devices=2)["CUDA_VISIBLE_DEVICES"]
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [visible(slot) for slot in range(4)] == ["0", "1", "0", "1"]

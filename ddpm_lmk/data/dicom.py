@@ -22,6 +22,7 @@ from ddpm_lmk.data.decode import Film, ReadOptions, RefusedImageError, check_fra
 from ddpm_lmk.data.dicom_grey import COLOURS, grey_of_palette, shown
 from ddpm_lmk.data.dicom_spacing import SPACING_TAGS, spacing
 from ddpm_lmk.data.dicom_values import code, pass_over, pass_over_malformed
+from ddpm_lmk.data.ids import is_nobody
 from ddpm_lmk.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -249,7 +250,8 @@ def _film(dataset: Dataset, options: ReadOptions, facts: dict[str, Any]) -> Film
     if (modality := code(dataset, "Modality")) in MODALITIES:
         facts["modality"] = modality
     mm_per_px = _spacing(dataset, facts)
-    patient = str(dataset.get(_PATIENT) or "").strip() or None
+    told = str(dataset.get(_PATIENT) or "").strip()
+    patient = None if is_nobody(told) else told
     if pixels.ndim == 3:
         return Film(luma(pixels), facts, (0.0, float((1 << facts["bits"]) - 1)), mm_per_px=mm_per_px, patient=patient)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":

@@ -20,6 +20,10 @@ from ddpm_lmk.durable import flush_directory
 from ddpm_lmk.errors import ConfigError, ResourceError, RunConflictError
 
 _DIGITS = 16
+# What stands for a patient who was taken out, as tools that make files anonymous write it; never one person.
+_NOBODY = re.compile(
+    r"|0+|x+|unknown|none|null|na|n/a|nan|anon(ym(ous|i[sz]ed))?|de-?identified|removed|deleted|no ?id"
+)
 _FOR_OTHERS = 0o077
 
 
@@ -55,6 +59,11 @@ def same_patient(patient: str) -> str:
     plain = patient.strip().casefold()
     number = re.fullmatch(r"0*([0-9]+)(?:\.0+)?", plain)
     return number[1] if number else plain
+
+
+def is_nobody(patient: str) -> bool:
+    """Does this id of a patient stand for nobody in particular, as in files made anonymous?"""
+    return _NOBODY.fullmatch(patient.strip().casefold()) is not None
 
 
 def open_key(path: Path) -> KeyedIds:

@@ -90,33 +90,6 @@ def model_cost(
     )
 
 
-@dataclass(frozen=True)
-class LevelCost:
-    """Counts for the blocks of one level, for one image; bytes are for fp32."""
-
-    flops_train: int  # forward and backward as executed
-    kept_bytes: int
-    weight_bytes: int
-    blocks: int
-
-
-def level_costs(cfg: UNetConfig, image_size: int, out_channels: int, *, full_size: bool = True) -> dict[str, LevelCost]:
-    """Cost by level: `ends` (first and last layers, time), `downs.0`, ..., `mid`, `ups.0`, ...; nothing recomputed."""
-    found: dict[str, list[_Part]] = {}
-    outputs = out_channels * (cfg.patch**2 if full_size else 1)
-    for level, part in _parts_by_level(cfg, image_size // cfg.patch, outputs, maps=SEPARATE):
-        found.setdefault(level, []).append(part)
-    return {
-        level: LevelCost(
-            flops_train=6 * sum(part.executed for part in parts),
-            kept_bytes=FLOAT_BYTES * sum(part.kept for part in parts),
-            weight_bytes=FLOAT_BYTES * sum(part.params for part in parts),
-            blocks=len(parts),
-        )
-        for level, parts in found.items()
-    }
-
-
 def _recomputed(cfg: UNetConfig) -> set[str]:
     """Names of the levels whose activations are computed again; the middle goes with the deepest."""
     wanted = checkpointed_levels(cfg)

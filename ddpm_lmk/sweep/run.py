@@ -244,7 +244,7 @@ def _start(run: SweepRun, slot: int, count: int, *, restarts: int = 0) -> Worker
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=_environment(run.device, slot, count, devices=run.processes) | run.vigil.expect(slot),
+            env=worker_environment(run.device, slot, count, devices=run.processes) | run.vigil.expect(slot),
             start_new_session=True,  # Ctrl-C reaches the parent only, which then stops the workers cleanly
         )
     worker = Worker(slot, process, restarts=restarts)
@@ -275,7 +275,7 @@ def log_file(run: SweepRun, slot: int) -> Path:
     return run.out / "logs" / f"worker-{slot}.log"
 
 
-def _environment(device: Device, slot: int, count: int, *, devices: int) -> dict[str, str]:
+def worker_environment(device: Device, slot: int, count: int, *, devices: int) -> dict[str, str]:
     """Threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker, in turn."""
     environment = os.environ | {THREADS: str(threads_per_process(count))}
     if device == "cuda":

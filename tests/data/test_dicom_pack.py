@@ -42,6 +42,21 @@ def test_a_tree_is_packed_with_hashed_names_and_patients(tree, tmp_path):
         assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_words_for_a_patient_who_was_taken_out_are_nobody(tmp_path):
+    root = tmp_path / "anonymous"
+    root.mkdir()
+    for number, patient in enumerate(
+        ("ANONYMOUS", "Anonymized ", "000000", "unknown", "", "XXXX", "0042", "anonymous1")
+    ):
+        (root / str(number)).write_bytes(to_bytes(dataset(np.roll(FILM, 3 * number, 1), PatientID=patient)))
+    pack(root, "dicom", tmp_path / "out", size=32, workers=1, id_map=tmp_path / "map.csv")
+    manifest = Manifest.open(tmp_path / "out")
+    records = [manifest.read_record(row) for row in range(8)]
+    with open(tmp_path / "map.csv", newline="") as file:
+        names = {row["id"]: row["path"] for row in csv.DictReader(file)}
+    assert {names[record.id] for record in records if record.group is not None} == {"6", "7"}
+
+
 def test_a_list_names_files_of_many_folders(tree, tmp_path):
     (tmp_path / "list.txt").write_text(f"# some\n{tree}/study-4711/IM0\nDoe_Jane/study-4711/IM5\n")
     assert pack(tmp_path / "list.txt", "dicom", tmp_path / "out", size=32, workers=1).packed == 2

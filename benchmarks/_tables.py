@@ -246,7 +246,8 @@ def commands_table(source: Path) -> str:
         [f"`{row['command']}`", row["python"], f"{row['wall_s'] / 60:.1f} min", row["exit_code"], row["said"]]
         for row in result["rows"]
     ]
-    return f"{machine(result)}\n\n{markdown(['command', 'Python', 'time, with installing', 'exit code', 'said'], rows)}"
+    heads = ["command", "Python", "time, with installing", "exit code", "what it said at the end"]
+    return f"{machine(result)}\n\n{markdown(heads, rows)}"
 
 
 def exactness_table(source: Path) -> str:

@@ -40,7 +40,8 @@ def run_part(part: str, python: str, log: Path, environment: dict[str, str]) -> 
         )
     found = SAID[part].search(log.read_text())
     said = found and (found[1] if found.groups() else found[0])
-    return {"command": f"make {part}", "exit_code": code, "wall_s": round(time.monotonic() - began), "said": said}
+    wall_s, load = round(time.monotonic() - began), round(os.getloadavg()[2], 1)
+    return {"command": f"make {part}", "exit_code": code, "wall_s": wall_s, "load_15_min_at_end": load, "said": said}
 
 
 def main() -> int:
@@ -48,25 +49,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pythons", nargs="+", help="interpreters, e.g. python3.11")
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="ddpm-lmk-two-") as folder:
-        for number, python in enumerate(options.pythons):
-            version = subprocess.check_output(
-                [python, "-c", "import platform; print(platform.python_version())"], text=True
-            )
-            out = Path(folder) / f"demo-{number}"
-            for part in ("demo", "test"):
-                log = Path(folder) / f"{part}-{number}.log"
-                row = {"python": version.strip(), **run_part(part, python, log, {"OUT": str(out)})}
-                sys.stdout.write(json.dumps(row) + "\n")
-                sys.stdout.flush()
-                if row["exit_code"]:
-                    sys.stdout.write(log.read_text()[-4000:])
-                rows.append(row)
-            if number == 0:
+        for part, python in ((part, python) for part in ("demo", "test") for python in options.pythons):
+            asked = [python, "-c", "import platform; print(platform.python_version())"]
+            version = subprocess.check_output(asked, text=True).strip()
+            out, log = Path(folder) / f"demo-{version}", Path(folder) / f"{part}-{version}.log"
+            row = {"python": version, **run_part(part, python, log, {"OUT": str(out)})}
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+            if row["exit_code"]:
+                sys.stdout.write(log.read_text()[-4000:])
+            elif not rows:
                 for name in ("report.md", "report.csv"):
                     shutil.copyfile(out / name, RESULTS / "demo" / name)
                 shutil.copytree(out, ROOT / "demo-output", dirs_exist_ok=True)  # to look at
+            rows.append(row)
     result = {
         "rows": rows,
         "hardware": machine.hardware(),

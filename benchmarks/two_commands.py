@@ -48,10 +48,12 @@ def main() -> int:
     """Run everything, say how it goes, write the result file; ends with 1 where a command did not end well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pythons", nargs="+", help="interpreters, e.g. python3.11")
+    parser.add_argument("--part", choices=tuple(SAID), action="append", help="only this; other rows of the file stay")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    target = RESULTS / "two_commands.json"
+    rows: list[dict[str, Any]] = json.loads(target.read_text())["rows"] if options.part and target.exists() else []
     with tempfile.TemporaryDirectory(prefix="ddpm-lmk-two-") as folder:
-        for part, python in ((part, python) for part in ("demo", "test") for python in options.pythons):
+        for part, python in ((part, python) for part in options.part or SAID for python in options.pythons):
             asked = [python, "-c", "import platform; print(platform.python_version())"]
             version = subprocess.check_output(asked, text=True).strip()
             out, log = Path(folder) / f"demo-{version}", Path(folder) / f"{part}-{version}.log"
@@ -60,11 +62,11 @@ def main() -> int:
             sys.stdout.flush()
             if row["exit_code"]:
                 sys.stdout.write(log.read_text()[-4000:])
-            elif not rows:
+            elif part == "demo" and python == options.pythons[0]:
                 for name in ("report.md", "report.csv"):
                     shutil.copyfile(out / name, RESULTS / "demo" / name)
                 shutil.copytree(out, ROOT / "demo-output", dirs_exist_ok=True)  # to look at
-            rows.append(row)
+            rows = [*(old for old in rows if (old["python"], old["command"]) != (version, row["command"])), row]
     result = {
         "rows": rows,
         "hardware": machine.hardware(),
@@ -72,7 +74,7 @@ def main() -> int:
         "code": machine.code_digest(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
-    (RESULTS / "two_commands.json").write_text(json.dumps(result, indent=1) + "\n")
+    target.write_text(json.dumps(result, indent=1) + "\n")
     return int(any(row["exit_code"] for row in rows))
 
 

@@ -21,9 +21,7 @@ from ddpm_lmk.errors import ConfigError, ResourceError, RunConflictError
 
 _DIGITS = 16
 # What stands for a patient who was taken out, as tools that make files anonymous write it; never one person.
-_NOBODY = re.compile(
-    r"|0+|x+|unknown|none|null|na|n/a|nan|anon(ym(ous|i[sz]ed))?|de-?identified|removed|deleted|no ?id"
-)
+_NOBODY = re.compile(r"|x+|unknown|none|null|na|n/a|nan|anon(ym(ous|i[sz]ed))?|de-?identified|removed|deleted|no ?id")
 _FOR_OTHERS = 0o077
 
 

@@ -50,9 +50,7 @@ class Work:
         of_each = [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
         images = sum(learnt(cfg, count) for count in of_each or [(counts or {}).get("train", 0)])
         train, is_pretraining = cfg.train, cfg.task.stage == "pretrain"
-        plan = GroupPlan(
-            max(1, images), train.group_size, train.given_micro_batch, train.windows, drop_last=is_pretraining
-        )
+        plan = GroupPlan.of(cfg, max(1, images))
 
         def in_steps(length: Any) -> int:
             return length.steps(train.group_size, max(1, images), plan.steps_per_epoch)

@@ -34,10 +34,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     manifests = [Manifest.open(path) for path in cfg.data.path]
     counts = _images(cfg, manifests)
     num_images = sum(learnt(cfg, count) for count in counts)
-    drop_last = cfg.task.stage == "pretrain"  # as the loader
-    groups = GroupPlan(
-        num_images, cfg.train.group_size, cfg.train.given_micro_batch, cfg.train.windows, drop_last=drop_last
-    )
+    groups = GroupPlan.of(cfg, num_images)
     steps = cfg.train.length.steps(cfg.train.group_size, num_images, groups.steps_per_epoch)
     images = groups.images(steps)
     rows = [

@@ -11,7 +11,7 @@ from typing import Any
 
 from _tables import markdown
 
-from ddpm_lmk.report.significance import Difference, over_seeds
+from ddpm_lmk.report.statistics import Difference, over_seeds
 
 
 def ablations_table(source: Path) -> str:

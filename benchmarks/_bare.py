@@ -16,12 +16,12 @@ from _subject import Subject, spec_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm_lmk.bench import Timings
 from ddpm_lmk.data.batch import Batch, Group
-from ddpm_lmk.data.order import GroupPlan
-from ddpm_lmk.data.quarantine import Quarantine
-from ddpm_lmk.measure import Timings
+from ddpm_lmk.data.loading.bad_samples import Quarantine
+from ddpm_lmk.data.loading.order import GroupPlan
+from ddpm_lmk.engine.session import Workbench
 from ddpm_lmk.tasks import DenoiseTask
-from ddpm_lmk.workbench import Workbench
 
 
 class BareLoop:

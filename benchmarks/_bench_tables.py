@@ -1,4 +1,4 @@
-"""Results of the common form (`ddpm_lmk.measure`) as Markdown tables; `collect` puts them in place."""
+"""Results of the common form (`ddpm_lmk.bench`) as Markdown tables; `collect` puts them in place."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from _tables import machine, markdown
 
-from ddpm_lmk.measure import Row, Stored, read_result, read_results
-from ddpm_lmk.measure.result import quartiles
+from ddpm_lmk.bench import Row, Stored, read_result, read_results
+from ddpm_lmk.bench.result import quartiles
 
 
 def newest(folder: Path, benchmark: str, label: str = "") -> Path:

@@ -60,7 +60,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         return bench("peers", *device, "--groups", group, *real, *words)
 
     yield Item("doctor", (lmk("doctor"),), 60)
-    gpu, norm = str(REPO / "tests" / "gpu"), str(REPO / "tests" / "models" / "test_fused.py")
+    gpu, norm = str(REPO / "tests" / "gpu"), str(REPO / "tests" / "models" / "test_group_norm.py")
     yield Item("correctness", (tests("-m", "not slow", gpu, *([] if is_smoke else [norm])),), 240, ("pytest",))
     yield Item("device", (bench("device", *device, *(("--run", smoke, "--rounds", "6") if is_smoke else ())),), 90)
     yield Item("step-paper", (step("paper"),), 150)

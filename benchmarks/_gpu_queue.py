@@ -127,7 +127,7 @@ class Queue:
         if (out / "manifest.json").exists():
             return
         code = (
-            "import sys; from pathlib import Path; from ddpm_lmk.data.pack import pack\n"
+            "import sys; from pathlib import Path; from ddpm_lmk.data.shards.pack import pack\n"
             "if __name__ == '__main__':\n    counts = {'train': int(sys.argv[3]), 'val': 4, 'test': 8}\n"
             "    pack('skull', 'phantom', Path(sys.argv[1]), size=int(sys.argv[2]), counts=counts, workers=1)\n"
         )

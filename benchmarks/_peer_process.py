@@ -17,8 +17,8 @@ from typing import Any
 from _peer_networks import Counts
 from _peer_worker import Spec
 
-from ddpm_lmk.console import say
-from ddpm_lmk.measure import Timings
+from ddpm_lmk.bench import Timings
+from ddpm_lmk.system.console import say
 
 WORKER = Path(__file__).with_name("_peer_worker.py")
 TURNS_ON_GPU = 3

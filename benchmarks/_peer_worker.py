@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from ddpm_lmk.config import EmaConfig
 from ddpm_lmk.engine.ema import Ema
 from ddpm_lmk.models.blocks import use_norm
-from ddpm_lmk.models.fused import choose_norm
-from ddpm_lmk.models.standard import OncePerStep
+from ddpm_lmk.models.kernels.group_norm import choose_norm
+from ddpm_lmk.models.weight_standardization import OncePerStep
 
 EMA_DECAY, CLIP = 0.995, 1.0
 

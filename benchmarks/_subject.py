@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config.load import config_hash, load_run, load_yaml
 from ddpm_lmk.data.batch import Batch
-from ddpm_lmk.data.manifest import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.spec import SPECS, DatasetSpec
+from ddpm_lmk.engine.gradients import build_updater
 from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.precision import choose_precision
+from ddpm_lmk.engine.session import Workbench
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.engine.updater import build_updater
+from ddpm_lmk.engine.step_timing import random_batch
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.models import ModelCost
-from ddpm_lmk.runfile import config_hash, load_run, load_yaml
-from ddpm_lmk.shipped import find
+from ddpm_lmk.system.shipped import find
 from ddpm_lmk.tasks import build_task
-from ddpm_lmk.timing import random_batch
-from ddpm_lmk.workbench import Workbench
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PRESETS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))

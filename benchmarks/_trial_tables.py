@@ -16,7 +16,7 @@ from typing import Any
 from _tables import machine, markdown
 from trials import flat
 
-from ddpm_lmk.report.significance import Difference, over_seeds
+from ddpm_lmk.report.statistics import Difference, over_seeds
 from ddpm_lmk.sweep import load_sweep
 
 ROOT = Path(__file__).resolve().parents[1]

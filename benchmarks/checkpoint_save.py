@@ -25,15 +25,15 @@ from typing import Any, NamedTuple
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.config.load import load_run
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.engine.checkpointer import Saver
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.saver import Saver
-from ddpm_lmk.journal import Journal
-from ddpm_lmk.machine import hardware, versions
-from ddpm_lmk.rundir import RunDir
-from ddpm_lmk.runfile import load_run
-from ddpm_lmk.runs import execute
-from ddpm_lmk.shipped import find, shipped
+from ddpm_lmk.run import execute
+from ddpm_lmk.rundir.directory import RunDir
+from ddpm_lmk.rundir.log import Journal
+from ddpm_lmk.system.machine import hardware, versions
+from ddpm_lmk.system.shipped import find, shipped
 
 WARM_UP_STEPS = 3
 

@@ -50,7 +50,7 @@ from _tables import (
 )
 from _trial_tables import trials_table
 
-from ddpm_lmk.report.text import update_between_markers
+from ddpm_lmk.report.tables import update_between_markers
 
 Table = Callable[[Path], str]
 HERE = Path(__file__).resolve().parent

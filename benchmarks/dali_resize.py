@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from ddpm_lmk.data.phantom import render
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.system.machine import hardware, versions
 
 STORED, SIZES, COUNT, ROUNDS = 512, (256, 384, 448, 768), 8, 15
 

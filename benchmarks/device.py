@@ -19,10 +19,10 @@ from _subject import RESULTS, Subject, carried_out, device_of, option_parser, ru
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.console import progress
-from ddpm_lmk.measure import Result, Timings, alternate
-from ddpm_lmk.measure.verdict import conclude
+from ddpm_lmk.bench import Result, Timings, alternate
+from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.models.blocks import DoubleSizeConv2d
+from ddpm_lmk.system.console import progress
 from ddpm_lmk.system.cores import granted_cores
 
 PRODUCT_SIDES = {"cpu": (1024,), "cuda": (4096, 8192)}

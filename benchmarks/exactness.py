@@ -28,7 +28,7 @@ import torch
 from ddpm_lmk.config import DenoiseConfig, RunConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.launcher import Placement, run_ranks
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.system.machine import hardware, versions
 
 if TYPE_CHECKING:
     from ddpm_lmk.engine.parallel import Parallel
@@ -118,8 +118,8 @@ class _Lane:
     """One variant: a model of its own, and its way to update it."""
 
     def __init__(self, fields: dict[str, Any], parallel: Parallel) -> None:
+        from ddpm_lmk.engine.gradients import build_updater
         from ddpm_lmk.engine.state import TrainState
-        from ddpm_lmk.engine.updater import build_updater
         from ddpm_lmk.models import build_model
         from ddpm_lmk.tasks import DenoiseTask
 

@@ -25,16 +25,16 @@ import torch
 from _loader_sources import GpuWatch, make_films, object_store, read_as_the_paper, read_with_webdataset
 from _subject import RESULTS, carried_out, device_of
 
+from ddpm_lmk.bench import Result
+from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.console import say
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.machine import version, versions
-from ddpm_lmk.measure import Result
-from ddpm_lmk.measure.verdict import conclude
-from ddpm_lmk.runs import execute
+from ddpm_lmk.run import execute
+from ddpm_lmk.system.console import say
+from ddpm_lmk.system.machine import version, versions
 
 GROUP_SIZE = 32
 PHANTOMS = 256

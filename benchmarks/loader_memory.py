@@ -21,8 +21,8 @@ import psutil  # type: ignore[import-untyped]
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.system.machine import hardware, versions
 
 IMAGES = 256
 SIZE = 128

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_lmk.atomic import write_json
-from ddpm_lmk.data.records import INDEX_DTYPE
+from ddpm_lmk.data.shards.records import INDEX_DTYPE
+from ddpm_lmk.data.shards.writer import FORMAT, FORMAT_VERSION, fingerprint_of
 from ddpm_lmk.data.spec import unlabelled
-from ddpm_lmk.data.writer import FORMAT, FORMAT_VERSION, fingerprint_of
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.system.files import write_json
+from ddpm_lmk.system.machine import hardware, versions
 
 PER_SHARD = 1000
 IMAGE_BYTES, JSON_BYTES = 128 + 256 * 256, 200
@@ -36,8 +36,8 @@ from pathlib import Path
 import numpy as np
 def lines(): return dict(l.split(":", 1) for l in Path("/proc/self/status").read_text().splitlines())
 def mb(key): return int(lines()[key].split()[0]) * 1024 / 1e6
-from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.data.order import SampleOrder
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.loading.order import SampleOrder
 before = mb("VmRSS")
 began, cpu = time.perf_counter(), time.process_time()
 manifest = Manifest.open(sys.argv[1])

@@ -16,8 +16,8 @@ from pathlib import Path
 from _subject import CONFIGS, Subject, device_of, option_parser
 from step import load_libraries, measure_memory, memory_of_training
 
-from ddpm_lmk.console import say
-from ddpm_lmk.measure import Result
+from ddpm_lmk.bench import Result
+from ddpm_lmk.system.console import say
 
 PAPER = ("--model", "paper", "--size", "64", "model.width=32")
 SMALL = ("--model", "small", "--size", "256", "--batch", "12")

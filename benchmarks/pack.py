@@ -23,9 +23,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.shards import Manifest
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.system.machine import hardware, versions
 
 SIZE_PX = 256
 ENCODINGS: tuple[tuple[Any, int, int], ...] = (

@@ -25,9 +25,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.decode_worker import answer
-from ddpm_lmk.data.isolation import Isolation
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.data.images.sandbox import Isolation
+from ddpm_lmk.data.images.sandbox_worker import answer
+from ddpm_lmk.system.machine import hardware, versions
 
 SIZE_PX = 256
 STORE = {"size": SIZE_PX, "aspect": "squeeze", "filter": "area", "bits": 8, "encoding": "raw", "quality": 95}
@@ -36,7 +36,7 @@ REPEATS = 3
 MEASURE = """
 import sys
 from pathlib import Path
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.shards.pack import pack
 pack(sys.argv[1], "folder", sys.argv[2], size=16, workers=1)
 lines = Path("/proc/self/status").read_text().splitlines()
 print(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))

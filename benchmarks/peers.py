@@ -31,10 +31,10 @@ from _peer_networks import PACKAGES, PEERS, Shape, count, is_installed, matched
 from _peer_process import Contender, run_by_turns, run_together
 from _peer_worker import Spec
 
-from ddpm_lmk.console import print_table, say
-from ddpm_lmk.machine import versions
-from ddpm_lmk.measure import Comparison, Result, compare_paired
-from ddpm_lmk.measure.verdict import conclude
+from ddpm_lmk.bench import Comparison, Result, compare_paired
+from ddpm_lmk.bench.compare import conclude
+from ddpm_lmk.system.console import print_table, say
+from ddpm_lmk.system.machine import versions
 
 LAYOUTS = ("nchw", "channels-last")
 GROUPS = ("width", "matched", "way")

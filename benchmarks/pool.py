@@ -25,14 +25,14 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ddpm_lmk.atomic import write_json
 from ddpm_lmk.config import DataConfig
-from ddpm_lmk.data.copies import MOST_DETAIL_BITS, RADIUS, near_pairs
-from ddpm_lmk.data.leaks import Finding, Leakage, Source, compare, exclusion
-from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.prints import prints_of
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.data.duplicates.fingerprints import prints_of
+from ddpm_lmk.data.duplicates.leakage import Finding, Leakage, Source, compare, exclusion
+from ddpm_lmk.data.duplicates.search import MOST_DETAIL_BITS, RADIUS, near_pairs
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.system.files import write_json
+from ddpm_lmk.system.machine import hardware, versions
 
 SETS = {"nih_cxr14_1000": "table", "hannover_cxr": "table", "mednist64": "folder", "isbi2015_ceph": "table"}
 PLANTED = ("identical", "jpeg_q90", "half_size", "exif_rotated")

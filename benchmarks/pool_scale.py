@@ -25,10 +25,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ddpm_lmk.atomic import write_json
-from ddpm_lmk.data.copies import MOST_DETAIL_BITS, RADIUS, first_of_its_kind
-from ddpm_lmk.data.prints import PRINT_DTYPE, look
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.data.duplicates.fingerprints import PRINT_DTYPE, look
+from ddpm_lmk.data.duplicates.search import MOST_DETAIL_BITS, RADIUS, first_of_its_kind
+from ddpm_lmk.system.files import write_json
+from ddpm_lmk.system.machine import hardware, versions
 
 REAL, SIDE = "nih_cxr14_1000", 128
 PLANTED = 1000

@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config.load import dump_run
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.prints import write_prints
-from ddpm_lmk.data.shards import Manifest, SampleRecord, ShardWriter, to_stored_matrix
+from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.images.resize import encode
+from ddpm_lmk.data.shards.verify import Manifest, SampleRecord, ShardWriter, to_stored_matrix
 from ddpm_lmk.data.spec import unlabelled
-from ddpm_lmk.data.stored import encode
-from ddpm_lmk.machine import hardware, versions
-from ddpm_lmk.runfile import dump_run
+from ddpm_lmk.system.machine import hardware, versions
 
 CASES = ((0.0005, 1), (0.005, 1), (0.05, 1), (0.005, 2), (0.05, 2), (0.005, 4), (0.05, 4))  # share, processes
 SIZE = 32

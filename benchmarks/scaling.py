@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from _subject import RESULTS, carried_out, command_words, device_of, option_parser, run_config
 
-from ddpm_lmk.console import say
+from ddpm_lmk.bench import Comparison, Result, compare_paired
+from ddpm_lmk.bench.compare import conclude
+from ddpm_lmk.bench.ratio import FEWEST_PAIRS
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.launcher.placement import Placement
 from ddpm_lmk.launcher.start import run_ranks
-from ddpm_lmk.measure import Comparison, Result, compare_paired
-from ddpm_lmk.measure.ratio import FEWEST_PAIRS
-from ddpm_lmk.measure.verdict import conclude
+from ddpm_lmk.system.console import say
 from ddpm_lmk.system.cores import granted_cores
 
 MOST_CPU_PROCESSES = 8

@@ -27,11 +27,11 @@ from _subject import RESULTS, Subject, carried_out, command_words, option_parser
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.console import progress, say
+from ddpm_lmk.bench import Result, Timings, alternate, compare_paired
+from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.engine.memory import is_out_of_memory, memory_gib
 from ddpm_lmk.errors import ResourceError
-from ddpm_lmk.measure import Result, Timings, alternate, compare_paired
-from ddpm_lmk.measure.verdict import conclude
+from ddpm_lmk.system.console import progress, say
 
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -25,13 +25,13 @@ from typing import Any
 
 from _subject import RESULTS, carried_out, device_of
 
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.measure import Result, Timings, compare_paired
-from ddpm_lmk.measure.verdict import conclude
-from ddpm_lmk.runfile import load_run
-from ddpm_lmk.shipped import find
+from ddpm_lmk.bench import Result, Timings, compare_paired
+from ddpm_lmk.bench.compare import conclude
+from ddpm_lmk.config.load import load_run
+from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.sweep import cell_folder
 from ddpm_lmk.system.cores import granted_cores
+from ddpm_lmk.system.shipped import find
 
 SHOTS = (1, 5, 10, 25, 50)
 FILMS = {"train": 60, "test": 40}

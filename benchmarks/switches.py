@@ -18,8 +18,8 @@ import torch
 from _subject import Subject, carried_out, option_parser, run_config
 from torch import Tensor
 
-from ddpm_lmk.console import progress
-from ddpm_lmk.measure import Result, alternate, compare_paired
+from ddpm_lmk.bench import Result, alternate, compare_paired
+from ddpm_lmk.system.console import progress
 
 MICRO_BATCHES = 4
 WARM_UP = 3  # a graph is recorded in the second pass, and replayed from the third on

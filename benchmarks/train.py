@@ -22,13 +22,13 @@ import torch
 from _bare import BareLoop, TurnTaking
 from _subject import RESULTS, Subject, carried_out, option_parser
 
+from ddpm_lmk.bench import Result, compare_paired
+from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.engine.loop import Loaders, fit
-from ddpm_lmk.measure import Result, compare_paired
-from ddpm_lmk.measure.verdict import conclude
-from ddpm_lmk.rundir import RunDir
-from ddpm_lmk.runs import execute
+from ddpm_lmk.run import execute
+from ddpm_lmk.rundir.directory import RunDir
 
 PHANTOMS = 128
 WARM_UP = 3

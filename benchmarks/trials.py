@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk import atomic
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.durable import read_json
-from ddpm_lmk.machine import hardware, versions
-from ddpm_lmk.runfile import load_run
+from ddpm_lmk.config.load import load_run
+from ddpm_lmk.system import files
+from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.machine import hardware, versions
 
 OUT = Path(__file__).resolve().parent / "results" / "isbi_recipe" / "trials.jsonl"
 ABSENT = object()
@@ -43,7 +43,7 @@ def main() -> None:
         "hardware": {key: machine[key] for key in ("cpu", "cores")},
         "versions": versions("ddpm-lmk", "torch", "numpy"),
     }
-    atomic.write_text(options.out, "".join(json.dumps(line) + "\n" for line in [head, *trials.values()]))
+    files.write_text(options.out, "".join(json.dumps(line) + "\n" for line in [head, *trials.values()]))
     print(f"{options.out}: {len(trials)} trials of {len(lines)} lines")
 
 

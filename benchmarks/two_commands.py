@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk import machine
+from ddpm_lmk.system import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

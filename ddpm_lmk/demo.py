@@ -15,27 +15,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ddpm_lmk.budget import Budget, budget
-from ddpm_lmk.checks import check_run
-from ddpm_lmk.claim import listed
 from ddpm_lmk.config import RunConfig, Section
-from ddpm_lmk.console import Whole, about, duration, progress, remaining, say
-from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.config.load import load_run, load_yaml, validate
 from ddpm_lmk.data.phantom import render
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.spec import SPECS
+from ddpm_lmk.engine.forecast import Forecast, Work, steps_done
 from ddpm_lmk.errors import LaunchError, RunConflictError
-from ddpm_lmk.forecast import Forecast, Work, steps_done
 from ddpm_lmk.launcher import Placement, launch
+from ddpm_lmk.launcher.preflight import check_run
+from ddpm_lmk.launcher.time_runs import time_run
 from ddpm_lmk.report.page import write_report
-from ddpm_lmk.runfile import load_run, load_yaml, validate
-from ddpm_lmk.shipped import shipped
-from ddpm_lmk.stop import check_stopped
+from ddpm_lmk.rundir.lock import listed
 from ddpm_lmk.sweep import StageRun, Sweep, is_done, load_sweep
 from ddpm_lmk.sweep.check import refuse_other_settings
+from ddpm_lmk.sweep.forecast import Budget, budget
 from ddpm_lmk.sweep.run import run_sweep
+from ddpm_lmk.system.console import Whole, about, duration, progress, remaining, say
 from ddpm_lmk.system.cores import granted_cores
-from ddpm_lmk.timing import time_run
+from ddpm_lmk.system.shipped import shipped
+from ddpm_lmk.system.signals import check_stopped
 
 MOST_CPU_WORKERS = 4
 MANIFEST = "manifest.json"

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_lmk import scoring
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config.load import dump_run, load_run
 from ddpm_lmk.data.spec import SPECS, DatasetSpec
-from ddpm_lmk.runfile import dump_run, load_run
+from ddpm_lmk.inference import scoring
 
 CEPH = SPECS["cephalometric"]
 SIZE = (1935, 2400)

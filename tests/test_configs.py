@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config.load import dump_run, load_run, load_yaml, validate
 from ddpm_lmk.demo import DemoShards
 from ddpm_lmk.launcher import LaunchFile
-from ddpm_lmk.runfile import dump_run, load_run, load_yaml, validate
 from ddpm_lmk.sweep import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent

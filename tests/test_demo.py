@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk import demo as demos
-from ddpm_lmk.budget import Budget
 from ddpm_lmk.demo import Demo
 from ddpm_lmk.launcher import Placement
-from ddpm_lmk.shipped import shipped
+from ddpm_lmk.sweep.forecast import Budget
+from ddpm_lmk.system.shipped import shipped
 
 
 def test_where_a_stage_cannot_be_timed_the_demo_says_so_and_nothing_of_what_is_left(

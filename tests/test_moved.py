@@ -13,15 +13,15 @@ import pytest
 import safetensors.torch
 from rich.console import Console
 
-from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, DataError, RunConflictError
-from ddpm_lmk.runs import execute
+from ddpm_lmk.run import execute
+from ddpm_lmk.rundir.checkpoint import load_weights
 from ddpm_lmk.sweep import is_done, load_sweep, state_of
 from ddpm_lmk.sweep.run import run_sweep
-from tests.test_sweep import write_sweep
+from tests.sweep.test_sweep import write_sweep
 
 Maker = Callable[..., RunConfig]
 

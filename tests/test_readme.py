@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from ddpm_lmk import shipped
 from ddpm_lmk.cli.app import app
+from ddpm_lmk.system import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ddpm_lmk.stop import leaving_at_once
 from ddpm_lmk.system.processes import leave
+from ddpm_lmk.system.signals import leaving_at_once
 
 
 def main() -> None:

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ddpm_lmk import __version__, privacy
+from ddpm_lmk import __version__
 from ddpm_lmk.cli.bench import bench_app
 from ddpm_lmk.cli.compare import show_difference
 from ddpm_lmk.cli.launch import launch_app
 from ddpm_lmk.cli.results import results_app
 from ddpm_lmk.cli.run_files import found, run_files_app
 from ddpm_lmk.cli.shards import shards_app
-from ddpm_lmk.console import accept_any_encoding, console, print_table, reader_width, say
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
-from ddpm_lmk.floors import want_floors
-from ddpm_lmk.stop import leaving_at_once
-from ddpm_lmk.system import environment
+from ddpm_lmk.system import environment, privacy
+from ddpm_lmk.system.console import accept_any_encoding, console, print_table, reader_width, say
+from ddpm_lmk.system.floors import want_floors
+from ddpm_lmk.system.signals import leaving_at_once
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -136,10 +136,10 @@ def doctor(
     """What this machine has, what will be used, what is missing and what to do."""
     if failpoints:
         _list_failpoints()
-    from ddpm_lmk.doctor import examine
-    from ddpm_lmk.doctor.place import check_rendezvous
+    from ddpm_lmk.cli.doctor import examine
+    from ddpm_lmk.cli.doctor.place import check_rendezvous
+    from ddpm_lmk.config.load import load_run
     from ddpm_lmk.launcher import place
-    from ddpm_lmk.runfile import load_run
 
     # Its data need not be here.
     cfg = None if run_file is None else load_run(run_file, ["data.path=.", "data.weights=null"])
@@ -199,11 +199,11 @@ def _add_training_command(name: Stage, text: str) -> None:
         ] = None,
     ) -> None:
         with leaving_at_once():
-            from ddpm_lmk.claim import refuse_if_in_use
             from ddpm_lmk.cli.offer import for_run
             from ddpm_lmk.config import RunConfig
+            from ddpm_lmk.config.load import load_run
             from ddpm_lmk.launcher import place
-            from ddpm_lmk.runfile import load_run
+            from ddpm_lmk.rundir.lock import refuse_if_in_use
 
             if explain:
                 _explain(RunConfig, [run_file, *(overrides or [])])
@@ -245,7 +245,7 @@ def sweep(
 ) -> None:
     """Pre-train what is missing, then fine-tune over methods × shots × seeds; finished cells are kept."""
     from ddpm_lmk.cli.offer import for_sweep
-    from ddpm_lmk.forecast import LONG_S
+    from ddpm_lmk.engine.forecast import LONG_S
     from ddpm_lmk.launcher import place
     from ddpm_lmk.sweep import SweepFile, load_sweep, plan_table
     from ddpm_lmk.sweep.check import check_sweep
@@ -264,7 +264,7 @@ def sweep(
         there = place() if gpus is None and cpu is None else there
         each = 1 if per_device == "auto" else workers_per_device(per_device, loaded, device=there.device, say=say)
         _warn_of_emulation(loaded, there.device)
-        from ddpm_lmk.budget import budget, budget_table
+        from ddpm_lmk.sweep.forecast import budget, budget_table
 
         devices, instead = there.processes, for_sweep(loaded, file, there.device, scale=scale)
         found = budget(loaded, folder, there.device, workers=devices * each, devices=devices)
@@ -280,7 +280,7 @@ def sweep(
     shared = workers_per_device(per_device, loaded, device=where.device, say=say)
     say(f"sweep {loaded.name}: {where}, {folder}{f', {shared} workers on each' if shared > 1 else ''}")
     _warn_of_emulation(loaded, where.device)
-    from ddpm_lmk.budget import budget
+    from ddpm_lmk.sweep.forecast import budget
 
     devices, instead = where.processes, for_sweep(loaded, file, where.device, scale=scale)
     expected = budget(loaded, folder, where.device, workers=devices * shared, devices=devices)
@@ -345,13 +345,13 @@ def _train(
     instead: str | None,
 ) -> None:
     """With `fork`, `out` is where the run comes from and `fork` where it goes on; `instead`: to say if it is long."""
-    from ddpm_lmk.checks import check_run
     from ddpm_lmk.launcher import launch
+    from ddpm_lmk.launcher.preflight import check_run
 
     for remark in check_run(cfg, fork or out, placement, fork=None if fork is None else out):
         say(remark)
     if dry_run:
-        from ddpm_lmk.plan import plan_run
+        from ddpm_lmk.cli.dry_run import plan_run
 
         print_table(("", ""), plan_run(cfg, placement, out, instead=instead))
         return
@@ -376,7 +376,7 @@ def _next_step(cfg: RunConfig, out: Path) -> str:
 
 
 def _list_failpoints() -> None:
-    from ddpm_lmk.failpoints import ACTIONS, POINTS, VARIABLE
+    from ddpm_lmk.system.failpoints import ACTIONS, POINTS, VARIABLE
 
     print_table(("place", "when"), list(POINTS.items()))
     print_table(("action", "what"), list(ACTIONS.items()))
@@ -386,7 +386,7 @@ def _list_failpoints() -> None:
 
 def _explain(model: type[BaseModel], words: list[str | Path | None]) -> None:
     """Words are beginnings of keys; a run file among them has the same settings as any other."""
-    from ddpm_lmk.explain import page
+    from ddpm_lmk.config.explain import page
 
     wanted = [str(word) for word in words if word is not None and Path(word).suffix not in (".yaml", ".yml")]
     typer.echo(page(model, wanted, width=reader_width()))

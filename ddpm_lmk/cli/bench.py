@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from ddpm_lmk import shipped
-from ddpm_lmk.claim import make_writable
-from ddpm_lmk.console import print_table, say
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.rundir.lock import make_writable
+from ddpm_lmk.system import shipped
+from ddpm_lmk.system.console import print_table, say
 
 bench_app = typer.Typer()
 
@@ -79,7 +79,7 @@ def _scripts() -> dict[str, Path]:
 
 def _compare(first: Path, second: Path) -> None:
     """Print ratios of everything that both sides measured alike, and what cannot be compared and why."""
-    from ddpm_lmk.measure.verdict import compare_sides, open_side
+    from ddpm_lmk.bench.compare import compare_sides, open_side
 
     lines, remarks = compare_sides(open_side(first), open_side(second))
     typer.echo(f"A = {first}\nB = {second}")

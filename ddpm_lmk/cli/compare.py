@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ddpm_lmk.console import print_table
+from ddpm_lmk.system.console import print_table
 
 NOT_GIVEN = "(not given)"
 
@@ -17,8 +17,8 @@ def show_difference(run_file: Path, words: list[str], other: Path) -> None:
     Args:
         words: `key=value` of the command line; they belong to the first file.
     """
-    from ddpm_lmk.explain import descriptions
-    from ddpm_lmk.runfile import diff_runs, load_run
+    from ddpm_lmk.config.explain import descriptions
+    from ddpm_lmk.config.load import diff_runs, load_run
 
     here = load_run(run_file, [*_stand_in(run_file), *words])
     there = load_run(other, _stand_in(other))
@@ -33,7 +33,7 @@ def show_difference(run_file: Path, words: list[str], other: Path) -> None:
 
 def _stand_in(path: Path) -> list[str]:
     """A data.path for a run file that leaves it to the command line, as those in configs/ do."""
-    from ddpm_lmk.runfile import load_yaml
+    from ddpm_lmk.config.load import load_yaml
 
     data = load_yaml(path).get("data") or {}
     return [] if isinstance(data, dict) and "path" in data else [f"data.path={NOT_GIVEN}"]

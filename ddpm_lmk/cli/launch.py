@@ -44,11 +44,11 @@ def slurm(
     submit: Annotated[bool, typer.Option("--submit", help="hand it to sbatch as well")] = False,
 ) -> None:
     """Write (and submit) a batch script that saves and queues itself again when it is preempted."""
-    from ddpm_lmk.checks import check_run
+    from ddpm_lmk.config.load import load_run
     from ddpm_lmk.launcher import Placement
     from ddpm_lmk.launcher import slurm as writer
     from ddpm_lmk.launcher.placement import read_launch_file
-    from ddpm_lmk.runfile import load_run
+    from ddpm_lmk.launcher.preflight import check_run
 
     if (gpus is not None) + (cpu is not None) + (launch is not None) != 1:
         raise ConfigError("give one of --gpus N, --cpu N and --launch FILE: what each node has to start")

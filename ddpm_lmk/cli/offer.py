@@ -7,14 +7,14 @@ from functools import cache
 from pathlib import Path
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config.load import load_run
 from ddpm_lmk.config.values import Stage
-from ddpm_lmk.console import duration
-from ddpm_lmk.forecast import LONG_S
+from ddpm_lmk.engine.forecast import LONG_S
 from ddpm_lmk.launcher import Device
-from ddpm_lmk.runfile import load_run
-from ddpm_lmk.shipped import shipped
 from ddpm_lmk.sweep import Sweep
 from ddpm_lmk.sweep.file import scales_of
+from ddpm_lmk.system.console import duration
+from ddpm_lmk.system.shipped import shipped
 
 FITTING = "cpu.yaml"  # in configs/pretrain, configs/finetune and configs/sweep
 TOO_LONG = f"that is more than {duration(LONG_S)}"

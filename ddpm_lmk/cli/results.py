@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ddpm_lmk.console import say
+from ddpm_lmk.system.console import say
 
 results_app = typer.Typer()
 
@@ -30,8 +30,8 @@ def evaluate(
     acknowledge_leakage: AcknowledgeOption = False,
 ) -> None:
     """Score a finished run on a split of any packed set with the same landmarks."""
-    from ddpm_lmk.inference import evaluate_run
-    from ddpm_lmk.leakage import refuse_seen
+    from ddpm_lmk.data.duplicates.report import refuse_seen
+    from ddpm_lmk.inference.evaluate import evaluate_run
 
     folder = out or run_dir / f"evaluate-{split}"
     results = evaluate_run(run_dir, data=data, split=split, out=folder, device=device)
@@ -64,7 +64,7 @@ def predict(
 
     A file that cannot be read is a row with its error, and the others are done: exit code 0, or 3 if all failed.
     """
-    from ddpm_lmk.predict import predict_images
+    from ddpm_lmk.inference.predict import predict_images
 
     summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, frame=frame, device=device)
     for name, reason in summary.errors.items():
@@ -85,7 +85,7 @@ def sample(
     device: DeviceOption = "auto",
 ) -> None:
     """Draw x-rays from a pre-trained model, as one picture."""
-    from ddpm_lmk.export import sample_run
+    from ddpm_lmk.inference.export import sample_run
 
     typer.echo(str(sample_run(run_dir, count=count, file=out, num_steps=steps, device=device)))
 
@@ -97,7 +97,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", show_default="in RUN/export")] = None,
 ) -> None:
     """Weights as one safetensors file, or the network as ONNX, with what is needed to use them."""
-    from ddpm_lmk.export import export_run
+    from ddpm_lmk.inference.export import export_run
 
     typer.echo(str(export_run(run_dir, format=format, out=out)))  # type: ignore[arg-type] # checked there
 
@@ -111,7 +111,7 @@ def import_weights(
     ] = None,
 ) -> None:
     """Tensors of a foreign PyTorch file (the paper's checkpoints, torchvision's) as safetensors, read in a sandbox."""
-    from ddpm_lmk import import_weights as door
+    from ddpm_lmk.models import import_torch as door
 
     found = door.import_weights(file, out, take)
     cut = f", {found['cut']} cut off the names" if found["cut"] else ""

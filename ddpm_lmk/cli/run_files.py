@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ddpm_lmk import shipped
-from ddpm_lmk.console import print_table, say
+from ddpm_lmk.system import shipped
+from ddpm_lmk.system.console import print_table, say
 
 run_files_app = typer.Typer()
 

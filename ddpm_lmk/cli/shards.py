@@ -11,7 +11,7 @@ import typer
 from ddpm_lmk.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ddpm_lmk.data.pack import PackSummary
+    from ddpm_lmk.data.shards.pack import PackSummary
 
 shards_app = typer.Typer(name="shards", help="Pack x-rays into shards, check them, look at them.", no_args_is_help=True)
 
@@ -119,8 +119,8 @@ def pack(
         "spacing_pair": _pair(spacing_pair),
         "counts": _counts(counts or []),
     }
-    from ddpm_lmk.console import progress
-    from ddpm_lmk.data.pack import pack as pack_shards
+    from ddpm_lmk.data.shards.pack import pack as pack_shards
+    from ddpm_lmk.system.console import progress
 
     with progress(f"packing {source}") as show:
         summary = pack_shards(**settings, progress=show)
@@ -128,7 +128,7 @@ def pack(
 
 
 def _tell(summary: PackSummary) -> None:
-    from ddpm_lmk.console import say
+    from ddpm_lmk.system.console import say
 
     for warning in summary.warnings:
         say(f"warning: {warning}")
@@ -155,8 +155,8 @@ def _by_code(summary: PackSummary) -> str:
 @shards_app.command()
 def verify(folder: PackArgument) -> None:
     """Read everything again: checksums, tar members, pixels, labels and counts."""
-    from ddpm_lmk.console import say
-    from ddpm_lmk.data.shards import verify as verify_shards
+    from ddpm_lmk.data.shards.verify import verify as verify_shards
+    from ddpm_lmk.system.console import say
 
     report = verify_shards(folder)
     for line in [*report.foreign, *report.problems][:MAX_LINES]:
@@ -171,8 +171,8 @@ def verify(folder: PackArgument) -> None:
 @shards_app.command()
 def index(folder: ShardsArgument) -> None:
     """Rebuild a lost or damaged index.npy from the shards."""
-    from ddpm_lmk.data.index import rebuild_index
-    from ddpm_lmk.data.manifest import read_header
+    from ddpm_lmk.data.shards.index import rebuild_index
+    from ddpm_lmk.data.shards.manifest import read_header
 
     typer.echo(str(rebuild_index(folder, read_header(folder))))
 
@@ -183,8 +183,8 @@ def sign(
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="key file; made where there is none")],
 ) -> None:
     """Sign a pack; where LMK_SIGNING_KEY names the key file, only packs signed with it are read."""
-    from ddpm_lmk.data.manifest import Manifest
-    from ddpm_lmk.data.signature import sign as sign_pack
+    from ddpm_lmk.data.shards.manifest import Manifest
+    from ddpm_lmk.data.shards.signing import sign as sign_pack
 
     Manifest.open(folder).close()
     typer.echo(str(sign_pack(folder, key)))
@@ -202,12 +202,12 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="what was found, as JSON")] = None,
 ) -> None:
     """Find what pre-training would leave out: images of test sets, of their patients, and copies."""
-    from ddpm_lmk.atomic import write_json
     from ddpm_lmk.config import DataConfig
-    from ddpm_lmk.console import print_table
-    from ddpm_lmk.data.leaks import Uncompared, exclusion
-    from ddpm_lmk.data.manifest import Manifest
-    from ddpm_lmk.data.prints import keep_prints
+    from ddpm_lmk.data.duplicates.fingerprints import keep_prints
+    from ddpm_lmk.data.duplicates.leakage import Uncompared, exclusion
+    from ddpm_lmk.data.shards.manifest import Manifest
+    from ddpm_lmk.system.console import print_table
+    from ddpm_lmk.system.files import write_json
 
     for folder in [*folders, *(protect or [])]:
         keep_prints(Manifest.open(folder))
@@ -244,8 +244,8 @@ def show(
     count: Annotated[int, typer.Option(min=1, max=400, help="images of each pack on the contact sheet")] = 24,
 ) -> None:
     """Contact sheets with landmarks, statistics, copies and leaks, and what was refused, as pictures and one page."""
-    from ddpm_lmk.console import print_table
-    from ddpm_lmk.data.show import show as show_shards
+    from ddpm_lmk.data.preview import show as show_shards
+    from ddpm_lmk.system.console import print_table
 
     name = _last_part(folders[0]) if len(folders) == 1 else "pool"
     shown = show_shards(folders, out or Path(f"show-{name}"), count=count)

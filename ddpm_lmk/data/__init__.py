@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     from ddpm_lmk.config import RunConfig
-    from ddpm_lmk.data.backend import Name
-    from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
+    from ddpm_lmk.data.loading.backend import Name
+    from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
 
 
 @overload
@@ -70,8 +70,8 @@ def open_loader(
     """
     import torch
 
-    from ddpm_lmk.data.backend import choose_backend
-    from ddpm_lmk.data.torch_loader import Seat, open_evaluation, open_training
+    from ddpm_lmk.data.loading.backend import choose_backend
+    from ddpm_lmk.data.loading.loader import Seat, open_evaluation, open_training
 
     chosen = backend or choose_backend(cfg, device=device, world=world).name
     seat = Seat(rank, world, torch.device(device), chosen)

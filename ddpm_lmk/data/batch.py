@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lmk.data.quarantine import BadSample
+from ddpm_lmk.data.loading.bad_samples import BadSample
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.console import say
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import LaunchError
-from ddpm_lmk.rundir import RunDir
+from ddpm_lmk.rundir.directory import RunDir
+from ddpm_lmk.system.console import say
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.optim import HEAD
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.rundir import RunDir
+from ddpm_lmk.rundir.directory import RunDir
 
 log = logging.getLogger(__name__)
 

@@ -16,35 +16,35 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ddpm_lmk.checkpoint import load_checkpoint, newest_where
 from ddpm_lmk.config import Duration, RunConfig, TrainConfig
-from ddpm_lmk.console import Whole
-from ddpm_lmk.data.backend import Backend
 from ddpm_lmk.data.batch import Batch, Group
-from ddpm_lmk.data.torch_loader import EvalLoader, TrainLoader
-from ddpm_lmk.engine.compiling import CompileClock
+from ddpm_lmk.data.loading.backend import Backend
+from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
+from ddpm_lmk.engine.checkpointer import Saver
+from ddpm_lmk.engine.compile import CompileClock
+from ddpm_lmk.engine.data_feed import DRY, Supply
+from ddpm_lmk.engine.evaluate import Validation
 from ddpm_lmk.engine.exactness import kernels, say_class
+from ddpm_lmk.engine.gradients import build_updater
 from ddpm_lmk.engine.layout import watch_layout
+from ddpm_lmk.engine.logger import Meter
 from ddpm_lmk.engine.memory import MemoryWatch
-from ddpm_lmk.engine.meter import Meter
 from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.ranks import want_same_weights
-from ddpm_lmk.engine.saver import Saver
+from ddpm_lmk.engine.rank_checks import want_same_weights
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.statistics import Statistics
-from ddpm_lmk.engine.supply import DRY, Supply
-from ddpm_lmk.engine.updater import build_updater
-from ddpm_lmk.engine.validation import Validation
 from ddpm_lmk.errors import DivergedError, ResourceError, StoppedError
-from ddpm_lmk.lifeline import beat
-from ddpm_lmk.retention import Keep
-from ddpm_lmk.rundir import RunDir
-from ddpm_lmk.stop import StopRequest, stopped
+from ddpm_lmk.rundir.checkpoint import load_checkpoint, newest_where
+from ddpm_lmk.rundir.directory import RunDir
+from ddpm_lmk.rundir.retention import Keep
+from ddpm_lmk.system.console import Whole
+from ddpm_lmk.system.heartbeat import beat
+from ddpm_lmk.system.signals import StopRequest, stopped
 from ddpm_lmk.tasks.task import Task
 
 if TYPE_CHECKING:
-    from ddpm_lmk.forecast import Forecast
+    from ddpm_lmk.engine.forecast import Forecast
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import ResourceError, StoppedError
 from ddpm_lmk.models import ModelCost, model_cost
 from ddpm_lmk.models.cost import FLOAT_BYTES
-from ddpm_lmk.models.fused import choose_norm
+from ddpm_lmk.models.kernels.group_norm import choose_norm
 from ddpm_lmk.models.unet import linear_levels
 from ddpm_lmk.system.memory import total_bytes
 from ddpm_lmk.tasks.task import Task

@@ -25,13 +25,13 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_lmk.checks import want_zero
+from ddpm_lmk.engine.exact_reduce import all_gather
 from ddpm_lmk.engine.precision import cuda_has_bf16
-from ddpm_lmk.engine.tree import all_gather
+from ddpm_lmk.engine.requirements import want_zero
 from ddpm_lmk.errors import LaunchError, LmkError
-from ddpm_lmk.stop import say
 from ddpm_lmk.system import environment
 from ddpm_lmk.system.cores import cpu_name, granted_cores
+from ddpm_lmk.system.signals import say
 
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_lmk.checkpoint import Checkpoint, Tensors
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.engine.divergence import OVERFLOW, Health
 from ddpm_lmk.engine.ema import Ema
-from ddpm_lmk.engine.health import OVERFLOW, Health
 from ddpm_lmk.engine.optim import LossScale, Plateau, build_optimizer, load_moments
 from ddpm_lmk.errors import CheckpointError
+from ddpm_lmk.rundir.checkpoint import Checkpoint, Tensors
 
 COUNTERS = ("step", "images", "evaluated_at", "seconds")
 PARTS = ("plateau", "patience", "health", "scale")

@@ -19,13 +19,13 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
 
-from ddpm_lmk.launcher import watch
+from ddpm_lmk.launcher import supervise
 from ddpm_lmk.launcher.notes import Notes
 from ddpm_lmk.launcher.placement import Placement
-from ddpm_lmk.lifeline import read_beats
-from ddpm_lmk.stop import SIGNALS
+from ddpm_lmk.system.heartbeat import read_beats
 from ddpm_lmk.system.memory import count_oom_kills
 from ddpm_lmk.system.processes import exit_code
+from ddpm_lmk.system.signals import SIGNALS
 
 OURS = (2, 3, 4, 5, 6, 7, 8)  # exit codes that another attempt would meet again
 STOPPED = (75, 76, 130)
@@ -95,7 +95,7 @@ class Agent(LocalElasticAgent):
         if len(self._ended()) == len(self._worker_group.workers):
             return True
         if known is None or time.monotonic() - self._failed_at > SETTLE_S:
-            watch.kill(self.pids())
+            supervise.kill(self.pids())
         return False
 
     def _pass_on_stop(self) -> None:
@@ -117,15 +117,15 @@ class Agent(LocalElasticAgent):
             took = time.monotonic() - self._lost_at
             self._notes.note("ranks.recovered", f"training again after {took:.1f} s", seconds=round(took, 1))
             self._lost_at = 0.0
-        stalled = watch.find_stalled(beats, self._placement.stall_s)
+        stalled = supervise.find_stalled(beats, self._placement.stall_s)
         if stalled:
-            who = "; ".join(map(watch.describe, stalled))
-            files = watch.dump_stacks(self._pulse, beats, self._notes.stacks)
+            who = "; ".join(map(supervise.describe, stalled))
+            files = supervise.dump_stacks(self._pulse, beats, self._notes.stacks)
             text = f"no progress: {who}; stacks in {self._notes.stacks}; ending them"
             self._notes.note("ranks.stalled", text, ranks=[b.rank for b in stalled], stacks=[f.name for f in files])
             self._lost_at, self._is_stalled = time.monotonic(), True
-            watch.kill(self.pids())
-        for beat, times in watch.find_stragglers(beats):
+            supervise.kill(self.pids())
+        for beat, times in supervise.find_stragglers(beats):
             if beat.rank not in self._slow:
                 self._slow.add(beat.rank)
                 text = f"rank {beat.rank} is slow: the others wait for it, {times:.1f} times the usual time per step"
@@ -150,13 +150,13 @@ class Agent(LocalElasticAgent):
         if newest > self._newest:
             self._newest, self._remaining_restarts = newest, self._placement.restarts
         left = self._remaining_restarts
-        causes = "; ".join(f"rank {r} {watch.cause_of(c, oom_kills=oom_kills - before)}" for r, c in codes.items())
+        causes = "; ".join(f"rank {r} {supervise.cause_of(c, oom_kills=oom_kills - before)}" for r, c in codes.items())
         causes = "ended for want of progress" if self._is_stalled else causes
         then = f"starting again from the last checkpoint, {left} restarts left" if left else "giving up"
         self._notes.note("ranks.lost", f"{causes}; {then}", exit_codes={str(r): c for r, c in codes.items()})
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        watch.forget(self._pulse)
+        supervise.forget(self._pulse)
         self._told.clear()
         self._failed = {}
         self._is_stalled = False

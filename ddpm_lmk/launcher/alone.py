@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ddpm_lmk import lifeline, privacy
 from ddpm_lmk.errors import StoppedError
-from ddpm_lmk.launcher import watch
+from ddpm_lmk.launcher import supervise
 from ddpm_lmk.launcher.notes import Notes
-from ddpm_lmk.lifeline import Beat, Pulse
+from ddpm_lmk.system import heartbeat, privacy
+from ddpm_lmk.system.heartbeat import Beat, Pulse
 
 POLL_S = 0.5
 
@@ -28,7 +28,7 @@ POLL_S = 0.5
 @contextmanager
 def looked_after(out: Path, stall_s: float) -> Iterator[None]:
     """End this process if it makes no progress within the block (see `watch.limit_s`)."""
-    pulse, over = lifeline.start_own_pulse(), threading.Event()
+    pulse, over = heartbeat.start_own_pulse(), threading.Event()
     thread = threading.Thread(target=_look, args=(pulse, stall_s, Notes(out, node_rank=0), over), daemon=True)
     thread.start()
     try:
@@ -36,7 +36,7 @@ def looked_after(out: Path, stall_s: float) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        lifeline.stop_pulse()
+        heartbeat.stop_pulse()
 
 
 def _look(pulse: Pulse, stall_s: float, notes: Notes, over: threading.Event) -> None:
@@ -45,16 +45,15 @@ def _look(pulse: Pulse, stall_s: float, notes: Notes, over: threading.Event) -> 
     while not over.wait(POLL_S):
         beat = pulse.last
         awake_s, seen = awake_s + POLL_S if beat is seen else 0.0, beat
-        if beat is not None and awake_s > watch.limit_s(beat, stall_s):
+        if beat is not None and awake_s > supervise.limit_s(beat, stall_s):
             _leave(beat, notes)
             os._exit(StoppedError.exit_code)
 
 
 def _leave(beat: Beat, notes: Notes) -> None:
     where = _keep_stacks(notes.stacks)
-    text = (
-        f"no progress: {watch.describe(beat)}; stacks in {where}; the same command continues from the last checkpoint"
-    )
+    described = supervise.describe(beat)
+    text = f"no progress: {described}; stacks in {where}; the same command continues from the last checkpoint"
     notes.note("run.stalled", text, stacks=where)
 
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.journal import Journal
-from ddpm_lmk.stop import say
+from ddpm_lmk.rundir.log import Journal
+from ddpm_lmk.system.signals import say
 
 
 class Notes:

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from ddpm_lmk.config import Section
+from ddpm_lmk.config.load import load_yaml, validate
 from ddpm_lmk.errors import ConfigError, LaunchError
-from ddpm_lmk.runfile import load_yaml, validate
-from ddpm_lmk.stop import DEFAULT_GRACE_S, grace_s
+from ddpm_lmk.system.cores import THREADS, threads_per_process
+from ddpm_lmk.system.signals import DEFAULT_GRACE_S, grace_s
 
 Device = Literal["cpu", "cuda"]
 
@@ -155,3 +156,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def worker_environment(device: Device, slot: int, count: int, *, devices: int) -> dict[str, str]:
+    """Threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker, in turn."""
+    environment = os.environ | {THREADS: str(threads_per_process(count))}
+    if device == "cuda":
+        visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % devices % len(visible)] if visible else str(slot % devices)
+    return environment

@@ -13,9 +13,8 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from ddpm_lmk import lifeline, privacy, stop
 from ddpm_lmk.errors import LmkError, StoppedError
-from ddpm_lmk.system import environment, processes
+from ddpm_lmk.system import environment, heartbeat, privacy, processes, signals
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -25,26 +24,26 @@ def main(arguments: list[str]) -> NoReturn:
         processes.die_with_parent(int(parent))
     rank = int(os.environ.get("RANK", "0"))
     privacy.protect()
-    lifeline.start_pulse(rank)
-    with stop.leaving_at_once():
+    heartbeat.start_pulse(rank)
+    with signals.leaving_at_once():
         code = _do(Path(arguments[0]), rank)
     processes.leave(code)
 
 
 def _do(path: Path, rank: int) -> int:
     try:
-        from ddpm_lmk import runs
+        from ddpm_lmk import run
 
-        return runs.run_job(json.loads(path.read_text()))
+        return run.run_job(json.loads(path.read_text()))
     except LmkError as error:
         # An error all ranks share is told by one; what only another rank met, that rank has to tell.
         if rank == 0 or not (error.is_shared or isinstance(error, StoppedError)):
-            stop.say(f"error[{type(error).__name__}]: {'' if rank == 0 else f'rank {rank}: '}{error}")
+            signals.say(f"error[{type(error).__name__}]: {'' if rank == 0 else f'rank {rank}: '}{error}")
         return error.exit_code
     except KeyboardInterrupt:
-        return stop.InterruptedRunError.exit_code
+        return signals.InterruptedRunError.exit_code
     except Exception:
-        stop.say(f"rank {rank}:\n{traceback.format_exc()}")
+        signals.say(f"rank {rank}:\n{traceback.format_exc()}")
         return 1
 
 

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_lmk import atomic
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError, LaunchError
+from ddpm_lmk.system import files
 
 FIRST_PORT, PORTS = 20000, 20000
 SPARE_S = 30  # between the run's own grace and the moment the scheduler takes the nodes
@@ -116,7 +116,7 @@ def write_script(job: Job, path: Path) -> None:
         task=shlex.quote(_task(job)),
         out=shlex.quote(job.out),
     )
-    atomic.write_text(path, script)
+    files.write_text(path, script)
 
 
 def submit(path: Path) -> str:

@@ -16,15 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_lmk import claim, lifeline, stop
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import LaunchError, NoProgressError, StoppedError
 from ddpm_lmk.launcher import placement as places
-from ddpm_lmk.launcher import watch
+from ddpm_lmk.launcher import supervise
 from ddpm_lmk.launcher.alone import looked_after
 from ddpm_lmk.launcher.notes import Notes
 from ddpm_lmk.launcher.placement import Device, Placement, check_placement, is_loopback, split_address
-from ddpm_lmk.system import cores, environment
+from ddpm_lmk.rundir import lock
+from ddpm_lmk.system import cores, environment, heartbeat, signals
 
 if TYPE_CHECKING:
     from ddpm_lmk.launcher.agent import Agent
@@ -40,7 +40,7 @@ def launch(
     rdzv: str | None = None,
     restarts: int = places.RESTARTS,
     stall_s: float = places.STALL_S,
-    grace_s: float = stop.DEFAULT_GRACE_S,
+    grace_s: float = signals.DEFAULT_GRACE_S,
     rendezvous_s: int = places.RENDEZVOUS_S,
     zero: int = 0,
 ) -> int:
@@ -55,14 +55,14 @@ def launch(
     placement = Placement(device, processes, nodes, node_rank, rdzv, restarts, stall_s, grace_s, rendezvous_s, zero)
     check_placement(placement)
     job = {**job, "device": device, "zero": zero}
-    with stop.leaving_at_once(), _environment({stop.GRACE: str(grace_s)}):
+    with signals.leaving_at_once(), _environment({signals.GRACE: str(grace_s)}):
         out = Path(job["out"])
         if processes == 1 and nodes == 1:
             return _run_here(job, out, stall_s)
         if node_rank != 0:
             return _run_apart(job, placement, out)
         cfg, is_fork = RunConfig.model_validate(job["config"]), bool(job.get("fork"))
-        with claim.hold(out, cfg, name=claim.LAUNCHER_LOCK, is_fork=is_fork):
+        with lock.hold(out, cfg, name=lock.LAUNCHER_LOCK, is_fork=is_fork):
             return _run_apart(job, placement, out)
 
 
@@ -80,25 +80,25 @@ def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = 
         LaunchError: the nodes do not find one another. StoppedError: they have lost one another.
     """
     for line in environment.stand_alone():
-        stop.say(f"note: {line}")
+        signals.say(f"note: {line}")
     agents: list[Agent] = []
     pulse = room or Path(tempfile.mkdtemp(prefix="ddpm-lmk-"))
 
     def leave() -> None:
-        watch.kill([pid for agent in agents for pid in agent.pids()])
+        supervise.kill([pid for agent in agents for pid in agent.pids()])
         shutil.rmtree(pulse, ignore_errors=True)
 
     def ask(number: int) -> None:
         if agents and agents[0].is_running:
             agents[0].asked = number
-            stop.say(f"launcher: {signal.Signals(number).name}, the ranks are told to save and leave")
+            signals.say(f"launcher: {signal.Signals(number).name}, the ranks are told to save and leave")
             return
         leave()  # nothing is trained between two starts, so there is nothing to save
-        stop.leave_at_once(number)
+        signals.leave_at_once(number)
 
     try:
         with (
-            stop.StopRequest(on_first=ask, before_leaving=leave, within_s=placement.grace_s, raises=False),
+            signals.StopRequest(on_first=ask, before_leaving=leave, within_s=placement.grace_s, raises=False),
             _environment(_for_ranks(placement, pulse)),
             _silent_log(),
         ):
@@ -189,9 +189,9 @@ def _is_alone(placement: Placement) -> bool:
 
 def _run_here(job: dict[str, Any], out: Path, stall_s: float) -> int:
     with looked_after(out, stall_s):
-        from ddpm_lmk import runs
+        from ddpm_lmk import run
 
-        return runs.run_job(job)
+        return run.run_job(job)
 
 
 def _run_apart(job: dict[str, Any], placement: Placement, out: Path) -> int:
@@ -203,7 +203,7 @@ def _run_apart(job: dict[str, Any], placement: Placement, out: Path) -> int:
 
 def _for_ranks(placement: Placement, pulse: Path) -> dict[str, str]:
     """Environment of the ranks; the first four hold whatever the user's says, the others are defaults."""
-    wanted = {environment.PARENT: str(os.getpid()), lifeline.PULSE: str(pulse), stop.GRACE: str(placement.grace_s)}
+    wanted = {environment.PARENT: str(os.getpid()), heartbeat.PULSE: str(pulse), signals.GRACE: str(placement.grace_s)}
     wanted[cores.THREADS] = str(cores.threads_per_process(placement.processes))
     defaults = {
         # Restarted ranks would read the addresses of the dead ones from the shared store (pytorch#135712).

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.models import linear_attention
-from ddpm_lmk.models.fused import Norm, group_norm
-from ddpm_lmk.models.standard import WeightStandardizedConv2d, at_least_fp32
+from ddpm_lmk.models.kernels import linear_attention_cpu
+from ddpm_lmk.models.kernels.group_norm import Norm, group_norm
+from ddpm_lmk.models.weight_standardization import WeightStandardizedConv2d, at_least_fp32
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -130,9 +130,9 @@ class LinearAttention(nn.Module):
         heads, dim, wide = self.heads, self.head_dim, at_least_fp32(x.dtype)
         pixels = to_pixels(x).reshape(batch, height * width, channels)
         to_query, to_key, to_value = self.to_qkv.weight.flatten(1).chunk(3)  # each [heads dim, C]
-        by_image = linear_attention.is_wanted(pixels, heads * dim)
+        by_image = linear_attention_cpu.is_wanted(pixels, heads * dim)
         if by_image:
-            pooled = linear_attention.Pool.apply(pixels, to_key)
+            pooled = linear_attention_cpu.Pool.apply(pixels, to_key)
         else:
             key = torch.bmm(to_key.expand(batch, -1, -1), pixels.mT).softmax(2, dtype=wide)  # [B, heads dim, N]
             pooled = torch.bmm(key, pixels)  # [B, heads dim, C]
@@ -142,7 +142,7 @@ class LinearAttention(nn.Module):
         assert project.bias is not None
         mix = mix.flatten(1, 2) * dim**-0.5
         if by_image:
-            out = linear_attention.Spread.apply(pixels, to_query, mix, project.bias, heads)
+            out = linear_attention_cpu.Spread.apply(pixels, to_query, mix, project.bias, heads)
         else:
             query = F.linear(pixels, to_query).unflatten(2, (heads, dim)).softmax(3, dtype=wide).flatten(2)
             out = torch.baddbmm(project.bias, query, mix)

@@ -11,10 +11,10 @@ from html import escape
 
 import numpy as np
 
-from ddpm_lmk.report.data import SCRATCH, Run, Study
+from ddpm_lmk.report.collect import SCRATCH, Run, Study
 from ddpm_lmk.report.figures import colours
 from ddpm_lmk.report.html import signed, swatch
-from ddpm_lmk.report.significance import Difference, over_films, over_seeds
+from ddpm_lmk.report.statistics import Difference, over_films, over_seeds
 
 
 def less_scratch(study: Study, start: str, labels: int) -> tuple[Difference | None, Difference | None]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ddpm_lmk.report.data import SCRATCH, Study, paper_rows
+from ddpm_lmk.report.collect import SCRATCH, Study, paper_rows
 
 INK, MUTED, HAIRLINE = "#1c2733", "#6b7785", "#dfe4ea"
 SCRATCH_COLOUR, SHAPE_COLOUR, PAPER_COLOUR = "#d55e00", "#8a94a0", "#7d4fa3"

@@ -8,7 +8,7 @@ from html import escape
 from importlib import resources
 from string import Template
 
-from ddpm_lmk.report.data import PROTOCOLS, SCRATCH, Row, Score, Spread, Study
+from ddpm_lmk.report.collect import PROTOCOLS, SCRATCH, Row, Score, Spread, Study
 from ddpm_lmk.report.figures import SHAPE_COLOUR, colours, unit_name
 
 EMPTY = '<td class="{kind}">–</td>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from ddpm_lmk.report.data import Study, paper_rows
+from ddpm_lmk.report.collect import Study, paper_rows
 from ddpm_lmk.report.figures import PAPER_COLOUR, PAPER_DASHES, SHAPE_COLOUR, Dash, Look, looks
 
 # Outlines of matplotlib's markers around (0, 0), in pixels.

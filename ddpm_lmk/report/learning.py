@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ddpm_lmk.durable import read_json
-from ddpm_lmk.journal import METRICS, read_lines
-from ddpm_lmk.report.data import Study
+from ddpm_lmk.report.collect import Study
 from ddpm_lmk.report.figures import NARROW, STYLE, blank, looks, to_svg
 from ddpm_lmk.report.parents import parents_of
+from ddpm_lmk.rundir.log import METRICS, read_lines
+from ddpm_lmk.system.durable import read_json
 
 LOSSES = {
     "denoise": "noise prediction loss",

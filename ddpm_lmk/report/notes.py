@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ddpm_lmk.report.data import Study, paper_tables
-from ddpm_lmk.runfile import load_run
+from ddpm_lmk.config.load import load_run
+from ddpm_lmk.report.collect import Study, paper_tables
 
 PAPER_NETWORK = "558.5 M parameters at 256² pixels"
 

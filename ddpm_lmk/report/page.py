@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ddpm_lmk import atomic, leakage
-from ddpm_lmk.claim import want_writable
-from ddpm_lmk.durable import read_json
-from ddpm_lmk.leakage import refuse_seen
+from ddpm_lmk.data.duplicates import report
+from ddpm_lmk.data.duplicates.report import refuse_seen
 from ddpm_lmk.report import (
-    against,
     calibrated,
     compute,
     differences,
@@ -25,16 +22,20 @@ from ddpm_lmk.report import (
     key,
     learning,
     notes,
+    paper,
     pictures,
     recipes,
     runs,
     steps,
     unseen,
 )
-from ddpm_lmk.report.data import PROTOCOLS, Study, collect, paper_rows, paper_tables
+from ddpm_lmk.report.collect import PROTOCOLS, Study, collect, paper_rows, paper_tables
 from ddpm_lmk.report.parents import parents_of
-from ddpm_lmk.report.text import csv_rows, markdown_table
+from ddpm_lmk.report.tables import csv_rows, markdown_table
+from ddpm_lmk.rundir.lock import want_writable
 from ddpm_lmk.sweep.summary import to_csv
+from ddpm_lmk.system import files
+from ddpm_lmk.system.durable import read_json
 
 
 def write_report(
@@ -57,12 +58,12 @@ def write_report(
         refuse_seen([run.results for run in study.runs], acknowledged=acknowledge_leakage)
     paths = [out, out.with_suffix(".csv"), out.with_suffix(".md")]
     title = f"Landmarks from few labels: {', '.join(dict.fromkeys(study.dataset for study in studies))}"
-    atomic.write_text(
+    files.write_text(
         paths[0],
         html.page(title, "".join(_section(study, against_paper=against_paper) for study in studies) + _footer()),
     )
-    atomic.write_text(paths[1], to_csv([row for study in studies for row in csv_rows(study)]))
-    atomic.write_text(paths[2], "\n".join(markdown_table(study) for study in studies))
+    files.write_text(paths[1], to_csv([row for study in studies for row in csv_rows(study)]))
+    files.write_text(paths[2], "\n".join(markdown_table(study) for study in studies))
     return paths
 
 
@@ -103,12 +104,12 @@ def _beside_paper(study: Study) -> list[str]:
     published = paper_tables()["datasets"].get(study.spec)
     if published is None:
         text = f"The paper has no table for {study.spec}; rows stand alone."
-        return ["<h2>Beside the paper</h2>", f'<p class="note">{escape(text)}</p>', against.table(study)]
-    numbered = "".join(f"<li>{escape(note)}</li>" for note in against.row_notes(study))
+        return ["<h2>Beside the paper</h2>", f'<p class="note">{escape(text)}</p>', paper.table(study)]
+    numbered = "".join(f"<li>{escape(note)}</li>" for note in paper.row_notes(study))
     general = "".join(f"<p>{escape(note)}</p>" for note in notes.footnotes(study))
     return [
         f"<h2>Beside table {published['table']} of the paper</h2>",
-        against.table(study),
+        paper.table(study),
         differences.tables(study),
         unseen.table(study),
         f'<div class="footnotes"><ol>{numbered}</ol>{general}</div>',
@@ -202,9 +203,9 @@ def _left_out(study: Study) -> str:
             told.setdefault(parent, []).append(study.title(start))
     lines = []
     for parent, titles in told.items():
-        record = read_json(parent / leakage.FILE_NAME)
+        record = read_json(parent / report.FILE_NAME)
         if record is not None:
-            found = leakage.summary(record)
+            found = report.summary(record)
             offered = sum(facts["images"] for facts in record["trained_on"])
             lines.append(
                 f"Pre-training of {'; '.join(titles)} left out {found['left_out']:,} of {offered:,} images: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ddpm_lmk.report.data import Run, Study
+from ddpm_lmk.report.collect import Run, Study
 
 
 def parent_of(run: Run) -> Path | None:

@@ -11,13 +11,13 @@ from html import escape
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.config.load import load_run
+from ddpm_lmk.data.drawing import draw_overlay, encode_jpeg, to_uint8
+from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import DataError
-from ddpm_lmk.overlay import draw_overlay, encode_jpeg, to_uint8
 from ddpm_lmk.report import html
-from ddpm_lmk.report.data import Run, Study
+from ddpm_lmk.report.collect import Run, Study
 from ddpm_lmk.report.figures import colours
-from ddpm_lmk.runfile import load_run
 
 FEATURED = 3  # numbers of labels that are shown where there is no room for all
 SIDE, PANEL_SIDE = 760, 640

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm_lmk.claim import MAY_CHANGE
 from ddpm_lmk.config import LandmarksConfig, RunConfig
-from ddpm_lmk.durable import read_json
-from ddpm_lmk.report.data import Run, Study
-from ddpm_lmk.runfile import diff_runs, load_run
-from ddpm_lmk.sweep.plan import recipe_key
+from ddpm_lmk.config.load import diff_runs, load_run
+from ddpm_lmk.report.collect import Run, Study
+from ddpm_lmk.rundir.lock import MAY_CHANGE
+from ddpm_lmk.sweep.expand import recipe_key
+from ddpm_lmk.system.durable import read_json
 
 HEADINGS = (
     "method",

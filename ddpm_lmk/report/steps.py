@@ -10,9 +10,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import FuncFormatter
 
-from ddpm_lmk.durable import read_json
-from ddpm_lmk.report.data import Study
+from ddpm_lmk.report.collect import Study
 from ddpm_lmk.report.figures import MARKERS, PALETTE, STYLE, WIDE, blank, to_svg, unit_name
+from ddpm_lmk.system.durable import read_json
 
 Source = tuple[str, str]  # run directory and kind of weights
 

@@ -12,22 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_lmk import leakage
-from ddpm_lmk.data.shards import Manifest
-from ddpm_lmk.durable import read_json
+from ddpm_lmk.data.duplicates import report
+from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import DataError
-from ddpm_lmk.report.data import Run, Spread, Study
+from ddpm_lmk.inference.scoring import mean_and_std
+from ddpm_lmk.report.collect import Run, Spread, Study
 from ddpm_lmk.report.figures import colours
 from ddpm_lmk.report.html import spread_text, swatch
 from ddpm_lmk.report.parents import parents_of
-from ddpm_lmk.scoring import mean_and_std
+from ddpm_lmk.system.durable import read_json
 
 
 def copied_films(study: Study) -> set[str]:
     """Scored films with a copy in the training split; empty where no run of the study lists them all."""
     found: set[str] = set()
     for parent in dict.fromkeys(parent for start in study.starts for parent in parents_of(study, start)):
-        record = read_json(parent / leakage.FILE_NAME) or {}
+        record = read_json(parent / report.FILE_NAME) or {}
         listed = (record.get("listed") or {}).get("leaks") or []
         if len(listed) == sum((record.get("leaks") or {}).values()):
             found |= _names(study, record, listed)

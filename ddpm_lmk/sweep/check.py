@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ddpm_lmk import checks, claim
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.corpora import Corpus
-from ddpm_lmk.data.order import GroupPlan
+from ddpm_lmk.config.load import config_hash
+from ddpm_lmk.data.loading.corpus import Corpus
+from ddpm_lmk.data.loading.order import GroupPlan
 from ddpm_lmk.errors import CheckpointError, ConfigError, DataError, LmkError, RunConflictError
-from ddpm_lmk.launcher import Placement
-from ddpm_lmk.runfile import config_hash
-from ddpm_lmk.sweep.plan import Cell, StageRun, Sweep, cell_folder, is_done
+from ddpm_lmk.launcher import Placement, preflight
+from ddpm_lmk.rundir import lock
+from ddpm_lmk.sweep.expand import Cell, StageRun, Sweep, cell_folder, is_done
 
 MOST_TOLD = 3
 REMEDY = {
@@ -36,7 +36,7 @@ def check_sweep(sweep: Sweep, out: Path, placement: Placement) -> list[str]:
     cells = [cell for cell in sweep.cells if not is_done(cell_folder(out, cell.name), cell)]
     stages = [stage for stage in needed(sweep.stages, cells) if not is_done(stage.folder, stage)]
     for folder in dict.fromkeys((out, out / "cells", *(stage.folder for stage in stages))) if cells else ():
-        claim.want_writable(folder)
+        lock.want_writable(folder)
     refuse_other_settings(out, stages, cells)
     looked = _Looked()
     on_all = replace(placement, processes=placement.processes if placement.device == "cuda" else 1)
@@ -69,17 +69,17 @@ class _Looked:
     ) -> None:
         """Look at one run; `stage` makes its starting weights, and is not done."""
         try:
-            checks.check_settings(cfg, placement)
+            preflight.check_settings(cfg, placement)
             corpora = self._data(cfg)
-            claim.check_contents(folder, cfg)
-            checks.want_same_data(folder, corpora)
+            lock.check_contents(folder, cfg)
+            preflight.want_same_data(folder, corpora)
             if stage is not None:
                 want_snapshot(cfg, stage, self._data(stage.cfg))
             key = config_hash(cfg.model_copy(update={"seed": 0, "name": "same"}))
-            if key not in self._fits and not checks.has_begun(folder):
-                checks.check_start(cfg, folder, corpora, stage=None if stage is None else stage.cfg)
+            if key not in self._fits and not preflight.has_begun(folder):
+                preflight.check_start(cfg, folder, corpora, stage=None if stage is None else stage.cfg)
                 self._fits.add(key)
-            self.remarks |= dict.fromkeys(checks.remarks(cfg, corpora))
+            self.remarks |= dict.fromkeys(preflight.remarks(cfg, corpora))
         except LmkError as error:
             self._found.setdefault(str(error), (error, []))[1].append(name)
 
@@ -101,7 +101,7 @@ class _Looked:
         key = config_hash(alike)
         if key not in self._known:
             try:
-                self._known[key] = checks.check_data(cfg)
+                self._known[key] = preflight.check_data(cfg)
             except LmkError as error:
                 self._known[key] = error
         found = self._known[key]
@@ -142,8 +142,8 @@ def refuse_other_settings(out: Path, stages: Sequence[StageRun], cells: Sequence
     found: dict[str, list[str]] = {}
     runs = [(f"stage {stage.name}", stage.folder, stage.cfg) for stage in stages]
     for name, folder, cfg in [*runs, *((cell.name, cell_folder(out, cell.name), cell.cfg) for cell in cells)]:
-        if (folder / "config.yaml").is_file() and (rows := claim.conflicts(folder, cfg)):
-            found.setdefault(claim.listed(rows), []).append(name)
+        if (folder / "config.yaml").is_file() and (rows := lock.conflicts(folder, cfg)):
+            found.setdefault(lock.listed(rows), []).append(name)
     if found:
         told = "; ".join(f"{text} ({_some(names)})" for text, names in found.items())
         raise RunConflictError(

@@ -25,9 +25,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from ddpm_lmk.config import Section
+from ddpm_lmk.config.load import load_yaml, validate
+from ddpm_lmk.config.yaml import parse_word
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.runfile import load_yaml, validate
-from ddpm_lmk.yamlfile import parse_word
 
 STAGE = "stage:"
 OWN_KEYS = ("name", "run", "shots", "seeds", "start", "stage", "stages", "packs", "only", "without")

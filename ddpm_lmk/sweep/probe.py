@@ -19,9 +19,9 @@ from rich.console import Console
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.launcher import Device
-from ddpm_lmk.stop import check_stopped
-from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder
+from ddpm_lmk.sweep.expand import Cell, Sweep, cell_folder
 from ddpm_lmk.sweep.run import run_sweep
+from ddpm_lmk.system.signals import check_stopped
 
 COUNTS = (1, 2, 4)
 STEPS = 24  # the second half counts: the first warms up, and waits for the others to start

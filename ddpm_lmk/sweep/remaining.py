@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 
-from ddpm_lmk.sweep.plan import StageRun, Sweep
+from ddpm_lmk.sweep.expand import StageRun, Sweep
 
 
 def stage_key(stage: StageRun) -> str:

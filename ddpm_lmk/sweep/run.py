@@ -27,19 +27,18 @@ from typing import Any
 
 from rich.console import Console
 
-from ddpm_lmk import atomic
-from ddpm_lmk.console import Whole
 from ddpm_lmk.errors import ConfigError, StoppedError
-from ddpm_lmk.launcher.placement import STALL_S, Device, Placement
-from ddpm_lmk.stop import MARGIN_S, InterruptedRunError, StopRequest, code_of, grace_s
+from ddpm_lmk.launcher.placement import STALL_S, Device, Placement, worker_environment
 from ddpm_lmk.sweep.check import check_sweep, needed
-from ddpm_lmk.sweep.plan import Cell, Sweep, cell_folder, is_done
+from ddpm_lmk.sweep.expand import Cell, Sweep, cell_folder, is_done
+from ddpm_lmk.sweep.pretrain import Stages
+from ddpm_lmk.sweep.progress import SweepView
 from ddpm_lmk.sweep.remaining import Remaining, stage_key
-from ddpm_lmk.sweep.stages import Stages
 from ddpm_lmk.sweep.summary import write_summary
-from ddpm_lmk.sweep.view import SweepView
 from ddpm_lmk.sweep.vigil import Vigil
-from ddpm_lmk.system.cores import THREADS, threads_per_process
+from ddpm_lmk.system import files
+from ddpm_lmk.system.console import Whole
+from ddpm_lmk.system.signals import MARGIN_S, InterruptedRunError, StopRequest, code_of, grace_s
 
 SOME_FAILED = 1
 POLL_S = 0.5
@@ -229,7 +228,7 @@ def _lose(run: SweepRun, view: SweepView, worker: Worker, reason: str, code: int
         _note(run, view, worker, {"event": "lost", "cell": worker.cell, "error": reason})
         return
     failure = {"session": run.session, "error": reason, "type": "WorkerLost", "exit_code": code}
-    atomic.write_json(run.out / "cells" / f"{worker.cell}.error.json", failure)
+    files.write_json(run.out / "cells" / f"{worker.cell}.error.json", failure)
     _note(run, view, worker, {"event": "failed", "cell": worker.cell, "error": reason})
 
 
@@ -273,12 +272,3 @@ def _listen(run: SweepRun, worker: Worker, job: str) -> None:
 def log_file(run: SweepRun, slot: int) -> Path:
     """Where the worker of a slot writes what it has to say."""
     return run.out / "logs" / f"worker-{slot}.log"
-
-
-def worker_environment(device: Device, slot: int, count: int, *, devices: int) -> dict[str, str]:
-    """Threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker, in turn."""
-    environment = os.environ | {THREADS: str(threads_per_process(count))}
-    if device == "cuda":
-        visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % devices % len(visible)] if visible else str(slot % devices)
-    return environment

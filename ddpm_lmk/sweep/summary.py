@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk import atomic
-from ddpm_lmk.durable import read_json
-from ddpm_lmk.sweep.plan import Sweep, cell_folder
+from ddpm_lmk.sweep.expand import Sweep, cell_folder
+from ddpm_lmk.system import files
+from ddpm_lmk.system.durable import read_json
 
 
 def write_summary(sweep: Sweep, out: Path, *, done: Collection[str], failed: Mapping[str, str]) -> None:
@@ -34,8 +34,8 @@ def write_summary(sweep: Sweep, out: Path, *, done: Collection[str], failed: Map
     stages = {stage.name: str(stage.folder) for stage in sweep.stages}
     facts = {"kind": "sweep", "name": sweep.name, "dataset": dataset}
     summary = {**facts, "rows": texts, "stages": stages, "cells": rows}
-    atomic.write_json(out / "sweep.json", summary)
-    atomic.write_text(out / "results.csv", to_csv(scores))
+    files.write_json(out / "sweep.json", summary)
+    files.write_text(out / "results.csv", to_csv(scores))
 
 
 def flat_scores(results: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ddpm_lmk.sweep.plan import Cell, State, Sweep, state_of
+from ddpm_lmk.sweep.expand import Cell, State, Sweep, state_of
 
 NUMBERS = ("shots", "seed", "cells", "steps", "images")
 LONG = 24  # cells; a table of more has a row per start and recipe

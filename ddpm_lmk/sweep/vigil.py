@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from ddpm_lmk import lifeline
-from ddpm_lmk.launcher import watch
+from ddpm_lmk.launcher import supervise
+from ddpm_lmk.system import heartbeat
 
 
 class Vigil:
@@ -41,20 +41,20 @@ class Vigil:
         """A new worker is about to be started in this slot; returns what its environment needs."""
         (self._pulse / f"rank-{slot}").unlink(missing_ok=True)
         self._since[slot] = time.monotonic()
-        return {lifeline.PULSE: str(self._pulse)}
+        return {heartbeat.PULSE: str(self._pulse)}
 
     def end_if_stalled(self, slot: int, pid: int) -> str:
         """End the worker of a slot if it is overdue, keeping its stacks; what was seen of it, or nothing."""
-        beats = [beat for beat in lifeline.read_beats(self._pulse) if (beat.rank, beat.pid) == (slot, pid)]
+        beats = [beat for beat in heartbeat.read_beats(self._pulse) if (beat.rank, beat.pid) == (slot, pid)]
         if not beats:
             waited_s = time.monotonic() - self._since[slot]
-            if waited_s <= watch.TIMES_UNKNOWN * self._stall_s:
+            if waited_s <= supervise.TIMES_UNKNOWN * self._stall_s:
                 return ""
-            watch.kill([pid])
+            supervise.kill([pid])
             return f"gave no sign of life within {waited_s:.0f} s"
-        if not watch.find_stalled(beats, self._stall_s):
+        if not supervise.find_stalled(beats, self._stall_s):
             return ""
-        seen = f"made no progress ({watch.describe(beats[0])})"
-        kept = watch.dump_stacks(self._pulse, beats, self._stacks)
-        watch.kill([pid])
+        seen = f"made no progress ({supervise.describe(beats[0])})"
+        kept = supervise.dump_stacks(self._pulse, beats, self._stacks)
+        supervise.kill([pid])
         return f"{seen}, stacks in {kept[0]}" if kept else seen

@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from ddpm_lmk import atomic, lifeline, privacy, stop
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.durable import read_json
 from ddpm_lmk.errors import LmkError, StoppedError
-from ddpm_lmk.sweep.plan import Cell, cell_folder, is_done
+from ddpm_lmk.sweep.expand import Cell, cell_folder, is_done
+from ddpm_lmk.system import files, heartbeat, privacy, signals
+from ddpm_lmk.system.durable import read_json
 from ddpm_lmk.system.processes import die_with_parent, leave
 
 
@@ -46,15 +46,15 @@ def main() -> int:
     os.dup2(2, 1)  # whatever prints goes to the log
     job = json.load(sys.stdin)
     die_with_parent(job["parent"])
-    lifeline.start_pulse(job["slot"])
+    heartbeat.start_pulse(job["slot"])
     privacy.protect()
-    with stop.leaving_at_once():
+    with signals.leaving_at_once():
         return _pull(job, report)
 
 
 def _pull(job: dict[str, Any], report: Reporter) -> int:
     """Take one cell after the other."""
-    from ddpm_lmk.workbench import Workbench  # torch, paid once per worker
+    from ddpm_lmk.engine.session import Workbench  # torch, paid once per worker
 
     workbench = Workbench()
     out = Path(job["out"])
@@ -88,7 +88,7 @@ def _work_on(cell: Cell, out: Path, job: dict[str, Any], workbench: Any, report:
             raise
         except Exception as error:  # a cell that fails, for whatever reason, must not stop the others
             traceback.print_exc()
-            atomic.write_json(failure, {"session": job["session"], **describe(error)})
+            files.write_json(failure, {"session": job["session"], **describe(error)})
             report("failed", cell=cell.name, error=describe(error)["error"])
             return
         failure.unlink(missing_ok=True)
@@ -96,9 +96,9 @@ def _work_on(cell: Cell, out: Path, job: dict[str, Any], workbench: Any, report:
 
 
 def _execute(cell: Cell, out: Path, job: dict[str, Any], workbench: Any) -> None:
-    from ddpm_lmk import runs
+    from ddpm_lmk import run
 
-    runs.execute(cell.cfg, cell_folder(out, cell.name), device=job["device"], workbench=workbench)
+    run.execute(cell.cfg, cell_folder(out, cell.name), device=job["device"], workbench=workbench)
 
 
 def describe(error: BaseException) -> dict[str, Any]:

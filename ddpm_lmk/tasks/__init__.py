@@ -8,11 +8,11 @@ from typing import Any
 from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.tasks.denoise import DenoiseTask
-from ddpm_lmk.tasks.dino import DinoTask
-from ddpm_lmk.tasks.encoder import EncoderTask
 from ddpm_lmk.tasks.landmarks import LandmarkTask, Predictions
-from ddpm_lmk.tasks.mocov3 import MocoV3Task
-from ddpm_lmk.tasks.simclrv2 import SimclrV2Task
+from ddpm_lmk.tasks.ssl.base import EncoderTask
+from ddpm_lmk.tasks.ssl.dino import DinoTask
+from ddpm_lmk.tasks.ssl.mocov3 import MocoV3Task
+from ddpm_lmk.tasks.ssl.simclrv2 import SimclrV2Task
 from ddpm_lmk.tasks.task import Task
 
 __all__ = ["TASKS", "DenoiseTask", "EncoderTask", "LandmarkTask", "Predictions", "Task", "build_task"]

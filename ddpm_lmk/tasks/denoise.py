@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ddpm_lmk.config import DenoiseConfig
 from ddpm_lmk.data.batch import Batch
-from ddpm_lmk.data.order import keyed_seed, keyed_uniform
-from ddpm_lmk.diffusion import NoiseSchedule
+from ddpm_lmk.data.loading.order import keyed_seed, keyed_uniform
+from ddpm_lmk.tasks.diffusion import NoiseSchedule
 from ddpm_lmk.tasks.task import Task
 
 

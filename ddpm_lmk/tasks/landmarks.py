@@ -13,8 +13,8 @@ from ddpm_lmk.config import LandmarksConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import DataError
-from ddpm_lmk.landmarks import Decoded, Frame, build_codec
 from ddpm_lmk.models.unet import UNet
+from ddpm_lmk.tasks.codecs import Decoded, Frame, build_codec
 from ddpm_lmk.tasks.task import Task
 
 VIEW_SHIFT = 0.02  # of the image side
@@ -130,7 +130,9 @@ class LandmarkTask(Task):
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss per image, and radial error in network pixels per labelled landmark."""
-        from ddpm_lmk.metrics import MeanRadialError  # torchmetrics takes seconds to import; only validation needs it
+        from ddpm_lmk.tasks.metrics import (
+            MeanRadialError,  # torchmetrics takes seconds to import; only validation needs it
+        )
 
         assert batch.points is not None, "landmark batches carry points"
         maps = self.maps(model, batch)

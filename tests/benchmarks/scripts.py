@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_lmk.measure import read_results
-from ddpm_lmk.measure.result import Stored
+from ddpm_lmk.bench import read_results
+from ddpm_lmk.bench.result import Stored
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"

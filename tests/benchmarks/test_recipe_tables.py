@@ -13,7 +13,7 @@ from _ablation_tables import ablations_table
 from _trial_tables import Setting, one_change, trials_table
 from trials import flat
 
-from ddpm_lmk.runfile import dump_run, load_run
+from ddpm_lmk.config.load import dump_run, load_run
 from tests.benchmarks.scripts import BENCHMARKS, ROOT
 from tests.known_runs import put
 

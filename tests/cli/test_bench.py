@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_lmk.measure import Result, read_results
+from ddpm_lmk.bench import Result, read_results
 from tests.cli.commands import SMOKE, Lmk
 
 

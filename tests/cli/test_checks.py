@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
-from ddpm_lmk.data.pack import pack
 from ddpm_lmk.data.phantom import render
+from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.spec import SPECS
 from tests.cli.commands import SMOKE, Lmk
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import yaml
 
-from ddpm_lmk import failpoints
+from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.engine import precision
 from ddpm_lmk.errors import RunConflictError
-from ddpm_lmk.floors import release
-from ddpm_lmk.runfile import load_run
+from ddpm_lmk.system import failpoints
+from ddpm_lmk.system.floors import release
 from tests.cli.commands import CONFIGS, SMOKE, Lmk, rows_of
 
 ROOT = CONFIGS.parent

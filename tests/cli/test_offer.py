@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ddpm_lmk.cli.offer import for_run, for_sweep
-from ddpm_lmk.runfile import load_run
-from ddpm_lmk.shipped import shipped
+from ddpm_lmk.config.load import load_run
 from ddpm_lmk.sweep import load_sweep
+from ddpm_lmk.system.shipped import shipped
 
 CONFIGS = shipped("configs")
 WORDS = ["data.path=shards/mine", "init.weights=runs/mine"]

@@ -250,7 +250,7 @@ def test_ctrl_c_outside_of_training_exits_with_130_without_a_traceback(
     def interrupted(folder: Path, *, cfg: None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ddpm_lmk.doctor.examine", interrupted)
+    monkeypatch.setattr("ddpm_lmk.cli.doctor.examine", interrupted)
     result = lmk("doctor")
     assert result.code == 130
     assert "Traceback" not in result.err

@@ -9,9 +9,9 @@ import signal
 import subprocess
 import time
 
-from ddpm_lmk.data import decode_worker
-from ddpm_lmk.data.decode import film_from_bytes
-from ddpm_lmk.data.stored import decode_square
+from ddpm_lmk.data.images import sandbox_worker
+from ddpm_lmk.data.images.decode import film_from_bytes
+from ddpm_lmk.data.images.resize import decode_square
 
 
 def decode(data, options):
@@ -49,6 +49,6 @@ def act(data):
 
 
 def main():
-    decode_worker.film_from_bytes = decode
-    decode_worker.decode_square = decode_stored
-    decode_worker.main()
+    sandbox_worker.film_from_bytes = decode
+    sandbox_worker.decode_square = decode_stored
+    sandbox_worker.main()

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.records import Encoding, to_stored_matrix
-from ddpm_lmk.data.shards import SampleRecord, ShardWriter
+from ddpm_lmk.data.images.resize import encode
+from ddpm_lmk.data.shards.records import Encoding, to_stored_matrix
+from ddpm_lmk.data.shards.verify import SampleRecord, ShardWriter
 from ddpm_lmk.data.spec import DatasetSpec, PairSpacing, unlabelled
-from ddpm_lmk.data.stored import encode
 
 NATIVE = (300, 200)
 DOTS = DatasetSpec(
@@ -87,7 +87,7 @@ def run_config(
 
 def corrupt(pack: Path, rows: list[int]) -> None:
     """Flip a byte of the image of each row, in the shard."""
-    from ddpm_lmk.data.shards import Manifest
+    from ddpm_lmk.data.shards.verify import Manifest
 
     manifest = Manifest.open(pack)
     for row in rows:

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from ddpm_lmk.data.records import to_stored_matrix
-from ddpm_lmk.data.shards import SampleRecord, ShardWriter
+from ddpm_lmk.data.images.resize import encode
+from ddpm_lmk.data.shards.records import to_stored_matrix
+from ddpm_lmk.data.shards.verify import SampleRecord, ShardWriter
 from ddpm_lmk.data.spec import DatasetSpec, FixedSpacing
-from ddpm_lmk.data.stored import encode
 
 SPEC = DatasetSpec(name="t", landmark_names=("a", "b"), unit="mm", spacing=FixedSpacing(mm_per_px=0.1))
 IDS = ["001", "002.x", "a b/ü\n", "b\udcff", "c" * 300]

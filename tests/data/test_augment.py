@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ddpm_lmk.config import AugmentConfig
-from ddpm_lmk.data.augment import compose, draw_changes, invert, move, no_changes, resize_matrix
-from ddpm_lmk.data.warp import develop, warp
+from ddpm_lmk.data.loading.augment import compose, draw_changes, invert, move, no_changes, resize_matrix
+from ddpm_lmk.data.loading.warp import develop, warp
 
 ALL_MOVES = AugmentConfig(probability=1, shift=0.1, rotate_deg=30, scale=0.2, scale_axes="independent")
 

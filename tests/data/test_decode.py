@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_lmk.data.decode import ReadOptions, RefusedImageError, film_from_bytes, native_size, read_film
-from ddpm_lmk.data.stored import resized, to_square
+from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, film_from_bytes, native_size, read_film
+from ddpm_lmk.data.images.resize import resized, to_square
 from tests.data.pictures import UNREAD, picture_cases, smooth, tiff
 
 RAMP = np.add.outer(np.arange(60), 3 * np.arange(40)).astype(np.uint8)  # [60, 40]

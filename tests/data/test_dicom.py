@@ -21,8 +21,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ddpm_lmk.data.decode import ReadOptions, RefusedImageError, film_from_bytes
-from ddpm_lmk.data.dicom import is_dicom
+from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, film_from_bytes
+from ddpm_lmk.data.images.dicom import is_dicom
 from tests.data.dicoms import FILM, dataset, malformed, table, to_bytes
 
 

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from ddpm_lmk.data.ids import secret_key
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.sources.ids import secret_key
 from ddpm_lmk.errors import ConfigError, DataError
 from tests.data.dicoms import FILM, dataset, malformed, to_bytes
 

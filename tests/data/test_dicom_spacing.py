@@ -5,9 +5,9 @@ import pytest
 
 pytest.importorskip("pydicom")
 
-from ddpm_lmk.data.decode import film_from_bytes
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data.images.decode import film_from_bytes
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.verify import Manifest
 from tests.data.dicoms import FILM, dataset, malformed, to_bytes
 
 PATIENT, IMAGER, SCANNED = {"PixelSpacing": [0.16] * 2}, {"ImagerPixelSpacing": [0.2] * 2}, "NominalScannedPixelSpacing"

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from ddpm_lmk.data import open_loader, retries
-from ddpm_lmk.data.prints import write_prints
-from ddpm_lmk.data.remote import CacheSettings
-from ddpm_lmk.data.shards import Manifest, verify
+from ddpm_lmk.data import open_loader
+from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.shards import retries
+from ddpm_lmk.data.shards.remote import CacheSettings
+from ddpm_lmk.data.shards.verify import Manifest, verify
 from ddpm_lmk.errors import DataError, StoppedError
 from tests.data.dot_packs import pack_dots
 from tests.data.streams import assert_same, config, stream

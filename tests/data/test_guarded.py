@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_lmk.data import guarded, isolation, open_loader
-from ddpm_lmk.data.decode import RefusedImageError
-from ddpm_lmk.data.guarded import decode_guarded
-from ddpm_lmk.data.shards import Manifest, verify
-from ddpm_lmk.data.stored import encode
+from ddpm_lmk.data import open_loader
+from ddpm_lmk.data.images import guarded, sandbox
+from ddpm_lmk.data.images.decode import RefusedImageError
+from ddpm_lmk.data.images.guarded import decode_guarded
+from ddpm_lmk.data.images.resize import encode
+from ddpm_lmk.data.shards.verify import Manifest, verify
 from tests.data.dot_packs import pack_dots, run_config
 
 TOLD = {
@@ -29,7 +30,7 @@ TOLD = {
 @pytest.fixture
 def bad_decoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Decoding processes that do what a picture says, ended with the test."""
-    monkeypatch.setattr(isolation, "_ENTRY", "from tests.data.bad_decoders import main; main()")
+    monkeypatch.setattr(sandbox, "_ENTRY", "from tests.data.bad_decoders import main; main()")
     monkeypatch.setattr(guarded, "DEADLINE_S", 2.0)
     monkeypatch.setattr(guarded, "_idle", [])
     monkeypatch.setattr(guarded, "_refused", {})

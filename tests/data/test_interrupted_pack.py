@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.shards import verify
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.verify import verify
 from ddpm_lmk.errors import RunConflictError
 
 COUNT, PER_SHARD, KILL_AT = 45, 32, 40  # 16-bit squares of 1024 px have 2 MiB, shards 64
 OPTIONS = {"size": 1024, "bits": 16, "workers": 1, "val_fraction": 0.2}
 KILLED = """
 import os, signal, sys
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.shards.pack import pack
 def progress(done, total):
     if done == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data import copies, leaks, open_loader
-from ddpm_lmk.data.copies import copies_of, first_of_its_kind
-from ddpm_lmk.data.corpora import training_corpora
-from ddpm_lmk.data.leaks import Source, compare, exclusion, seen
-from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data import open_loader
+from ddpm_lmk.data.duplicates import leakage, search
+from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, PRINT_DTYPE, check_prints, prints_of
+from ddpm_lmk.data.duplicates.leakage import Source, compare, exclusion, seen
+from ddpm_lmk.data.duplicates.search import copies_of, first_of_its_kind
+from ddpm_lmk.data.loading.corpus import training_corpora
 from ddpm_lmk.data.phantom import render
-from ddpm_lmk.data.prints import FILE_NAME, PRINT_DTYPE, check_prints, prints_of
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.errors import ConfigError, DataError
 from tests.data.dot_packs import pack_dots, run_config
 
@@ -136,7 +137,7 @@ def test_a_copy_of_a_leak_is_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     prints["train"]["detail"] = prints["test"]["detail"][0]
     prints["train"]["low"][0] ^= np.uint64(0b1111)
     prints["train"]["low"][1] ^= np.uint64(0b11111111)
-    monkeypatch.setattr("ddpm_lmk.data.leaks.prints_of", lambda manifest: prints[manifest.dataset])
+    monkeypatch.setattr("ddpm_lmk.data.duplicates.leakage.prints_of", lambda manifest: prints[manifest.dataset])
     sources = [Source(Manifest.open(path), (path.name,)) for path in (train, test)]
     found = compare(sources[:1], sources[1:])
     assert [(each.kind, each.film, each.of) for each in found.leaks] == [
@@ -158,7 +159,7 @@ def random_prints(count: int, seed: int) -> np.ndarray:
 def test_the_search_finds_what_comparing_everything_with_everything_finds(
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(copies, "_PAIRS_AT_ONCE", at_once)
+    monkeypatch.setattr(search, "_PAIRS_AT_ONCE", at_once)
     rng = np.random.default_rng(3)
     prints = random_prints(600, seed=4)
     prints["low"] &= np.uint64(0xFFFF_0000_0FFF_0000)  # crowded, as films of one kind are
@@ -189,9 +190,9 @@ def test_what_was_found_in_a_large_pool_is_kept_for_the_next_process(
     manifests = [Manifest.open(pool["corpus"])]
     known = exclusion(manifests, data)
     assert not list(tmp_path.iterdir())  # a small pool is compared anew
-    monkeypatch.setattr(leaks, "_REMEMBER_FROM", 0)
+    monkeypatch.setattr(leakage, "_REMEMBER_FROM", 0)
     calls = []
-    monkeypatch.setattr(leaks, "_exclusion", lambda *given: calls.append(given) or known)
+    monkeypatch.setattr(leakage, "_exclusion", lambda *given: calls.append(given) or known)
     for _ in range(2):
         kept = exclusion(manifests, data)
         assert kept.record == known.record

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.shards import Manifest, verify
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.verify import Manifest, verify
 from ddpm_lmk.errors import ConfigError, DataError, RunConflictError
 
 

@@ -11,15 +11,15 @@ import pytest
 
 pytest.importorskip("pydicom")
 
-from ddpm_lmk import leakage
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.decode import film_from_bytes
-from ddpm_lmk.data.ids import same_patient
-from ddpm_lmk.data.leaks import Source, compare, exclusion, uncompared_patients
-from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.duplicates import report
+from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, keep_prints, prints_of
+from ddpm_lmk.data.duplicates.leakage import Source, compare, exclusion, uncompared_patients
+from ddpm_lmk.data.images.decode import film_from_bytes
 from ddpm_lmk.data.phantom import render
-from ddpm_lmk.data.prints import FILE_NAME, keep_prints, prints_of
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.sources.ids import same_patient
 from tests.data.dicoms import dataset, to_bytes
 from tests.data.dot_packs import run_config
 
@@ -135,9 +135,9 @@ def test_what_is_not_compared_is_said_by_the_commands_and_by_the_record_of_a_run
 def test_a_score_says_that_patients_were_not_compared(packs) -> None:
     tested = Source(packs["test", "table"], ("test",))
     trained = Source(packs["pool", "dicom"], ("train",))
-    verdict = leakage._verdict(tested, [trained])
+    verdict = report._verdict(tested, [trained])
     assert verdict["status"] == "clean"
-    lines = leakage.refuse_seen([{"num_images": 4, "leakage": {"pretraining": verdict}}], acknowledged=False)
+    lines = report.refuse_seen([{"num_images": 4, "leakage": {"pretraining": verdict}}], acknowledged=False)
     assert lines[0].startswith("The patients of pool and test were not compared: ids are hashed in one of them only")
 
 

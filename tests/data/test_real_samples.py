@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.shards import Manifest, SampleRecord, verify
+from ddpm_lmk.data.shards.verify import Manifest, SampleRecord, verify
 
 SIZE = 64
 PICTURES = {".png", ".jpg", ".jpeg"}

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_lmk.data import open_loader, origin, retries
-from ddpm_lmk.data.prints import write_prints
-from ddpm_lmk.data.remote import CacheSettings
-from ddpm_lmk.data.shard_cache import ShardCache
-from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data import open_loader
+from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.shards import origin, retries
+from ddpm_lmk.data.shards.remote import CacheSettings
+from ddpm_lmk.data.shards.shard_cache import ShardCache
+from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, StoppedError
 from tests.data.dot_packs import corrupt, pack_dots
 from tests.data.streams import assert_same, config, stream
@@ -166,9 +167,9 @@ def test_a_cache_of_two_windows_serves_a_pack_that_is_larger(server, pack, tmp_p
 READ_ALL = """\
 import hashlib, sys
 from pathlib import Path
-from ddpm_lmk.data.prints import write_prints
-from ddpm_lmk.data.remote import CacheSettings
-from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.shards.remote import CacheSettings
+from ddpm_lmk.data.shards.verify import Manifest
 manifest = Manifest.open(sys.argv[1], CacheSettings(Path(sys.argv[2])))
 print(hashlib.sha256(b"".join(manifest.read_bytes(row) for row in range(len(manifest)))).hexdigest())
 """

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_lmk.data.records import member_key, record_from_json, record_to_json, to_stored_matrix
-from ddpm_lmk.data.shards import CorruptSampleError, Manifest, ShardWriter, verify
-from ddpm_lmk.data.stored import encode
+from ddpm_lmk.data.images.resize import encode
+from ddpm_lmk.data.shards.records import member_key, record_from_json, record_to_json, to_stored_matrix
+from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, ShardWriter, verify
 from ddpm_lmk.errors import DataError, ResourceError, RunConflictError
 from tests.data.sets import IDS, SPEC, picture, record, write
 

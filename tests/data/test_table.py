@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_lmk.data.ids import open_key
-from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.raw import RawDataset
-from ddpm_lmk.data.table import read_table
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.sources.base import RawDataset
+from ddpm_lmk.data.sources.ids import open_key
+from ddpm_lmk.data.sources.table import read_table
 from ddpm_lmk.errors import ConfigError, DataError
 
 OPTIONS: dict[str, Any] = {"name": "mine", "split": None, "annotator": "mean", "spec": None, "unit": None}

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("pydicom")
 
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import DataError
 from tests.data.dicoms import FILM, dataset, to_bytes
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.prints import write_prints
-from ddpm_lmk.data.shards import CorruptSampleError, Manifest, verify
+from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, verify
 from ddpm_lmk.errors import CheckpointError, DataError
 from tests.data.sets import IDS, write
 

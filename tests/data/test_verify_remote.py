@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data import retries
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.remote import CacheSettings
-from ddpm_lmk.data.shards import Manifest, verify
-from ddpm_lmk.data.show import show
+from ddpm_lmk.data.preview import show
+from ddpm_lmk.data.shards import retries
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.remote import CacheSettings
+from ddpm_lmk.data.shards.verify import Manifest, verify
 from tests.data.dot_packs import corrupt
 from tests.data.web import Server, serve
 from tests.extras import needs_extra

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.launcher import launch
+from ddpm_lmk.rundir.checkpoint import load_weights
 from tests.engine import processes
 from tests.engine.toy import config
 from tests.extras import needs_extra

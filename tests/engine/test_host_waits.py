@@ -21,15 +21,15 @@ from torch.overrides import TorchFunctionMode
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import SPECS
-from ddpm_lmk.engine.compiling import CompileClock
+from ddpm_lmk.engine.compile import CompileClock
+from ddpm_lmk.engine.gradients import Seen
+from ddpm_lmk.engine.logger import Meter
 from ddpm_lmk.engine.loop import Loaders, fit
-from ddpm_lmk.engine.meter import Meter
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.engine.updater import Seen
-from ddpm_lmk.journal import read_lines
 from ddpm_lmk.models import build_model
-from ddpm_lmk.rundir import RunDir
+from ddpm_lmk.rundir.directory import RunDir
+from ddpm_lmk.rundir.log import read_lines
 from ddpm_lmk.tasks import DenoiseTask, Task, build_task
 from tests.engine.toy import ToyTrain, config
 

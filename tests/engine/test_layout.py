@@ -14,8 +14,8 @@ from ddpm_lmk.config import UNetConfig
 from ddpm_lmk.engine.layout import KEPT, Layout, LayoutWatch
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.journal import read_lines
 from ddpm_lmk.models import build_model
+from ddpm_lmk.rundir.log import read_lines
 from tests.engine.toy import ToyTask, config, start, train
 
 NETWORK: dict[str, Any] = {"width": 8, "multipliers": (1, 2), "heads": 2, "head_dim": 4, "groups": 4, "patch": 2}

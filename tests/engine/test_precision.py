@@ -13,7 +13,7 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine import precision
-from ddpm_lmk.loaded import open_run
+from ddpm_lmk.inference.load import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESTRICTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_lmk.checkpoint import Checkpoint
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.models.weights import load_all
+from ddpm_lmk.rundir.checkpoint import Checkpoint
 from tests.engine.toy import config, fresh_state
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_lmk import checkpoint
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DivergedError, ResourceError, StoppedError
+from ddpm_lmk.rundir import checkpoint
 from tests.engine.processes import events
 from tests.engine.toy import ToyTask, config, everything, train
 

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Batch, Group
-from ddpm_lmk.data.order import GroupPlan, SampleOrder, keyed_uniform
-from ddpm_lmk.data.quarantine import Quarantine
-from ddpm_lmk.data.rows import ListedRows
+from ddpm_lmk.data.loading.bad_samples import Quarantine
+from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder, keyed_uniform
+from ddpm_lmk.data.shards.rows import ListedRows
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.models.standard import WeightStandardizedConv2d
-from ddpm_lmk.rundir import RunDir
+from ddpm_lmk.models.weight_standardization import WeightStandardizedConv2d
+from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.tasks.task import Task
 
 SIDE = 8

@@ -22,18 +22,18 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_lmk import failpoints
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Group
 from ddpm_lmk.engine.exactness import device_kinds
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.ranks import want_same_facts, want_same_weights
+from ddpm_lmk.engine.rank_checks import want_same_facts, want_same_weights
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError, StoppedError
-from ddpm_lmk.rundir import RunDir
-from ddpm_lmk.stop import SIGNALS
+from ddpm_lmk.rundir.directory import RunDir
+from ddpm_lmk.system import failpoints
 from ddpm_lmk.system.cores import cpu_name
+from ddpm_lmk.system.signals import SIGNALS
 from tests.engine.toy import FailingTask, ToyTask, everything, start
 
 

@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.failpoints import POINTS
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.system.failpoints import POINTS
+from ddpm_lmk.system.machine import hardware, versions
 from tests.engine import processes
 from tests.faults import disk, outputs, syscalls
 from tests.faults.forge import ROOT, Forge

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ddpm_lmk import retention
 from ddpm_lmk.errors import ResourceError
+from ddpm_lmk.rundir import retention
 from tests.engine import processes
 from tests.faults.forge import Forge
 from tests.faults.saving import Outcome, good_steps, job

@@ -180,9 +180,10 @@ def _work(order: dict[str, Any]) -> int:
 
 
 def _obey(order: dict[str, Any]) -> int:
-    from ddpm_lmk import failpoints, runs
+    from ddpm_lmk import run as runs
     from ddpm_lmk.engine.parallel import Parallel
     from ddpm_lmk.errors import LmkError
+    from ddpm_lmk.system import failpoints
     from tests.engine import worker
 
     Path(order["log"]).unlink(missing_ok=True)
@@ -207,7 +208,7 @@ def _obey(order: dict[str, Any]) -> int:
 
 def _trace_a_save(save: int, options: list[str], log: str) -> None:
     """Attach strace to the thread that saves, and to no other, when it begins its save number `save`."""
-    from ddpm_lmk.rundir import RunDir
+    from ddpm_lmk.rundir.directory import RunDir
 
     original, begun = RunDir.save_checkpoint, 0
 
@@ -236,7 +237,7 @@ def _attach(command: list[str]) -> None:
 
 if __name__ == "__main__":
     # What a run imports when it needs it is imported before the first fork, so that no child has to.
-    for module in ("numpy.random", "torch._dynamo", "ddpm_lmk.runs", "tests.engine.worker"):
+    for module in ("numpy.random", "torch._dynamo", "ddpm_lmk.run", "tests.engine.worker"):
         importlib.import_module(module)
     gc.freeze()  # no child walks through what is shared
     serve()

@@ -26,12 +26,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.data.isolation import DEADLINE_S, MEMORY_BYTES, Isolation
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.shards import CorruptSampleError, Manifest, verify
-from ddpm_lmk.data.tars import DamagedTarError, members
+from ddpm_lmk.data.images.sandbox import DEADLINE_S, MEMORY_BYTES, Isolation
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, verify
+from ddpm_lmk.data.sources.tar import DamagedTarError, members
 from ddpm_lmk.errors import LmkError
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.system.machine import hardware, versions
 from tests.faults.fuzz_seeds import picture, seeds
 from tests.faults.mutations import mutated
 

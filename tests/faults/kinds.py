@@ -30,13 +30,13 @@ import numpy as np
 from PIL import Image
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.decode import ReadOptions, RefusedImageError, film_from_bytes
-from ddpm_lmk.data.dicom import read_spacing
-from ddpm_lmk.data.manifest import Manifest
-from ddpm_lmk.data.pack import pack
-from ddpm_lmk.data.pack_summary import PackSummary
+from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, film_from_bytes
+from ddpm_lmk.data.images.dicom import read_spacing
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.pack_summary import PackSummary
 from ddpm_lmk.errors import ConfigError, DataError
-from ddpm_lmk.machine import hardware, versions
+from ddpm_lmk.system.machine import hardware, versions
 from tests.data.dicoms import dataset, malformed, to_bytes
 from tests.data.pictures import HEIGHT, UNREAD, WIDTH, picture_cases, smooth
 

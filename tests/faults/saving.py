@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ddpm_lmk import retention
-from ddpm_lmk.checkpoint import Checkpoint, load_checkpoint, load_latest
+from ddpm_lmk.rundir import retention
+from ddpm_lmk.rundir.checkpoint import Checkpoint, load_checkpoint, load_latest
 from tests.engine import processes
 from tests.engine.toy import config
 from tests.faults.forge import Forge

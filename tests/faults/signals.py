@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from ddpm_lmk import lifeline, machine
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.system import heartbeat, machine
 from tests.faults.harness import Started, are_gone, events, newest_checkpoint, steps_done, write_run
 
 GRACE_S, LOST_S, STALLED_S, ORPHAN_S = 25.0, 30.0, 90.0, 5.0
@@ -151,8 +151,8 @@ def _wait_for(run: Started, out: Path, phase: str) -> None:
     if phase == "step":
         run.until(lambda: all(steps_done(out) % every in range(2, every - 5) for every in (15, 20)))
     if phase == "evaluate":
-        [pulse] = {Path(rank.environ()[lifeline.PULSE]) for rank in run.ranks()}
-        run.until(lambda: any(beat.phase == "evaluate" for beat in lifeline.read_beats(pulse)))
+        [pulse] = {Path(rank.environ()[heartbeat.PULSE]) for rank in run.ranks()}
+        run.until(lambda: any(beat.phase == "evaluate" for beat in heartbeat.read_beats(pulse)))
 
 
 def main(arguments: list[str]) -> int:

@@ -35,8 +35,8 @@ import torch
 import yaml
 from PIL import Image
 
-from ddpm_lmk import machine
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.system import machine
 from tests.data.web import serve
 from tests.faults.harness import ROOT, SMOKE
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import psutil
 
-from ddpm_lmk import machine
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.system import machine
 from tests.faults.harness import Started, digests, events, steps_done, write_run
 
 TARGETS = ("rank", "launcher", "all")

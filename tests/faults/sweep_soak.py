@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import yaml
 
-from ddpm_lmk import machine
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.system import machine
 from tests.faults.harness import ROOT
 
 FINE_TUNING: dict[str, Any] = {

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_lmk import durable
-from ddpm_lmk.checkpoint import load_latest, load_weights, save_checkpoint, save_snapshot
 from ddpm_lmk.errors import CheckpointError
+from ddpm_lmk.rundir.checkpoint import load_latest, load_weights, save_checkpoint, save_snapshot
+from ddpm_lmk.system import durable
 
 
 class Gadget:

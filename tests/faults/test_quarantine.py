@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.shards import Manifest
+from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.launcher import launch
-from ddpm_lmk.runs import execute
+from ddpm_lmk.run import execute
 from tests.data.dot_packs import corrupt, pack_dots
 from tests.faults.harness import events
 

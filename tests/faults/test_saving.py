@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_lmk.failpoints import POINTS
+from ddpm_lmk.system.failpoints import POINTS
 from tests.engine import processes
 from tests.faults import campaign, disk, outputs, syscalls
 from tests.faults.forge import Forge

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_lmk.config import RunConfig, UNetConfig
-from ddpm_lmk.engine.compiling import compile_model
+from ddpm_lmk.engine.compile import compile_model
+from ddpm_lmk.engine.gradients import build_updater
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.engine.updater import build_updater
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import use_norm
-from ddpm_lmk.models.fused import choose_norm, group_norm
+from ddpm_lmk.models.kernels.group_norm import choose_norm, group_norm
 from tests.models.norm_cases import CASES, Case
 
 CONFIG = UNetConfig(width=32, multipliers=(1, 2, 4), heads=4, head_dim=32)

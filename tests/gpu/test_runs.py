@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.runs import execute
+from ddpm_lmk.run import execute
 from tests.gpu.test_network import inputs, loss_and_gradient, network
 
 

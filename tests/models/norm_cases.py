@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm_lmk.models.fused import group_norm
+from ddpm_lmk.models.kernels.group_norm import group_norm
 
 
 @dataclass(frozen=True)

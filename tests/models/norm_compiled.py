@@ -8,7 +8,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ddpm_lmk.models import norm_kernels as kernels
+from ddpm_lmk.models.kernels import group_norm_triton as kernels
 
 H100 = GPUTarget("cuda", 90, 32)
 FP32, SIZE = "*fp32", "i32"

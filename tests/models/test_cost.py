@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_lmk.config import UNetConfig
-from ddpm_lmk.models import build_model, linear_attention, model_cost
+from ddpm_lmk.models import build_model, model_cost
+from ddpm_lmk.models.kernels import linear_attention_cpu
 from tests.reference.released_unet import ReleasedUNet, random_state, released_shapes
 
 VARIANTS = [
@@ -59,7 +60,7 @@ def test_parameters_are_counted_exactly(cfg, full_size):
 @pytest.mark.parametrize("cfg", VARIANTS)
 def test_activation_estimate_is_near_what_autograd_keeps(cfg, checkpointing, is_half, monkeypatch):
     """The estimate is for a GPU: on a processor the attention of large maps keeps less (`linear_attention`)."""
-    monkeypatch.setattr(linear_attention, "LARGE_BYTES", math.inf)
+    monkeypatch.setattr(linear_attention_cpu, "LARGE_BYTES", math.inf)
     cfg = cfg.model_copy(update={"checkpointing": checkpointing})
     model = build_model(cfg, out_channels=3).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):

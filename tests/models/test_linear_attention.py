@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_lmk.models import linear_attention
 from ddpm_lmk.models.blocks import LinearAttention
-from ddpm_lmk.models.linear_attention import Pool, Spread, is_wanted
+from ddpm_lmk.models.kernels import linear_attention_cpu
+from ddpm_lmk.models.kernels.linear_attention_cpu import Pool, Spread, is_wanted
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -28,7 +28,7 @@ def test_image_by_image_is_the_attention_over_the_batch_and_keeps_less(monkeypat
     module = LinearAttention(6, heads=2, head_dim=8).double()
     found, kept = [], []
     for large_bytes in (0, 2**40):
-        monkeypatch.setattr(linear_attention, "LARGE_BYTES", large_bytes)
+        monkeypatch.setattr(linear_attention_cpu, "LARGE_BYTES", large_bytes)
         sizes: dict[int, int] = {}
         x = normal(3, 6, 8, 8, seed=1)
         with torch.autograd.graph.saved_tensors_hooks(

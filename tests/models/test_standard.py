@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddpm_lmk.config import UNetConfig
 from ddpm_lmk.models import build_model
-from ddpm_lmk.models.standard import OncePerStep, WeightStandardizedConv2d
+from ddpm_lmk.models.weight_standardization import OncePerStep, WeightStandardizedConv2d
 
 SMALL = UNetConfig(width=8, multipliers=(1, 2), groups=4, heads=2, head_dim=4)
 IMAGES = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -16,7 +16,7 @@ from ddpm_lmk.config import UNetConfig
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import Block, DoubleSizeConv2d, GroupNorm, HalfSizeConv2d
-from ddpm_lmk.models.standard import standardise
+from ddpm_lmk.models.weight_standardization import standardise
 from ddpm_lmk.models.weights import from_upstream
 from tests.reference.released_unet import ReleasedUNet, random_state, released_shapes
 

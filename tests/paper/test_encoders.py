@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config.load import load_run
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.runfile import load_run
-from ddpm_lmk.runs import execute
+from ddpm_lmk.run import execute
 from tests.cli.commands import CONFIGS
 
 METHODS = ("mocov3", "simclrv2", "dino")

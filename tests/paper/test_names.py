@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from ddpm_lmk.data.order import few_shot_rows
-from ddpm_lmk.data.raw import RawDataset
-from ddpm_lmk.data.raw_public import read_cephalometric, read_chest, read_hand
+from ddpm_lmk.data.loading.order import few_shot_rows
+from ddpm_lmk.data.sources.base import RawDataset
+from ddpm_lmk.data.sources.public import read_cephalometric, read_chest, read_hand
 from ddpm_lmk.data.spec import SPECS
 
 RealData = Callable[[str], Path]

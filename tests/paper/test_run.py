@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_lmk import scoring
-from ddpm_lmk.data.corpora import training_corpora
-from ddpm_lmk.data.pack import pack
+from ddpm_lmk.config.load import load_run
+from ddpm_lmk.data.loading.corpus import training_corpora
+from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.runfile import load_run
+from ddpm_lmk.inference import scoring
 from tests.cli.commands import CONFIGS, run_command
 
 FINETUNE = CONFIGS / "paper" / "finetune_cephalometric.yaml"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.runfile import load_run
+from ddpm_lmk.config.load import load_run
 from tests.cli.commands import CONFIGS, run_command
 
 PAPER = CONFIGS / "paper"

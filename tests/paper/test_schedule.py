@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_lmk.data.order import GroupPlan
+from ddpm_lmk.config.load import load_run
+from ddpm_lmk.data.loading.order import GroupPlan
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.runfile import load_run
 from tests.cli.commands import CONFIGS
 from tests.engine.toy import ToyTask, ToyTrain, config, fresh_state, start
 

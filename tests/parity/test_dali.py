@@ -12,9 +12,9 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.backend import choose_backend, measured_backend
 from ddpm_lmk.data.batch import Batch, Group
-from ddpm_lmk.data.shards import CorruptSampleError, Manifest
+from ddpm_lmk.data.loading.backend import choose_backend, measured_backend
+from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest
 from ddpm_lmk.errors import ConfigError
 from tests.data.dot_packs import corrupt, pack_dots, run_config
 from tests.extras import needs_extra

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.models.encoders import build_encoder
-from ddpm_lmk.runs import execute
+from ddpm_lmk.run import execute
+from ddpm_lmk.rundir.checkpoint import load_weights
 from tests.tasks.test_encoder_tasks import KINDS
 
 NETWORK = {"kind": "encoder_unet", "scale": 0.125, "blocks": [1, 1, 1, 1], "decoder": [8, 8, 8, 4, 4]}

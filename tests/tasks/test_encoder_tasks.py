@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.models import build_model
-from ddpm_lmk.models.heads import follow, follower
 from ddpm_lmk.tasks import EncoderTask, build_task
-from ddpm_lmk.tasks.dino import DinoNet, distillation
-from ddpm_lmk.tasks.encoder import pooled, scheduled
-from ddpm_lmk.tasks.mocov3 import info_nce
-from ddpm_lmk.tasks.simclrv2 import nt_xent
+from ddpm_lmk.tasks.ssl.base import pooled, scheduled
+from ddpm_lmk.tasks.ssl.dino import DinoNet, distillation
+from ddpm_lmk.tasks.ssl.heads import follow, follower
+from ddpm_lmk.tasks.ssl.mocov3 import info_nce
+from ddpm_lmk.tasks.ssl.simclrv2 import nt_xent
 from ddpm_lmk.tasks.task import Everyone
 from tests.data.batches import unlabelled_batch as batch
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_lmk.checkpoint import load_weights
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.session import Workbench
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.runs import execute
+from ddpm_lmk.run import execute
+from ddpm_lmk.rundir.checkpoint import load_weights
 from ddpm_lmk.tasks import LandmarkTask, build_task
-from ddpm_lmk.workbench import Workbench
 from tests.conftest import NETWORK
 
 

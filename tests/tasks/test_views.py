@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from ddpm_lmk.config import SimclrV2Config
 from ddpm_lmk.config.views import ViewConfig
-from ddpm_lmk.tasks import views
-from ddpm_lmk.tasks.views import COLUMNS, blurred, crop_matrix, draw_views, make_view
+from ddpm_lmk.tasks.ssl import views
+from ddpm_lmk.tasks.ssl.views import COLUMNS, blurred, crop_matrix, draw_views, make_view
 
 STILL = {"crop": (1.0, 1.0), "flip": 0, "jitter": 0, "blur": 0}
 

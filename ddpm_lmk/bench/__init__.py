@@ -1,0 +1,30 @@
+"""How this project measures: things take turns, and a ratio is printed only where the noise supports it.
+
+    timings = alternate({"ours": step_a, "theirs": step_b}, rounds=11)     # A B, B A, A B, ... on any device
+    print(compare_paired(timings["ours"].busy_s, timings["theirs"].busy_s))
+    result = Result("peers", settings={...})
+    result.add("train step", timings["ours"], conditions={"model": "ours", "precision": "fp32"}, figures={...})
+    result.write(folder)
+
+`timing` calls and times, `ratio` compares samples, `result` is the one form of result files, `verdict` compares those,
+`chart` draws them. What is measured is no business of this package; the benchmarks know (`benchmarks/`).
+"""
+
+from __future__ import annotations
+
+from ddpm_lmk.bench.ratio import Comparison, compare_paired, compare_samples
+from ddpm_lmk.bench.result import Result, Row, Stored, read_result, read_results
+from ddpm_lmk.bench.timing import Timings, alternate
+
+__all__ = [
+    "Comparison",
+    "Result",
+    "Row",
+    "Stored",
+    "Timings",
+    "alternate",
+    "compare_paired",
+    "compare_samples",
+    "read_result",
+    "read_results",
+]

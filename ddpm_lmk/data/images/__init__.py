@@ -1,0 +1,1 @@
+"""Files of x-rays to grey pixels: decoding, DICOM, resizing, and the processes that do it safely."""

@@ -1,0 +1,1 @@
+"""From packed shards to batches: order, augmentation, the torch and the DALI loader."""

@@ -1,0 +1,101 @@
+"""Which backend works on the pixels of a run, torch or DALI, decided once, before the loader opens, and for good.
+
+The two agree to a ten-thousandth of a grey level, not to the bit, so a run that is continued keeps what it began with,
+and all ranks take what one decides.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.loading.corpus import training_corpora
+from ddpm_lmk.data.loading.pixels import choose_residency
+from ddpm_lmk.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Name = Literal["torch", "dali"]
+
+_MEASURED_S = 1.0
+_WARM_UP = 2  # groups before the clock starts
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The choice, why, and the images per second it rests on, where they were measured."""
+
+    name: Name
+    reason: str
+    images_per_s: dict[str, float] | None = None
+
+
+def choose_backend(
+    cfg: RunConfig, *, device: torch.device | str, world: int = 1, before: dict[str, Any] | None = None
+) -> Backend:
+    """The backend of a run; `before` is what the run that is continued recorded.
+
+    Raises:
+        ConfigError: DALI was asked for, and pixels that are decoded beforehand.
+        LaunchError: DALI was asked for and is not installed.
+    """
+    device = torch.device(device)
+    if cfg.data.loader == "torch":
+        return Backend("torch", "data.loader=torch")
+    if cfg.data.loader == "dali":
+        want_dali(cfg)
+        return Backend("dali", "data.loader=dali")
+    if before is not None:
+        return Backend(before["name"], "as this run began", before.get("images_per_s"))
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        return Backend("torch", "DALI is not installed (extra dali)")
+    if device.type != "cuda":
+        return Backend("torch", "without a GPU the torch loader is the faster one (benchmarks/README.md, Loading)")
+    if choose_residency(training_corpora(cfg), cfg.data.residency, device, world) != "stream":
+        return Backend("torch", "pixels are decoded beforehand")
+    return measured_backend(cfg, device=device)
+
+
+def measured_backend(cfg: RunConfig, *, device: torch.device) -> Backend:
+    """The faster of the two, each measured for a second on the run's own data."""
+    names: tuple[Name, Name] = ("torch", "dali")
+    speed: dict[str, float] = {name: round(_images_per_s(cfg, name, device), 1) for name in names}
+    best: Name = "dali" if speed["dali"] > speed["torch"] else "torch"
+    return Backend(best, f"the faster in {_MEASURED_S:g} s of loading", speed)
+
+
+def want_dali(cfg: RunConfig) -> None:
+    """Refuse DALI where it is not installed, or pixels are to be decoded beforehand; raises as `choose_backend`."""
+    from ddpm_lmk.data.loading.dali import require_dali
+
+    if cfg.data.residency in ("ram", "device"):
+        raise ConfigError(
+            f"data.loader=dali decodes as it streams, but data.residency={cfg.data.residency} decodes beforehand; "
+            "use data.residency=stream or auto, or data.loader=torch"
+        )
+    require_dali()
+
+
+def _images_per_s(cfg: RunConfig, name: Name, device: torch.device) -> float:
+    from ddpm_lmk.data import open_loader
+
+    loader = open_loader(cfg, stage="train", device=device, backend=name)
+    groups = loader.groups(0)
+    for _ in itertools.islice(groups, _WARM_UP):
+        pass
+    began, images = time.perf_counter(), 0
+    while time.perf_counter() - began < _MEASURED_S:
+        images += next(groups).size
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elapsed = time.perf_counter() - began
+    groups.close()
+    loader.close()
+    return images / elapsed

@@ -1,0 +1,214 @@
+"""The packed sets a run reads: which of their rows, with which labels, and what to do when one cannot be read.
+
+Knows configuration and manifests, neither pixels in memory nor torch. Labels are read when a loader opens; without
+labels only the index is touched, so a pool of a million images opens in no time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from ddpm_lmk.config import DataConfig, RunConfig
+from ddpm_lmk.data.duplicates.leakage import exclusion
+from ddpm_lmk.data.loading.augment import Floats, compose, resize_matrix
+from ddpm_lmk.data.loading.order import few_shot_rows
+from ddpm_lmk.data.shards.remote import CacheSettings
+from ddpm_lmk.data.shards.retries import with_retries
+from ddpm_lmk.data.shards.rows import ByShard, ListedRows, SplitRows
+from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, SampleRecord, to_stored_matrix
+from ddpm_lmk.errors import ConfigError, DataError
+
+HELD_OUT = "held_out"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a batch says about a sample besides its pixels; `to_network` takes native px to network px."""
+
+    id: str
+    points: Floats | None  # [N, 2] native px
+    native_size: tuple[int, int]
+    mm_per_px: float  # NaN: unknown
+    to_network: Floats  # [2, 3]
+
+
+class Corpus:
+    """Some rows of one packed set, at the network's image size. With `labelled`, only rows that have points."""
+
+    def __init__(self, manifest: Manifest, rows: SplitRows, image_size: int, *, labelled: bool) -> None:
+        self.manifest, self.image_size = manifest, image_size
+        self._resize = resize_matrix(manifest.stored_size, image_size)
+        self.records: dict[int, SampleRecord] = {}
+        self.rows: SplitRows | np.ndarray = rows
+        if labelled:
+            read = ((row, with_retries(manifest.read_record, row)) for row in rows)
+            self.records = {row: record for row, record in read if record.points is not None}
+            self.rows = np.array(list(self.records), dtype=np.int64)
+
+    @property
+    def by_shard(self) -> ByShard:
+        """The rows, grouped by the shard they lie in."""
+        if isinstance(self.rows, SplitRows):
+            return self.rows
+        return ListedRows(self.rows, self.manifest.shard_of(self.rows))
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Use only these rows from here on."""
+        self.rows = rows
+        self.records = {row: self.records[row] for row in rows.tolist() if row in self.records}
+
+    def facts(self, row: int) -> Facts:
+        """Label, spacing and geometry of a row; without labels the name is dataset:row."""
+        record = self.records.get(row)
+        if record is None:
+            entry = self.manifest.index[row]
+            size = (int(entry["width"]), int(entry["height"]))
+            to_stored = to_stored_matrix(size, self.manifest.stored_size, self.manifest.aspect)
+            return Facts(f"{self.manifest.dataset}:{row}", None, size, np.nan, compose(self._resize, to_stored))
+        spacing = self.manifest.spec.resolve_spacing(record.points, record.mm_per_px)
+        to_network = compose(self._resize, record.to_stored)
+        return Facts(record.id, record.points, record.native_size, np.nan if spacing is None else spacing, to_network)
+
+    def decode(self, row: int) -> np.ndarray:
+        """Pixels at network size, uint8 or uint16 `[S, S]`: shrunk by area, enlarged linearly, half-pixel centres.
+
+        Raises:
+            CorruptSampleError: the bytes are not those packed, or are no image.
+            StoppedError: the file system does not answer.
+        """
+        data = with_retries(self.manifest.read_bytes, row)
+        try:
+            pixels = self.manifest.decode_bytes(data)
+            if pixels.shape != (self.image_size, self.image_size):
+                shrinks = self.image_size < pixels.shape[0]
+                side = (self.image_size, self.image_size)
+                pixels = cv2.resize(pixels, side, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        except CorruptSampleError as error:
+            raise CorruptSampleError(f"row {row}: {error}") from error
+        except DataError:
+            raise
+        except Exception as error:  # a decoder may leak anything, StopIteration included (failures.md, B27)
+            raise CorruptSampleError(f"row {row} of {self.manifest.root}: {type(error).__name__}: {error}") from error
+        return pixels
+
+
+def training_corpora(cfg: RunConfig) -> list[Corpus]:
+    """The rows trained on: for a pool `data.splits` less leaks and copies, for landmarks the shots of each set.
+
+    Raises:
+        ConfigError: a split is trained on and scored, more shots than images.
+        DataError: a folder is not a pack, a split does not exist or is empty, there are no labels.
+    """
+    data, labelled = cfg.data, cfg.task.kind == "landmarks"
+    for key, split in (("data.validation_split", data.validation_split), ("evaluate.split", cfg.evaluate.split)):
+        if split in data.splits:
+            raise ConfigError(f"{key}={split} is also in data.splits, so it would be trained on; use another split")
+    corpora = _open_splits(data, data.splits, labelled=labelled, is_pool=not labelled)
+    for corpus in corpora if labelled else ():
+        corpus.keep(_shots(cfg, corpus)[0])
+    return corpora
+
+
+def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
+    """All rows of one split, for landmarks those with labels. Raises as `training_corpora`.
+
+    Split `held_out` is the part of the shots that `data.hold_out` keeps from training.
+    """
+    if split == HELD_OUT and cfg.data.hold_out is not None:
+        corpora = _open_splits(cfg.data, cfg.data.splits, labelled=True)
+        for corpus in corpora:
+            corpus.keep(_shots(cfg, corpus)[1])
+        return corpora
+    return _open_splits(cfg.data, (split,), labelled=cfg.task.kind == "landmarks")
+
+
+def _shots(cfg: RunConfig, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """The labelled rows a run learns from, and those it holds out, of one set."""
+    data, hold_out = cfg.data, cfg.data.hold_out
+    rows = few_shot_rows(np.asarray(corpus.rows), corpus.manifest.dataset, data.shots, data.draw, cfg.seed)
+    if hold_out is None:
+        return rows, rows[:0]
+    if len(rows) < hold_out.of:
+        raise ConfigError(
+            f"data.hold_out.of={hold_out.of}, but there are {len(rows)} shots; use at most as many parts as shots"
+        )
+    is_out = np.arange(len(rows)) % hold_out.of == hold_out.fold
+    return rows[~is_out], rows[is_out]
+
+
+def fingerprint(corpora: Sequence[Corpus]) -> str:
+    """What the data is: the manifest's own fingerprint, or a digest over those of a pool."""
+    return joined([corpus.manifest.fingerprint for corpus in corpora])
+
+
+def joined(prints: Sequence[str]) -> str:
+    """One fingerprint for several, in their order."""
+    return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
+
+
+def fingerprints_of(data: DataConfig, paths: Sequence[str]) -> list[str]:
+    """What packs are, wherever they lie. Raises as `Manifest.open`."""
+    return [Manifest.open(path, CacheSettings.of(data)).fingerprint for path in paths]
+
+
+def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_pool: bool = False) -> list[Corpus]:
+    """In a pool, a set may lack some of the splits, but each split must be in one of the sets.
+
+    `is_pool`: images are learnt from without labels, so leaks and copies are left out (see `leaks`).
+    """
+    manifests = [Manifest.open(path, CacheSettings.of(data)) for path in data.path]
+    for manifest in manifests:
+        _want_packed(manifest, data.packed)
+    prints = [manifest.fingerprint for manifest in manifests]
+    if len(set(prints)) < len(prints):
+        raise ConfigError("data.path names the same packed set twice; use data.weights to draw more from one")
+    for split in splits:
+        if not any(split in manifest.splits for manifest in manifests):
+            there = "; ".join(f"{manifest.root}: {', '.join(manifest.splits)}" for manifest in manifests)
+            raise DataError(f"there is no split {split!r} (there are {there}); change data.splits or evaluate.split")
+    left_out = exclusion(manifests, data).rows if is_pool else [None] * len(manifests)
+    return [
+        _open_one(manifest, splits, data.image_size, labelled=labelled, without=rows)
+        for manifest, rows in zip(manifests, left_out, strict=True)
+    ]
+
+
+def _want_packed(manifest: Manifest, wanted: Mapping[str, str | int | None]) -> None:
+    """Refuse a pack that was made with other settings than the run file asks for."""
+    for key, value in wanted.items():
+        if key not in manifest.settings:
+            known = ", ".join(sorted(manifest.settings))
+            raise ConfigError(f"data.packed.{key}={value}: packs have no such setting; they have {known}")
+        if value is not None and manifest.settings[key] != value:
+            raise ConfigError(
+                f"data.packed.{key}={value}, but {manifest.root} was packed with {key}={manifest.settings[key]}; "
+                f"pack it again with that setting, or change data.packed.{key}"
+            )
+
+
+def _open_one(
+    manifest: Manifest, splits: Sequence[str], image_size: int, *, labelled: bool, without: np.ndarray | None
+) -> Corpus:
+    wanted = [split for split in splits if split in manifest.splits]
+    names = ", ".join(splits)
+    if not wanted:
+        raise DataError(f"{manifest.root} has none of the splits {names}; it has {', '.join(manifest.splits)}")
+    if labelled and manifest.spec.num_landmarks == 0:
+        raise DataError(f"{manifest.root} is packed without landmarks; task landmarks needs a labelled set")
+    corpus = Corpus(manifest, manifest.rows(wanted, without=without), image_size, labelled=labelled)
+    if len(corpus.rows) == 0 and without is not None and len(without):
+        raise DataError(
+            f"{manifest.root}: all {len(without)} images of {names} are in protected splits or other packs too; "
+            "take it out of data.path, or see data.leaks and data.copies"
+        )
+    if len(corpus.rows) == 0:
+        raise DataError(f"{manifest.root} has no {'labelled ' if labelled else ''}image in {names}; pack some")
+    return corpus

@@ -1,0 +1,1 @@
+"""Raw data of users: folders, tars, tables, DICOM trees and the public sets."""

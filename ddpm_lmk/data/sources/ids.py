@@ -1,0 +1,143 @@
+"""Names that say nothing: ids of private files are keyed hashes of their paths (HMAC-SHA256, 16 hex digits).
+
+The same key gives the same ids, so that a patient is the same in two packs made with one key; without the key a name
+cannot be found again by trying. The key, and the optional list of which id is which file, are for the owner's eyes and
+stay out of the pack.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from ddpm_lmk.errors import ConfigError, ResourceError, RunConflictError
+from ddpm_lmk.system.durable import flush_directory
+
+_DIGITS = 16
+# What stands for a patient who was taken out, as tools that make files anonymous write it; never one person.
+_NOBODY = re.compile(r"|x+|unknown|none|null|na|n/a|nan|anon(ym(ous|i[sz]ed))?|de-?identified|removed|deleted|no ?id")
+_FOR_OTHERS = 0o077
+
+
+class KeyedIds:
+    """Hashes of paths and of patients, under one key."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    @property
+    def key_id(self) -> str:
+        """Which key this is, so that two packs can tell whether their hashes can be compared; nobody finds it by it."""
+        return self._hash(b"key")
+
+    def of_path(self, path: str) -> str:
+        """The id of a file, by its path below the source."""
+        return self._hash(b"path\0" + os.fsencode(path))
+
+    def of_patient(self, patient: str) -> str:
+        """The group of a patient, by what the file calls the patient."""
+        return self._hash(b"patient\0" + same_patient(patient).encode("utf-8", "surrogateescape"))
+
+    def _hash(self, text: bytes) -> str:
+        return hmac.new(self._key, text, hashlib.sha256).hexdigest()[:_DIGITS]
+
+
+def same_patient(patient: str) -> str:
+    """What the spellings of one patient's id have in common, whichever kind of source it comes from.
+
+    Spreadsheets take leading zeros away or append `.0`, and case and blanks get lost. An issuer is no part of an id:
+    DICOM files state one and tables do not.
+    """
+    plain = patient.strip().casefold()
+    number = re.fullmatch(r"0*([0-9]+)(?:\.0+)?", plain)
+    return number[1] if number else plain
+
+
+def is_nobody(patient: str) -> bool:
+    """Does this id of a patient stand for nobody in particular, as in files made anonymous?"""
+    return _NOBODY.fullmatch(patient.strip().casefold()) is not None
+
+
+def open_key(path: Path) -> KeyedIds:
+    """Ids under the key of a file; raises as `secret_key`."""
+    return KeyedIds(secret_key(path))
+
+
+def secret_key(path: Path) -> bytes:
+    """Read a key file, or make one that only its owner can read.
+
+    Raises:
+        ConfigError: others may read it, or it is no key file.
+        ResourceError: it cannot be written or read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        key = secrets.token_bytes(32)
+        _write_private(path, [key.hex() + "\n"])
+        return key
+    except OSError as error:
+        raise ResourceError(f"cannot read the key file {path}: {error.strerror}; name another one") from error
+    with os.fdopen(descriptor, "rb") as file:
+        mode = os.fstat(descriptor).st_mode
+        text = file.read(1024)
+    if mode & _FOR_OTHERS:
+        raise ConfigError(f"the key file {path} may be read by others (mode {mode & 0o777:o}); chmod 600 it")
+    if re.fullmatch(rb"[0-9a-f]{64}\s*", text) is None:
+        raise ConfigError(f"{path} is not a key file: wanted 64 hexadecimal digits; let `shards pack` make one")
+    return bytes.fromhex(text.decode().strip())
+
+
+def write_map(path: Path, names: Iterable[tuple[str, str]]) -> None:
+    """Write which id is which file, for the owner only.
+
+    Raises:
+        RunConflictError: the file is there already.
+        ResourceError: it cannot be written.
+    """
+    if path.exists():
+        raise RunConflictError(f"{path} is there already; name another --id-map")
+    _write_private(path, _csv_lines(names))
+
+
+def _csv_lines(names: Iterable[tuple[str, str]]) -> Iterable[str]:
+    yield "id,path\n"
+    lines = _Lines()
+    writer = csv.writer(lines, lineterminator="\n")
+    for row in names:
+        writer.writerow(row)
+        yield lines.last
+
+
+class _Lines:
+    """A file of one line, for `csv`."""
+
+    last = ""
+
+    def write(self, line: str) -> None:
+        self.last = line
+
+
+def _write_private(path: Path, lines: Iterable[str]) -> None:
+    """Write a file of mode 0600 in one move."""
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(6)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(descriptor)
+            os.link(temporary, path)  # unlike a rename, it never replaces
+        finally:
+            temporary.unlink()
+        flush_directory(path.parent)
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror}; name another place") from error

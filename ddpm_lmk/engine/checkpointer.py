@@ -1,0 +1,147 @@
+"""Saving while training goes on: the state is copied, and a thread of rank 0 writes the copy.
+
+Training waits for the copy only, and for the write before it if that is not done yet. Host tensors are copied into
+buffers that are used again; device tensors are cloned where they are, which takes the time of reading them once, and
+brought to pinned host buffers by the writing thread on a stream of its own. What the disk said comes back with the next
+save, or when somebody waits. There is one write at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.rundir.checkpoint import Tensors
+from ddpm_lmk.rundir.directory import RunDir
+from ddpm_lmk.rundir.retention import Keep
+from ddpm_lmk.system.heartbeat import beat
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes checkpoints and snapshots of one run in the background for as long as the `with` block lasts.
+
+    Every rank makes the same calls; an error of the write is raised on all of them.
+    """
+
+    def __init__(self, run: RunDir, parallel: Parallel, *, keep: Keep) -> None:
+        self._run, self._parallel, self._keep = run, parallel, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._write: Future[Any] | None = None
+        self._was_saved = True
+        self._copy = HostCopy()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, raised: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the write that is under way come to its end; leaving without an error also raises what it met."""
+        try:
+            if raised is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def save(self, state: TrainState, moments: Mapping[str, Tensor]) -> None:
+        """Begin to write `state` as it is now, with the optimizer state `moments` by name.
+
+        Raises:
+            LmkError: the write before this one ended the run; see `RunDir.save_checkpoint`.
+        """
+        tensors, facts, pinned = state.tensors(moments), state.facts(), {state.patience.best_step}
+
+        def write() -> None:
+            copy = self._copy.on_host()
+            self._was_saved = self._run.save_checkpoint(copy, facts, keep=self._keep, pinned=pinned)
+
+        self._parallel.on_main(lambda: self._begin(tensors, write))
+
+    def keep_weights(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Begin to write a snapshot of the weights as they are now; raises as `save` does."""
+        self._parallel.on_main(
+            lambda: self._begin(state.weights(), lambda: self._run.save_snapshot(self._copy.on_host(), meta))
+        )
+
+    def wait(self) -> bool:
+        """Wait until nothing is being written; was the last save a success?
+
+        A disk that has written beside training until now is waited for here, which is another pace than that of a save.
+
+        Raises:
+            LmkError: the write ended the run.
+        """
+        beat("write")
+        return self._parallel.on_main(self._finish)
+
+    def _begin(self, tensors: Tensors, write: Callable[[], Any]) -> None:
+        self._finish()
+        self._copy.take(tensors)
+        self._write = self._thread.submit(write)
+
+    def _finish(self) -> bool:
+        if self._write is not None:
+            write, self._write = self._write, None
+            write.result()
+        return self._was_saved
+
+
+class HostCopy:
+    """A copy of tensors that may change the moment `take` returns."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._files: tuple[str, ...] = ()
+        self._taken: dict[tuple[str, str], Tensor] = {}
+        self._ready: torch.cuda.Event | None = None
+
+    @torch.no_grad()
+    def take(self, tensors: Tensors) -> None:
+        """Copy; the caller waits for memory to be read once, where it is. `on_host` must be done with the last one."""
+        sources = {(file, name): value for file, group in tensors.items() for name, value in group.items()}
+        on_device = [key for key, value in sources.items() if value.is_cuda]
+        at_home = [key for key, value in sources.items() if not value.is_cuda]
+        try:
+            places = {key: torch.empty_like(v) if v.is_cuda else self._buffer(key, v) for key, v in sources.items()}
+        except torch.OutOfMemoryError:
+            log.warning("no device memory for a copy of the state: training waits until it is on the host")
+            places = {key: self._buffer(key, value) for key, value in sources.items()}
+        for keys in filter(None, (on_device, at_home)):  # one call copies all at once only where all are in one place
+            torch._foreach_copy_([places[key] for key in keys], [sources[key] for key in keys])
+        self._files, self._taken = tuple(tensors), places
+        self._ready = torch.cuda.current_stream().record_event() if on_device else None
+
+    @torch.no_grad()
+    def on_host(self) -> Tensors:
+        """The copy by file and name, in host memory; for the writing thread."""
+        away = {key: value for key, value in self._taken.items() if value.is_cuda}
+        if away:
+            assert self._ready is not None
+            places = {key: self._buffer(key, value) for key, value in away.items()}
+            stream = torch.cuda.Stream(next(iter(away.values())).device)
+            with torch.cuda.stream(stream):
+                stream.wait_event(self._ready)
+                torch._foreach_copy_(list(places.values()), list(away.values()), non_blocking=True)
+            stream.synchronize()
+            self._taken |= places
+        files: dict[str, dict[str, Tensor]] = {file: {} for file in self._files}
+        for (file, name), value in self._taken.items():
+            files[file][name] = value
+        return files
+
+    def _buffer(self, key: tuple[str, str], like: Tensor) -> Tensor:
+        """Host memory of the size, type and layout of `like`: the same as last time where that still fits."""
+        found = self._buffers.get(key)
+        if found is None or (found.shape, found.dtype, found.stride()) != (like.shape, like.dtype, like.stride()):
+            found = self._buffers[key] = torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
+        return found

@@ -1,0 +1,90 @@
+"""What stays on the table between the runs of a process: pixels, networks, and the weights they start from.
+
+A sweep's worker does one cell after the other. Their pixels are decoded once, a network is built, placed and compiled
+once, and only its weights are set anew; weights that were read and checked once are kept. All of it is exact: a cell
+gives the same bits whether it is the first on the table, the last, or alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lmk.config import InitConfig, RunConfig
+from ddpm_lmk.engine.compile import compile_model
+from ddpm_lmk.models import build_model
+from ddpm_lmk.models.blocks import use_norm
+from ddpm_lmk.models.kernels.group_norm import choose_norm
+from ddpm_lmk.rundir.checkpoint import META, load_weights
+from ddpm_lmk.tasks import Task
+
+NETWORKS_GIB = 2.0  # on the device, beside the one in use: a sweep goes from method to method and back
+PARENTS_GIB = 4.0  # in memory
+Weights = tuple[dict[str, Tensor], dict[str, Any]]
+Kept = TypeVar("Kept")
+
+
+class Workbench:
+    """Keeps what the next run of this process may want; a run alone has one of its own."""
+
+    def __init__(self) -> None:
+        self.cache: dict[Any, Any] = {}
+        self._networks: dict[tuple[Any, ...], nn.Module] = {}
+        self._parents: dict[tuple[Any, ...], Weights] = {}
+
+    def model(self, cfg: RunConfig, task: Task, device: torch.device) -> nn.Module:
+        """The network of `cfg` with the random weights of its seed, the same on every kind of device."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            fresh = task.wrap(
+                build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
+            )
+        setting = (device, cfg.train.channels_last, cfg.train.compile, cfg.train.cuda_graphs, cfg.train.group_norm)
+        head = cfg.task if cfg.task.stage == "pretrain" else None  # some tasks train more than the network
+        key = (cfg.model, type(task), head, task.out_channels, task.full_size, task.domains, *setting)
+        model = self._networks.pop(key, None)
+        if model is not None:
+            model.load_state_dict(fresh.state_dict())
+            for parameter, new in zip(model.parameters(), fresh.parameters(), strict=True):
+                parameter.requires_grad_(new.requires_grad)  # the run before may have frozen some
+        else:
+            layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
+            model = fresh.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+            use_norm(model, choose_norm(cfg.train.group_norm, device, is_compiled=cfg.train.compile is True))
+            compile_model(model, cfg, device)
+        self._networks[key] = model  # now the youngest
+        _shorten(self._networks, NETWORKS_GIB, lambda network: network.state_dict().values())
+        return model
+
+    def weights(self, init: InitConfig) -> Weights:
+        """The starting weights of a run as `load_weights` reads and checks them; nobody may change them in place."""
+        assert init.weights is not None
+        key = (init.weights, init.use, *_stamps(Path(init.weights)))
+        found = self._parents.pop(key, None)
+        if found is None:
+            found = load_weights(init.weights, init.use)
+        self._parents[key] = found
+        _shorten(self._parents, PARENTS_GIB, lambda parent: parent[0].values())
+        return found
+
+
+def _stamps(path: Path) -> list[tuple[str, Any]]:
+    """What changes when the weights at `path` do: the facts of a snapshot, which hold the digests of its files."""
+    if path.is_file():
+        stat = path.stat()
+        return [(str(path), (stat.st_ino, stat.st_size, stat.st_mtime_ns))]
+    files = sorted([*path.glob(META), *path.glob(f"snapshots/*/{META}")])
+    return [(str(file), file.read_bytes()) for file in files]
+
+
+def _shorten(kept: dict[Any, Kept], limit_gib: float, tensors: Callable[[Kept], Iterable[Tensor]]) -> None:
+    """Let the oldest go while there is more than so much beside the youngest."""
+    sizes = {key: sum(tensor.nbytes for tensor in tensors(value)) for key, value in kept.items()}
+    for key in list(kept)[:-1]:
+        if sum(sizes.values()) - sizes[list(kept)[-1]] <= limit_gib * 2**30:
+            return
+        del kept[key], sizes[key]

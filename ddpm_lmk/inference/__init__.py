@@ -1,0 +1,1 @@
+"""Using a finished run: score, predict, calibrate, sample, export."""

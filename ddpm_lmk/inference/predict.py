@@ -1,0 +1,284 @@
+"""Landmarks of new x-rays: files in; a table, a JSON file and a picture with the points each, out.
+
+Pictures are prepared exactly as the run's training data was packed, and decoded in another process, so that no bad file
+stops the others. Points are pixels of the file as it is seen (after its EXIF rotation). Millimetres are written where a
+DICOM file states its spacing, or where the caller knows it: none is guessed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+
+from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.data.drawing import draw_overlay, encode_png, to_uint8
+from ddpm_lmk.data.images.decode import SUFFIXES, Film, ReadOptions, RefusedImageError
+from ddpm_lmk.data.images.resize import to_square
+from ddpm_lmk.data.images.sandbox import Isolation
+from ddpm_lmk.data.images.sandbox_worker import Answer
+from ddpm_lmk.data.loading.augment import compose, invert, no_changes, resize_matrix
+from ddpm_lmk.data.loading.warp import develop
+from ddpm_lmk.data.shards.decoding import begins_as_dicom
+from ddpm_lmk.data.shards.records import to_stored_matrix
+from ddpm_lmk.data.sources.walk import walk
+from ddpm_lmk.errors import ConfigError, DataError
+from ddpm_lmk.inference.load import LoadedRun, open_run
+from ddpm_lmk.inference.predictions import Found, to_native
+from ddpm_lmk.rundir.lock import want_writable
+from ddpm_lmk.system import files as atomic
+from ddpm_lmk.tasks import LandmarkTask
+
+COLUMNS = (
+    "file",
+    "landmark_index",
+    "landmark_name",
+    "x",
+    "y",
+    "x_mm",
+    "y_mm",
+    "spread_px",
+    "spread_mm",
+    "failed",
+    "error",
+)
+
+IMAGES = SUFFIXES | {".dcm", ".dicom"}  # whose files are pictures, or reported as broken ones
+SMALLEST_OVERLAY, LARGEST_OVERLAY = 768, 2048  # longer side, pixels; in between an overlay has the size of its file
+
+
+@dataclass
+class PredictSummary:
+    """What came of the files: pictures with points, and files that could not be read, with the reason."""
+
+    out: Path
+    predicted: int = 0
+    errors: dict[str, str] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)  # files of folders that are no images, by suffix
+
+    def check(self, *, strict: bool) -> None:
+        """Raise DataError if no file could be read; with `strict`, if any could not."""
+        if self.errors and (strict or not self.predicted):
+            name, reason = next(iter(self.errors.items()))
+            total = self.predicted + len(self.errors)
+            raise DataError(f"{len(self.errors)} of {total} images could not be read, first {name}: {reason}")
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A file, decoded and prepared."""
+
+    name: str
+    grey: np.ndarray  # [H, W] uint8, for the overlay
+    network: np.ndarray  # [S, S] uint8 or uint16
+    to_native: np.ndarray  # [2, 3] network px -> file px
+    mm_per_px: float | None  # as the file states it
+    spacing: str | None  # from which of its tags, or why it is unknown
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.grey.shape[1], self.grey.shape[0]
+
+
+def predict_images(
+    run: str | Path,
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    mm_per_px: float | None = None,
+    dataset: str | None = None,
+    frame: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> PredictSummary:
+    """Find the landmarks in image files; writes OUT/predictions.{csv,json} and OUT/overlays/NAME.png.
+
+    Args:
+        run: run directory or snapshot of a landmark run.
+        files: PNG, JPEG, BMP, TIFF or DICOM files, and folders, of which all such files are taken.
+        mm_per_px: spacing of the pixels of these files, where it is known; goes before what DICOM files state.
+        dataset: whose landmarks are wanted, of a run that has learnt those of several.
+        frame: which frame of files with several, from 0; None: such files fail.
+
+    Raises:
+        ConfigError: no files, or the run has learnt something else.
+        DataError: no image in a folder, or how the run prepared its pictures cannot be found out.
+    """
+    if not files:
+        raise ConfigError("no image files given; name at least one")
+    if mm_per_px is not None and not (np.isfinite(mm_per_px) and mm_per_px > 0):
+        raise ConfigError(f"--mm-per-px={mm_per_px}: wanted a positive number of millimetres")
+    out = Path(out)
+    want_writable(out)
+    paths, passed_over = list_images(files)
+    loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
+    summary = PredictSummary(out, passed_over=passed_over)
+    images: list[dict[str, Any]] = []
+    for name, result in _predict_all(loaded, paths, summary.errors, frame):
+        if result is None:
+            images.append({"file": name, "error": summary.errors[name]})
+            continue
+        picture, found = result
+        summary.predicted += 1
+        overlay = _overlay_name(images, name)
+        images.append(_facts(loaded, picture, found, mm_per_px) | {"overlay": f"overlays/{overlay}"})
+        numbers = [str(index) for index in range(len(found.points))]
+        side = min(max(*picture.size, SMALLEST_OVERLAY), LARGEST_OVERLAY)
+        drawn = draw_overlay(picture.grey, found.points, spread_px=found.spread_px, names=numbers, side=side)
+        atomic.write_bytes(out / "overlays" / overlay, encode_png(drawn))
+    facts = {"run": str(loaded.path), "step": loaded.meta["step"], "dataset": loaded.spec.name, "mm_per_px": mm_per_px}
+    atomic.write_json(out / "predictions.json", {**facts, "images": images})
+    atomic.write_text(out / "predictions.csv", _to_csv(images))
+    return summary
+
+
+def list_images(places: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]:
+    """The files of `places` in order, folders replaced by the images below them, and what else is there by suffix.
+
+    DICOM files are known by their first bytes, whatever their names. Raises DataError where a folder holds no image.
+    """
+    files: dict[Path, None] = {}
+    others: Counter[str] = Counter()
+    for place in map(Path, places):
+        if not place.is_dir():
+            files[place] = None
+            continue
+        below = [place / name for name in sorted(walk(place, None, Counter()))]
+        images = [path for path in below if path.suffix.lower() in IMAGES or begins_as_dicom(path)]
+        if not images:
+            raise DataError(f"no image below {place}; looked for DICOM and {' '.join(sorted(SUFFIXES))}")
+        files |= dict.fromkeys(images)
+        others.update(path.suffix or "none" for path in set(below) - set(images))
+    return list(files), others
+
+
+def _predict_all(
+    loaded: LoadedRun, files: list[Path], errors: dict[str, str], frame: int | None
+) -> Iterator[tuple[str, tuple[_Picture, Found] | None]]:
+    """Every file in order, in batches, with its picture and points, or None and an entry in `errors`."""
+    settings = loaded.pixel_settings()
+    size = loaded.cfg.evaluate.batch
+    # a patient's own picture is wanted, whatever is written in it; nothing of it but points is kept
+    options = asdict(ReadOptions(frame=frame, voi=settings["window"] == "voi", allow_burned_in=True))
+    with Isolation(1) as isolation:
+        for begin in range(0, len(files), size):
+            names = [str(file) for file in files[begin : begin + size]]
+            pictures: dict[str, _Picture] = {}
+            answers = isolation.answers({"path": name, "options": options} for name in names)
+            for name, answer in zip(names, answers, strict=True):
+                try:
+                    pictures[name] = _prepare(name, _film(answer), settings, loaded.cfg.data.image_size)
+                except RefusedImageError as error:
+                    errors[name] = str(error)
+            found = dict(zip(pictures, _predict_batch(loaded, list(pictures.values())), strict=True))
+            for name in names:
+                yield name, (pictures[name], found[name]) if name in found else None
+
+
+def _film(answer: Answer) -> Film:
+    """What a decoding process found; raises RefusedImageError."""
+    said, content = answer
+    if "io_error" in said:
+        raise RefusedImageError("UNREADABLE", said["io_error"])
+    if "refused" in said:
+        raise RefusedImageError(said["code"], said["refused"])
+    pixels = np.frombuffer(content, np.dtype(said["dtype"])).reshape(said["shape"])
+    full_range = None if said["full_range"] is None else tuple(said["full_range"])
+    return Film(pixels, said["facts"], full_range, said["is_windowed"], said["mm_per_px"])
+
+
+def _prepare(name: str, film: Film, settings: dict[str, Any], image_size: int) -> _Picture:
+    """Resize a film as packing and loading do; raises RefusedImageError."""
+    pixels = film.pixels
+    native = (pixels.shape[1], pixels.shape[0])
+    stored = to_square(
+        pixels,
+        native,
+        size=settings["size"],
+        aspect=settings["aspect"],
+        resize=settings["filter"],
+        window="full" if film.is_windowed else settings["window"],
+        bits=settings["bits"],
+        full_range=film.full_range,
+    )
+    network = stored
+    if stored.shape != (image_size, image_size):
+        method = cv2.INTER_AREA if image_size < len(stored) else cv2.INTER_LINEAR
+        network = cv2.resize(stored, (image_size, image_size), interpolation=method)
+    to_stored = to_stored_matrix(native, settings["size"], settings["aspect"])
+    to_network = compose(resize_matrix(settings["size"], image_size), to_stored)
+    return _Picture(name, to_uint8(pixels), network, invert(to_network), film.mm_per_px, film.facts.get("spacing"))
+
+
+@torch.inference_mode()
+def _predict_batch(loaded: LoadedRun, pictures: list[_Picture]) -> list[Found]:
+    if not pictures:
+        return []
+    assert isinstance(loaded.task, LandmarkTask)
+    device = loaded.parallel.device
+    stacked = np.stack([picture.network for picture in pictures])
+    raw = torch.from_numpy(stacked if stacked.dtype == np.uint8 else stacked.view(np.int16)).to(device)
+    positions = np.arange(len(pictures))
+    images = develop(
+        raw, no_changes(len(pictures)), seed=loaded.cfg.seed, positions=positions, intensity=loaded.cfg.data.intensity
+    )
+    batch = Batch(
+        images=images,
+        points=None,
+        to_native=torch.from_numpy(np.stack([picture.to_native for picture in pictures])).float(),
+        native_size=torch.tensor([picture.size for picture in pictures], dtype=torch.float32),
+        mm_per_px=torch.full((len(pictures),), float("nan")),
+        positions=torch.from_numpy(positions),
+        weight=torch.ones(len(pictures)),
+        ids=tuple(picture.name for picture in pictures),
+    ).to(device)
+    with loaded.parallel.autocast(loaded.cfg.train.precision):
+        return to_native(loaded.task.predict(loaded.model, batch), batch)
+
+
+def _facts(loaded: LoadedRun, picture: _Picture, found: Found, mm_per_px: float | None) -> dict[str, Any]:
+    """One image of predictions.json; `mm_per_px` goes before what the file states."""
+    spacing = picture.spacing if mm_per_px is None else "--mm-per-px"
+    mm_per_px = mm_per_px or picture.mm_per_px
+    points = []
+    for index, name in enumerate(loaded.spec.landmark_names):
+        x, y = (round(float(value), 3) for value in found.points[index])
+        spread = round(float(found.spread_px[index]), 3)
+        point = {"name": name, "x": x, "y": y, "spread_px": spread, "failed": bool(found.failed[index])}
+        if mm_per_px is not None:
+            millimetres = {"x_mm": x, "y_mm": y, "spread_mm": spread}
+            point |= {key: round(value * mm_per_px, 4) for key, value in millimetres.items()}
+        points.append(point)
+    width, height = picture.size
+    facts = {"file": picture.name, "width": width, "height": height, "mm_per_px": mm_per_px, "spacing": spacing}
+    return facts | {"points": points}
+
+
+def _to_csv(images: list[dict[str, Any]]) -> str:
+    """One row per landmark; a file that failed has one row with its error."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for image in images:
+        if "error" in image:
+            writer.writerow({"file": image["file"], "error": image["error"]})
+        for index, point in enumerate(image.get("points", ())):
+            row = {"file": image["file"], "landmark_index": index, "landmark_name": point["name"], **point}
+            del row["name"]
+            writer.writerow(row | {"failed": int(point["failed"])})
+    return text.getvalue()
+
+
+def _overlay_name(images: list[dict[str, Any]], name: str) -> str:
+    """A file name for an overlay; a number is added where two files have the same name."""
+    taken = {image.get("overlay", "").removeprefix("overlays/") for image in images}
+    stem = Path(name).stem
+    candidates = (f"{stem}.png" if count == 0 else f"{stem}-{count}.png" for count in range(len(images) + 1))
+    return next(candidate for candidate in candidates if candidate not in taken)

@@ -1,0 +1,160 @@
+"""What is asked of a run before its first step, in one place: `pretrain`, `finetune`, their dry runs, every run of a
+sweep, its dry run and the demo all ask it, so that none of them trains what another refuses.
+
+Whatever can be known without training is known here: the settings, the packs and their splits and labels, what scoring
+will need of the labels, the directory and what it holds, and the starting weights. Not asked is what takes long (hashes
+of weights and of pixels) or is of the moment (who works in the directory, how much memory is free): the run does that
+as it starts. Imports torch only where there are starting weights to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddpm_lmk.config import EncoderUNetConfig, LandmarksConfig, RunConfig
+from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, fingerprint, training_corpora
+from ddpm_lmk.data.loading.order import GroupPlan
+from ddpm_lmk.data.spec import DatasetSpec, mixture
+from ddpm_lmk.engine.requirements import want_graphs, want_kept, want_zero
+from ddpm_lmk.errors import CheckpointError, ConfigError
+from ddpm_lmk.inference.truth import want_scorable
+from ddpm_lmk.launcher import Placement
+from ddpm_lmk.rundir import lock, retention
+
+
+def check_run(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None = None) -> list[str]:
+    """Raise what would end this run before its first step, or after its last; returns what is to be remarked.
+
+    Nothing is written. A run that has finished needs nothing any more.
+
+    Args:
+        out: the run directory; with `fork` the new one.
+        fork: the run it goes on from.
+
+    Raises:
+        LmkError: of the kind, with the words and the exit code that the run itself would have.
+    """
+    check_settings(cfg, placement)
+    if lock.is_finished(out, cfg):
+        return []
+    corpora = check_data(cfg)
+    if placement.node_rank == 0:  # the other nodes write in the same place
+        check_folder(cfg, out, corpora, fork=fork)
+    check_start(cfg, out, corpora, fork=fork)
+    return remarks(cfg, corpora)
+
+
+def check_settings(cfg: RunConfig, placement: Placement) -> None:
+    """Can these settings be kept on so many processes of this kind?
+
+    Raises:
+        ConfigError: they contradict one another. LaunchError: something is not installed, or not on this device.
+    """
+    world, train = placement.processes * placement.nodes, cfg.train
+    GroupPlan.of(cfg, train.group_size).check_world(world)  # how many images there are does not matter for this
+    together = train.given_micro_batch or train.group_size // world
+    if isinstance(cfg.model, EncoderUNetConfig) and cfg.task.stage == "pretrain" and together < 2:
+        raise ConfigError(
+            f"task {cfg.task.kind} normalises over the images a process computes at once, and {world} processes have "
+            f"{together} each; use fewer processes or a larger train.group_size"
+        )
+    want_kept(cfg, world=world, zero=placement.zero)
+    want_graphs(cfg, placement.device)
+    want_zero(placement.zero, world)
+    if cfg.data.loader == "dali":
+        from ddpm_lmk.data.loading.backend import want_dali
+
+        want_dali(cfg)
+
+
+def check_data(cfg: RunConfig) -> list[Corpus]:
+    """Are the packs, splits and labels there that this run learns from, validates on and is scored on?
+
+    Returns:
+        The images it learns from, as opened.
+
+    Raises:
+        ConfigError, DataError: as opening and scoring them would.
+    """
+    corpora = training_corpora(cfg)
+    if cfg.data.validation_split is not None:
+        evaluation_corpora(cfg, cfg.data.validation_split)
+    if not isinstance(cfg.task, LandmarksConfig):
+        return corpora
+    spec = spec_of(cfg, _specs(corpora))
+    if cfg.task.codec.kind == "disc" and spec.num_landmarks == 1:
+        raise ConfigError(
+            f"task.codec.kind=disc tells landmarks apart at every pixel, but {spec.name} has only one, so nothing "
+            "would be learnt; use task.codec.kind=spatial"
+        )
+    if cfg.evaluate.split is not None:
+        for scored, shots in zip(evaluation_corpora(cfg, cfg.evaluate.split), corpora, strict=True):
+            want_scorable(scored, shots)
+    return corpora
+
+
+def spec_of(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> DatasetSpec:
+    """Facts of the dataset: of all labelled ones together, of the first one in a pool without labels."""
+    return mixture(specs) if cfg.task.stage == "finetune" else specs[0]
+
+
+def _specs(corpora: Sequence[Corpus]) -> list[DatasetSpec]:
+    return [corpus.manifest.spec for corpus in corpora]
+
+
+def check_folder(cfg: RunConfig, out: Path, corpora: Sequence[Corpus], *, fork: Path | None = None) -> None:
+    """Can the run write into `out`, and does it hold nothing, or this run on this data?
+
+    Raises:
+        ResourceError: it cannot be written. RunConflictError: it holds another run. DataError: this run on other data.
+        CheckpointError: there is nothing to fork.
+    """
+    lock.want_writable(out)
+    lock.check_contents(out, cfg, is_fork=fork is not None)
+    want_same_data(out, corpora)
+    if fork is not None and not has_begun(out) and not has_begun(fork):
+        raise CheckpointError(
+            f"no checkpoint in {fork / 'checkpoints'} to go on from (there is none); give the run with --out"
+        )
+
+
+def want_same_data(out: Path, corpora: Sequence[Corpus]) -> None:
+    """Raise `DataError` where the run in `out` was started on other data."""
+    lock.want_same_data(out, fingerprint(corpora))
+
+
+def check_start(
+    cfg: RunConfig, out: Path, corpora: Sequence[Corpus], *, fork: Path | None = None, stage: RunConfig | None = None
+) -> None:
+    """Are the starting weights there, and do they fit? A run that has a checkpoint needs them no more.
+
+    Args:
+        stage: run file of the run that will have made them by then, and is not finished yet.
+
+    Raises:
+        CheckpointError: they are not, or do not.
+    """
+    if cfg.init.weights is None or fork is not None or has_begun(out):
+        return
+    from ddpm_lmk.tasks.starting_weights import want_fitting, want_fitting_stage
+
+    if stage is None:
+        want_fitting(cfg, spec_of(cfg, _specs(corpora)))
+    else:
+        want_fitting_stage(cfg, spec_of(cfg, _specs(corpora)), stage, spec_of(stage, _specs(training_corpora(stage))))
+
+
+def has_begun(out: Path) -> bool:
+    """Has the run in this directory a checkpoint to go on from?"""
+    return bool(retention.complete(out / "checkpoints"))
+
+
+def remarks(cfg: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
+    """What is no fault, and worth a second look before the time is spent."""
+    small = [corpus.manifest for corpus in corpora if corpus.manifest.stored_size < cfg.data.image_size]
+    return [
+        f"{manifest.root} holds images of {manifest.stored_size} pixels, which are enlarged to data.image_size="
+        f"{cfg.data.image_size} and gain no detail; pack them with --size {cfg.data.image_size}, or use smaller images"
+        for manifest in small
+    ]

@@ -1,0 +1,195 @@
+"""A run directory: who may work in it, whether it is the same run, and everything a run writes by line or by folder.
+
+`RUN/.lock config.yaml run.json events.jsonl metrics.jsonl quarantine.jsonl checkpoints/ snapshots/ results.json
+done.json`. One process holds the lock. A directory is continued when it holds the same run; another run is refused with
+a key-by-key diff. An object of this class on another rank than 0 has the same path and writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ddpm_lmk.config import RunConfig, load
+from ddpm_lmk.errors import ResourceError, RunConflictError
+from ddpm_lmk.rundir import checkpoint, lock, retention
+from ddpm_lmk.rundir.checkpoint import Checkpoint, Tensors
+from ddpm_lmk.rundir.log import Journal, now, parse_line
+from ddpm_lmk.rundir.retention import Keep
+from ddpm_lmk.system import files
+from ddpm_lmk.system.failpoints import reach
+
+MOST_FAILED_SAVES = 3
+
+
+class RunDir:
+    """The directory of one run, held by this process for as long as the `with` block lasts."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        """Use `claim` instead, except for a rank that only reads."""
+        self.path = path
+        self.writes = writes
+        self.journal = Journal(path, writes=writes)
+        self.event, self.metrics = self.journal.event, self.journal.metrics
+        self.incarnation = uuid.uuid4().hex[:8]
+        self.source: int | None = None  # step of the checkpoint this session continued from
+        self._lock: int | None = None
+        self._config_hash: str | None = None
+        self._failed_saves = 0
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @classmethod
+    def claim(cls, path: Path, cfg: RunConfig, *, is_fork: bool = False) -> RunDir:
+        """Take the directory for this run, new or continued; nothing but the lock is written yet.
+
+        Raises:
+            ResourceError: it cannot be written.
+            RunConflictError: it is in use, holds something else, or another run.
+        """
+        lock.make_writable(path)
+        run = cls(path, writes=True)
+        run._lock = lock.take_lock(path, incarnation=run.incarnation)
+        try:
+            lock.check_contents(path, cfg, is_fork=is_fork)
+        except BaseException:
+            run.__exit__(None, None, None)
+            raise
+        for folder in (path, path / "checkpoints", path / "snapshots"):
+            retention.clean(folder)
+        return run
+
+    def declare(self, cfg: RunConfig) -> None:
+        """Write the run file before anything else is: without it a directory that holds anything is no run."""
+        files.write_text(self.path / "config.yaml", load.dump_run(cfg))
+
+    def begin(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
+        """Write what this run is: its run file and `run.json` with `facts` (fingerprint, versions, hardware, parent).
+
+        Raises:
+            DataError: the run was started on other data.
+        """
+        before, stored = self._read_json("run.json"), self.stored_config()
+        lock.want_same_data(self.path, facts["fingerprint"])
+        self._config_hash = load.config_hash(cfg)
+        self.declare(cfg)
+        # What a run is stays what it was when it began, but for the devices it has come to, and what they allow.
+        weaker: dict[str, Any] = {key: facts[key] for key in ("exactness", "devices") if key in facts}
+        kept: dict[str, Any] = {**(before or facts), **weaker}
+        if kept != before:
+            files.write_json(self.path / "run.json", kept)
+        self.event("run.continued" if before is not None else "run.started", config=self._config_hash)
+        for key, was, now_at in lock.moved(stored, cfg) if before is not None and stored is not None else ():
+            self.event("run.moved", key=key, was=was, now=now_at)
+
+    def note(self, **facts: Any) -> None:
+        """Put into `run.json` what only training could tell; what it says of an earlier session goes."""
+        before = self.facts()
+        if self.writes and before | facts != before:
+            files.write_json(self.path / "run.json", before | facts)
+
+    def results(self, cfg: RunConfig) -> dict[str, Any] | None:
+        """Results of this very run if it is finished and they are as they were written, else None."""
+        return self._read_json("results.json") if lock.is_finished(self.path, cfg) else None
+
+    def finish(self, cfg: RunConfig, results: dict[str, Any]) -> None:
+        """Write the results and mark the run as finished."""
+        path = self.path / "results.json"
+        files.write_json(path, results)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        files.write_json(
+            self.path / "done.json",
+            {"config_hash": load.config_hash(cfg), "results_sha256": digest, "finished": now()},
+        )
+        self.event("run.finished")
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says about the run that is continued here; empty for a new one."""
+        return self._read_json("run.json") or {}
+
+    def stored_config(self) -> RunConfig | None:
+        """The run file the directory was started with."""
+        return lock.stored_config(self.path)
+
+    def save_checkpoint(
+        self, tensors: Tensors, facts: dict[str, Any], *, keep: Keep, pinned: Collection[int | None] = ()
+    ) -> bool:
+        """Save the state, then drop what `keep` and the pinned steps do not hold.
+
+        A full disk is an event and not the end, three in a row are.
+
+        Raises:
+            ResourceError: the third failure in a row.
+            RunConflictError: the directory was taken over by another process.
+        """
+        known = {"incarnation": self.incarnation, "config": self._config_hash}
+        try:
+            path = checkpoint.save_checkpoint(
+                self.path / "checkpoints", tensors, facts, facts=known, fence=self.want_ours
+            )
+        except OSError as error:
+            self._failed_saves += 1
+            self.event("checkpoint.failed", step=facts["step"], reason=str(error))
+            if self._failed_saves < MOST_FAILED_SAVES:
+                return False
+            raise ResourceError(
+                f"{MOST_FAILED_SAVES} checkpoints in a row could not be written to {self.path} ({error.strerror}); "
+                "free some space, the same command continues from the last good one"
+            ) from None
+        self._failed_saves = 0
+        self.event("checkpoint.saved", step=facts["step"], path=path.name)
+        try:
+            reach("save.recorded")
+            retention.retain(path.parent, keep, {*pinned, self.source})
+        except OSError as error:
+            self.event("retention.failed", step=facts["step"], reason=str(error))
+        return True
+
+    def save_snapshot(self, tensors: Tensors, meta: dict[str, Any]) -> bool:
+        """Save weights to use; False, and an event, where the disk refuses."""
+        try:
+            path = checkpoint.save_snapshot(self.path / "snapshots", tensors, meta, fence=self.want_ours)
+        except OSError as error:
+            self.event("snapshot.failed", step=meta["step"], reason=str(error))
+            return False
+        self.event("snapshot.saved", step=meta["step"], path=path.name)
+        return True
+
+    def load_latest(self) -> Checkpoint | None:
+        """The newest good checkpoint; damaged ones are set aside with an event."""
+        found = checkpoint.load_latest(
+            self.path / "checkpoints",
+            on_bad=lambda path, reason: self.event("checkpoint.bad", path=path.name, reason=reason),
+        )
+        self.source = None if found is None else found.state["step"]
+        return found
+
+    def want_ours(self) -> None:
+        """Raise `RunConflictError` unless the lock in the directory is the one this process took."""
+        path = self.path / ".lock"
+        holder = (parse_line(path.read_text()) if path.is_file() else None) or {}
+        if holder.get("incarnation") != self.incarnation:
+            raise RunConflictError(
+                f"{self.path} was taken over by process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
+                "nothing more is written here, stop one of the two"
+            )
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return None

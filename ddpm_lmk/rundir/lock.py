@@ -1,0 +1,289 @@
+"""Whose a run directory is: can it be written, is anybody working in it, does it hold this run or another one.
+
+The lock is the kernel's (flock): it is free the moment its holder is dead, however it died. Rank 0 holds `.lock` while
+it works; a launcher of several processes holds `.lock-launcher` from before it starts them until it ends, restarts
+included. So a second run is refused before it has started a process, and a rank that has outlived its launcher still
+keeps others out.
+
+A run is known again by its settings. Where its data and its starting weights lie is none of them: they are known by
+what they hold (`PLACES`), so that a pack on the scratch disk of the next job is the same pack. Imports torch only to
+look at weights that have moved.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ddpm_lmk.config import Duration, RunConfig, load
+from ddpm_lmk.errors import DataError, LmkError, ResourceError, RunConflictError
+from ddpm_lmk.rundir.log import now
+from ddpm_lmk.system import environment, privacy
+from ddpm_lmk.system.durable import DamagedError, read_json, read_no_follow
+
+LOCK = ".lock"
+LAUNCHER_LOCK = ".lock-launcher"
+MAY_CHANGE = (
+    "name",
+    "data.workers",
+    "data.residency",
+    "data.loader",
+    "data.cache_gib",
+    "data.cache_dir",
+    "train.log_every",
+    "train.compare_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.snapshot_every",
+)
+PLACES = ("data.path", "data.protect", "init.weights")  # these too, while what lies there is the same
+
+
+@contextmanager
+def hold(path: Path, cfg: RunConfig, *, name: str, is_fork: bool = False) -> Iterator[None]:
+    """Keep a directory for a launcher, after all that can be said against it has been said."""
+    make_writable(path)
+    lock = take_lock(path, name)
+    try:
+        refuse_if_held(path, LOCK)
+        check_contents(path, cfg, is_fork=is_fork)
+        yield
+    finally:
+        os.close(lock)
+
+
+def make_writable(path: Path) -> None:
+    """Create the directory, and try what saving needs: create, flush, rename, delete; raises `ResourceError`."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise ResourceError(f"{path} is a file; wanted a directory for the run")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=privacy.folder_mode(), exist_ok=True)
+        _try_saving(path)
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
+def want_writable(path: Path) -> None:
+    """Say now what `make_writable` would, and leave everything as it is: tried where the directory would be made."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise ResourceError(f"{path} is a file; wanted a directory for the run")
+        _try_saving(next(place for place in (path, *path.absolute().parents) if place.exists()))
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
+def _try_saving(folder: Path) -> None:
+    probe = folder / f".tmp-probe-{os.getpid()}"
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT, privacy.file_mode())
+    try:
+        os.write(descriptor, b"?")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    renamed = probe.rename(f"{probe}-renamed")
+    renamed.unlink()
+
+
+def _not_writable(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(f"cannot write to {path} ({error.strerror}); choose another --out directory")
+
+
+def take_lock(path: Path, name: str = LOCK, *, incarnation: str | None = None) -> int:
+    """Lock the directory for as long as the returned descriptor is open; raises `RunConflictError`.
+
+    `incarnation` is kept in the lock, so that a holder can see before it writes whether the directory is still its own.
+    """
+    if name == LOCK and not environment.is_rank():
+        refuse_if_held(path, LAUNCHER_LOCK)
+    descriptor = _open(path, name)
+    if not _try_lock(descriptor, path):
+        os.close(descriptor)
+        raise _in_use(path, name)
+    facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "incarnation": incarnation}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+    return descriptor
+
+
+def refuse_if_held(path: Path, name: str) -> None:
+    """Raise `RunConflictError` where another process holds this lock."""
+    if not (path / name).exists():
+        return
+    descriptor = _open(path, name)
+    try:
+        if not _try_lock(descriptor, path):
+            raise _in_use(path, name)
+    finally:
+        os.close(descriptor)
+
+
+def refuse_if_in_use(path: Path) -> None:
+    """Raise `RunConflictError` where a run or a launcher is at work: said before anything that takes time is done."""
+    for name in (LAUNCHER_LOCK, LOCK):  # of the two processes of one run, the one to speak to
+        refuse_if_held(path, name)
+
+
+def check_contents(path: Path, cfg: RunConfig, *, is_fork: bool = False) -> None:
+    """Raise `RunConflictError` where the directory holds anything but this run or nothing.
+
+    A fork begins with a checkpoint that it copies (`fork`): killed after that, it finds nothing else.
+    """
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    others = [name for name in names if not name.startswith((LOCK, ".tmp-"))]
+    if not others or (is_fork and others == ["checkpoints"]):
+        return
+    if "config.yaml" not in others:
+        raise RunConflictError(
+            f"{path} exists and is not a run (it holds {', '.join(sorted(others)[:3])}); "
+            "use an empty or new --out directory, nothing was changed"
+        )
+    rows = conflicts(path, cfg)
+    if rows:
+        raise RunConflictError(
+            f"{path} holds another run: {listed(rows)}; use another --out directory, or add --fork NEWDIR to go on "
+            "from its newest checkpoint there"
+        )
+
+
+def conflicts(path: Path, cfg: RunConfig) -> list[tuple[str, object, object]]:
+    """Rows (key, there, here) in which the run in `path` differs from `cfg` and may not.
+
+    Raises:
+        RunConflictError: this version cannot read it.
+        DataError, CheckpointError: what it would now read its data or weights from is none.
+    """
+    try:
+        stored = stored_config(path)
+    except LmkError as error:
+        raise RunConflictError(f"{path} holds a run this version cannot read ({error}); use another --out") from None
+    assert stored is not None
+    rows = [row for row in load.diff_runs(stored, cfg) if not _may_change(row[0], stored, cfg)]
+    if any(key not in PLACES for key, *_ in rows):  # another run, wherever its data lies
+        return rows
+    return [row for row in rows if not _is_moved(row[0], path, stored, cfg)]
+
+
+def listed(rows: Sequence[tuple[str, object, object]]) -> str:
+    """Differences as words."""
+    return "; ".join(f"{key}: there {old!r}, here {new!r}" for key, old, new in rows)
+
+
+def moved(stored: RunConfig, cfg: RunConfig) -> list[tuple[str, object, object]]:
+    """Rows (key, was, now) of what lies elsewhere than before."""
+    return [row for row in load.diff_runs(stored, cfg) if row[0] in PLACES]
+
+
+def is_finished(path: Path, cfg: RunConfig) -> bool:
+    """Has this very run finished in the directory, and are its results as they were written?"""
+    done = read_json(path / "done.json")
+    if done is None:
+        return False
+    try:
+        digest = hashlib.sha256(read_no_follow(path / "results.json")).hexdigest()
+    except DamagedError:
+        return False
+    return digest == done.get("results_sha256") and _is_of(path, done, cfg)
+
+
+def _is_of(path: Path, done: dict[str, Any], cfg: RunConfig) -> bool:
+    """Is it this run that `done` says has finished?"""
+    if done.get("config_hash") == load.config_hash(cfg):
+        return True
+    try:
+        stored = stored_config(path)
+        if stored is None or done.get("config_hash") != load.config_hash(stored):
+            return False
+        return stored.train.length == cfg.train.length and not conflicts(path, cfg)
+    except LmkError:
+        return False
+
+
+def want_same_data(path: Path, fingerprint: str) -> None:
+    """Raise `DataError` where the run in `path` was started on other data."""
+    before = read_json(path / "run.json")
+    if before is not None and before.get("fingerprint") != fingerprint:
+        raise DataError(
+            f"dataset changed since {path} was started: was {before.get('fingerprint')}, now {fingerprint}; restore "
+            "it, or use another --out directory (a single run goes on there with --fork NEWDIR)"
+        )
+
+
+def stored_config(path: Path) -> RunConfig | None:
+    """The run file a directory was started with."""
+    file = path / "config.yaml"
+    return load.load_run(file) if file.is_file() else None
+
+
+def _open(path: Path, name: str) -> int:
+    return os.open(path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, privacy.file_mode())
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise ResourceError(
+            f"the file system of {path} has no locks ({error.strerror}), so two runs could write there at once; "
+            "mount it with locks (NFS: version 4, or without nolock), or choose another --out directory"
+        ) from None
+    return True
+
+
+def _in_use(path: Path, name: str) -> RunConflictError:
+    try:
+        holder = json.loads((path / name).read_text())
+    except (OSError, ValueError):
+        holder = {}
+    return RunConflictError(
+        f"{path} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
+        f"{holder.get('since', '?')}; wait for it, stop it, or use another --out directory"
+    )
+
+
+def _may_change(key: str, stored: RunConfig, cfg: RunConfig) -> bool:
+    """May this key differ between a run and its continuation? Only where the weights come out the same."""
+    if key == "train.length":
+        old, new = stored.train.length, cfg.train.length
+        return cfg.optim.schedule == "constant" and _is_longer(old, new)
+    return key in MAY_CHANGE
+
+
+def _is_moved(key: str, path: Path, stored: RunConfig, cfg: RunConfig) -> bool:
+    """Is what lies in the new place the same, by what the run noted when it began?"""
+    facts = read_json(path / "run.json")
+    if facts is None:  # stopped before it began
+        return True
+    if key == "init.weights":
+        return _same_weights(facts.get("parent"), cfg)
+    from ddpm_lmk.data.loading.corpus import fingerprints_of, joined
+
+    found = fingerprints_of(cfg.data, cfg.data.path if key == "data.path" else cfg.data.protect)
+    known = facts.get("packs", {}).get(key)
+    if known is None and key == "data.path":  # begun by a version that noted one for all of them
+        return facts.get("fingerprint") == joined(found)
+    return known == found
+
+
+def _same_weights(parent: dict[str, Any] | None, cfg: RunConfig) -> bool:
+    """By the digests of the files beside the weights a run began with: those of a snapshot, or the file alone."""
+    if parent is None or cfg.init.weights is None:
+        return False
+    from ddpm_lmk.rundir.checkpoint import weights_digest
+
+    return weights_digest(cfg.init.weights, cfg.init.use) in (parent.get("files") or {}).values()
+
+
+def _is_longer(old: Duration, new: Duration) -> bool:
+    return old.unit == new.unit and new.count >= old.count

@@ -1,0 +1,1 @@
+"""The self-supervised baselines: MoCo v3, SimCLR v2, DINO."""

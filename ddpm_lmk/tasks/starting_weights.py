@@ -1,0 +1,83 @@
+"""Starting weights: how those of `init.weights` get into a network, and whether they will, told from names and shapes.
+
+All of them where the parent learnt the same task with the same outputs; the encoder where that is all the weights have
+of the network; else all but the output layer. `want_fitting` puts tensors without content into a network without
+content in the very same way, so what it lets through is loaded later, unless bytes are damaged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.errors import CheckpointError
+from ddpm_lmk.models import build_model
+from ddpm_lmk.models.encoder_weights import is_encoder_only, load_encoder, want_file
+from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
+from ddpm_lmk.rundir.checkpoint import weights_header
+from ddpm_lmk.tasks import Task, build_task
+
+
+def put_weights(
+    cfg: RunConfig, task: Task, model: nn.Module, weights: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> str:
+    """Put weights, with the facts that came with them, into the network of `cfg`; returns which part they filled.
+
+    Raises:
+        CheckpointError: they do not fit; the network is as it was.
+    """
+    if "config" not in meta and "init_conv.weight" in weights and weights["init_conv.weight"].shape[1] == 2:
+        weights = from_upstream(weights)  # the released network has an input channel more than ours
+    is_same = meta.get("out_channels") == task.out_channels and meta.get("export") == task.export()
+    part = "all" if is_same else "encoder" if is_encoder_only(cfg.model, weights) else "trunk"
+    target: dict[str, Tensor] = {name: value.to(torch.float32) for name, value in weights.items()}
+    {"all": load_all, "trunk": load_trunk, "encoder": load_encoder}[part](model, target)
+    return part
+
+
+def want_fitting(cfg: RunConfig, spec: DatasetSpec) -> None:
+    """Refuse `init.weights` that are not there or do not fit; of the file only its header is read.
+
+    Raises:
+        CheckpointError: as loading them would, but for damage that only their hash shows.
+    """
+    assert cfg.init.weights is not None
+    if cfg.model.kind == "encoder_unet":
+        want_file(cfg.init.weights)
+    put_weights(cfg, build_task(cfg, spec), _hollow(cfg, spec), *weights_header(cfg.init.weights, cfg.init.use))
+
+
+def want_fitting_stage(cfg: RunConfig, spec: DatasetSpec, stage: RunConfig, stage_spec: DatasetSpec) -> None:
+    """As `want_fitting`, for weights that another run of a sweep has yet to make."""
+    if cfg.init.use == "ema" and stage.train.ema is None:
+        raise CheckpointError(
+            f"{cfg.init.weights} will hold no ema.safetensors, since its run has train.ema=null; choose the other with "
+            "init.use"
+        )
+    task = build_task(stage, stage_spec)
+    export = json.loads(json.dumps(task.export()))  # as it is read back
+    meta = {"config": stage.name, "out_channels": task.out_channels, "export": export}
+    put_weights(cfg, build_task(cfg, spec), _hollow(cfg, spec), _hollow(stage, stage_spec).state_dict(), meta)
+
+
+def _hollow(cfg: RunConfig, spec: DatasetSpec) -> nn.Module:
+    """The network of a run, of tensors without content."""
+    settings = cfg.model_copy(update={"name": "same", "seed": 0, "data": cfg.data.model_copy(update={"shots": None})})
+    return _built(settings.model_dump_json(include={"data", "model", "task"}), spec.model_dump_json())
+
+
+@lru_cache(maxsize=8)
+def _built(settings: str, spec: str) -> nn.Module:
+    cfg, facts = RunConfig.model_validate_json(settings), DatasetSpec.model_validate_json(spec)
+    task = build_task(cfg, facts)
+    with torch.device("meta"):
+        return task.wrap(
+            build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
+        )

@@ -1,0 +1,104 @@
+"""What the doctor says about a machine, and the versions nobody may go below."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm_lmk import cli
+from ddpm_lmk.cli.doctor import place, software
+from ddpm_lmk.cli.doctor.finding import Finding
+from ddpm_lmk.config.load import load_run
+from ddpm_lmk.system import floors
+from tests.cli.commands import SMOKE, run_command
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_findings_come_as_json_with_the_room_a_run_needs(tmp_path: Path) -> None:
+    result = run_command("doctor", "--out", tmp_path, "--run", SMOKE / "pretrain.yaml", "--json")
+    findings: list[dict[str, Any]] = json.loads(result.out)
+    assert result.code == (5 if any(finding["level"] == "problem" for finding in findings) else 0)
+    seen = {finding["topic"]: finding["seen"] for finding in findings}
+    assert {"gloo", "group norm", "open files", "processes", "disk", "cpu", "torch"} <= seen.keys()
+    assert "3 checkpoints and one being written" in seen["checkpoints of smoke-pretrain"]
+    assert all(finding["advice"] for finding in findings if finding["level"] != "ok")
+
+
+def test_a_disk_too_small_for_the_checkpoints_of_a_run_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = load_run(SMOKE / "pretrain.yaml", ["data.path=.", "model.width=64"])
+    needed = place.room_gib(cfg) * 2**30
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: usage._replace(free=int(needed * 0.9)))
+    [finding] = place.check_disk(tmp_path, cfg)
+    assert (finding.level, finding.topic) == ("problem", "disk")
+    assert "3 checkpoints" in finding.advice
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: usage._replace(free=int(needed * 1.1)))
+    assert [found.level for found in place.check_disk(tmp_path, cfg)] == ["ok", "ok"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_as_large_as_it_is_said(tmp_path: Path, packed_phantoms: Path) -> None:
+    out = tmp_path / "run"
+    words = (SMOKE / "pretrain.yaml", f"data.path={packed_phantoms}", "evaluate.samples=0", "--cpu", 1, "--out", out)
+    assert run_command("pretrain", *words).code == 0
+    [newest] = sorted((out / "checkpoints").iterdir())[-1:]
+    size = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
+    said = place.checkpoint_gib(load_run(SMOKE / "pretrain.yaml", ["data.path=."])) * 2**30
+    assert said == pytest.approx(size, rel=0.2)  # the headers of a network this small count
+
+
+def test_two_nodes_meet_and_one_alone_is_told_what_to_do() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    found: dict[int, Finding] = {}
+
+    def meet(rank: int) -> None:
+        found[rank] = place.check_rendezvous(address, nodes=2, node_rank=rank, timeout_s=20)
+
+    threads = [threading.Thread(target=meet, args=(rank,)) for rank in (1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[rank].level for rank in (0, 1)] == ["ok", "ok"]
+    assert "2 nodes met" in found[1].seen
+    alone = place.check_rendezvous(f"127.0.0.1:{free_port()}", nodes=2, node_rank=0, timeout_s=1)
+    assert alone.level == "problem"
+    assert "start the same command on every node" in alone.advice
+
+
+@pytest.mark.parametrize(("name", "old"), [("torch", "2.9.1"), ("pydicom", "3.0.1"), ("pillow", "11.2.1")])
+def test_packages_below_the_floor_are_refused_and_named_by_the_doctor(
+    name: str, old: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = floors.version
+    monkeypatch.setattr(floors, "version", lambda package: old if package == name else known(package))
+    assert cli.run(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 5
+    said = capsys.readouterr().err
+    assert f"error[LaunchError]: {name} {old} is open to crafted files" in said
+    assert "pip install" in said
+    problems = [finding.topic for finding in software.check_versions() if finding.level == "problem"]
+    assert problems == [name]
+
+
+def test_a_lock_that_a_killed_build_left_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert software.check_builds() == []
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    [finding] = software.check_builds()
+    assert finding.level == "note"
+    assert str(lock) in finding.seen

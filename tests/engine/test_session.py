@@ -1,0 +1,107 @@
+"""What stays on the table between runs leaves no trace in their results."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_lmk.config import InitConfig, RunConfig
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.session import Workbench
+from ddpm_lmk.run import execute
+from ddpm_lmk.rundir.checkpoint import load_weights
+
+NETWORK = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Parallel:
+    return Parallel("cpu")
+
+
+def config(packed: Path, kind: str, **sections: Any) -> RunConfig:
+    data: dict[str, Any] = {"path": str(packed), "image_size": 32, "workers": 0}
+    data |= {"shots": 2} if kind == "landmarks" else {}
+    train = {"length": 2, "group_size": 4, "ema": None}
+    fields = {"data": data, "model": NETWORK, "task": {"kind": kind}, "train": train}
+    return RunConfig.model_validate(fields | {"evaluate": {"batch": 4}} | sections)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory, packed_phantoms: Path, parallel: Parallel) -> Path:
+    out = tmp_path_factory.mktemp("workbench") / "parent"
+    execute(config(packed_phantoms, "denoise"), out, parallel=parallel)
+    return out
+
+
+def test_cells_of_other_networks_and_frozen_ones_do_not_change_the_next(
+    tmp_path: Path, packed_phantoms: Path, parent: Path, parallel: Parallel
+) -> None:
+    workbench = Workbench()
+    init = {"weights": str(parent), "use": "model"}
+    plain = config(packed_phantoms, "landmarks", init=init)
+    frozen = config(packed_phantoms, "landmarks", init=init, optim={"freeze": "trunk", "lr": 1e-2})
+    wide = config(packed_phantoms, "landmarks", model=NETWORK | {"width": 16})
+    for name, cfg in {"frozen": frozen, "wide": wide, "warm": plain}.items():
+        execute(cfg, tmp_path / name, parallel=parallel, workbench=workbench)
+    execute(plain, tmp_path / "cold", parallel=parallel)
+    found = {name: load_weights(tmp_path / name, "model")[0] for name in ("frozen", "warm", "cold")}
+    start = load_weights(parent, "model")[0]
+    for name, value in found["cold"].items():
+        assert torch.equal(found["warm"][name], value), name
+    trunk = [name for name in start if not name.startswith("final_conv")]
+    assert all(torch.equal(found["frozen"][name], start[name]) for name in trunk)
+    assert not all(torch.equal(found["cold"][name], start[name]) for name in trunk)
+    scores = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("warm", "cold", "frozen")]
+    assert scores[0] == scores[1]
+    assert scores[0] != scores[2]
+
+
+def test_a_frozen_trunk_leaves_the_output_layer_to_learn(packed_phantoms: Path, parallel: Parallel) -> None:
+    from ddpm_lmk.data import open_loader
+    from ddpm_lmk.engine.optim import build_optimizer
+    from ddpm_lmk.tasks import build_task
+
+    cfg = config(packed_phantoms, "landmarks", optim={"freeze": "trunk"})
+    task = build_task(cfg, open_loader(cfg, stage="train").spec)
+    model = Workbench().model(cfg, task, torch.device("cpu"))
+    members = {id(p) for group in build_optimizer(cfg.optim, model).param_groups for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if id(p) in members} == {
+        "final_conv.weight",
+        "final_conv.bias",
+    }
+    assert all(p.requires_grad is (id(p) in members) for p in model.parameters())
+
+
+def test_weights_are_read_once_and_again_when_they_were_written_anew(
+    tmp_path: Path, packed_phantoms: Path, parent: Path, parallel: Parallel
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(parent, run)
+    workbench, init = Workbench(), InitConfig(weights=str(run), use="model")
+    first = workbench.weights(init)
+    assert workbench.weights(init) is first
+    shutil.rmtree(run)
+    execute(config(packed_phantoms, "denoise", seed=5), run, parallel=parallel)
+    again = workbench.weights(init)
+    assert any(not torch.equal(value, first[0][name]) for name, value in again[0].items())
+
+
+def test_old_networks_go_when_there_are_too_many(packed_phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddpm_lmk.data import open_loader
+    from ddpm_lmk.tasks import build_task
+
+    workbench, device = Workbench(), torch.device("cpu")
+    narrow = config(packed_phantoms, "landmarks")
+    wide = config(packed_phantoms, "landmarks", model=NETWORK | {"width": 16})
+    task = build_task(narrow, open_loader(narrow, stage="train").spec)
+    first = workbench.model(narrow, task, device)
+    workbench.model(wide, task, device)
+    assert workbench.model(narrow, task, device) is first
+    monkeypatch.setattr("ddpm_lmk.engine.session.NETWORKS_GIB", 0.0)
+    workbench.model(wide, task, device)
+    assert workbench.model(narrow, task, device) is not first

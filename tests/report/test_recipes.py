@@ -1,0 +1,86 @@
+"""Recipes in a report: which settings each row was trained with, and which of them depend on the number of labels."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from ddpm_lmk.config.load import dump_run, load_run
+from ddpm_lmk.report import recipes, runs
+from ddpm_lmk.report.collect import Study, collect
+from ddpm_lmk.report.differences import less_scratch
+from ddpm_lmk.report.page import write_report
+from tests.known_runs import put, write_sweep
+
+FEW = ["task.codec.sigma_px=3", "train.length=100 steps", "optim.lr=1e-3"]
+MANY = ["task.codec.sigma_px=1.5", "train.length=300 steps", "optim.lr=1e-3"]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """A row whose recipe and weights change between 5 and 10 labels, beside one that has the same recipe throughout."""
+    cells = {("scratch", labels, seed): 60.0 - labels + seed for labels in (1, 5, 10) for seed in (0, 1)}
+    cells |= {("ours", labels, seed): 40.0 - labels + seed for labels in (1, 5, 10) for seed in (0, 1)}
+    settings = {("ours", labels): MANY if labels == 10 else FEW for labels in (1, 5, 10)}
+    write_sweep(tmp_path / "sweep", cells, {"scratch": None, "ours": str(tmp_path / "small")}, settings=settings)
+    for name, size, images in (("small", 128, 100), ("large", 192, 50)):
+        put(tmp_path / name / "metrics.jsonl", "")
+        put(tmp_path / name / "results.json", {"kind": "denoise", "train": {"images": images, "tflop": 1.0}})
+        put(
+            tmp_path / name / "config.yaml",
+            f"name: {name}\ndata: {{path: nowhere, image_size: {size}}}\ntask: {{kind: denoise}}\n",
+        )
+    for seed in (0, 1):
+        path = tmp_path / "sweep" / "cells" / f"ours-k10-s{seed}" / "results.json"
+        put(path, path.read_text().replace(str(tmp_path / "small"), str(tmp_path / "large")))
+    (found,) = collect([tmp_path / "sweep"])
+    return found
+
+
+def test_numbers_of_labels_with_the_same_recipe_stand_together(study: Study) -> None:
+    lines = [(line[0], line[1], line[3], line[5]) for line in recipes.rows(study)]
+    assert lines[1:] == [
+        ("ours", "1, 5", "100 steps × 32", "spatial, σ 3 px of 256"),
+        ("ours", "10", "300 steps × 32", "spatial, σ 1.5 px of 256"),
+    ]
+    assert lines[0][:2] == ("scratch", "1, 5, 10")
+
+
+def test_settings_that_differ_within_a_row_are_told_with_their_numbers_of_labels(study: Study) -> None:
+    (told,) = recipes.differing(study)
+    assert told.startswith("ours: ")
+    assert "task.codec.sigma_px: 3.0 with 1 or 5 labels, 1.5 with 10 labels" in told
+    assert "train.length: 100 steps with 1 or 5 labels, 300 steps with 10 labels" in told
+    assert "seed" not in told
+    assert "optim.lr" not in told
+
+
+def test_weights_from_several_pre_trainings_are_all_named_and_paid_for(study: Study, tmp_path: Path) -> None:
+    lines = runs.rows(study)
+    assert [line[0] for line in lines] == ["scratch", "ours", "↳ pre-training", "↳ pre-training"]
+    assert lines[1][1] == f"{tmp_path / 'small'} (ema), {tmp_path / 'large'} (ema)"
+    page = write_report([tmp_path / "sweep"], tmp_path / "report.html")[0].read_text()
+    text = " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
+    assert "Recipes method labels network" in text
+    assert "ours 150 2 –" in text  # images and TFLOP of both, hours not known
+    seeds, _ = less_scratch(study, "ours", 10)
+    assert seeds is not None
+    assert (seeds.mean, seeds.count) == (pytest.approx(-2.0), 2)
+
+
+def test_runs_of_one_row_that_were_not_trained_alike_are_told_before_any_number(study: Study, tmp_path: Path) -> None:
+    assert recipes.mixed(study) == []
+    home = tmp_path / "sweep" / "cells" / "ours-k5-s1"
+    put(home / "config.yaml", dump_run(load_run(home / "config.yaml", ["optim.lr=0.5", "data.workers=7"])))
+    for seed, name in enumerate(("one pack", "another")):
+        put(tmp_path / "sweep" / "cells" / f"scratch-k1-s{seed}" / "run.json", {"fingerprint": name})
+    (found,) = collect([tmp_path / "sweep"])
+    packs, settings = recipes.mixed(found)
+    assert "with 1 label differ in packed data one pack and another (seed 1)" in packs
+    assert "the 2 runs of “ours” with 5 labels differ in optim.lr 0.001 and 0.5 (seed 1)" in settings
+    page, _, markdown = write_report([tmp_path / "sweep"], tmp_path / "report.html")
+    assert f'<p class="stamp">{settings}</p>' in page.read_text()
+    assert settings in markdown.read_text()

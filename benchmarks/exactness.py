@@ -95,8 +95,8 @@ def _compared(seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
 
 def _work(found: Path, steps: int) -> None:
     """A rank: one step of each variant in turn, after some that warm up."""
-    from ddpm_lmk.engine.exactness import kernels
     from ddpm_lmk.engine.parallel import Parallel
+    from ddpm_lmk.engine.rank_checks import kernels
 
     parallel = Parallel("cpu")
     lanes = {name: _Lane(fields, parallel) for name, fields in VARIANTS.items()}

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ddpm_lmk.bench import Result, Timings, alternate, compare_paired
 from ddpm_lmk.bench.compare import conclude
-from ddpm_lmk.engine.memory import is_out_of_memory, memory_gib
+from ddpm_lmk.engine.device_fit import is_out_of_memory, memory_gib
 from ddpm_lmk.errors import ResourceError
 from ddpm_lmk.system.console import progress, say
 

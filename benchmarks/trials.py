@@ -19,7 +19,7 @@ from typing import Any
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import load_run
 from ddpm_lmk.system import files
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 from ddpm_lmk.system.machine import hardware, versions
 
 OUT = Path(__file__).resolve().parent / "results" / "isbi_recipe" / "trials.jsonl"

@@ -28,24 +28,21 @@ from ddpm_lmk.data.loading.corpus import fingerprints_of
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.engine.collectives import AllRanks
 from ddpm_lmk.engine.device_fit import Fitted, fit_to_device, is_free
-from ddpm_lmk.engine.exactness import device_kinds, kept
 from ddpm_lmk.engine.forecast import LONG_S, Forecast, Work, steps_done
 from ddpm_lmk.engine.loop import Loaders, Pace, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.precision import emulation_warning
-from ddpm_lmk.engine.rank_checks import checksum, want_same_facts
+from ddpm_lmk.engine.rank_checks import checksum, device_kinds, kept, want_same_facts
 from ddpm_lmk.engine.session import Workbench
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.engine.step_timing import time_steps
-from ddpm_lmk.inference import tempering
-from ddpm_lmk.inference.evaluate import evaluate_split
-from ddpm_lmk.inference.mixtures import evaluate_parts
+from ddpm_lmk.inference import calibration
+from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split
 from ddpm_lmk.inference.sample import draw_samples, to_png
-from ddpm_lmk.models.encoder_weights import want_file
+from ddpm_lmk.models.encoder_unet import want_file
 from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.rundir.checkpoint import load_checkpoint
-from ddpm_lmk.rundir.directory import RunDir
-from ddpm_lmk.rundir.fork import bring_checkpoint
+from ddpm_lmk.rundir.directory import RunDir, bring_checkpoint
 from ddpm_lmk.system.console import Whole, about, progress, say
 from ddpm_lmk.system.cores import granted_cores
 from ddpm_lmk.system.heartbeat import beat
@@ -110,7 +107,7 @@ def execute(
                     say(f"{cfg.name}: {forecast}")
                     if instead is not None and forecast.total_s > LONG_S:
                         say(instead)
-            tempering.before_training(cfg, task, run, parallel, workbench, execute=execute)
+            calibration.before_training(cfg, task, run, parallel, workbench, execute=execute)
             state, parent = starting_state(here, task, workbench=workbench, parallel=parallel, run=run)
             _want_same_everywhere(here, loaders, state, parallel)
             facts = _facts(cfg, loaders, parallel, kinds, forked or parent) | {"fit": fitted.facts()}
@@ -330,7 +327,7 @@ def _conclude(
         "tflop": _tflop(cfg, task, state.images),
     }
     with state.ema.applied() as model:
-        tempering.after_training(cfg, task, model, run, parallel, workbench)
+        calibration.after_training(cfg, task, model, run, parallel, workbench)
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
             split, cache = cfg.evaluate.split, workbench.cache
             score = evaluate_parts if len(cfg.data.path) > 1 else evaluate_split

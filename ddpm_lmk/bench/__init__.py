@@ -12,9 +12,8 @@
 
 from __future__ import annotations
 
-from ddpm_lmk.bench.ratio import Comparison, compare_paired, compare_samples
+from ddpm_lmk.bench.ratio import Comparison, Timings, alternate, compare_paired, compare_samples
 from ddpm_lmk.bench.result import Result, Row, Stored, read_result, read_results
-from ddpm_lmk.bench.timing import Timings, alternate
 
 __all__ = [
     "Comparison",

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from ddpm_lmk.bench.timing import Timings, alternate, environment
+from ddpm_lmk.bench.ratio import Timings, alternate, environment
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.system import files
 from ddpm_lmk.system.machine import code_digest, hardware, versions

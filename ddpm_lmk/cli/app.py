@@ -19,15 +19,13 @@ import typer
 
 from ddpm_lmk import __version__
 from ddpm_lmk.cli.bench import bench_app
-from ddpm_lmk.cli.compare import show_difference
-from ddpm_lmk.cli.launch import launch_app
+from ddpm_lmk.cli.launch import found, launch_app, run_files_app, show_difference
 from ddpm_lmk.cli.results import results_app
-from ddpm_lmk.cli.run_files import found, run_files_app
 from ddpm_lmk.cli.shards import shards_app
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
-from ddpm_lmk.system import environment, privacy
+from ddpm_lmk.system import environment, files
 from ddpm_lmk.system.console import accept_any_encoding, console, print_table, reader_width, say
-from ddpm_lmk.system.floors import want_floors
+from ddpm_lmk.system.machine import want_floors
 from ddpm_lmk.system.signals import leaving_at_once
 
 if TYPE_CHECKING:
@@ -76,7 +74,7 @@ class State:
 
 def main() -> int:
     """Carry out the command line of this process; returns its exit code."""
-    privacy.protect()
+    files.protect()
     accept_any_encoding()
     for line in environment.stand_alone():
         say(f"note: {line}")
@@ -137,7 +135,7 @@ def doctor(
     if failpoints:
         _list_failpoints()
     from ddpm_lmk.cli.doctor import examine
-    from ddpm_lmk.cli.doctor.place import check_rendezvous
+    from ddpm_lmk.cli.doctor.hardware import check_rendezvous
     from ddpm_lmk.config.load import load_run
     from ddpm_lmk.launcher import place
 
@@ -208,7 +206,7 @@ def _add_training_command(name: Stage, text: str) -> None:
             if explain:
                 _explain(RunConfig, [run_file, *(overrides or [])])
             if share_group:
-                privacy.protect(share_group=True)
+                files.protect(share_group=True)
             short = [] if loader is None else [f"data.loader={loader}"]
             words = [*(overrides or []), *short]
             run_file = _given(run_file, "RUN.yaml")

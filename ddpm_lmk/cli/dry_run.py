@@ -14,9 +14,8 @@ from ddpm_lmk.data.loading.corpus import training_corpora
 from ddpm_lmk.data.loading.order import GroupPlan
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.engine.device_fit import Fitted, fit_to_device
+from ddpm_lmk.engine.device_fit import Fitted, device_bytes, fit_to_device, memory_gib
 from ddpm_lmk.engine.forecast import LONG_S, Work, learnt, steps_done
-from ddpm_lmk.engine.memory import device_bytes, memory_gib
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.precision import emulation_warning
 from ddpm_lmk.launcher import Placement, preflight

@@ -1,4 +1,9 @@
-"""`ddpm-lmk launch ...`: writing what another system starts."""
+"""`ddpm-lmk launch ...`: writing what another system starts.
+
+`--diff`: what two run files do differently, key by key.
+
+Run files on the command line: the shipped ones are found by their names, listed, and copied out.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,37 @@ from typing import Annotated
 
 import typer
 
-from ddpm_lmk.cli.run_files import found
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.system import shipped
+from ddpm_lmk.system.console import print_table, say
+
+run_files_app = typer.Typer()
+
+
+def found(path: Path | None) -> Path | None:
+    """Callback of every argument that names a run or launch file: a shipped one is used where there is none here."""
+    if path is None:
+        return None
+    file = shipped.find(path)
+    if file != path:
+        say(f"{path} is the one shipped with ddpm-lmk, {file}; `ddpm-lmk init DIR` copies it out to be edited")
+    return file
+
+
+@run_files_app.command()
+def init(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="new folder; without one they are listed")
+    ] = None,
+) -> None:
+    """Copy the shipped run files and launch files to DIR, to be edited; without DIR list them."""
+    if folder is None:
+        print_table(("file", "what for"), [(name, shipped.head(name)) for name in shipped.names()])
+        typer.echo("any of them can be named from any folder; `ddpm-lmk init DIR` copies them to DIR")
+        return
+    written = shipped.copy_out(folder)
+    typer.echo(f"{len(written)} files; {folder / shipped.GUIDE} says what is where")
+
 
 launch_app = typer.Typer(help="Write what a cluster starts.", no_args_is_help=True)
 
@@ -86,3 +120,34 @@ def slurm(
     path = script or Path(f"{cfg.name}.sbatch")
     writer.write_script(job, path)
     typer.echo(writer.submit(path) if submit else f"{path}: submit it with `sbatch {path}`")
+
+
+NOT_GIVEN = "(not given)"
+
+
+def show_difference(run_file: Path, words: list[str], other: Path) -> None:
+    """Print a row (key, value here, value there, what it is) where two run files differ, and stop.
+
+    Args:
+        words: `key=value` of the command line; they belong to the first file.
+    """
+    from ddpm_lmk.config.explain import descriptions
+    from ddpm_lmk.config.load import diff_runs, load_run
+
+    here = load_run(run_file, [*_stand_in(run_file), *words])
+    there = load_run(other, _stand_in(other))
+    told = descriptions(there) | descriptions(here)
+    rows = [(key, str(a), str(b), told.get(key, "")) for key, a, b in diff_runs(here, there)]
+    if rows:
+        print_table(("key", str(run_file), str(other), "what"), rows)
+    else:
+        typer.echo("no difference")
+    raise typer.Exit()
+
+
+def _stand_in(path: Path) -> list[str]:
+    """A data.path for a run file that leaves it to the command line, as those in configs/ do."""
+    from ddpm_lmk.config.load import load_yaml
+
+    data = load_yaml(path).get("data") or {}
+    return [] if isinstance(data, dict) and "path" in data else [f"data.path={NOT_GIVEN}"]

@@ -171,8 +171,7 @@ def verify(folder: PackArgument) -> None:
 @shards_app.command()
 def index(folder: ShardsArgument) -> None:
     """Rebuild a lost or damaged index.npy from the shards."""
-    from ddpm_lmk.data.shards.index import rebuild_index
-    from ddpm_lmk.data.shards.manifest import read_header
+    from ddpm_lmk.data.shards.manifest import read_header, rebuild_index
 
     typer.echo(str(rebuild_index(folder, read_header(folder))))
 

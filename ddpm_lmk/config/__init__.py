@@ -12,15 +12,19 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from ddpm_lmk.config.data import AugmentConfig, DataConfig, HoldOutConfig
-from ddpm_lmk.config.encoder import EncoderUNetConfig
-from ddpm_lmk.config.model import GU2NetConfig, Network, UNetConfig
+from ddpm_lmk.config.model import EncoderUNetConfig, GU2NetConfig, Network, UNetConfig
 from ddpm_lmk.config.task import (
     Codec,
     ContourCodecConfig,
     DenoiseConfig,
+    DinoConfig,
     DiscCodecConfig,
+    EncoderTask,
+    EncoderTaskConfig,
     GaussianCodecConfig,
     LandmarksConfig,
+    MocoV3Config,
+    SimclrV2Config,
     SpatialCodecConfig,
 )
 from ddpm_lmk.config.training import (
@@ -34,7 +38,6 @@ from ddpm_lmk.config.training import (
     TrainConfig,
 )
 from ddpm_lmk.config.values import Duration, Fraction, NonNegative, Positive, Section
-from ddpm_lmk.config.views import DinoConfig, EncoderTask, EncoderTaskConfig, MocoV3Config, SimclrV2Config
 
 __all__ = [
     "AugmentConfig",

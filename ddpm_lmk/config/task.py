@@ -1,12 +1,15 @@
-"""`task`: what is learnt."""
+"""`task`: what is learnt.
+
+`task` of kinds mocov3, simclrv2 and dino: self-supervised pre-training of an encoder (paper.md, section 5).
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ddpm_lmk.config.values import NonNegative, Positive, Section, Stage
+from ddpm_lmk.config.values import Fraction, NonNegative, Positive, Section, Stage
 
 
 class DenoiseConfig(Section):
@@ -111,3 +114,137 @@ class LandmarksConfig(Section):
     views: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="slightly moved views averaged at evaluation; 1: the image as it is (paper)"
     )
+
+
+Momentum = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1)]
+
+
+class ViewConfig(Section):
+    """How one view of an image is drawn: cropped, mirrored, toned, blurred, solarized, in this order.
+
+    Saturation, hue and conversion to grey, which the papers of photographs have too, do nothing to a grey image.
+    """
+
+    count: Annotated[int, Field(ge=1, le=64)] = Field(1, description="views of this kind")
+    size: Annotated[int, Field(ge=16, le=4096)] | None = Field(None, description="side, pixels; null: data.image_size")
+    crop: tuple[Fraction, Fraction] = Field((0.2, 1.0), description="smallest and largest share of the area")
+    flip: Fraction = Field(0.5, description="share of views that are mirrored")
+    jitter: Fraction = Field(0.8, description="share of views whose brightness and contrast change")
+    brightness: NonNegative = Field(0.4, description="factor drawn from [1 - b, 1 + b]")
+    contrast: NonNegative = Field(0.4, description="factor around the mean, drawn from [1 - c, 1 + c]")
+    blur: Fraction = Field(0.5, description="share of views that are blurred")
+    blur_sigma: tuple[Positive, Positive] = Field((0.1, 2.0), description="smallest and largest Gaussian width, pixels")
+    solarize: Fraction = Field(0.0, description="share of views whose bright half is inverted")
+
+    @field_validator("crop", "blur_sigma")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"wanted 0 < smallest <= largest, found {list(value)}")
+        return value
+
+
+class EncoderTaskConfig(Section):
+    """What the three have in common."""
+
+    stage: ClassVar[Stage] = "pretrain"
+
+    views: tuple[ViewConfig, ...] = Field((ViewConfig(count=2),), min_length=1, description="views of each image")
+    drawn: Literal["image", "micro_batch"] = Field(
+        "image", description="one draw per image, or one for all of a micro-batch (released code)"
+    )
+    mean: float = Field(0.0, description="subtracted from views in [0, 1] (released code: 0.5; fine-tuning does not)")
+    std: tuple[Positive, ...] = Field((1.0,), description="divisor, one or one per channel of model.in_channels")
+
+    @property
+    def num_views(self) -> int:
+        """Views of each image."""
+        return sum(view.count for view in self.views)
+
+
+class MocoV3Config(EncoderTaskConfig):
+    """Momentum contrast without a queue (Chen, Xie & He, ICCV 2021)."""
+
+    kind: Literal["mocov3"] = "mocov3"
+    projector: tuple[Width, ...] = Field(
+        (2048, 2048, 256), min_length=1, description="widths of the projector's layers"
+    )
+    predictor: tuple[Width, ...] = Field((2048, 256), min_length=1, description="widths of the predictor's layers")
+    temperature: Positive = Field(0.2, description="of the softmax over keys (the method: 0.2; released code: 0.5)")
+    momentum: Momentum = Field(0.99, description="of the momentum encoder (the method: 0.99; released code: 0.999)")
+    momentum_schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="towards 1 over the run, or as it is"
+    )
+    loss_scale: Literal["two_tau", "one"] = Field(
+        "two_tau", description="the loss is multiplied by 2 x temperature (the method), or not (released code)"
+    )
+
+    @model_validator(mode="after")
+    def _two_views(self) -> MocoV3Config:
+        want_two_views(self)
+        if self.projector[-1] != self.predictor[-1]:
+            raise ValueError(
+                f"projector ends with {self.projector[-1]}, predictor with {self.predictor[-1]}; wanted equal"
+            )
+        return self
+
+
+class SimclrV2Config(EncoderTaskConfig):
+    """Contrastive learning with a deeper head (Chen et al., NeurIPS 2020); without its momentum memory, as the paper."""
+
+    kind: Literal["simclrv2"] = "simclrv2"
+    projector: tuple[Width, ...] = Field(
+        (2208, 2208, 128), min_length=1, description="widths of the projector's layers"
+    )
+    temperature: Positive = Field(0.1, description="of the softmax (the method: 0.1; released code: 0.5)")
+
+    @model_validator(mode="after")
+    def _two_views(self) -> SimclrV2Config:
+        want_two_views(self)
+        return self
+
+
+class DinoConfig(EncoderTaskConfig):
+    """Self-distillation without labels (Caron et al., ICCV 2021). The first kind of view is the teacher's (global)."""
+
+    kind: Literal["dino"] = "dino"
+    views: tuple[ViewConfig, ...] = Field(
+        (ViewConfig(count=2, crop=(0.4, 1.0)), ViewConfig(count=6, size=96, crop=(0.05, 0.4))),
+        min_length=1,
+        description="views of each image, global ones first",
+    )
+    num_global: Annotated[int, Field(ge=1)] = Field(2, description="first views, which the teacher sees too")
+    head: tuple[Width, ...] = Field((2048, 2048, 256), min_length=1, description="widths of the head's layers")
+    head_norm: bool = Field(
+        False, description="BatchNorm in the head, an option of the method; keeps images apart that look alike"
+    )
+    prototypes: Annotated[int, Field(ge=2)] = Field(
+        4096, description="outputs of the last, weight-normed layer (the method: 65536; released code: 256)"
+    )
+    student_temperature: Positive = Field(0.1, description="of the student's softmax")
+    teacher_temperature: tuple[Positive, Positive] = Field(
+        (0.04, 0.07), description="of the teacher's softmax, first and after the warm-up (released code: 0.5, 0.5)"
+    )
+    temperature_warmup: Fraction = Field(0.3, description="share of the run in which it rises")
+    momentum: Momentum = Field(0.996, description="of the teacher")
+    momentum_schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="towards 1 over the run, or as it is"
+    )
+    center_momentum: Momentum = Field(0.9, description="of the teacher's mean output (released code: 0.5)")
+    frozen: Fraction = Field(0.01, description="share of the run in which the last layer stays as it is")
+
+    @model_validator(mode="after")
+    def _global_views(self) -> DinoConfig:
+        if not self.num_global < self.num_views:
+            raise ValueError(f"num_global={self.num_global} of {self.num_views} views; wanted fewer than all")
+        return self
+
+
+EncoderTask = MocoV3Config | SimclrV2Config | DinoConfig
+
+
+def want_two_views(cfg: MocoV3Config | SimclrV2Config) -> None:
+    """Raise ValueError unless there are two views of one size."""
+    if cfg.num_views != 2 or len({view.size for view in cfg.views}) > 1:
+        raise ValueError(f"task {cfg.kind} compares two views of one size; found {cfg.num_views}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.config import EmaConfig
-from ddpm_lmk.engine.statistics import is_running
+from ddpm_lmk.engine.collectives import is_running
 from ddpm_lmk.errors import CheckpointError
 
 LARGEST_SHARE_OF_START = 0.1

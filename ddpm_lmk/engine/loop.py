@@ -21,19 +21,17 @@ from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.loading.backend import Backend
 from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
 from ddpm_lmk.engine.checkpointer import Saver
-from ddpm_lmk.engine.compile import CompileClock
+from ddpm_lmk.engine.collectives import Statistics
+from ddpm_lmk.engine.compile import CompileClock, watch_layout
 from ddpm_lmk.engine.data_feed import DRY, Supply
+from ddpm_lmk.engine.device_fit import MemoryWatch
 from ddpm_lmk.engine.evaluate import Validation
-from ddpm_lmk.engine.exactness import kernels, say_class
 from ddpm_lmk.engine.gradients import build_updater
-from ddpm_lmk.engine.layout import watch_layout
 from ddpm_lmk.engine.logger import Meter
-from ddpm_lmk.engine.memory import MemoryWatch
 from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.rank_checks import want_same_weights
+from ddpm_lmk.engine.rank_checks import kernels, say_class, want_same_weights
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.engine.statistics import Statistics
 from ddpm_lmk.errors import DivergedError, ResourceError, StoppedError
 from ddpm_lmk.rundir.checkpoint import load_checkpoint, newest_where
 from ddpm_lmk.rundir.directory import RunDir

@@ -1,17 +1,31 @@
 """Do all ranks mean the same run, and have the same weights? Bit by bit, whatever the exactness class.
 
 At the start they compare what they were given (failures.md, A16), on the way their weights (C11).
+
+The exactness classes: what of a run is promised to be the same, and what torch has to be told for it.
+
+Why `ordered` is the default although the tree of `exact` costs a few percent on a CPU (benchmarks/README.md): `exact`
+needs a micro-batch, which a user has to choose for the device and which is most of its price where it is small; it
+computes with one thread per process on a CPU, so one process of many cores would idle; and its reduction begins after
+the last backward pass, which no GPU has measured yet. Whoever is interrupted and comes back on other machines, and
+wants the weights an undisturbed run would have had, asks for it by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DivergedError, LaunchError
+from ddpm_lmk.rundir.directory import RunDir
+from ddpm_lmk.system.console import say
 
 
 @torch.no_grad()
@@ -59,3 +73,88 @@ def want_same_weights(model: nn.Module, parallel: Parallel, *, step: int) -> Non
     )
     error.is_shared = True
     raise error
+
+
+log = logging.getLogger(__name__)
+
+Exactness = Literal["exact", "ordered", "none"]
+
+MEANING: dict[Exactness | Literal["per_world"], str] = {
+    "exact": "same bits at any number of processes, on one kind of device",
+    "ordered": "same samples and noise at any number of processes, bits up to the order of sums",
+    "none": "as ordered, and kernels are chosen by speed, so that a repeated run may differ too",
+    "per_world": "images computed together influence one another, so another number of processes is another run",
+}
+
+
+def kept(cfg: RunConfig, kinds: Sequence[str]) -> Exactness | Literal["per_world"]:
+    """The class that this run can keep on these kinds of devices: two add in different orders (failures.md, A13)."""
+    exactness = cfg.train.exactness
+    if cfg.model.couples_images and exactness != "none":
+        return "per_world"
+    return "ordered" if exactness == "exact" and len(set(kinds)) > 1 else exactness
+
+
+def device_kinds(parallel: Parallel, run: RunDir, *, is_strict: bool = False) -> list[str]:
+    """The kinds of devices this run has used, in all its sessions; the same on all ranks.
+
+    Raises:
+        LaunchError: on all ranks, where they are several and `is_strict`.
+    """
+    before: list[str] = parallel.on_main(lambda: run.facts().get("devices", []))
+    now = parallel.gather(parallel.device_name)
+    kinds = sorted({*before, *now})
+    if len(kinds) > 1:
+        _tell_mixture(kinds, now, parallel, is_strict=is_strict)
+    return kinds
+
+
+def _tell_mixture(kinds: list[str], now: list[str], parallel: Parallel, *, is_strict: bool) -> None:
+    odd = next((rank for rank, name in enumerate(now) if name != now[0]), None)
+    where = f"rank {odd} has {now[odd]}, rank 0 {now[0]}" if odd is not None else f"now {now[0]}"
+    found = f"several kinds of devices in one run ({', '.join(kinds)}; {where})"
+    if is_strict:
+        error = LaunchError(f"{found}, and --strict wants one; use nodes of one kind, or leave --strict out")
+        error.is_shared = True
+        raise error
+    if parallel.is_main:
+        log.warning("%s: the same bits are promised on one kind only", found)
+
+
+def say_class(cfg: RunConfig, *, step: int, parallel: Parallel, run: RunDir) -> None:
+    """Tell the class of a run at its start, on the terminal and in its events; a mixture of devices weakens it."""
+    kinds = device_kinds(parallel, run)
+    can = kept(cfg, kinds)
+    run.event("train.started", step=step, exactness=can, processes=parallel.world, zero=parallel.zero, devices=kinds)
+    if parallel.is_main:
+        say(f"exactness={can} ({MEANING[can]})")
+
+
+@contextmanager
+def kernels(exactness: Exactness, device: torch.device) -> Iterator[None]:
+    """Choose kernels as the class demands while the block lasts.
+
+    `exact`: deterministic ones, full fp32, and on the CPU one thread per process, because the launcher gives a process
+    more threads where there are fewer processes, and a convolution adds in another order on another number of threads.
+    `none`: the fastest convolution is tried out (cudnn.benchmark), and matrix products may round to TF32.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32)
+    was_strict, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    memory: Any = torch.utils.deterministic
+    did_fill = memory.fill_uninitialized_memory
+    if exactness == "exact":
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = False, False, False
+        torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False  # nothing here reads memory it did not write
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+    elif exactness == "none":
+        cudnn.benchmark, matmul.allow_tf32 = True, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        torch.use_deterministic_algorithms(was_strict)
+        memory.fill_uninitialized_memory = did_fill
+        torch.set_num_threads(threads)

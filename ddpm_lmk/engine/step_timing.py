@@ -51,9 +51,9 @@ def time_steps(
     """
     import torch
 
-    from ddpm_lmk.engine.exactness import kernels
+    from ddpm_lmk.engine.device_fit import MemoryWatch
     from ddpm_lmk.engine.gradients import build_updater
-    from ddpm_lmk.engine.memory import MemoryWatch
+    from ddpm_lmk.engine.rank_checks import kernels
     from ddpm_lmk.engine.state import TrainState
 
     device = parallel.device

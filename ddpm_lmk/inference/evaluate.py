@@ -3,6 +3,12 @@
 `evaluate_split` serves the end of a run, `evaluate_run` a finished run on any packed set. Both write `predictions.csv`
 (one row per image and landmark; all a report needs) and `results.json`, whole or not at all. New pictures are in
 `predict`, samples of a denoising model in `sampling`.
+
+Scores of a run that has learnt several labelled packs at once: each by itself, in its own unit.
+
+RUN/parts/DATASET holds what a run on that dataset alone would have written (`results.json`, `predictions.csv`), and the
+run's own `results.json` holds them all as `parts`. There is no score over all of them: millimetres and pixels do not
+add.
 """
 
 from __future__ import annotations
@@ -19,14 +25,15 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, training_corpora
+from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.inference import calibration, scoring
+from ddpm_lmk.inference.calibration import write_reliability
 from ddpm_lmk.inference.load import LoadedRun, open_run, pixel_settings
 from ddpm_lmk.inference.predictions import Found, peak_error, predictions_csv, to_native
-from ddpm_lmk.inference.reliability import write_reliability
-from ddpm_lmk.inference.truth import read_labels, score_points, training_shape
+from ddpm_lmk.inference.scoring import read_labels, score_points, training_shape
 from ddpm_lmk.rundir.lock import want_writable
 from ddpm_lmk.system import files
 from ddpm_lmk.system.heartbeat import beat
@@ -215,3 +222,56 @@ def _count_validation(cfg: RunConfig) -> int:
     if cfg.data.validation_split is None:
         return 0
     return sum(len(corpus.rows) for corpus in evaluation_corpora(cfg, cfg.data.validation_split))
+
+
+FOLDER = "parts"
+
+
+def evaluate_parts(
+    cfg: RunConfig,
+    task: LandmarkTask,
+    model: nn.Module,
+    parallel: Parallel,
+    *,
+    split: str,
+    out: Path,
+    train: Mapping[str, Any],
+    cache: dict[str, Any] | None = None,
+    show: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score every dataset of a mixture on its `split`; call on every rank. Raises as `inference.evaluate_split`.
+
+    Returns:
+        The content of the run's `results.json`, on every rank.
+    """
+    blocks = []
+    names: list[str] = []
+    for path in cfg.data.path:
+        manifest = Manifest.open(path)
+        name = manifest.dataset if manifest.dataset not in names else f"{manifest.dataset}-{len(names)}"
+        names.append(name)
+        block = evaluate_split(
+            only(cfg, path),
+            task.part(manifest.spec),
+            model,
+            parallel,
+            split=split,
+            out=out / FOLDER / name,
+            train=train,
+            cache=cache,
+            show=show,
+        )
+        blocks.append({**block, "dataset": name, "folder": f"{FOLDER}/{name}"})
+    return {
+        "kind": "mixture",
+        "name": cfg.name,
+        "seed": cfg.seed,
+        "start": cfg.init.model_dump(mode="json"),
+        "train": dict(train),
+        "parts": blocks,
+    }
+
+
+def only(cfg: RunConfig, path: str) -> RunConfig:
+    """The run with one of its packed sets."""
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": (path,), "weights": None})})

@@ -24,7 +24,7 @@ from ddpm_lmk.inference import calibration
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.rundir.checkpoint import load_weights
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 from ddpm_lmk.tasks import LandmarkTask, Task, build_task
 
 log = logging.getLogger(__name__)

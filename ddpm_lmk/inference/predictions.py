@@ -12,8 +12,8 @@ import numpy as np
 
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.inference.reliability import calibration_error
-from ddpm_lmk.inference.truth import Labels
+from ddpm_lmk.inference.calibration import calibration_error
+from ddpm_lmk.inference.scoring import Labels
 from ddpm_lmk.tasks.landmarks import Predictions
 
 COLUMNS = (

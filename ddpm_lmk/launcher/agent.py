@@ -20,8 +20,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
 
 from ddpm_lmk.launcher import supervise
-from ddpm_lmk.launcher.notes import Notes
 from ddpm_lmk.launcher.placement import Placement
+from ddpm_lmk.launcher.supervise import Notes
 from ddpm_lmk.system.heartbeat import read_beats
 from ddpm_lmk.system.memory import count_oom_kills
 from ddpm_lmk.system.processes import exit_code

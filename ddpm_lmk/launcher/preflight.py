@@ -18,7 +18,7 @@ from ddpm_lmk.data.loading.order import GroupPlan
 from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.engine.requirements import want_graphs, want_kept, want_zero
 from ddpm_lmk.errors import CheckpointError, ConfigError
-from ddpm_lmk.inference.truth import want_scorable
+from ddpm_lmk.inference.scoring import want_scorable
 from ddpm_lmk.launcher import Placement
 from ddpm_lmk.rundir import lock, retention
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddpm_lmk.errors import LmkError, StoppedError
-from ddpm_lmk.system import environment, heartbeat, privacy, processes, signals
+from ddpm_lmk.system import environment, files, heartbeat, processes, signals
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> NoReturn:
     if parent is not None:
         processes.die_with_parent(int(parent))
     rank = int(os.environ.get("RANK", "0"))
-    privacy.protect()
+    files.protect()
     heartbeat.start_pulse(rank)
     with signals.leaving_at_once():
         code = _do(Path(arguments[0]), rank)

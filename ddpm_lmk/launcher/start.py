@@ -20,9 +20,8 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import LaunchError, NoProgressError, StoppedError
 from ddpm_lmk.launcher import placement as places
 from ddpm_lmk.launcher import supervise
-from ddpm_lmk.launcher.alone import looked_after
-from ddpm_lmk.launcher.notes import Notes
 from ddpm_lmk.launcher.placement import Device, Placement, check_placement, is_loopback, split_address
+from ddpm_lmk.launcher.supervise import Notes, looked_after
 from ddpm_lmk.rundir import lock
 from ddpm_lmk.system import cores, environment, heartbeat, signals
 

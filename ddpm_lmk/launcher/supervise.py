@@ -2,20 +2,68 @@
 
 It reads the signs that ranks leave (`lifeline`) and does not know how they were started. The limit for a sign follows
 from the pace of its own phase: an evaluation is compared with itself, not with steps.
+
+A run in this very process, without an agent: looked after by a thread of its own.
+
+The thread sees the signs that ranks leave (`lifeline`) and ends the process when the next one is overdue, after it has
+written down what all threads were at. It counts the seconds in which it was awake itself, so that a process that was
+stopped (Ctrl-Z) and goes on is not taken for one that hangs. What holds Python's lock for ever, it cannot see. Nothing
+is started again here: the exit code asks whoever gave the command to give it again.
+
+What a launcher says about a run: a line on standard error, and one in the run's `events.jsonl`.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import statistics
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from ddpm_lmk.system.heartbeat import DUMP_SIGNAL, REACHES, Beat
+from ddpm_lmk.errors import StoppedError
+from ddpm_lmk.rundir.log import Journal
+from ddpm_lmk.system import files as privacy
+from ddpm_lmk.system import heartbeat
+from ddpm_lmk.system.heartbeat import DUMP_SIGNAL, REACHES, Beat, Pulse
 from ddpm_lmk.system.processes import state_of
+from ddpm_lmk.system.signals import say
+
+
+class Notes:
+    """Writes beside a run, where there is one.
+
+    Args:
+        out: the run directory; None for processes that belong to no run.
+    """
+
+    def __init__(self, out: Path | None, *, node_rank: int) -> None:
+        self._out, self._node_rank = out, node_rank
+
+    def note(self, event: str, text: str, **facts: Any) -> None:
+        """Say `text`, and keep it with `facts` under the name `event`."""
+        say(f"launcher: {text}")
+        if self._out is not None:
+            journal = Journal(self._out, writes=(self._out / "config.yaml").is_file())
+            journal.event(event, node=self._node_rank, message=text, **facts)
+
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, the measure of progress; -1 where there is none."""
+        if self._out is None:
+            return -1
+        names = [path.name.removeprefix("step-") for path in (self._out / "checkpoints").glob("step-*")]
+        return max((int(name) for name in names if name.isdigit()), default=-1)
+
+    @property
+    def stacks(self) -> Path:
+        """Where stacks of stalled ranks are kept."""
+        return Path(os.devnull) if self._out is None else self._out / "stacks"
+
 
 TIMES_MEDIAN = 10  # of the usual interval without a sign: it hangs
 FEW_INTERVALS = 3  # below, the pace of a phase is not known: joining the group, a first evaluation
@@ -109,3 +157,50 @@ def cause_of(code: int, *, oom_kills: int) -> str:
 def _signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
+
+
+POLL_S = 0.5
+
+
+@contextmanager
+def looked_after(out: Path, stall_s: float) -> Iterator[None]:
+    """End this process if it makes no progress within the block (see `watch.limit_s`)."""
+    pulse, over = heartbeat.start_own_pulse(), threading.Event()
+    thread = threading.Thread(target=_look, args=(pulse, stall_s, Notes(out, node_rank=0), over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        heartbeat.stop_pulse()
+
+
+def _look(pulse: Pulse, stall_s: float, notes: Notes, over: threading.Event) -> None:
+    """In the thread."""
+    seen, awake_s = pulse.last, 0.0
+    while not over.wait(POLL_S):
+        beat = pulse.last
+        awake_s, seen = awake_s + POLL_S if beat is seen else 0.0, beat
+        if beat is not None and awake_s > limit_s(beat, stall_s):
+            _leave(beat, notes)
+            os._exit(StoppedError.exit_code)
+
+
+def _leave(beat: Beat, notes: Notes) -> None:
+    where = _keep_stacks(notes.stacks)
+    described = describe(beat)
+    text = f"no progress: {described}; stacks in {where}; the same command continues from the last checkpoint"
+    notes.note("run.stalled", text, stacks=where)
+
+
+def _keep_stacks(folder: Path) -> str:
+    """Write down what all threads are at; returns where that is."""
+    with suppress(OSError):
+        folder.mkdir(mode=privacy.folder_mode(), exist_ok=True)
+        path = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-rank0.txt"
+        with path.open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        path.chmod(privacy.file_mode())
+        return str(path)
+    return "no place (the disk refuses)"

@@ -135,8 +135,7 @@ def time_here(
     cfg: RunConfig, spec: DatasetSpec, device: Device, *, beside: int = 1, budget_s: float = BUDGET_S
 ) -> Timing:
     """Time steps of a run in this process, alone or `beside` others; raises `LmkError` where it cannot be done."""
-    from ddpm_lmk.engine.device_fit import fit_to_device
-    from ddpm_lmk.engine.memory import device_bytes
+    from ddpm_lmk.engine.device_fit import device_bytes, fit_to_device
     from ddpm_lmk.engine.parallel import Parallel
     from ddpm_lmk.engine.session import Workbench
     from ddpm_lmk.tasks import build_task

@@ -8,10 +8,9 @@ from torch import nn
 
 from ddpm_lmk.config import EncoderUNetConfig, GU2NetConfig, Network
 from ddpm_lmk.models import cost
-from ddpm_lmk.models.cost import ModelCost
+from ddpm_lmk.models.cost import ModelCost, traced_cost
 from ddpm_lmk.models.encoder_unet import EncoderUNet
 from ddpm_lmk.models.gu2net import GU2Net
-from ddpm_lmk.models.traced import traced_cost
 from ddpm_lmk.models.unet import UNet
 
 __all__ = ["ModelCost", "build_model", "model_cost"]

@@ -32,7 +32,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
-from ddpm_lmk.system import durable
+from ddpm_lmk.system import files
 from ddpm_lmk.system.limits import confine, leave_network
 from ddpm_lmk.system.processes import die_with_parent
 
@@ -80,7 +80,7 @@ def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, 
         found = _convert_apart(file, temporary, take)
         temporary.chmod(0o600)
         temporary.rename(out)
-        durable.flush_directory(out.parent)
+        files.flush_directory(out.parent)
     except OSError as error:
         raise ResourceError(f"cannot write {out}: {error.strerror}; free or unlock the disk and run again") from error
     finally:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ddpm_lmk.config import EncoderUNetConfig
-from ddpm_lmk.config.encoder import STAGES
+from ddpm_lmk.config.model import STAGES
 from ddpm_lmk.errors import CheckpointError
-from ddpm_lmk.models.encoder_weights import encoder_tensors
-from ddpm_lmk.models.encoders import build_encoder
+from ddpm_lmk.models.encoder_unet import build_encoder, encoder_tensors
 from ddpm_lmk.models.weights import from_upstream, upstream_config
 
 STATE_KEYS = ("model_state_dict", "state_dict", "model", "net", "network", "params", "weights")

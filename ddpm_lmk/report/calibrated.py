@@ -11,7 +11,7 @@ from html import escape
 from ddpm_lmk.inference.scoring import mean_and_std
 from ddpm_lmk.report import html
 from ddpm_lmk.report.collect import Run, Spread, Study
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 
 PLOT, TEMPERATURES = "calibration.png", "calibration.json"
 HEADINGS = (

@@ -2,6 +2,8 @@
 
 Reads results.json, predictions.csv and metrics.jsonl; computes means and standard deviations and nothing else.
 No number is typed by hand: the paper's own come from `paper_tables.json`.
+
+The pre-training runs that starting weights came from, where they are still there.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from ddpm_lmk.errors import DataError
 from ddpm_lmk.inference.scoring import mean_and_std
 from ddpm_lmk.rundir.log import METRICS, read_lines
 from ddpm_lmk.sweep import cell_folder
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 
 PROTOCOLS = ("original", "paper")
 MEAN_SHAPE = "mean shape"
@@ -268,3 +270,21 @@ def _runs_of(folder: Path, start: str, results: dict[str, Any]) -> list[Run]:
     if results["kind"] == "mixture":
         return [Run(folder / part["folder"], start, part) for part in results["parts"]]
     return [Run(folder, start, results)]
+
+
+def parent_of(run: Run) -> Path | None:
+    """The run directory a run's starting weights came from, where it is still there."""
+    weights = run.results["start"]["weights"]
+    if weights is None:
+        return None
+    path = Path(weights)
+    for candidate in (path, *path.parents[:2]):
+        if (candidate / "metrics.jsonl").is_file():
+            return candidate
+    return None
+
+
+def parents_of(study: Study, start: str) -> list[Path]:
+    """Those of a row: one, or several where few and many labels start from different weights."""
+    found = (parent_of(run) for run in study.runs if run.start == start)
+    return list(dict.fromkeys(parent for parent in found if parent is not None))

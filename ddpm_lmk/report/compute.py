@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.report.collect import Run, Study
-from ddpm_lmk.report.parents import parents_of
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.report.collect import Run, Study, parents_of
+from ddpm_lmk.system.files import read_json
 
 GROUPS = (("", 1), ("pre-training, once", 3), ("fine-tuning, a run (median)", 3), ("all its runs", 2))
 HEADINGS = ("method", "images", "TFLOP", "hours", "images", "TFLOP", "hours", "hours", "of")

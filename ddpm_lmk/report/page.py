@@ -19,23 +19,22 @@ from ddpm_lmk.report import (
     differences,
     figures,
     html,
-    key,
     learning,
     notes,
     paper,
     pictures,
     recipes,
     runs,
-    steps,
     unseen,
 )
-from ddpm_lmk.report.collect import PROTOCOLS, Study, collect, paper_rows, paper_tables
-from ddpm_lmk.report.parents import parents_of
+from ddpm_lmk.report import figures as key
+from ddpm_lmk.report import learning as steps
+from ddpm_lmk.report.collect import PROTOCOLS, Study, collect, paper_rows, paper_tables, parents_of
 from ddpm_lmk.report.tables import csv_rows, markdown_table
 from ddpm_lmk.rundir.lock import want_writable
-from ddpm_lmk.sweep.summary import to_csv
+from ddpm_lmk.sweep.progress import to_csv
 from ddpm_lmk.system import files
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 
 
 def write_report(

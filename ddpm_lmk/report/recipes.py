@@ -16,7 +16,7 @@ from ddpm_lmk.config.load import diff_runs, load_run
 from ddpm_lmk.report.collect import Run, Study
 from ddpm_lmk.rundir.lock import MAY_CHANGE
 from ddpm_lmk.sweep.expand import recipe_key
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 
 HEADINGS = (
     "method",

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.config.load import load_run
-from ddpm_lmk.report.collect import Study
-from ddpm_lmk.report.parents import parents_of
+from ddpm_lmk.report.collect import Study, parents_of
 from ddpm_lmk.report.recipes import recipes
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 
 HEADINGS = (
     "method",

@@ -16,11 +16,10 @@ from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.inference.scoring import mean_and_std
-from ddpm_lmk.report.collect import Run, Spread, Study
+from ddpm_lmk.report.collect import Run, Spread, Study, parents_of
 from ddpm_lmk.report.figures import colours
 from ddpm_lmk.report.html import spread_text, swatch
-from ddpm_lmk.report.parents import parents_of
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 
 
 def copied_films(study: Study) -> set[str]:

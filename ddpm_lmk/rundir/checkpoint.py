@@ -7,6 +7,13 @@ noise are functions of (seed, position). A snapshot is `snapshots/step-00006000/
 There is no pointer to the newest one: the directories are scanned, verified, and the first good one is used. A damaged
 checkpoint is renamed to `.bad-*` and the one before it taken; one of another format stays where it is and is an error.
 Nothing is pickled or unpickled. Which checkpoints stay is `retention`'s.
+
+The safetensors format, written in pieces and read from memory.
+
+The library's own writer makes a second copy of everything before the first byte can be hashed; `pieces` hands out the
+memory of the tensors one after the other. The format: 8 bytes of header length, a JSON header of names, types, shapes
+and byte ranges, padded to 8 bytes, then the tensors, widest type first so that each is aligned. Reading is the
+library's, after the header's length was checked against the data and a limit.
 """
 
 from __future__ import annotations
@@ -17,21 +24,109 @@ import hashlib
 import itertools
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ddpm_lmk.errors import CheckpointError, ResourceError
 from ddpm_lmk.models.weights import architecture_hash
-from ddpm_lmk.rundir import retention, tensorfile
+from ddpm_lmk.rundir import retention
 from ddpm_lmk.rundir.retention import step_name
-from ddpm_lmk.system import durable, privacy
-from ddpm_lmk.system.durable import Content, DamagedError, OtherFormatError
+from ddpm_lmk.system import files as durable
+from ddpm_lmk.system import files as privacy
 from ddpm_lmk.system.failpoints import reach
+from ddpm_lmk.system.files import Content, DamagedError, OtherFormatError
+
+LARGEST_HEADER = 8 << 20  # bytes, of about 100 per tensor; the library would take 100 MB and need a GB to parse it
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+TYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+def pieces(group: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file holding `group`; what is not contiguous on the host is copied when its turn comes."""
+    ordered = sorted(group, key=lambda name: (-group[name].element_size(), name))
+    header: dict[str, Any] = {}
+    offset = 0
+    for name in ordered:
+        tensor = group[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in ordered:
+        flat = group[name].detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def parse(data: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors of a file's bytes; raises `DamagedError` for anything that is not a safetensors file."""
+    _header_length(data[:8], len(data), name)
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DamagedError(f"{name} is not a safetensors file ({error})") from None
+
+
+def read(file: BinaryIO, size: int, name: str) -> dict[str, Tensor]:
+    """The tensors of an open file of `size` bytes nobody vouches for; they are read only if they fill the file."""
+    head, text, _ = _read_header(file, size, name)
+    return parse(head + text + file.read(), name)
+
+
+def header(file: BinaryIO, size: int, name: str) -> dict[str, Tensor]:
+    """The tensors of an open file, as names, types and shapes: they lie on the device `meta`, nothing else is read."""
+    _, _, entries = _read_header(file, size, name)
+    try:
+        return {
+            key: torch.empty([int(side) for side in entry["shape"]], dtype=TYPES[entry["dtype"]], device="meta")
+            for key, entry in entries.items()
+        }
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise DamagedError(f"{name} is not a safetensors file ({type(error).__name__} in its header)") from None
+
+
+def _read_header(file: BinaryIO, size: int, name: str) -> tuple[bytes, bytes, dict[str, Any]]:
+    """Length and text of the header, and its entries by name of tensor."""
+    head = file.read(8)
+    text = file.read(_header_length(head, size, name))
+    try:
+        entries = {key: entry for key, entry in json.loads(text).items() if key != "__metadata__"}
+        filled = 8 + len(text) + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{name} is not a safetensors file ({type(error).__name__} in its header)") from None
+    if filled != size:
+        raise DamagedError(f"{name} is not a safetensors file: it has {size} bytes, its header lists {filled}")
+    return head, text, entries
+
+
+def _header_length(head: bytes, size: int, name: str) -> int:
+    """What the first 8 bytes of a file of `size` bytes say."""
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+    if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+        raise DamagedError(f"{name} is not a safetensors file: its header claims {length} bytes")
+    return length
+
 
 MANIFEST = "MANIFEST.json"
 META = "meta.json"
@@ -110,7 +205,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             if name == "state.json":
                 state = _parse_state(data)
             else:
-                tensors[name.removesuffix(SUFFIX)] = tensorfile.parse(data, name)
+                tensors[name.removesuffix(SUFFIX)] = parse(data, name)
         step = state.get("step")
         if record.get("step") != step or not isinstance(step, int) or path.name != step_name(step):
             raise DamagedError(f"the directory says {path.name}, its manifest {record.get('step')}, its state {step}")
@@ -200,7 +295,7 @@ def load_weights(path: str | Path, use: Literal["ema", "model", "auto"]) -> tupl
         return _read_bare(file)
     with _refusing(file.parent):
         [(_, data)] = durable.read_files(file.parent, {"files": {file.name: meta["files"][file.name]}})
-        return tensorfile.parse(data, file.name), meta
+        return parse(data, file.name), meta
 
 
 def weights_header(path: str | Path, use: Literal["ema", "model", "auto"]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -215,7 +310,7 @@ def weights_header(path: str | Path, use: Literal["ema", "model", "auto"]) -> tu
         wanted = meta["files"][file.name]["size"] if "use" in meta else size
         if size != wanted:
             raise DamagedError(f"{file.name} has {size} bytes, its manifest says {wanted}")
-        return tensorfile.header(opened, size, file.name), meta
+        return header(opened, size, file.name), meta
 
 
 def weights_digest(path: str | Path, use: Literal["ema", "model", "auto"]) -> dict[str, Any]:
@@ -278,7 +373,7 @@ def _why_none(folder: Path) -> str:
 def _read_bare(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file nobody vouches for: its header is checked against the file before anything large is read."""
     with _refusing(path), _plain(path).open("rb") as file:
-        tensors = tensorfile.read(file, os.fstat(file.fileno()).st_size, path.name)
+        tensors = read(file, os.fstat(file.fileno()).st_size, path.name)
     return tensors, {"path": str(path), "files": {path.name: _digest(path)}}
 
 
@@ -317,7 +412,7 @@ def _refusing(path: Path, damaged: type[CheckpointError] = CheckpointError) -> I
 
 
 def _serialized(tensors: Tensors) -> Iterator[tuple[str, Content]]:
-    return ((f"{name}{SUFFIX}", tensorfile.pieces(group)) for name, group in tensors.items())
+    return ((f"{name}{SUFFIX}", pieces(group)) for name, group in tensors.items())
 
 
 def _want_space(directory: Path, tensors: Tensors) -> None:

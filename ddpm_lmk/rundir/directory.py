@@ -3,6 +3,11 @@
 `RUN/.lock config.yaml run.json events.jsonl metrics.jsonl quarantine.jsonl checkpoints/ snapshots/ results.json
 done.json`. One process holds the lock. A directory is continued when it holds the same run; another run is refused with
 a key-by-key diff. An object of this class on another rank than 0 has the same path and writes nothing.
+
+Going on from another run's checkpoint under another configuration: `--fork NEWDIR`.
+
+The newest good checkpoint is copied into the new run directory before anything else happens there, so from then on the
+new run is one like any other, and the old one may go on, or go away. Nothing is written into the old directory.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Collection
 from pathlib import Path
@@ -17,12 +23,14 @@ from types import TracebackType
 from typing import Any
 
 from ddpm_lmk.config import RunConfig, load
-from ddpm_lmk.errors import ResourceError, RunConflictError
+from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
 from ddpm_lmk.rundir import checkpoint, lock, retention
-from ddpm_lmk.rundir.checkpoint import Checkpoint, Tensors
+from ddpm_lmk.rundir.checkpoint import Checkpoint, Tensors, load_checkpoint
 from ddpm_lmk.rundir.log import Journal, now, parse_line
 from ddpm_lmk.rundir.retention import Keep
 from ddpm_lmk.system import files
+from ddpm_lmk.system import files as durable
+from ddpm_lmk.system import files as privacy
 from ddpm_lmk.system.failpoints import reach
 
 MOST_FAILED_SAVES = 3
@@ -193,3 +201,57 @@ class RunDir:
             return json.loads((self.path / name).read_text())
         except (OSError, ValueError):
             return None
+
+
+def bring_checkpoint(old: Path, new: Path) -> dict[str, Any]:
+    """Copy the newest good checkpoint of the run `old` into the run directory `new`, once; returns facts for run.json.
+
+    Raises:
+        CheckpointError: `old` has no checkpoint that is whole.
+        ResourceError: no space.
+    """
+    target = new / "checkpoints"
+    brought = retention.complete(target)
+    if not brought:
+        source = _newest_good(old / "checkpoints")
+        try:
+            _copy(source, target / source.name)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot copy {source} to {target} ({error.strerror}); free some space, the same command continues"
+            ) from None
+        brought = [source]
+    step = int(brought[0].name.removeprefix("step-"))
+    return {"path": str(old), "use": "state", "step": step, "loaded": "fork"}
+
+
+def _newest_good(directory: Path) -> Path:
+    reason = "there is none"
+    for path in retention.complete(directory):
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            reason = str(error)
+            continue
+        return path
+    raise CheckpointError(f"no checkpoint in {directory} to go on from ({reason}); give the run with --out")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A copy that is there as a whole or not at all; it is verified again when it is loaded."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=privacy.folder_mode())
+    temporary = target.with_name(f".tmp-fork-{target.name}-{os.getpid()}")
+    try:
+        temporary.mkdir(mode=privacy.folder_mode())
+        for path in source.iterdir():
+            copy = temporary / path.name
+            shutil.copyfile(path, copy, follow_symlinks=False)
+            copy.chmod(privacy.file_mode())
+            with copy.open("rb") as file:
+                os.fsync(file.fileno())
+        durable.flush_directory(temporary)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    durable.flush_directory(target.parent)

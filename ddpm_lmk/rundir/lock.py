@@ -25,8 +25,8 @@ from typing import Any
 from ddpm_lmk.config import Duration, RunConfig, load
 from ddpm_lmk.errors import DataError, LmkError, ResourceError, RunConflictError
 from ddpm_lmk.rundir.log import now
-from ddpm_lmk.system import environment, privacy
-from ddpm_lmk.system.durable import DamagedError, read_json, read_no_follow
+from ddpm_lmk.system import environment, files
+from ddpm_lmk.system.files import DamagedError, read_json, read_no_follow
 
 LOCK = ".lock"
 LAUNCHER_LOCK = ".lock-launcher"
@@ -66,7 +66,7 @@ def make_writable(path: Path) -> None:
         if path.exists() and not path.is_dir():
             raise ResourceError(f"{path} is a file; wanted a directory for the run")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=privacy.folder_mode(), exist_ok=True)
+        path.mkdir(mode=files.folder_mode(), exist_ok=True)
         _try_saving(path)
     except OSError as error:
         raise _not_writable(path, error) from None
@@ -84,7 +84,7 @@ def want_writable(path: Path) -> None:
 
 def _try_saving(folder: Path) -> None:
     probe = folder / f".tmp-probe-{os.getpid()}"
-    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT, privacy.file_mode())
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT, files.file_mode())
     try:
         os.write(descriptor, b"?")
         os.fsync(descriptor)
@@ -225,7 +225,7 @@ def stored_config(path: Path) -> RunConfig | None:
 
 
 def _open(path: Path, name: str) -> int:
-    return os.open(path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, privacy.file_mode())
+    return os.open(path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.file_mode())
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:

@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.system import files, privacy
+from ddpm_lmk.system import files
+from ddpm_lmk.system import files as privacy
 
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"

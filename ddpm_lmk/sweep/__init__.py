@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ddpm_lmk.sweep.expand import Cell, StageRun, Sweep, cell_folder, is_done, load_sweep, state_of
 from ddpm_lmk.sweep.file import SweepFile
-from ddpm_lmk.sweep.table import listed_shots, plan_table
+from ddpm_lmk.sweep.progress import listed_shots, plan_table
 
 __all__ = [
     "Cell",

@@ -21,7 +21,7 @@ from ddpm_lmk.launcher import Device, Placement
 from ddpm_lmk.launcher.time_runs import AFTER_DAYS, DAYS_S, spec_of, time_apart, time_run
 from ddpm_lmk.sweep import Cell, StageRun, Sweep, cell_folder, is_done, listed_shots
 from ddpm_lmk.sweep.expand import recipe_key
-from ddpm_lmk.sweep.remaining import span_s, stage_key
+from ddpm_lmk.sweep.progress import span_s, stage_key
 from ddpm_lmk.system.console import about, duration
 
 MOST_S = 30.0  # for the timed steps of a sweep, about, however many networks it has

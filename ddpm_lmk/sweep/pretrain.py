@@ -23,7 +23,7 @@ from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.launcher import Device
 from ddpm_lmk.sweep.expand import StageRun, is_done
 from ddpm_lmk.sweep.progress import SweepView
-from ddpm_lmk.system import privacy, signals
+from ddpm_lmk.system import files, signals
 from ddpm_lmk.system.console import duration
 from ddpm_lmk.system.cores import THREADS, threads_per_process
 from ddpm_lmk.system.processes import die_with_parent, leave
@@ -117,7 +117,7 @@ def main() -> int:
     """Do the job on standard input; returns the exit code."""
     job: dict[str, Any] = json.load(sys.stdin)
     die_with_parent(job["parent"])
-    privacy.protect()
+    files.protect()
     with signals.leaving_at_once():
         return _do(job)
 

@@ -22,8 +22,9 @@ from typing import Any, TextIO
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.sweep.expand import Cell, cell_folder, is_done
-from ddpm_lmk.system import files, heartbeat, privacy, signals
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system import files, heartbeat, signals
+from ddpm_lmk.system import files as privacy
+from ddpm_lmk.system.files import read_json
 from ddpm_lmk.system.processes import die_with_parent, leave
 
 

@@ -12,7 +12,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from ddpm_lmk.system import cgroup
+from ddpm_lmk.system import memory
 
 THREADS = "OMP_NUM_THREADS"  # environment: threads of a process, as torch reads it
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -27,7 +27,7 @@ GRANTS = (
 
 def granted_cores() -> int:
     """Cores this process may use, at least one."""
-    return max(1, min([_affinity(), *_quotas(cgroup.ROOT, cgroup.MEMBERSHIP), *_scheduled()]))
+    return max(1, min([_affinity(), *_quotas(memory.ROOT, memory.MEMBERSHIP), *_scheduled()]))
 
 
 def threads_per_process(processes: int = 1) -> int:
@@ -76,12 +76,12 @@ def _affinity() -> int:
 def _quotas(root: Path, membership: Path) -> list[int]:
     """Whole cores that a control group's share of processor time is worth."""
     found = []
-    for folder in cgroup.folders("cpu", root, membership):
+    for folder in memory.folders("cpu", root, membership):
         with suppress(OSError, ValueError):
             quota, period = map(int, (folder / "cpu.max").read_text().split())  # version 2; "max" is no number
             found.append(quota // period)
-        quota_us = cgroup.number(folder / "cpu.cfs_quota_us")  # version 1; -1 where there is no limit
-        period_us = cgroup.number(folder / "cpu.cfs_period_us")
+        quota_us = memory.number(folder / "cpu.cfs_quota_us")  # version 1; -1 where there is no limit
+        period_us = memory.number(folder / "cpu.cfs_period_us")
         if quota_us is not None and quota_us > 0 and period_us:
             found.append(quota_us // period_us)
     return found

@@ -19,7 +19,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.models import build_model
-from ddpm_lmk.models.encoder_weights import is_encoder_only, load_encoder, want_file
+from ddpm_lmk.models.encoder_unet import is_encoder_only, load_encoder, want_file
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir.checkpoint import weights_header
 from ddpm_lmk.tasks import Task, build_task

@@ -18,7 +18,7 @@ from ddpm_lmk.data.phantom import render
 from ddpm_lmk.engine import precision
 from ddpm_lmk.errors import RunConflictError
 from ddpm_lmk.system import failpoints
-from ddpm_lmk.system.floors import release
+from ddpm_lmk.system.machine import release
 from tests.cli.commands import CONFIGS, SMOKE, Lmk, rows_of
 
 ROOT = CONFIGS.parent

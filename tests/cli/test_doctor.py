@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from ddpm_lmk import cli
-from ddpm_lmk.cli.doctor import place, software
-from ddpm_lmk.cli.doctor.finding import Finding
+from ddpm_lmk.cli.doctor import hardware
+from ddpm_lmk.cli.doctor import hardware as place
+from ddpm_lmk.cli.doctor.hardware import Finding
 from ddpm_lmk.config.load import load_run
-from ddpm_lmk.system import floors
+from ddpm_lmk.system import machine
 from tests.cli.commands import SMOKE, run_command
 
 
@@ -83,22 +84,22 @@ def test_two_nodes_meet_and_one_alone_is_told_what_to_do() -> None:
 def test_packages_below_the_floor_are_refused_and_named_by_the_doctor(
     name: str, old: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = floors.version
-    monkeypatch.setattr(floors, "version", lambda package: old if package == name else known(package))
+    known = machine.version
+    monkeypatch.setattr(machine, "version", lambda package: old if package == name else known(package))
     assert cli.run(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 5
     said = capsys.readouterr().err
     assert f"error[LaunchError]: {name} {old} is open to crafted files" in said
     assert "pip install" in said
-    problems = [finding.topic for finding in software.check_versions() if finding.level == "problem"]
+    problems = [finding.topic for finding in hardware.check_versions() if finding.level == "problem"]
     assert problems == [name]
 
 
 def test_a_lock_that_a_killed_build_left_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert software.check_builds() == []
+    assert hardware.check_builds() == []
     lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    [finding] = software.check_builds()
+    [finding] = hardware.check_builds()
     assert finding.level == "note"
     assert str(lock) in finding.seen

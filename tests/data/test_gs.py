@@ -13,7 +13,7 @@ import pytest
 
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
-from ddpm_lmk.data.shards import retries
+from ddpm_lmk.data.shards import remote
 from ddpm_lmk.data.shards.remote import CacheSettings
 from ddpm_lmk.data.shards.verify import Manifest, verify
 from ddpm_lmk.errors import DataError, StoppedError
@@ -55,7 +55,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     from gcp_storage_emulator.server import Response
 
-    monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0)))
     plan: dict[str, Any] = {"fault": lambda number: None, "answers": 0, "met": []}
     close = Response.close
@@ -113,7 +113,7 @@ def test_a_store_that_stays_away_stops_the_run_resumably(store, failing, tmp_pat
 def test_a_client_that_itself_tries_for_long_is_not_asked_again(store, failing, tmp_path, monkeypatch):
     loader = open_loader(config(store[1], tmp_path, cache_gib=0.0), stage="train")
     failing["fault"] = lambda number: "500"
-    monkeypatch.setattr(retries, "GIVE_UP_S", 0.0)
+    monkeypatch.setattr(remote, "GIVE_UP_S", 0.0)
     with pytest.raises(StoppedError, match="after 1 tries"):
         next(loader.groups(0))
     loader.close()

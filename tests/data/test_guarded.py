@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.images import guarded, sandbox
+from ddpm_lmk.data.images import sandbox
+from ddpm_lmk.data.images import sandbox as guarded
 from ddpm_lmk.data.images.decode import RefusedImageError
-from ddpm_lmk.data.images.guarded import decode_guarded
 from ddpm_lmk.data.images.resize import encode
+from ddpm_lmk.data.images.sandbox import decode_guarded
 from ddpm_lmk.data.shards.verify import Manifest, verify
 from tests.data.dot_packs import pack_dots, run_config
 
@@ -31,7 +32,7 @@ TOLD = {
 def bad_decoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Decoding processes that do what a picture says, ended with the test."""
     monkeypatch.setattr(sandbox, "_ENTRY", "from tests.data.bad_decoders import main; main()")
-    monkeypatch.setattr(guarded, "DEADLINE_S", 2.0)
+    monkeypatch.setattr(guarded, "FILE_DEADLINE_S", 2.0)
     monkeypatch.setattr(guarded, "_idle", [])
     monkeypatch.setattr(guarded, "_refused", {})
     with ExitStack() as ending:

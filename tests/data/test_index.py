@@ -12,8 +12,7 @@ from ddpm_lmk.cli.app import run
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.loading.order import SampleOrder
-from ddpm_lmk.data.shards.index import rebuild_index
-from ddpm_lmk.data.shards.manifest import Manifest, read_header
+from ddpm_lmk.data.shards.manifest import Manifest, read_header, rebuild_index
 from ddpm_lmk.data.shards.rows import ListedRows, SplitRows
 from ddpm_lmk.errors import DataError
 from tests.data.dot_packs import pack_dots, run_config

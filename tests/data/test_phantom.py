@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from ddpm_lmk.data.phantom import LANDMARK_NAMES, Phantom, render
-from ddpm_lmk.data.phantom.canvas import MU, Canvas, band, smooth
-from ddpm_lmk.data.phantom.pose import Frame, Ripple
+from ddpm_lmk.data.phantom.canvas import MU, Canvas, Frame, Ripple, band, smooth
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.errors import ConfigError
 

@@ -13,9 +13,9 @@ import pytest
 
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
-from ddpm_lmk.data.shards import origin, retries
-from ddpm_lmk.data.shards.remote import CacheSettings
-from ddpm_lmk.data.shards.shard_cache import ShardCache
+from ddpm_lmk.data.shards import remote
+from ddpm_lmk.data.shards import remote as retries
+from ddpm_lmk.data.shards.remote import CacheSettings, ShardCache
 from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, StoppedError
 from tests.data.dot_packs import corrupt, pack_dots
@@ -38,7 +38,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
-    monkeypatch.setattr(origin, "STALL_S", 0.5)
+    monkeypatch.setattr(remote, "STALL_S", 0.5)
     with serve(pack.parent) as running:
         yield running
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.shards import retries
+from ddpm_lmk.data.shards import remote
 from ddpm_lmk.data.shards.remote import CacheSettings
 from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import DataError, StoppedError
@@ -81,7 +81,7 @@ def faulty(store: tuple[Path, str], running: Any, monkeypatch: pytest.MonkeyPatc
     """The server of the store, to be told what goes wrong."""
     wrapped = Faulty(running._server.app)
     monkeypatch.setattr(running._server, "app", wrapped)
-    monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
     return wrapped
 
 

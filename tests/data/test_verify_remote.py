@@ -10,7 +10,7 @@ import pytest
 
 from ddpm_lmk.cli.app import run
 from ddpm_lmk.data.preview import show
-from ddpm_lmk.data.shards import retries
+from ddpm_lmk.data.shards import remote
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.shards.remote import CacheSettings
 from ddpm_lmk.data.shards.verify import Manifest, verify
@@ -48,7 +48,7 @@ def test_a_good_pack_is_good_and_nothing_stays_on_this_disk(server, packed, tmp_
 
 @pytest.mark.parametrize("fault", ["drop", "500", "slow"])
 def test_what_fails_for_a_while_is_no_damage(server, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
     server.fault = lambda name, number: fault if number % 2 else None
     report = verify(f"{server.url}/hands", CacheSettings(tmp_path / "cache"))
     assert report.is_good

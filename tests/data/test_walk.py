@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ddpm_lmk.data.shards.digests import DigestSet
+from ddpm_lmk.data.shards.pack import DigestSet
 from ddpm_lmk.data.sources import walk as listing
 from ddpm_lmk.data.sources.ids import open_key, write_map
 from ddpm_lmk.data.sources.walk import Listing, list_files, read_list, walk

@@ -10,8 +10,7 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine import device_fit, precision
-from ddpm_lmk.engine.device_fit import Fitted, fit_to_device
-from ddpm_lmk.engine.memory import process_bytes
+from ddpm_lmk.engine.device_fit import Fitted, fit_to_device, process_bytes
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import ResourceError
 from ddpm_lmk.models import model_cost

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.engine.exactness import kept, kernels
 from ddpm_lmk.engine.gradients import build_updater
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.rank_checks import kept, kernels
 from ddpm_lmk.errors import ConfigError
 from tests.engine.toy import ToyTask, ToyTrain, config, fresh_state, start
 

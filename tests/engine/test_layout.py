@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.config import UNetConfig
-from ddpm_lmk.engine.layout import KEPT, Layout, LayoutWatch
+from ddpm_lmk.engine.compile import KEPT, Layout, LayoutWatch
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.models import build_model

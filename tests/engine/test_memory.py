@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_lmk.data.spec import SPECS
-from ddpm_lmk.engine.memory import (
+from ddpm_lmk.engine.device_fit import (
     copies_of_weights,
     is_half,
     is_out_of_memory,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.config import EmaConfig
+from ddpm_lmk.engine.collectives import Statistics, is_running
 from ddpm_lmk.engine.ema import Ema
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.engine.statistics import Statistics, is_running
 from tests.engine.toy import ToyNet, ToyTask, config, start
 
 

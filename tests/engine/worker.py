@@ -24,10 +24,9 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Group
-from ddpm_lmk.engine.exactness import device_kinds
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.rank_checks import want_same_facts, want_same_weights
+from ddpm_lmk.engine.rank_checks import device_kinds, want_same_facts, want_same_weights
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError, StoppedError
 from ddpm_lmk.rundir.directory import RunDir

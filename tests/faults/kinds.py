@@ -33,8 +33,7 @@ from ddpm_lmk.cli.app import run
 from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, film_from_bytes
 from ddpm_lmk.data.images.dicom import read_spacing
 from ddpm_lmk.data.shards.manifest import Manifest
-from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.pack_summary import PackSummary
+from ddpm_lmk.data.shards.pack import PackSummary, pack
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.system.machine import hardware, versions
 from tests.data.dicoms import dataset, malformed, to_bytes

@@ -15,7 +15,7 @@ import torch
 
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.rundir.checkpoint import load_latest, load_weights, save_checkpoint, save_snapshot
-from ddpm_lmk.system import durable
+from ddpm_lmk.system import files
 
 
 class Gadget:
@@ -117,9 +117,9 @@ def exchange(path: Path, name: str, content: bytes, *, manifest: str) -> None:
     (path / name).write_bytes(content)
     if name == manifest:
         return
-    record = durable.read_manifest(path, manifest)
+    record = files.read_manifest(path, manifest)
     record["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (path / manifest).write_bytes(durable.to_json({**record, "digest": durable.digest(record)}))
+    (path / manifest).write_bytes(files.to_json({**record, "digest": files.digest(record)}))
 
 
 def test_a_step_directory_that_holds_only_foreign_files(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ddpm_lmk.sweep.progress import last_step
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 from tests.faults.harness import ROOT, are_gone
 from tests.faults.sweep_soak import FINE_TUNING
 

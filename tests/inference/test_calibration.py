@@ -18,9 +18,8 @@ from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.loading.corpus import evaluation_corpora, training_corpora
 from ddpm_lmk.errors import CheckpointError, ConfigError, StoppedError
 from ddpm_lmk.inference import calibration
-from ddpm_lmk.inference.calibration import GRID, Likelihoods
+from ddpm_lmk.inference.calibration import GRID, Likelihoods, calibration_error, reliability
 from ddpm_lmk.inference.load import open_run
-from ddpm_lmk.inference.reliability import calibration_error, reliability
 from ddpm_lmk.report.page import write_report
 from ddpm_lmk.run import execute
 from ddpm_lmk.tasks.codecs import ContourCodec, Frame

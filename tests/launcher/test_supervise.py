@@ -14,7 +14,8 @@ import pytest
 
 from ddpm_lmk.errors import NoProgressError
 from ddpm_lmk.launcher import Placement, run_ranks, supervise
-from ddpm_lmk.system import cgroup, memory, processes
+from ddpm_lmk.system import memory, processes
+from ddpm_lmk.system import memory as cgroup
 from ddpm_lmk.system.heartbeat import Beat, Pulse, read_beats
 from tests.faults.harness import ROOT
 
@@ -89,7 +90,7 @@ def test_the_clock_of_the_wall_decides_nothing(monkeypatch: pytest.MonkeyPatch, 
     assert [path.name for path in users] == ["supervise.py"], "only the names of stack files hold the time of day"
     users = [path for path in (ROOT / "ddpm_lmk").rglob("*.py") if "st_mtime" in path.read_text()]
     equal = {"session.py", "base.py"}  # they ask whether a file is still the same one, never which is older
-    assert {path.name for path in users} - equal <= {"shard_cache.py"}, "which copy goes first when a cache is full"
+    assert {path.name for path in users} - equal <= {"remote.py"}, "which copy goes first when a cache is full"
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.errors import CheckpointError, ConfigError
 from ddpm_lmk.models import build_model, model_cost
-from ddpm_lmk.models.encoder_unet import double
-from ddpm_lmk.models.encoder_weights import load_encoder, want_file
-from ddpm_lmk.models.encoders import build_encoder
+from ddpm_lmk.models.encoder_unet import build_encoder, double, load_encoder, want_file
 from ddpm_lmk.models.import_torch import import_weights
-from ddpm_lmk.rundir.tensorfile import read
+from ddpm_lmk.rundir.checkpoint import read
 
 PUBLISHED = {  # encoder parameters without classifier, as torchvision prints them
     "densenet161": 28_681_000 - 2_209_000,

@@ -25,7 +25,7 @@ from torch import nn
 
 from ddpm_lmk.config import EncoderUNetConfig
 from ddpm_lmk.errors import CheckpointError, RunConflictError
-from ddpm_lmk.models.encoders import build_encoder
+from ddpm_lmk.models.encoder_unet import build_encoder
 from ddpm_lmk.models.import_torch import dense, import_weights, inspect, read
 from ddpm_lmk.models.state_dicts import choose, describe
 from tests.cli.commands import SMOKE, run_command

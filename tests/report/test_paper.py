@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_lmk.report import compute, paper, steps
+from ddpm_lmk.report import compute, learning, paper
 from ddpm_lmk.report.collect import Study, collect, paper_rows, paper_tables
 from ddpm_lmk.report.differences import best_overall, less, less_scratch, ratio
 from ddpm_lmk.report.page import write_report
@@ -134,8 +134,8 @@ def test_snapshots_of_one_run_make_the_curve_of_figure_2(tmp_path: Path) -> None
             parent = {"path": f"runs/p/snapshots/step-{step:08}", "step": step, "use": "ema"}
             put(tmp_path / "cells" / f"{start}-k{labels}-s0" / "run.json", {"parent": parent})
     (found,) = collect([tmp_path])
-    assert steps.by_step(found) == {("runs/p", "ema"): {4000: "early", 8000: "late"}}
-    svg = steps.curve(found, [1, 5])
+    assert learning.by_step(found) == {("runs/p", "ema"): {4000: "early", 8000: "late"}}
+    svg = learning.curve(found, [1, 5])
     assert svg is not None
     assert "pre-training, optimizer steps" in svg
 

@@ -14,7 +14,8 @@ import torch
 from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
 from ddpm_lmk.rundir import checkpoint, retention
 from ddpm_lmk.rundir.checkpoint import load_latest, save_checkpoint
-from ddpm_lmk.system import durable, privacy
+from ddpm_lmk.system import files
+from ddpm_lmk.system import files as privacy
 
 
 def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -87,18 +88,18 @@ def empty_manifest(path: Path) -> None:
 
 def list_nothing(path: Path) -> None:
     record = {"format": 1, "step": 2, "files": {}}
-    (path / "MANIFEST.json").write_bytes(durable.to_json({**record, "digest": "0"}))
+    (path / "MANIFEST.json").write_bytes(files.to_json({**record, "digest": "0"}))
 
 
 def name_a_file_outside(path: Path) -> None:
-    record = durable.read_manifest(path, "MANIFEST.json")
+    record = files.read_manifest(path, "MANIFEST.json")
     record["files"]["../step-00000001/model.safetensors"] = record["files"].pop("model.safetensors")
     sign(path, record)
 
 
 def sign(path: Path, record: dict[str, Any]) -> None:
     """Write a manifest as somebody would who knows how its digest is made."""
-    (path / "MANIFEST.json").write_bytes(durable.to_json({**record, "digest": durable.digest(record)}))
+    (path / "MANIFEST.json").write_bytes(files.to_json({**record, "digest": files.digest(record)}))
 
 
 def exchange_the_whole_for_a_link(path: Path) -> None:
@@ -182,7 +183,7 @@ def test_all_damaged_stays_an_error_the_next_time(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_format_says_so_and_stays_where_it_is(tmp_path: Path, found: Any) -> None:
     save(tmp_path, 1, 2)
     path = tmp_path / "step-00000002"
-    sign(path, {**durable.read_manifest(path, "MANIFEST.json"), "format": found})
+    sign(path, {**files.read_manifest(path, "MANIFEST.json"), "format": found})
     with pytest.raises(CheckpointError, match=f"has format {found!r}, this version of ddpm-lmk reads format 1; use"):
         load_latest(tmp_path, on_bad=unused)
     assert path.is_dir()
@@ -205,10 +206,10 @@ def test_what_is_parsed_is_what_was_hashed(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_manifest_says_what_network_run_and_session_it_is_of(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, tensors(1), {"step": 1}, facts={"config": "c0", "incarnation": "i0"})
-    record = durable.read_manifest(path, "MANIFEST.json")
+    record = files.read_manifest(path, "MANIFEST.json")
     other = save_checkpoint(tmp_path, {"model": {"a": torch.zeros(4, 4)}}, {"step": 2})
     assert (record["config"], record["incarnation"]) == ("c0", "i0")
-    assert record["arch"] != durable.read_manifest(other, "MANIFEST.json")["arch"]
+    assert record["arch"] != files.read_manifest(other, "MANIFEST.json")["arch"]
 
 
 def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +219,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "open", stale)
+        patch.setattr(files.os, "open", stale)
         with pytest.raises(ResourceError, match="cannot be read now"):
             load_latest(tmp_path, on_bad=unused)
     assert load_latest(tmp_path, on_bad=unused) is not None

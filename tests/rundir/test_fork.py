@@ -13,7 +13,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
 from ddpm_lmk.run import execute
-from ddpm_lmk.rundir.fork import bring_checkpoint
+from ddpm_lmk.rundir.directory import bring_checkpoint
 
 Maker = Callable[..., RunConfig]
 

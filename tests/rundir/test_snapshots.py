@@ -16,7 +16,7 @@ import torch
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.rundir import checkpoint
 from ddpm_lmk.rundir.checkpoint import load_weights, save_snapshot
-from ddpm_lmk.system import durable
+from ddpm_lmk.system import files as durable
 from tests.rundir.test_checkpoint import flip_a_bit
 
 

@@ -10,15 +10,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from ddpm_lmk.rundir import tensorfile
-from ddpm_lmk.rundir.tensorfile import parse, pieces, read
-from ddpm_lmk.system.durable import DamagedError
+from ddpm_lmk.rundir import checkpoint
+from ddpm_lmk.rundir.checkpoint import parse, pieces, read
+from ddpm_lmk.system.files import DamagedError
 
 
 def test_the_library_reads_every_type_shape_and_layout_as_it_was() -> None:
     group = {
         f"{dtype}/{name}": value.to(dtype)
-        for dtype in tensorfile.NAMES
+        for dtype in checkpoint.NAMES
         for name, value in {
             "scalar": torch.tensor(3.0),
             "empty": torch.zeros(0, 4),

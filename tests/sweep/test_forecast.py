@@ -17,7 +17,7 @@ from ddpm_lmk.launcher import Placement
 from ddpm_lmk.sweep import Sweep, load_sweep
 from ddpm_lmk.sweep import forecast as budgets
 from ddpm_lmk.sweep.forecast import budget, budget_table
-from ddpm_lmk.sweep.remaining import Remaining, span_s
+from ddpm_lmk.sweep.progress import Remaining, span_s
 
 RUN = """
 name: tiny

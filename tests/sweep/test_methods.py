@@ -16,7 +16,7 @@ from ddpm_lmk.launcher import Placement
 from ddpm_lmk.sweep import Sweep, load_sweep, plan_table
 from ddpm_lmk.sweep.check import check_sweep
 from ddpm_lmk.sweep.run import run_sweep
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 from tests.sweep.test_sweep import torn_weights
 
 NETWORK = "model: {width: 8, multipliers: [1, 2], heads: 2, head_dim: 8}\n"

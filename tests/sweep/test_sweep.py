@@ -21,11 +21,10 @@ from ddpm_lmk.errors import CheckpointError, ConfigError
 from ddpm_lmk.models import build_model
 from ddpm_lmk.rundir.checkpoint import save_snapshot
 from ddpm_lmk.sweep import Sweep, cell_folder, is_done, load_sweep, plan_table, state_of
-from ddpm_lmk.sweep.progress import last_step
+from ddpm_lmk.sweep.progress import last_step, to_csv
 from ddpm_lmk.sweep.run import run_sweep
-from ddpm_lmk.sweep.summary import to_csv
 from ddpm_lmk.sweep.worker import try_lock
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 
 RUN = """
 name: tiny

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_lmk.system import cgroup, cores, memory
+from ddpm_lmk.system import cores, memory
+from ddpm_lmk.system import memory as cgroup
 
 
 @pytest.fixture

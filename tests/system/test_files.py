@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk.rundir.log import METRICS, Journal, read_lines
-from ddpm_lmk.system import durable, files
+from ddpm_lmk.system import files
+from ddpm_lmk.system import files as durable
 
 NAMES = ["Nasenrücken", "鼻根点", "b\udcff\udc80.png", "two\u2028lines\u0085 and\n", '"\\udcff"', "\\"]
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError
-from ddpm_lmk.models.encoders import build_encoder
+from ddpm_lmk.models.encoder_unet import build_encoder
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.checkpoint import load_weights
 from tests.tasks.test_encoder_tasks import KINDS

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ddpm_lmk.config import SimclrV2Config
-from ddpm_lmk.config.views import ViewConfig
+from ddpm_lmk.config.task import ViewConfig
 from ddpm_lmk.tasks.ssl import views
 from ddpm_lmk.tasks.ssl.views import COLUMNS, blurred, crop_matrix, draw_views, make_view
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ddpm_lmk.cli.doctor import hardware, place, software
-from ddpm_lmk.cli.doctor.finding import Finding, Level
+from ddpm_lmk.cli.doctor import hardware
+from ddpm_lmk.cli.doctor import hardware as place
+from ddpm_lmk.cli.doctor import hardware as software
+from ddpm_lmk.cli.doctor.hardware import Finding, Level
 from ddpm_lmk.config import RunConfig
 
 __all__ = ["Finding", "Level", "examine"]

@@ -23,7 +23,7 @@ from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.remote import CacheSettings
 from ddpm_lmk.errors import DataError, LmkError
 from ddpm_lmk.system import files
-from ddpm_lmk.system.durable import read_json
+from ddpm_lmk.system.files import read_json
 
 FILE_NAME = "leakage.json"
 

@@ -2,12 +2,16 @@
 
 It holds no random state: what a batch contains follows from the run file and its positions. Which sample stands where
 is in `order`, what is done to it in `augment` and `warp`, where its pixels are in `resident`.
+
+Makes things ahead of the one in use, in one thread and in order, and tells how long it was waited for.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,10 +29,37 @@ from ddpm_lmk.data.loading.corpus import Corpus, Facts, evaluation_corpora, fing
 from ddpm_lmk.data.loading.dali import DaliPixels
 from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder, keyed_uniform
 from ddpm_lmk.data.loading.pixels import Residency, ResidentPixels, StreamPixels, open_pixels
-from ddpm_lmk.data.loading.prefetch import ahead
 from ddpm_lmk.data.shards.verify import CorruptSampleError, SampleRecord
 from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.errors import ConfigError, DataError
+
+DEPTH = 2  # groups, or evaluation batches, made ahead of the one in use
+
+Request = TypeVar("Request")
+
+
+def ahead(
+    make: Callable[[Request], Made], requests: Iterator[Request], *, in_thread: bool
+) -> Iterator[tuple[Made, float]]:
+    """`make` of every request, in order, and the seconds waited for it; without a thread each is made when asked."""
+    if not in_thread:
+        for request in requests:
+            began = time.perf_counter()
+            yield make(request), time.perf_counter() - began
+        return
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        pending = deque(thread.submit(make, request) for request in itertools.islice(requests, DEPTH))
+        try:
+            while pending:
+                began = time.perf_counter()
+                made = pending.popleft().result()
+                waited = time.perf_counter() - began
+                pending.extend(thread.submit(make, request) for request in itertools.islice(requests, 1))
+                yield made, waited
+        finally:
+            for future in pending:
+                future.cancel()
+
 
 log = logging.getLogger(__name__)
 

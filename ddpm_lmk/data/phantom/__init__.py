@@ -13,11 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ddpm_lmk.data.phantom.canvas import Canvas
+from ddpm_lmk.data.phantom.canvas import Canvas, PoseRange, pose
 from ddpm_lmk.data.phantom.chest import Chest
 from ddpm_lmk.data.phantom.film import FilmStyle, develop
 from ddpm_lmk.data.phantom.hand import Hand
-from ddpm_lmk.data.phantom.pose import PoseRange, pose
 from ddpm_lmk.data.phantom.skull import Skull
 from ddpm_lmk.errors import ConfigError
 

@@ -10,9 +10,8 @@ import itertools
 
 import numpy as np
 
-from ddpm_lmk.data.phantom.canvas import Canvas, Points, band, ellipse, smooth
+from ddpm_lmk.data.phantom.canvas import Canvas, Points, PoseRange, band, ellipse, smooth
 from ddpm_lmk.data.phantom.film import FilmStyle
-from ddpm_lmk.data.phantom.pose import PoseRange
 
 NAMES: tuple[str, ...] = (
     "ulna_outer_corner", "ulna_styloid", "ulna_inner_corner", "radius_inner_corner", "radius_outer_corner",

@@ -4,6 +4,10 @@ The bytes written depend on the source and the settings alone, not on the number
 was interrupted: the same call goes on after the last finished shard. A picture that cannot be used is listed in
 `refused.jsonl` with the reason; labels that contradict themselves stop the packing (DataError), because a wrong label
 is worse than a missing picture.
+
+What came of a packing: counts, why pictures were left out, and what was passed over in those that were taken.
+
+A set of digests that costs tens of bytes each, for corpora of millions of pictures.
 """
 
 from __future__ import annotations
@@ -11,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,16 +27,14 @@ import numpy as np
 
 from ddpm_lmk import __version__
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.images.dicom_spacing import AT_DETECTOR, UNKNOWN
 from ddpm_lmk.data.images.resize import Filter, Window
 from ddpm_lmk.data.shards.decoding import Packed, Refused, decoded
-from ddpm_lmk.data.shards.digests import DigestSet
 from ddpm_lmk.data.shards.labels import Labels
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack_settings import PackSettings, checked_settings
-from ddpm_lmk.data.shards.pack_summary import FileNotes, PackSummary
 from ddpm_lmk.data.shards.records import Aspect, Encoding
-from ddpm_lmk.data.shards.unfinished import is_begun
-from ddpm_lmk.data.shards.writer import ShardWriter, refuse_existing
+from ddpm_lmk.data.shards.writer import ShardWriter, is_begun, refuse_existing
 from ddpm_lmk.data.sources.base import Convention, Kind, RawDataset, RawSample, read_phantom
 from ddpm_lmk.data.sources.folder import read_dicom_tree, read_folder
 from ddpm_lmk.data.sources.ids import KeyedIds, open_key, write_map
@@ -39,6 +43,128 @@ from ddpm_lmk.data.sources.table import read_table
 from ddpm_lmk.errors import ConfigError, DataError, LmkError
 from ddpm_lmk.system.cores import granted_cores
 from ddpm_lmk.system.machine import versions
+
+_FIRST_SLOTS = 1 << 12
+
+
+class DigestSet:
+    """Remembers the first 96 bits of digests: of ten million, two differ and are taken for one once in 10^15 corpora.
+
+    Open addressing in two arrays, doubled when they are two thirds full.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._high = np.zeros(_FIRST_SLOTS, np.uint64)  # 0: free
+        self._low = np.zeros(_FIRST_SLOTS, np.uint32)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, digest: bytes) -> bool:
+        """Add a digest of at least 12 bytes; False when it was there already."""
+        high, low = int.from_bytes(digest[:8], "little") | 1, int.from_bytes(digest[8:12], "little")
+        slot = self._find(high, low)
+        if self._high[slot]:
+            return False
+        self._high[slot], self._low[slot] = high, low
+        self._count += 1
+        if 3 * self._count > 2 * len(self._high):
+            self._grow()
+        return True
+
+    def _find(self, high: int, low: int) -> int:
+        """The slot of this digest, or the free one where it belongs."""
+        slot = low & (len(self._high) - 1)
+        while self._high[slot] and (int(self._high[slot]), int(self._low[slot])) != (high, low):
+            slot = (slot + 1) & (len(self._high) - 1)
+        return slot
+
+    def _grow(self) -> None:
+        high, low = self._high, self._low
+        self._high, self._low = np.zeros(2 * len(high), np.uint64), np.zeros(2 * len(low), np.uint32)
+        for index in np.flatnonzero(high):
+            slot = self._find(int(high[index]), int(low[index]))
+            self._high[slot], self._low[slot] = high[index], low[index]
+
+
+_SHOWN = 1000  # refusals kept in memory; all of them are in the file
+
+
+@dataclass
+class PackSummary:
+    """What was packed. `refused` are the first lines of refused.jsonl, `reasons` counts all of them by their code."""
+
+    out: Path
+    packed: int = 0
+    per_split: dict[str, int] = field(default_factory=dict)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+    resumed_at: int = 0  # images that an interrupted packing had done before
+    seconds: float = 0.0
+    image_bytes: int = 0
+
+    @property
+    def num_refused(self) -> int:
+        """How many pictures were left out."""
+        return self.reasons.total()
+
+    def count(self, split: str, images: int, image_bytes: int) -> None:
+        """Count packed samples."""
+        if images:
+            self.packed += images
+            self.image_bytes += image_bytes
+            self.per_split[split] = self.per_split.get(split, 0) + images
+
+    def refuse(self, line: dict[str, str]) -> None:
+        """Count a picture that was left out."""
+        self.reasons[line["code"]] += 1
+        if len(self.refused) < _SHOWN:
+            self.refused.append(line)
+
+
+class FileNotes:
+    """Counts what the files of packed pictures said that their reader should know; `state` outlives an interruption."""
+
+    def __init__(self) -> None:
+        self._passed_over: Counter[str] = Counter()
+        self._unknown: Counter[str] = Counter()
+        self._at_detector = 0
+
+    def add(self, facts: dict[str, Any] | None) -> None:
+        """Count the facts of one picture."""
+        facts = facts or {}
+        self._passed_over.update(facts.get("passed_over") or ())
+        spacing = facts.get("spacing") or ""
+        self._unknown.update([spacing] if spacing.startswith(UNKNOWN) else ())
+        self._at_detector += spacing.endswith(AT_DETECTOR)
+
+    def state(self) -> dict[str, Any]:
+        """What was counted so far."""
+        counts = {"passed_over": dict(self._passed_over), "unknown": dict(self._unknown)}
+        return {**counts, "at_detector": self._at_detector}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self._passed_over, self._unknown = Counter(state["passed_over"]), Counter(state["unknown"])
+        self._at_detector = state["at_detector"]
+
+    def sentences(self) -> list[str]:
+        """One for each kind of note."""
+        found = []
+        if self._passed_over:
+            named = ", ".join(f"{name} of {count} images" for name, count in sorted(self._passed_over.items()))
+            found.append(f"DICOM attributes that do not read, or leave nothing to see, were passed over: {named}")
+        for reason, count in sorted(self._unknown.items()):
+            found.append(f"the spacing of {count} images is {reason}")
+        if self._at_detector:
+            found.append(
+                f"{self._at_detector} images state their spacing at the detector only, so their millimetres are too "
+                "long by the magnification, 5 to 30 % for most films"
+            )
+        return found
+
 
 Progress = Callable[[int, int], None]
 PHANTOM_COUNTS = {"train": 400, "val": 40, "test": 100}

@@ -4,26 +4,279 @@ Whole shards are fetched, once per machine, and read from the copies, as long as
 the cache: the samples of a window are drawn from all its shards, so all of each will be needed. Otherwise single
 samples are fetched by range. A byte that was damaged on the way, or on the local disk, is fetched again before a sample
 counts as corrupt. What a server answers is for `origin`.
+
+A folder behind a URL, by way of fsspec: http, s3, gs and whatever else it opens.
+
+What fails for a while (drops, timeouts, 5xx) is an `OSError`, to be tried again; what will not come (4xx) is a
+`DataError`. Credentials come from the environment, never from the URL.
+
+Copies of remote shards on a local disk: bounded, least recently used first out, shared by all processes there.
+
+A copy that exists is whole: it is written under another name and renamed. Who wants a shard that another process is
+fetching waits for it. Readers open a copy for each read, so a dropped one frees its space at once.
+
+Reading from a file system or a server that may fail for a while. That never makes a sample corrupt.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from ddpm_lmk.config import DataConfig
 from ddpm_lmk.data.shards import signing
-from ddpm_lmk.data.shards.origin import Origin
-from ddpm_lmk.data.shards.retries import with_retries
-from ddpm_lmk.data.shards.shard_cache import ShardCache
-from ddpm_lmk.errors import DataError, LmkError, ResourceError
+from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, ResourceError, StoppedError
+
+RETRY_DELAYS_S = (0.2, 1.0, 3.0, 6.0)  # a network mount that is back within ten seconds costs nothing
+GIVE_UP_S = 30.0  # clients of object stores try again too; at 60 s a launcher takes the rank for dead
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+def with_retries(read: Callable[[Argument], Result], what: Argument) -> Result:
+    """Call `read(what)`, again after a pause when the file system fails.
+
+    Raises:
+        StoppedError: it failed five times, or for half a minute.
+    """
+    began = time.monotonic()
+    for number, delay in enumerate((*RETRY_DELAYS_S, None), start=1):
+        try:
+            return read(what)
+        except (OSError, DataError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
+            if delay is None or time.monotonic() - began > GIVE_UP_S:
+                raise StoppedError(
+                    f"the data cannot be read ({cause.strerror or cause}) after {number} tries; "
+                    "give the same command when the file system is back"
+                ) from error
+            log.warning("reading failed (%s), again in %g s", cause.strerror or cause, delay)
+            time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+_LOCKS = ".locks"
+_UNFINISHED = ".unfinished-"
+_TOUCH_EVERY_S = 10.0
+
+
+class ShardCache:
+    """The copies of one pack in `folder`; the limit holds for all packs beside it.
+
+    Args:
+        folder: made if it is not there; its parent is the cache.
+        limit_bytes: of all shards in the cache together.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder, self._limit = folder, limit_bytes
+        (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
+        self._touched: dict[str, float] = {}
+
+    def has(self, name: str, size: int) -> bool:
+        """Is there a whole copy?"""
+        try:
+            return (self.folder / name).stat().st_size == size
+        except OSError:
+            return False
+
+    def get(self, name: str, size: int, fetch: Callable[[Path], None]) -> Path:
+        """The path of a copy, fetched if need be; `fetch` writes one to the path it is given.
+
+        Raises:
+            Whatever `fetch` raises; OSError if the disk refuses.
+        """
+        if not self.has(name, size):
+            with _locked(self.folder / _LOCKS / name):
+                if not self.has(name, size):
+                    unfinished = self.folder / f"{_UNFINISHED}{size}-{name}"
+                    self._make_room(size, unfinished)
+                    fetch(unfinished)
+                    unfinished.replace(self.folder / name)
+        self._touch(name)
+        return self.folder / name
+
+    def drop(self, name: str) -> None:
+        """Remove a copy."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def _touch(self, name: str) -> None:
+        now = time.monotonic()
+        if now - self._touched.get(name, -_TOUCH_EVERY_S) >= _TOUCH_EVERY_S:
+            self._touched[name] = now
+            try:
+                os.utime(self.folder / name)
+            except FileNotFoundError:
+                del self._touched[name]  # dropped by another process; whoever reads it will see
+
+    def _make_room(self, size: int, unfinished: Path) -> None:
+        """Drop copies until one of `size` fits, and claim its place: `unfinished` counts from now on."""
+        root = self.folder.parent
+        with _locked(root / ".lock"):
+            # In this order, so that one that is being renamed is seen twice rather than never.
+            used = size + sum(_claimed(path) for path in root.glob(f"*/{_UNFINISHED}*") if path != unfinished)
+            copies = sorted(_stats(path for path in root.glob("*/*.tar") if not path.name.startswith(_UNFINISHED)))
+            used += sum(length for _, length, _ in copies)
+            for _, length, path in copies:
+                if used <= self._limit:
+                    break
+                path.unlink(missing_ok=True)
+                used -= length
+            unfinished.touch()
+
+
+def _claimed(unfinished: Path) -> int:
+    """Bytes of a copy that is being fetched; one whose process died is removed."""
+    size, _, name = unfinished.name.removeprefix(_UNFINISHED).partition("-")
+    descriptor = os.open(unfinished.parent / _LOCKS / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(size)
+    finally:
+        os.close(descriptor)
+    unfinished.unlink(missing_ok=True)
+    return 0
+
+
+def _stats(paths: Iterable[Path]) -> Iterator[tuple[int, int, Path]]:
+    """Time of last use, size and path of files that are still there."""
+    for path in paths:
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            continue
+        yield found.st_mtime_ns, found.st_size, path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+CONNECT_S = 10.0
+STALL_S = 10.0  # without a byte, after which a request counts as failed
+_TRY_LATER = {408, 425, 429}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
+class Origin:
+    """A folder behind a URL."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigError for a URL that must not be written down, LaunchError where a package is missing."""
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            raise ConfigError(
+                f"data.path has a URL of {parts.hostname} with a password or key in it, which would be written to the "
+                "run directory; give credentials by the environment (for s3: AWS_*, for gs: "
+                "GOOGLE_APPLICATION_CREDENTIALS, or FSSPEC_CONFIG_DIR)"
+            )
+        self.url = url.rstrip("/")
+        try:
+            from fsspec.core import url_to_fs
+
+            self._system, self._path = url_to_fs(self.url, **_options(parts.scheme))
+        except (ImportError, ValueError) as error:
+            raise LaunchError(f"cannot open {self.url}: {error}; run `pip install 'ddpm-lmk[cloud]'`") from None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None: a web server that does not tell, and never will."""
+        with self._plain_errors(name):
+            size = self._system.size(f"{self._path}/{name}")
+        return None if size is None else int(size)
+
+    def read(self, name: str) -> bytes:
+        """A whole small file."""
+        with self._plain_errors(name):
+            return self._system.cat_file(f"{self._path}/{name}")
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """A piece of a file."""
+        with self._plain_errors(name):
+            data = self._system.cat_file(f"{self._path}/{name}", start=offset, end=offset + size)
+        if len(data) > size:  # a server that does not know ranges sends everything
+            data = data[offset : offset + size]
+        if len(data) != size:
+            raise OSError(errno.EIO, f"{self.url}/{name}: got {len(data)} of {size} bytes")
+        return data
+
+    def fetch(self, name: str, to: Path) -> None:
+        """Copy a file."""
+        with self._plain_errors(name):
+            self._system.get_file(f"{self._path}/{name}", str(to))
+
+    def names(self) -> set[str] | None:
+        """What lies in the folder; None: web servers do not tell."""
+        if self.url.startswith("http"):
+            return None
+        with self._plain_errors(""):
+            self._system.invalidate_cache()  # as it is now, not as it was when somebody looked before
+            return {path.rstrip("/").rpartition("/")[2] for path in self._system.ls(self._path, detail=False)}
+
+    @contextmanager
+    def _plain_errors(self, name: str) -> Iterator[None]:
+        """What clients raise is of many kinds; here it is for now (OSError) or for good (LmkError)."""
+        where = f"{self.url}/{name}"
+        try:
+            yield
+        except LmkError:
+            raise
+        except Exception as error:
+            status = _status(error)
+            if getattr(error, "errno", None) in _NO_ROOM:
+                raise ResourceError(
+                    "the disk of the shard cache is full; free some space, or set data.cache_dir or data.cache_gib"
+                ) from error
+            is_refused = status is not None and 400 <= status < 500 and status not in _TRY_LATER
+            if is_refused or isinstance(error, (FileNotFoundError, PermissionError)):
+                reason = f"status {status}" if status else type(error).__name__
+                # Not `from error`: an OSError as the cause would mean that trying again may help.
+                raise DataError(f"{where} is not there or not for us ({reason}); check data.path and access") from None
+            if type(error).__name__ == "NoCredentialsError":
+                raise DataError(f"{where} wants credentials and the environment has none (for s3: AWS_*)") from None
+            raise OSError(errno.EIO, f"{where}: {type(error).__name__} {error}".strip()) from error
+
+
+def _status(error: Exception) -> int | None:
+    """The status of HTTP that a client's error is about; gcsfs calls it `code`, and has only words for one."""
+    status = str(getattr(error, "status", None) or getattr(error, "code", None))
+    if type(error) is OSError and str(error).startswith("Forbidden"):
+        return 403
+    return int(status) if status.isdecimal() else None
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    """Time limits of the clients that have some; those of s3 and gs try again by themselves, too."""
+    if scheme in ("s3", "s3a"):
+        limits = {"connect_timeout": CONNECT_S, "read_timeout": STALL_S}
+        return {"config_kwargs": limits | {"retries": {"total_max_attempts": 1}}}
+    if scheme in ("http", "https", "gs", "gcs"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
+        return {"requests_timeout": timeout} if scheme.startswith("g") else {"client_kwargs": {"timeout": timeout}}
+    return {}
+
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ddpm_lmk.errors import ConfigError, ResourceError, RunConflictError
-from ddpm_lmk.system.durable import flush_directory
+from ddpm_lmk.system.files import flush_directory
 
 _DIGITS = 16
 # What stands for a patient who was taken out, as tools that make files anonymous write it; never one person.

@@ -56,7 +56,7 @@ def group_norm(
     x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, enabled=False):
         if use == "triton" and x.dtype != torch.float64:
-            from ddpm_lmk.models.kernels.triton_norm import TritonNorm
+            from ddpm_lmk.models.kernels.group_norm_triton import TritonNorm
 
             return TritonNorm.apply(x, weight, bias, film, groups, eps, silu)
         return CpuNorm.apply(x, weight, bias, film, groups, eps, silu)

@@ -13,8 +13,7 @@ from ddpm_lmk.config import ContourCodecConfig, DiscCodecConfig, GaussianCodecCo
 from ddpm_lmk.tasks.codecs.base import Codec, Decoded, Frame
 from ddpm_lmk.tasks.codecs.contour import ContourCodec
 from ddpm_lmk.tasks.codecs.disc import DiscCodec
-from ddpm_lmk.tasks.codecs.gaussian import GaussianCodec
-from ddpm_lmk.tasks.codecs.spatial import SpatialCodec
+from ddpm_lmk.tasks.codecs.spatial import GaussianCodec, SpatialCodec
 
 __all__ = ["Codec", "ContourCodec", "Decoded", "DiscCodec", "Frame", "GaussianCodec", "SpatialCodec", "build_codec"]
 

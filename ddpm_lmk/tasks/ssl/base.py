@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_lmk.config import EncoderUNetConfig, Network
-from ddpm_lmk.config.views import EncoderTaskConfig
+from ddpm_lmk.config.task import EncoderTaskConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.models import ModelCost
-from ddpm_lmk.models.cost import FLOAT_BYTES
-from ddpm_lmk.models.encoder_unet import EncoderUNet
-from ddpm_lmk.models.encoders import Encoder, build_encoder
-from ddpm_lmk.models.traced import traced_cost
+from ddpm_lmk.models.cost import FLOAT_BYTES, traced_cost
+from ddpm_lmk.models.encoder_unet import Encoder, EncoderUNet, build_encoder
 from ddpm_lmk.tasks.ssl.views import draw_views
 from ddpm_lmk.tasks.task import Everyone, Task
 

@@ -12,9 +12,9 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from ddpm_lmk.config.views import DinoConfig
+from ddpm_lmk.config.task import DinoConfig
 from ddpm_lmk.data.batch import Batch
-from ddpm_lmk.models.encoders import Encoder
+from ddpm_lmk.models.encoder_unet import Encoder
 from ddpm_lmk.tasks.ssl.base import EncoderTask, pooled, scheduled
 from ddpm_lmk.tasks.ssl.heads import DinoHead, follow, follower
 from ddpm_lmk.tasks.task import Everyone

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.config.views import MocoV3Config
+from ddpm_lmk.config.task import MocoV3Config
 from ddpm_lmk.data.batch import Batch
-from ddpm_lmk.models.encoders import Encoder
+from ddpm_lmk.models.encoder_unet import Encoder
 from ddpm_lmk.tasks.ssl.base import EncoderTask, masked, pooled, scheduled
 from ddpm_lmk.tasks.ssl.heads import batch_normed_head, follow, follower
 from ddpm_lmk.tasks.task import Everyone

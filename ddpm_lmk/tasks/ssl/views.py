@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm_lmk.config.views import EncoderTaskConfig, ViewConfig
+from ddpm_lmk.config.task import EncoderTaskConfig, ViewConfig
 from ddpm_lmk.data.loading.order import keyed_uniform
 
 TRIES = 10  # of a crop's area and shape, before the whole image is taken

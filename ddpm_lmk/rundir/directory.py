@@ -249,9 +249,9 @@ def _copy(source: Path, target: Path) -> None:
             copy.chmod(privacy.file_mode())
             with copy.open("rb") as file:
                 os.fsync(file.fileno())
-        durable.flush_directory(temporary)
+        durable.flush(temporary)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    durable.flush_directory(target.parent)
+    durable.flush(target.parent)

@@ -7,14 +7,13 @@ import torch.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -26,8 +25,7 @@ from ddpm_lmk.engine.step_timing import BUDGET_S, time_steps
 from ddpm_lmk.errors import LmkError
 from ddpm_lmk.launcher import preflight
 from ddpm_lmk.launcher.placement import Device, Placement, visible_gpus, worker_environment
-from ddpm_lmk.system import signals
-from ddpm_lmk.system.processes import die_with_parent
+from ddpm_lmk.system.children import child_job, kill_all, start_child
 
 DAYS_S = 2 * 24 * 3600.0  # of one run: what the others take is no news then
 NO_DEVICE = "its device is not on this machine"
@@ -79,41 +77,30 @@ def time_apart(
         {"cfg": cfg.model_dump(mode="json"), "spec": spec.model_dump(mode="json"), "steps": length}
         for cfg, spec, length in zip(runs, specs, steps or [0] * len(runs), strict=True)
     ]
-    facts = {"device": device, "processes": processes, "budget_s": budget_s, "parent": os.getpid()}
-    job = json.dumps({"runs": each, **facts})
+    job = {"runs": each, "device": device, "processes": processes, "budget_s": budget_s}
     began = time.monotonic()
     with ExitStack() as leaving:
         children = [
             leaving.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-m", "ddpm_lmk.launcher.time_runs"],
-                    stdin=subprocess.PIPE,
+                start_child(
+                    "ddpm_lmk.launcher.time_runs",
+                    job,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
-                    text=True,
-                    env=worker_environment(device, slot, processes, devices=devices or processes),
+                    environment=worker_environment(device, slot, processes, devices=devices or processes),
                 )
             )
             for slot in range(processes)
         ]
-        leaving.callback(_end, children)
-        overdue = threading.Timer(PATIENCE_S + 6 * budget_s * len(runs), _end, [children])
+        leaving.callback(kill_all, children)
+        overdue = threading.Timer(PATIENCE_S + 6 * budget_s * len(runs), kill_all, [children])
         leaving.callback(overdue.cancel)
         overdue.start()
-        for child in children:
-            assert child.stdin is not None
-            with suppress(BrokenPipeError), child.stdin as stdin:
-                stdin.write(job)
         told = [list(map(json.loads, child.stdout or ())) for child in children]
     return [
         _together([lines[number] if len(lines) > number else TOO_SLOW for lines in told], began)
         for number in range(len(runs))
     ]
-
-
-def _end(children: Sequence[subprocess.Popen[str]]) -> None:
-    for child in children:
-        child.kill()
 
 
 def _together(told: Sequence[dict[str, Any] | str], began: float) -> Timing | str:
@@ -149,9 +136,7 @@ def time_here(
 
 def main() -> int:
     """Do the job on standard input: a line of JSON for each run."""
-    job: dict[str, Any] = json.load(sys.stdin)
-    die_with_parent(job["parent"])
-    with signals.leaving_at_once():
+    with child_job() as job:
         import ddpm_lmk.run  # noqa: F401  # as a worker does: what it takes to start is told too
 
         began = time.monotonic()  # the clock of all processes of a machine

@@ -33,7 +33,7 @@ from ddpm_lmk.sweep.check import refuse_other_settings
 from ddpm_lmk.sweep.forecast import Budget, budget
 from ddpm_lmk.sweep.run import run_sweep
 from ddpm_lmk.system.console import Whole, about, duration, progress, remaining, say
-from ddpm_lmk.system.cores import granted_cores
+from ddpm_lmk.system.machine import granted_cores
 from ddpm_lmk.system.shipped import shipped
 from ddpm_lmk.system.signals import check_stopped
 
@@ -224,7 +224,7 @@ def _pretrain(demo: Demo, forecast: Forecast | None) -> None:
     whole = demo.whole("pre-training")
     if forecast is not None and whole is not None:
         job |= {"forecast": asdict(forecast), "whole": asdict(whole)}
-    _check(launch(job, processes=demo.processes, device=demo.placement.device), "pre-training", out)
+    _check(launch(job, replace(demo.placement, processes=demo.processes)), "pre-training", out)
 
 
 def _sweep(demo: Demo, expected: Budget | None) -> None:

@@ -25,7 +25,7 @@ from ddpm_lmk.cli.shards import shards_app
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
 from ddpm_lmk.system import environment, files
 from ddpm_lmk.system.console import accept_any_encoding, console, print_table, reader_width, say
-from ddpm_lmk.system.machine import want_floors
+from ddpm_lmk.system.machine import require_safe_versions
 from ddpm_lmk.system.signals import leaving_at_once
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _main_options(
 ) -> None:
     State.debug = debug
     if context.invoked_subcommand != "doctor":  # which says what is wrong with all of them
-        want_floors()
+        require_safe_versions()
 
 
 @app.command()
@@ -358,7 +358,7 @@ def _train(
     job["fork"] = None if fork is None else str(out)
     out = fork or out
     say(f"{cfg.name}: {placement}, {out}")
-    code = launch(job, **asdict(placement))
+    code = launch(job, placement)
     if code == 0:
         typer.echo(f"{out / 'results.json'}")
         say(f"next: {_next_step(cfg, out)}")

@@ -203,7 +203,7 @@ def fit(
                     with parallel.autocast(cfg.train.precision):
                         losses = task.loss(updater.net, batch)  # [B]
                     total = (losses.float() * batch.weight).sum()
-                    reach_s = time.perf_counter() - begin  # from here on it may wait for other ranks
+                    busy_s = time.perf_counter() - begin  # from here on it may wait for other ranks
                     updater.add(total, _divisor(cfg.train, batch, group))
             seen = updater.finish(max(stop.level, supply.level), wait_s)
             if seen.stop_level == DRY:  # a rank has no group: this step never was
@@ -228,7 +228,7 @@ def fit(
                 _go_back(state, parallel, run, saver, every=pace.checkpoint)
                 updater.reload()
                 is_owed = True
-            beat("step", step=state.step, reach_s=reach_s)
+            beat("step", step=state.step, busy_s=busy_s)
 
     if not state.select_best():
         _warn("train.select=best, but no validation gave a score; the last weights are kept", run, parallel)

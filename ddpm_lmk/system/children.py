@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
@@ -53,7 +54,18 @@ def child_job() -> Iterator[dict[str, Any]]:
         yield job
 
 
-def kill_all(children: Sequence[subprocess.Popen[str]]) -> None:
-    """Kill children that still run."""
-    for child in children:
-        child.kill()
+def collect_output(children: Sequence[subprocess.Popen[str]], *, within_s: float) -> list[str]:
+    """What each child writes to its piped output until it ends; all are killed when `within_s` are over."""
+    deadline = time.monotonic() + within_s
+    outputs = []
+    try:
+        for child in children:
+            try:
+                outputs.append(child.communicate(timeout=max(0.0, deadline - time.monotonic()))[0])
+            except subprocess.TimeoutExpired:
+                child.kill()
+                outputs.append(child.communicate()[0])
+    finally:
+        for child in children:
+            child.kill()
+    return outputs

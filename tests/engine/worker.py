@@ -31,8 +31,8 @@ from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError, StoppedError
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.system import failpoints
-from ddpm_lmk.system.cores import cpu_name
-from ddpm_lmk.system.signals import SIGNALS
+from ddpm_lmk.system.machine import cpu_name
+from ddpm_lmk.system.signals import STOP_SIGNALS
 from tests.engine.toy import FailingTask, ToyTask, everything, start
 
 
@@ -47,7 +47,7 @@ def digest(state: TrainState) -> str:
 def signals_that_arrive() -> list[int]:
     """A list that grows with every signal, which otherwise does what it did."""
     arrived: list[int] = []
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         before = signal.getsignal(number)
         assert callable(before)
         signal.signal(number, lambda number, frame, before=before: (arrived.append(number), before(number, frame)))

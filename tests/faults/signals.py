@@ -151,8 +151,8 @@ def _wait_for(run: Started, out: Path, phase: str) -> None:
     if phase == "step":
         run.until(lambda: all(steps_done(out) % every in range(2, every - 5) for every in (15, 20)))
     if phase == "evaluate":
-        [pulse] = {Path(rank.environ()[heartbeat.PULSE]) for rank in run.ranks()}
-        run.until(lambda: any(beat.phase == "evaluate" for beat in heartbeat.read_beats(pulse)))
+        [pulse] = {Path(rank.environ()[heartbeat.FOLDER]) for rank in run.ranks()}
+        run.until(lambda: any(beat.phase == "evaluate" for beat in heartbeat.read_heartbeats(pulse)))
 
 
 def main(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
-from ddpm_lmk.launcher import launch
+from ddpm_lmk.launcher import Placement, launch
 from ddpm_lmk.run import execute
 from tests.data.dot_packs import corrupt, pack_dots
 from tests.faults.harness import events
@@ -35,7 +35,7 @@ def config(pack: Path, *, steps: int, **train: Any) -> RunConfig:
 
 def launched(cfg: RunConfig, out: Path, processes: int) -> int:
     job = {"config": cfg.model_dump(mode="json"), "out": str(out)}
-    return launch(job, processes=processes, device="cpu")
+    return launch(job, Placement("cpu", processes))
 
 
 def listed(run: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.errors import ResourceError
-from ddpm_lmk.system.failpoints import reach
 
 SHARE = "DDPM_LMK_SHARE_GROUP"  # environment, so that ranks and workers know
 
@@ -70,16 +69,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            reach("output.begin")
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file_mode())
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
-                reach("output.written")
                 os.fsync(file.fileno())
-            reach("output.flushed")
             temporary.replace(path)
-            reach("output.renamed")
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -155,26 +150,19 @@ def write_directory(
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True, mode=folder_mode())
-        reach("directory.made")
         listed = {}
         for name, content in files:
             listed[name] = _write_and_flush(temporary / name, content)
-            reach("directory.file")
         record = {"format": FORMAT, **facts, "files": listed}
         _write_and_flush(temporary / manifest, [to_json({**record, "digest": digest(record)})])
-        reach("directory.manifest")
         flush_directory(temporary)
-        reach("directory.flushed")
         if fence is not None:
             fence()
-        reach("directory.fenced")
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    reach("directory.renamed")
     flush_directory(path.parent)
-    reach("directory.durable")
 
 
 def read_manifest(path: Path, name: str) -> dict[str, Any]:
@@ -251,7 +239,6 @@ def _write_and_flush(path: Path, content: Content) -> dict[str, Any]:
                 part = piece[begin : begin + PART]
                 hashed.update(part)
                 file.write(part)
-                reach("directory.part")
             size += len(piece)
         file.flush()
         os.fsync(file.fileno())

@@ -127,13 +127,8 @@ def doctor(
     nodes: Annotated[int, typer.Option(metavar="M", min=1, help="nodes that should meet")] = 2,
     node_rank: Annotated[int, typer.Option(metavar="R", min=0, help="number of this node, from 0")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False,
-    failpoints: Annotated[
-        bool, typer.Option("--failpoints", help="list the places LMK_FAILPOINT can break, and stop")
-    ] = False,
 ) -> None:
     """What this machine has, what will be used, what is missing and what to do."""
-    if failpoints:
-        _list_failpoints()
     from ddpm_lmk.cli.doctor import examine
     from ddpm_lmk.cli.doctor.hardware import check_rendezvous
     from ddpm_lmk.config.load import load_run
@@ -371,15 +366,6 @@ def _next_step(cfg: RunConfig, out: Path) -> str:
     if cfg.task.stage == "pretrain":
         return f"fine-tune from it: init.weights={run} in `ddpm-lmk finetune`, start.pretrained={run} in a sweep"
     return f"`ddpm-lmk predict {run} IMAGES --out found`, or `ddpm-lmk report {run}` for a page"
-
-
-def _list_failpoints() -> None:
-    from ddpm_lmk.system.failpoints import ACTIONS, POINTS, VARIABLE
-
-    print_table(("place", "when"), list(POINTS.items()))
-    print_table(("action", "what"), list(ACTIONS.items()))
-    typer.echo(f"{VARIABLE}=PLACE[:N][=ACTION],... acts the N-th time (1) a process gets there (kill)")
-    raise typer.Exit()
 
 
 def _explain(model: type[BaseModel], words: list[str | Path | None]) -> None:

@@ -22,7 +22,7 @@ from ddpm_lmk.data.loading.backend import Backend
 from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
 from ddpm_lmk.engine.checkpointer import Saver
 from ddpm_lmk.engine.collectives import Statistics
-from ddpm_lmk.engine.compile import CompileClock, watch_layout
+from ddpm_lmk.engine.compile import CompileClock
 from ddpm_lmk.engine.data_feed import DRY, Supply
 from ddpm_lmk.engine.device_fit import MemoryWatch
 from ddpm_lmk.engine.evaluate import Validation
@@ -147,7 +147,6 @@ def fit(
         StopRequest() as stop,
         kernels(cfg.train.exactness, parallel.device),
         MemoryWatch(cfg, task, state, parallel),
-        watch_layout(cfg, state.model, parallel, run),
         clock,
         meter,
         supply,

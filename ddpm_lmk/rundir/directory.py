@@ -31,7 +31,6 @@ from ddpm_lmk.rundir.retention import Keep
 from ddpm_lmk.system import files
 from ddpm_lmk.system import files as durable
 from ddpm_lmk.system import files as privacy
-from ddpm_lmk.system.failpoints import reach
 
 MOST_FAILED_SAVES = 3
 
@@ -161,7 +160,6 @@ class RunDir:
         self._failed_saves = 0
         self.event("checkpoint.saved", step=facts["step"], path=path.name)
         try:
-            reach("save.recorded")
             retention.retain(path.parent, keep, {*pinned, self.source})
         except OSError as error:
             self.event("retention.failed", step=facts["step"], reason=str(error))

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ddpm_lmk.errors import ResourceError
-from ddpm_lmk.system.failpoints import reach
 
 SHARE = "DDPM_LMK_SHARE_GROUP"  # an environment variable, so that ranks and workers inherit it
 
@@ -81,22 +80,17 @@ def write_whole(path: Path, *, fence: Callable[[], None] | None = None, may_repl
         OSError: the disk refuses, or a directory of this name exists.
     """
     temporary = path.with_name(f".tmp-{path.name[:NAME_PART]}-{uuid.uuid4().hex[:12]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        is_folder = temporary.is_dir()
         flush(temporary)  # before the rename: else a loss of power could leave the name and not the content
-        reach("directory.flushed") if is_folder else reach("output.flushed")
         if fence is not None:
             fence()
-        if is_folder:
-            reach("directory.fenced")
+        if temporary.is_dir():
             temporary.rename(path)
         elif may_replace:
             temporary.replace(path)
         else:
             os.link(temporary, path)  # a rename would replace what another process has put there meanwhile
-        reach("directory.renamed") if is_folder else reach("output.renamed")
     finally:
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
     flush(path.parent)
@@ -115,6 +109,7 @@ def flush(path: Path) -> None:
 def open_whole(path: Path, *, may_replace: bool = True) -> Iterator[BinaryIO]:
     """As `write_whole`, of a file that is open for writing; ResourceError when the disk refuses."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(path, may_replace=may_replace) as temporary, _create(temporary) as file:
             yield file
     except OSError as error:
@@ -128,11 +123,8 @@ def _create(path: Path) -> BinaryIO:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file; ResourceError when the disk refuses."""
-    reach("output.begin")
     with open_whole(Path(path)) as file:
         file.write(content)
-        file.flush()
-        reach("output.written")
 
 
 def to_utf8(text: str) -> bytes:
@@ -177,16 +169,12 @@ def write_directory(
         OSError: no space, or `path` exists; nothing of the attempt stays behind.
     """
     with write_whole(path, fence=fence) as temporary:
-        temporary.mkdir(mode=folder_mode())
-        reach("directory.made")
+        temporary.mkdir(parents=True, mode=folder_mode())
         listed = {}
         for name, content in files:
             listed[name] = _write_and_hash(temporary / name, content)
-            reach("directory.file")
         record = {"format": FORMAT, **facts, "files": listed}
         _write_and_hash(temporary / manifest, [to_json({**record, "digest": digest(record)})])
-        reach("directory.manifest")
-    reach("directory.durable")
 
 
 def _write_and_hash(path: Path, content: Content) -> dict[str, Any]:
@@ -198,7 +186,6 @@ def _write_and_hash(path: Path, content: Content) -> dict[str, Any]:
                 part = piece[begin : begin + PART]
                 hashed.update(part)
                 file.write(part)
-                reach("directory.part")
             size += len(piece)
         file.flush()
         os.fsync(file.fileno())

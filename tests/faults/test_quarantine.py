@@ -15,6 +15,8 @@ from ddpm_lmk.errors import DataError
 from ddpm_lmk.launcher import Placement, launch
 from ddpm_lmk.run import execute
 from tests.data.dot_packs import corrupt, pack_dots
+from tests.faults import breaking
+from tests.faults.breaking import Break
 from tests.faults.harness import events
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -94,7 +96,9 @@ def test_ranks_that_are_killed_go_on_with_the_same_list(pack, tmp_path, parallel
     data, bad = pack
     cfg = config(data, steps=9, **EXACT)
     execute(cfg, tmp_path / "one", parallel=parallel)
-    monkeypatch.setenv("LMK_FAILPOINT", "save.recorded:2")
+    at_second_save: Break = {"call": "ddpm_lmk.rundir.retention.retain", "at": 2, "how": "kill"}
+    for name, value in breaking.environment(at_second_save).items():
+        monkeypatch.setenv(name, value)
     assert launched(cfg, tmp_path / "killed", processes) == 0
     assert len(events(tmp_path / "killed", "ranks.lost")) > 1
     assert sorted(entry["row"] for entry in listed(tmp_path / "killed")) == bad

@@ -18,8 +18,8 @@ from ddpm_lmk.system.signals import DEFAULT_GRACE_S, grace_s
 
 Device = Literal["cpu", "cuda"]
 
-RESTARTS = 3
-STALL_S = 60.0
+RESTARTS = 3  # a fault that repeats is no accident
+STALL_S = 60.0  # a decoder that hangs is given up within 40 s (docs/faults.md, B27)
 RENDEZVOUS_S = 300
 
 
@@ -86,7 +86,7 @@ def place(
     rdzv: str | None = None,
     launch_file: Path | None = None,
 ) -> Placement:
-    """Decide the placement: command line, else launch file, else one GPU if there is one, else one CPU process.
+    """Decide where a run happens: command line, else launch file, else one GPU if there is one, else one CPU process.
 
     Raises:
         ConfigError: settings that contradict one another.
@@ -149,7 +149,7 @@ def split_address(rdzv: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Does this name stand for the machine itself, so that all nodes are on it?"""
+    """Does this name stand for the machine itself?"""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -22,7 +22,6 @@ from ddpm_lmk.errors import StoppedError
 from ddpm_lmk.rundir.log import Journal
 from ddpm_lmk.system import files, heartbeat
 from ddpm_lmk.system.heartbeat import DUMP_SIGNAL, STEPS_COMPARED, Heartbeat, Recorder
-from ddpm_lmk.system.processes import state_of
 from ddpm_lmk.system.signals import say
 
 TIMES_MEDIAN = 10  # of the usual interval without a heartbeat: the process hangs
@@ -93,9 +92,14 @@ def find_stragglers(ranks: Sequence[Heartbeat]) -> list[tuple[Heartbeat, float]]
 
 def describe(last: Heartbeat) -> str:
     """What is known of a rank, in words."""
-    state = {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a device"}
-    at = f"step {last.step}" if last.step >= 0 else last.phase
-    return f"rank {last.rank} (process {last.pid}{state.get(state_of(last.pid), '')}) at {at}, {last.age_s:.0f} s ago"
+    import psutil  # type: ignore[import-untyped]
+
+    states = {psutil.STATUS_STOPPED: ", stopped by a signal", psutil.STATUS_DISK_SLEEP: ", waiting for a device"}
+    states[psutil.STATUS_TRACING_STOP] = ", held by a debugger"
+    state, at = "", f"step {last.step}" if last.step >= 0 else last.phase
+    with suppress(psutil.Error, OSError):  # it is gone, or the system does not say
+        state = states.get(psutil.Process(last.pid).status(), "")
+    return f"rank {last.rank} (process {last.pid}{state}) at {at}, {last.age_s:.0f} s ago"
 
 
 def dump_stacks(folder: Path, ranks: Sequence[Heartbeat], target: Path) -> list[Path]:

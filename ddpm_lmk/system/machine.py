@@ -207,10 +207,7 @@ def advice(name: str) -> str:
 
 
 def release(text: str) -> tuple[int, ...]:
-    """Leading numbers of a version: "2.13.0+cpu" is (2, 13, 0)."""
-    numbers = []
-    for part in text.partition("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    """Numbers of a version: "2.13.0+cpu" is (2, 13, 0)."""
+    from packaging.version import Version
+
+    return Version(text).release

@@ -29,6 +29,7 @@ FEW_INTERVALS = 3  # below, the pace of a phase is not known: joining the proces
 TIMES_UNKNOWN = 10  # of `stall_s`, where the pace is not known
 TIMES_SETUP = 30  # of `stall_s`, for loading data
 TIMES_NEXT_SETUP = 10  # the same, of a process that does many runs: it may have other data to load
+OVERDUE = 0.9  # of the limit: the silence of a rank counts as that of another that is over it
 STRAGGLER = 1.5  # times the median of all ranks
 DUMP_S = 2.0  # for ranks to write their stacks
 POLL_S = 0.5
@@ -77,8 +78,11 @@ def limit_s(last: Heartbeat, stall_s: float) -> float:
 
 
 def find_stalled(ranks: Sequence[Heartbeat], stall_s: float) -> list[Heartbeat]:
-    """The ranks that are overdue; one that hangs makes the others wait, so these may be all."""
-    return [last for last in ranks if last.age_s > limit_s(last, stall_s)]
+    """The ranks that are overdue, if any; one that hangs makes the others wait, so these may be all."""
+    if all(last.age_s <= limit_s(last, stall_s) for last in ranks):
+        return []
+    # The one that hangs may have sent its last heartbeat a moment after those that wait for it.
+    return [last for last in ranks if last.age_s > OVERDUE * limit_s(last, stall_s)]
 
 
 def find_stragglers(ranks: Sequence[Heartbeat]) -> list[tuple[Heartbeat, float]]:

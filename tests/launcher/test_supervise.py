@@ -38,6 +38,11 @@ def test_a_rank_hangs_after_the_limit_or_ten_usual_steps_whichever_is_longer(
     assert supervise.find_stalled([heartbeat(0, **last), late], 60) == [late]
 
 
+def test_a_rank_that_fell_silent_a_moment_after_the_others_is_named_with_them() -> None:
+    ranks = [heartbeat(rank, at=time.monotonic() - age_s) for rank, age_s in enumerate((61, 59, 2))]
+    assert supervise.find_stalled(ranks, 60) == ranks[:2]
+
+
 @pytest.mark.parametrize(
     ("busy_s", "steps", "is_slow"), [(1.6, 100, True), (1.4, 100, False), (9.0, 99, False)], ids=str
 )

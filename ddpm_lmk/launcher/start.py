@@ -85,7 +85,7 @@ def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = 
     def ask_to_stop(number: int) -> None:
         if agents and agents[0].is_running:
             agents[0].stop_signal = number
-            signals.say(f"launcher: {signal.Signals(number).name}, the ranks are told to save and leave")
+            signals.say(f"launcher: {signal.Signals(number).name}, the ranks save and leave")
             return
         kill_ranks()  # nothing is trained between two starts, so there is nothing to save
         signals.leave_at_once(number)

@@ -10,25 +10,21 @@ launcher is killed (no rank left after 5 s). Ends with 0 where all that holds.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.system import heartbeat, machine
+from ddpm_lmk.system import heartbeat
 from tests.faults import breaking
 from tests.faults.breaking import Break
-from tests.faults.harness import Started, are_gone, events, newest_checkpoint, steps_done, write_run
+from tests.faults.harness import Started, are_gone, events, newest_checkpoint, run_tool, steps_done, write_run
 
 GRACE_S, LOST_S, STALLED_S, ORPHAN_S = 25.0, 30.0, 90.0, 5.0
 LAUNCH = {"device": "cpu", "processes": 2}
@@ -63,14 +59,11 @@ def campaign(folder: Path, *, targets: tuple[str, ...] = TARGETS, phases: tuple[
     limits = {"rank_killed": LOST_S, "rank_stopped": STALLED_S, "launcher_killed": ORPHAN_S}
     return {
         "what": "seconds from a request to the end of the last process, and from a loss to all ranks in training again",
-        "day": datetime.now(UTC).date().isoformat(),
         "all_within_limits": kept and all(losses[f"{name}_s"] <= limit for name, limit in limits.items()),
         "limits_s": {"stop": GRACE_S, **limits},
         "stop_s_max": max(stop["seconds"] for stop in stops),
         "stops": stops,
         **losses,
-        "hardware": machine.hardware(),
-        "versions": machine.versions("ddpm-lmk", "torch"),
     }
 
 
@@ -154,23 +147,9 @@ def _wait_for(run: Started, out: Path, phase: str) -> None:
     if phase == "step":
         run.until(lambda: all(steps_done(out) % every in range(2, every - 5) for every in (15, 20)))
     if phase == "evaluate":
-        [pulse] = {Path(rank.environ()[heartbeat.FOLDER]) for rank in run.ranks()}
-        run.until(lambda: any(beat.phase == "evaluate" for beat in heartbeat.read_heartbeats(pulse)))
-
-
-def main(arguments: list[str]) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="result file")
-    given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-signals-") as folder:
-        result = campaign(Path(folder))
-    text = json.dumps(result, indent=1) + "\n"
-    if given.out is not None:
-        given.out.write_text(text)
-    sys.stdout.write(text)
-    return 0 if result["all_within_limits"] else 1
+        [folder] = {Path(rank.environ()[heartbeat.FOLDER]) for rank in run.ranks()}
+        run.until(lambda: any(last.phase == "evaluate" for last in heartbeat.read_heartbeats(folder)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(__doc__, lambda folder, given: campaign(folder), "all_within_limits")

@@ -25,8 +25,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.images.sandbox import Isolation
-from ddpm_lmk.data.images.sandbox_worker import answer
+from ddpm_lmk.data.images.sandbox import answer, decoders
 from ddpm_lmk.system.machine import hardware, versions
 
 SIZE_PX = 256
@@ -93,7 +92,7 @@ def measure(kind: str, where: str) -> dict[str, Any]:
 
 def _isolated(jobs: list[dict[str, Any]]) -> dict[str, float]:
     """As `_timed`, without the start of the process."""
-    with Isolation(1) as isolation:
+    with decoders(1) as isolation:
         list(isolation.answers(jobs[:1]))
         before = _children_cpu_s()
         times = _timed(isolation.answers(jobs))
@@ -116,7 +115,7 @@ def _children_cpu_s() -> float:
 
 def _start_cpu_s() -> float:
     begun = os.times()
-    with Isolation(1) as isolation:
+    with decoders(1) as isolation:
         list(isolation.answers([{"path": os.devnull, "options": {}}]))
     ended = os.times()
     return ended.children_user + ended.children_system - begun.children_user - begun.children_system

@@ -1,9 +1,9 @@
-"""Which of the weights in a foreign checkpoint are meant, and whose network they are.
+"""Which of the state dicts in a foreign checkpoint is meant, and whose network it is.
 
-A file may hold several sets: raw weights and their average (ema), a student and a teacher, a network and a loss. One is
+A file may hold several: raw weights and their average (EMA), a student and a teacher, a network and a loss. One is
 taken, by the names trainers use, and the others are named, so that they can be asked for. The published checkpoints of
-the paper hold their network under `model_state_dict` (paper.md, section 1); its other baselines are plain state dicts
-in torchvision's names. Reading the file is `import_weights`'s.
+the paper hold their network under `model_state_dict` (docs/method.md, section 1); its other baselines are plain state
+dicts in torchvision's names.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Chosen:
     others: dict[str, int]  # number of tensors of the other sets, by name
     passed_over: list[str]  # what else is there, and is no weights
 
-    def told(self) -> dict[str, Any]:
-        """For the answer."""
+    def summary(self) -> dict[str, Any]:
+        """For the answer of the sandbox, as JSON."""
         return {"taken": self.name, "cut": self.cut, "others": self.others, "passed_over": self.passed_over}
 
 

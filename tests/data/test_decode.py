@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, film_from_bytes, native_size, read_film
+from ddpm_lmk.data.images.decode import decode_image, native_size, read_image
+from ddpm_lmk.data.images.image import ReadOptions, RefusedImageError
 from ddpm_lmk.data.images.resize import resized, to_square
 from tests.data.pictures import UNREAD, picture_cases, smooth, tiff
 
@@ -18,7 +19,7 @@ def save(path, pixels=RAMP, mode=None, **options):
 
 
 def read_grey(path):
-    return read_film(path).pixels
+    return read_image(path).pixels
 
 
 # --- decoding
@@ -118,7 +119,7 @@ def test_what_a_name_is_to_blame_for_is_refused_and_never_taken_for_a_lost_file_
     }
     for name, reason in faults.items():
         with pytest.raises(RefusedImageError, match=reason):
-            read_film(tmp_path / name)
+            read_image(tmp_path / name)
 
 
 def test_a_header_that_promises_too_much_is_refused_before_decoding(tmp_path):
@@ -133,7 +134,7 @@ def test_a_header_that_promises_too_much_is_refused_before_decoding(tmp_path):
 def wrong(case):
     """What is not as the case wants it, or an empty text."""
     try:
-        found = film_from_bytes(case.data).pixels
+        found = decode_image(case.data).pixels
     except RefusedImageError as error:
         is_expected = case.grey is None or UNREAD.search(case.name)
         return "" if is_expected else f"{case.name}: refused, {error}"
@@ -160,7 +161,7 @@ def test_a_size_without_decoding_is_that_of_the_decoded_picture(tmp_path):
 
 def test_full_range_of_twelve_bits_is_that_of_twelve_bits():
     (case,) = [case for case in picture_cases(0) if case.name == "tiff< grey 12 polarity 1"]
-    assert film_from_bytes(case.data).full_range == (0, 4095)
+    assert decode_image(case.data).full_range == (0, 4095)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_full_range_of_twelve_bits_is_that_of_twelve_bits():
 def test_what_would_come_out_wrong_is_refused_with_what_to_do(name, words):
     (case,) = [case for case in picture_cases(0) if case.name == name]
     with pytest.raises(RefusedImageError, match=words):
-        film_from_bytes(case.data)
+        decode_image(case.data)
 
 
 def test_the_frame_that_is_asked_for_is_never_another():
@@ -183,9 +184,9 @@ def test_the_frame_that_is_asked_for_is_never_another():
         colours = np.stack([smooth(seed, 16)] * 3, 2).astype("<u2")
         pages.append((colours.tobytes(), {258: [16] * 3, 262: 2, 277: 3}))
     with pytest.raises(RefusedImageError, match="16-bit colours"):
-        film_from_bytes(tiff(pages), ReadOptions(frame=1))
+        decode_image(tiff(pages), ReadOptions(frame=1))
     pages = [(smooth(seed, 16).astype("<u2").tobytes(), {258: 16, 262: 1, 277: 1}) for seed in (0, 1)]
-    np.testing.assert_array_equal(film_from_bytes(tiff(pages), ReadOptions(frame=1)).pixels, smooth(1, 16))
+    np.testing.assert_array_equal(decode_image(tiff(pages), ReadOptions(frame=1)).pixels, smooth(1, 16))
 
 
 def test_integers_that_floats_do_not_hold_are_refused(tmp_path):

@@ -21,18 +21,19 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, film_from_bytes
+from ddpm_lmk.data.images.decode import decode_image
 from ddpm_lmk.data.images.dicom import is_dicom
+from ddpm_lmk.data.images.image import ReadOptions, RefusedImageError
 from tests.data.dicoms import FILM, dataset, malformed, table, to_bytes
 
 
 def film(*, voi=False, with_header=True, pixels=FILM, **tags):
-    return film_from_bytes(to_bytes(dataset(pixels, **tags), with_header=with_header), ReadOptions(voi=voi))
+    return decode_image(to_bytes(dataset(pixels, **tags), with_header=with_header), ReadOptions(voi=voi))
 
 
 def refused(film, **options):
     with pytest.raises(RefusedImageError) as caught:
-        film_from_bytes(to_bytes(film) if isinstance(film, Dataset) else film, ReadOptions(**options))
+        decode_image(to_bytes(film) if isinstance(film, Dataset) else film, ReadOptions(**options))
     return caught.value.code, str(caught.value)
 
 
@@ -126,7 +127,7 @@ def test_a_palette_of_greys_is_applied():
     numbers = (FILM >> 4).astype(np.uint8)
     entries = np.linspace(65535, 0, 256).astype(np.uint16)  # an inverted one: the numbers are the negative
     made = dataset(numbers, **palette(entries))
-    found = film_from_bytes(to_bytes(made))
+    found = decode_image(to_bytes(made))
     np.testing.assert_array_equal(found.pixels, apply_color_lut(numbers, made)[..., 0])
     assert (found.full_range, found.facts["applied"]) == ((0, 65535), ["palette"])
 
@@ -143,7 +144,7 @@ def test_a_palette_of_colours_or_none_is_refused(colours):
 def test_a_file_without_preamble_or_header_is_read():
     data = to_bytes(dataset(), with_header=False)
     assert is_dicom(data)
-    np.testing.assert_array_equal(film_from_bytes(data).pixels, FILM)
+    np.testing.assert_array_equal(decode_image(data).pixels, FILM)
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian])
@@ -157,7 +158,7 @@ def test_lossless_compression_keeps_every_value(syntax):
     pytest.importorskip("openjpeg")
     compressed = dataset()
     compressed.compress(syntax)
-    np.testing.assert_array_equal(film_from_bytes(to_bytes(compressed)).pixels, FILM)
+    np.testing.assert_array_equal(decode_image(to_bytes(compressed)).pixels, FILM)
 
 
 def jpeg(rows, columns, **tags):
@@ -172,7 +173,7 @@ def jpeg(rows, columns, **tags):
 
 
 def test_a_compressed_picture_of_another_size_than_the_header_says_is_refused():
-    film_from_bytes(to_bytes(jpeg(60, 40)))
+    decode_image(to_bytes(jpeg(60, 40)))
     assert refused(jpeg(120, 80))[0] == "BROKEN"
 
 
@@ -194,7 +195,7 @@ def test_a_compressed_picture_of_another_size_than_the_header_says_is_refused():
 )
 def test_a_window_that_does_not_apply_is_passed_over(center, width):
     made = malformed(dataset(), WindowCenter=center, WindowWidth=width)
-    found = film_from_bytes(to_bytes(made), ReadOptions(voi=True))
+    found = decode_image(to_bytes(made), ReadOptions(voi=True))
     np.testing.assert_array_equal(found.pixels, FILM)
     assert (found.is_windowed, found.full_range) == (False, (0, 4095))
 
@@ -212,7 +213,7 @@ def test_a_window_that_does_not_apply_is_passed_over(center, width):
 )
 def test_the_first_window_that_reads_is_applied_whatever_stands_beside_it(center, width):
     made = malformed(dataset(), WindowCenter=center, WindowWidth=width)
-    found = film_from_bytes(to_bytes(made), ReadOptions(voi=True))
+    found = decode_image(to_bytes(made), ReadOptions(voi=True))
     np.testing.assert_allclose(found.pixels, np.clip((FILM - 1499.5) / 899 + 0.5, 0, 1), atol=1e-6)
     assert found.is_windowed
 
@@ -235,7 +236,7 @@ def test_the_first_window_that_reads_is_applied_whatever_stands_beside_it(center
 )
 def test_an_optional_attribute_that_does_not_read_is_passed_over_by_name(name, value):
     tags = {"ImagerPixelSpacing": [0.2, 0.2], name: value}
-    found = film_from_bytes(to_bytes(malformed(dataset(), **tags)), ReadOptions(voi=True))
+    found = decode_image(to_bytes(malformed(dataset(), **tags)), ReadOptions(voi=True))
     np.testing.assert_array_equal(found.pixels, FILM)
     if value != b"UNHEARD_OF":  # without a window its function does not matter
         assert found.facts["passed_over"] == [name]
@@ -244,12 +245,12 @@ def test_an_optional_attribute_that_does_not_read_is_passed_over_by_name(name, v
 @pytest.mark.parametrize("name", ["HighBit", "PlanarConfiguration", "PresentationLUTShape", "PatientID"])
 @pytest.mark.parametrize("value", [b"", b"\xff\xfe\xfd\xfc", ("LO", b"none")])
 def test_nothing_optional_costs_a_film(name, value):
-    np.testing.assert_array_equal(film_from_bytes(to_bytes(malformed(dataset(), **{name: value}))).pixels, FILM)
+    np.testing.assert_array_equal(decode_image(to_bytes(malformed(dataset(), **{name: value}))).pixels, FILM)
 
 
 def test_a_window_does_not_apply_to_values_whose_rescaling_does_not_read():
     made = malformed(dataset(WindowCenter=1500, WindowWidth=900), RescaleIntercept=b"-1024,0")
-    found = film_from_bytes(to_bytes(made), ReadOptions(voi=True))
+    found = decode_image(to_bytes(made), ReadOptions(voi=True))
     np.testing.assert_array_equal(found.pixels, FILM)
     assert not found.is_windowed
 
@@ -318,7 +319,7 @@ def test_colours_whose_planes_are_not_told_are_refused():
 
 
 def test_a_file_whose_preamble_is_cut_off_is_read():
-    np.testing.assert_array_equal(film_from_bytes(to_bytes(dataset())[128:]).pixels, FILM)
+    np.testing.assert_array_equal(decode_image(to_bytes(dataset())[128:]).pixels, FILM)
 
 
 def test_codes_in_small_letters_mean_the_same():
@@ -351,7 +352,7 @@ def test_bits_above_the_values_that_hold_an_overlay_or_never_change_are_dropped(
     assert refused(dataset(FILM | overlay))[0] == "MODE"
     made = dataset(FILM | overlay)
     made.add_new(0x60000102, "US", 15)
-    np.testing.assert_array_equal(film_from_bytes(to_bytes(made)).pixels, FILM)
+    np.testing.assert_array_equal(decode_image(to_bytes(made)).pixels, FILM)
 
 
 def test_signed_values_of_twelve_bits_keep_their_sign_however_it_is_carried_up():
@@ -402,7 +403,7 @@ def test_what_is_no_film_is_refused_without_quoting_it(tags, code):
 def test_a_frame_may_be_asked_for():
     frames = np.stack([FILM, FILM[::-1]])
     made = dataset(frames, Rows=60, Columns=40, NumberOfFrames=2)
-    np.testing.assert_array_equal(film_from_bytes(to_bytes(made), ReadOptions(frame=1)).pixels, FILM[::-1])
+    np.testing.assert_array_equal(decode_image(to_bytes(made), ReadOptions(frame=1)).pixels, FILM[::-1])
     assert refused(made, frame=2)[0] == "FRAMES"
 
 
@@ -453,7 +454,7 @@ def test_every_real_file_is_as_its_index_says(real_data):
             code, reason = refused(data)
             assert (code in ("NO_DECODER", "BROKEN"), "gdcmconv" in reason) == (True, True), row["file"]
             continue
-        found = film_from_bytes(data)
+        found = decode_image(data)
         bits = int(row["bits"].split("/")[0])
         is_inverted = row["photometric"] == "MONOCHROME1"
         assert found.pixels.shape == (int(row["rows"]), int(row["cols"])), row["file"]

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.data.images.sandbox import DEADLINE_S, MEMORY_BYTES, Isolation
+from ddpm_lmk.data.images.sandbox import LIMITS, decoders
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, verify
 from ddpm_lmk.data.sources.tar import DamagedTarError, members
@@ -114,12 +114,12 @@ def films(originals: list[bytes], count: int, folder: Path, seed: int, workers: 
             data = mutated(originals[number % len(originals)], rng.choice(originals), rng)
             yield job(f"{number % 256}", data)  # names come again long after their file was read
 
-    with Isolation(workers) as isolation:
+    with decoders(workers) as isolation:
         wanted = [content for _, content in isolation.answers([job(f"o{n}", data) for n, data in enumerate(originals)])]
         began = time.monotonic()
         for number, (said, content) in enumerate(isolation.answers(jobs())):
             assert "io_error" not in said
-            assert time.monotonic() - began < SLOWEST_S + 2 * DEADLINE_S
+            assert time.monotonic() - began < SLOWEST_S + 2 * LIMITS.deadline_s
             began = time.monotonic()
             is_same = content == wanted[number % len(originals)]
             outcomes[said.get("code") or ("identical" if is_same else "another picture")] += 1
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="decoding processes")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (LIMITS.memory_bytes, LIMITS.memory_bytes))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcomes = campaign(Path(folder), options.count, seed=options.seed, workers=options.workers)
@@ -257,8 +257,8 @@ def main() -> None:
         "benchmark": "fuzz",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": options.seed,
-        "limit_bytes": MEMORY_BYTES,
-        "deadline_s": DEADLINE_S,
+        "limit_bytes": LIMITS.memory_bytes,
+        "deadline_s": LIMITS.deadline_s,
         "wall_s": round(time.monotonic() - began, 1),
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "peak_rss_of_decoding_bytes": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,

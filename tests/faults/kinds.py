@@ -30,8 +30,9 @@ import numpy as np
 from PIL import Image
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, film_from_bytes
+from ddpm_lmk.data.images.decode import decode_image
 from ddpm_lmk.data.images.dicom import read_spacing
+from ddpm_lmk.data.images.image import ReadOptions, RefusedImageError
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import PackSummary, pack
 from ddpm_lmk.errors import ConfigError, DataError
@@ -103,7 +104,7 @@ def pictures(seed: int) -> list[Trial]:
 
 def _check_greys(data: bytes, grey: np.ndarray | None, tolerance: float, *, may_be_refused: bool) -> str:
     try:
-        found = film_from_bytes(data).pixels
+        found = decode_image(data).pixels
     except RefusedImageError as error:
         _require_one_line(error)
         if not may_be_refused:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ddpm_lmk.data.phantom import LANDMARK_NAMES, Phantom, render
-from ddpm_lmk.data.phantom.canvas import MU, Canvas, Frame, Ripple, band, smooth
+from ddpm_lmk.data.phantom.canvas import MU, Canvas, Frame, band, loop, smooth
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.errors import ConfigError
 
@@ -34,8 +34,7 @@ def shapes() -> dict[str, np.ndarray]:
 
 def flat_frame(size: int = 64, height_mm: float = 32.0) -> Frame:
     """A frame that only scales: no warp, no ripple, no turn."""
-    still = Ripple(np.zeros((1, 2)), np.zeros(1), np.zeros((1, 2)))
-    return Frame(lambda points: points, still, np.eye(2), np.zeros(2), np.array([height_mm, height_mm]), (size, size))
+    return Frame(lambda points: points, np.eye(2), np.zeros(2), np.array([height_mm, height_mm]), (size, size))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,7 +203,7 @@ def test_a_wide_body_is_twice_its_radius_thick() -> None:
 def test_curves_pass_through_their_control_points() -> None:
     controls = np.random.default_rng(0).uniform(0, 10, (3, 5, 2))
     np.testing.assert_allclose(smooth(controls, steps=4)[:, ::4], controls, atol=1e-12)
-    np.testing.assert_allclose(smooth(controls, closed=True, steps=4)[:, ::4], controls, atol=1e-12)
+    np.testing.assert_allclose(loop(controls, steps=4)[:, ::4], controls, atol=1e-12)
     np.testing.assert_allclose(smooth(controls[1], steps=4), smooth(controls, steps=4)[1], atol=1e-12)
 
 

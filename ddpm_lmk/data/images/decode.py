@@ -45,8 +45,10 @@ _OF_THE_FILE = {
     *(errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ENODEV, errno.EOVERFLOW),
 }
 
+_AS_STORED = ReadOptions()
 
-def read_image(path: Path, options: ReadOptions = ReadOptions()) -> DecodedImage:
+
+def read_image(path: Path, options: ReadOptions = _AS_STORED) -> DecodedImage:
     """Decode a file. EXIF rotation, palettes, and the grey scale pipeline of DICOM are applied.
 
     Raises:
@@ -56,7 +58,7 @@ def read_image(path: Path, options: ReadOptions = ReadOptions()) -> DecodedImage
     return decode_image(read_content(path), options)
 
 
-def decode_image(data: bytes, options: ReadOptions = ReadOptions()) -> DecodedImage:
+def decode_image(data: bytes, options: ReadOptions = _AS_STORED) -> DecodedImage:
     """As `read_image`, of a file's content."""
     from ddpm_lmk.data.images.dicom import is_dicom, read_dicom
 

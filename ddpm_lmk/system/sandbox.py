@@ -26,8 +26,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from ddpm_lmk.errors import LaunchError
-from ddpm_lmk.system.limits import confine, leave_network, widen_pipe
-from ddpm_lmk.system.processes import die_with_parent
+from ddpm_lmk.system.limits import confine, widen_pipe
 
 Answer = tuple[dict[str, Any], bytes]
 
@@ -255,12 +254,14 @@ def _send(pipe: IO[bytes], fields: dict[str, Any], content: bytes) -> None:
 
 def _confine(limits: Limits) -> None:
     """Give up what reading a file does not need."""
-    die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     sys.dont_write_bytecode = True
-    confine(memory_bytes=limits.memory_bytes, file_bytes=limits.file_bytes, cpu_s=limits.cpu_s)
-    if not limits.has_network:
-        leave_network()
+    confine(
+        memory_bytes=limits.memory_bytes,
+        file_bytes=limits.file_bytes,
+        cpu_s=limits.cpu_s,
+        has_network=limits.has_network,
+    )
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)

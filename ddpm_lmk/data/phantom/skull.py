@@ -9,9 +9,11 @@ here. Numbers are mm: offsets from landmarks, or thicknesses along the ray.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from ddpm_lmk.data.phantom.canvas import Canvas, Move, PoseRange, band, ellipse, loop, ring, rotation, smooth
+from ddpm_lmk.data.phantom.canvas import Canvas, Points, PoseRange, band, ellipse, loop, ring, rotation, smooth
 from ddpm_lmk.data.phantom.exposure import Anatomy, ExposureRange
 
 
@@ -199,6 +201,7 @@ UPPER = ("subspinale_A", "upper_incisal", "PNS", "ANS", "subnasale", "upper_lip"
 LOWER = ("supramentale_B", "pogonion", "menton", "gnathion", "gonion", "lower_incisal", "lower_lip",
          "soft_tissue_pogonion", "articulare")  # fmt: skip
 PALATE, JOINT = np.array([100.0, 140.0]), np.array([66.0, 126.0])  # what the jaws turn about
+Move = Callable[[Points], np.ndarray]
 CENTRE = np.array([90.0, 120.0])  # what proportions stretch about
 
 

@@ -69,7 +69,7 @@ def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, 
     if out.exists():
         raise RunConflictError(f"{out} exists and is kept; name another --out, or remove it")
     inspect(file)
-    temporary = out.with_name(f".tmp-{uuid.uuid4().hex[:12]}")
+    temporary = out.with_name(f".tmp-{uuid.uuid4().hex[:12]}")  # in the same folder: a rename is then atomic
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         answer = _convert_in_sandbox(file, temporary, take)
@@ -84,7 +84,7 @@ def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, 
 
 
 def inspect(file: Path) -> None:
-    """Look at the file and list the names its pickles ask for, running nothing; raises `CheckpointError`."""
+    """Raise `CheckpointError` for names that its pickles ask for and tensors do not need; nothing is run."""
     if file.suffix == ".safetensors":
         raise CheckpointError(f"{file} is a safetensors file already; init.weights={file} takes it as it is")
     try:
@@ -117,10 +117,12 @@ def _has_stand_in(name: str) -> bool:
 def _the_pickle(archive: zipfile.ZipFile, file: Path) -> zipfile.ZipInfo:
     """The one small pickle of an archive that holds nothing but tensors."""
     members = archive.infolist()
+    # torch.save never compresses; what it would expand to cannot be larger than the file.
     packed = [info.filename for info in members if info.compress_type != zipfile.ZIP_STORED]
     size = sum(info.file_size for info in members)
     pickles = [info for info in members if PurePosixPath(info.filename).name == "data.pkl"]
     strange = [info.filename for info in members if info.filename.startswith("/") or ".." in info.filename]
+    # TorchScript keeps code beside its tensors.
     code = [info.filename for info in members if info.filename.endswith(".pkl") or "/code/" in info.filename]
     if packed or strange or len(pickles) != 1 or len(code) != 1 or size > file.stat().st_size:
         raise CheckpointError(
@@ -152,6 +154,7 @@ def _globals_of_old_form(file: Path) -> set[str]:
     """What the pickles at the head of a file older than PyTorch 1.6 would import; numbers follow them."""
     with file.open("rb") as content:
         head = io.BytesIO(content.read(LARGEST_PICKLE))
+    # `genops` stops after one pickle and leaves the position behind it.
     first = [argument for _, argument, _ in pickletools.genops(head) if argument is not None]
     if OLD_MAGIC not in first:
         raise ValueError("neither an archive nor the older form")
@@ -165,7 +168,7 @@ def _globals(data: io.BytesIO) -> set[str]:
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("GLOBAL", "INST"):
             found.add(str(argument))
-        elif opcode.name == "STACK_GLOBAL":
+        elif opcode.name == "STACK_GLOBAL":  # its module and name are the last two strings, if nobody hides them
             found.add(" ".join(strings[-2:]) or "an unnamed object")
         elif opcode.name.startswith("EXT"):
             found.add(f"extension {argument}")
@@ -206,10 +209,10 @@ def _convert(job: dict[str, Any]) -> Answer:
         tensors = dense(chosen.tensors, file)
         answer = describe(tensors) | chosen.summary()
         safetensors.torch.save_file(tensors, out, metadata={"source": file.name})
-    except CheckpointError as error:
+        with out.open("rb") as written:
+            os.fsync(written.fileno())
+    except (CheckpointError, OSError, safetensors.SafetensorError) as error:  # the others: no room for `out`
         return {"error": str(error)}, b""
-    with out.open("rb") as written:
-        os.fsync(written.fileno())
     return answer, b""
 
 
@@ -253,6 +256,7 @@ def dense(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     claimed = sum(value.numel() * value.element_size() for value in views.values())
     if claimed > file.stat().st_size:
         raise CheckpointError(f"its tensors claim {claimed} bytes, the file has {file.stat().st_size}")
+    # safetensors refuses tensors that share memory
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 

@@ -55,14 +55,14 @@ def _cards(samples: Sequence[DatasetSample], found: Leakage) -> str:
     refused = sum(sample.refusals.total() for sample in samples)
     labelled = sum(len(sample.manifest) for sample in samples if sample.manifest.spec.num_landmarks)
     cards = [
-        (f"{images:,}", "images", f"in {len(samples)} {'dataset' if len(samples) == 1 else 'datasets'}"),
-        (f"{labelled:,}", "in labelled datasets", "with landmarks"),
-        (f"{len(found.leaks):,}", "leaks", "training images that are in a protected split too"),
-        (f"{len(found.copies):,}", "copies", "training images that repeat an earlier one"),
-        (f"{refused:,}", "refused files", "left out when packing"),
+        (images, "images", f"in {len(samples)} {'dataset' if len(samples) == 1 else 'datasets'}"),
+        (labelled, "in labelled datasets", "with landmarks"),
+        (len(found.leaks), "leaks", "training images that are in a protected split too"),
+        (len(found.copies), "duplicates", "training images that repeat an earlier one"),
+        (refused, "refused files", "left out when packing"),
     ]
     shown = (
-        f'<div class="card"><div class="number">{number}</div><div class="what">{what}</div>'
+        f'<div class="card"><div class="number">{number:,}</div><div class="what">{what}</div>'
         f'<div class="more">{more}</div></div>'
         for number, what, more in cards
     )
@@ -81,15 +81,10 @@ def _findings(found: Leakage) -> str:
         return '<p class="note">No training image is in another split too, and none comes twice.</p>' + missing
     rows = []
     for what, findings in (("also in a protected split", found.leaks), ("copies of an earlier one", found.copies)):
-        counts = count_kinds(findings)
-        cells = "".join(f"<td>{counts[kind]}</td>" for kind in KINDS)
-        rows.append(f"<tr><td>{what}</td><td>{len(findings)}</td>{cells}</tr>")
-    heads = "".join(f"<th>{kind}</th>" for kind in KINDS)
+        rows.append((what, str(len(findings)), *map(str, count_kinds(findings).values())))
     return (
         '<p class="note">Pre-training leaves these out unless it is told otherwise (data.leaks, data.copies). '
-        "Protected is every split but train.</p>"
-        f'<div class="scroll"><table><thead><tr><th></th><th>images</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>" + missing
+        "Protected is every split but train.</p>" + _table(("", "images", *KINDS), rows, kind="") + missing
     )
 
 
@@ -100,7 +95,7 @@ def _refused(samples: Sequence[DatasetSample]) -> str:
 
 def _refused_of(sample: DatasetSample) -> str:
     """Counts by code with a first example, and the list, folded."""
-    example = {line["code"]: line["reason"] for line in reversed(sample.refused)}
+    example = {line["code"]: line["reason"] for line in reversed(sample.refused)}  # the first of a code stays
     counts = [(code, str(number), example.get(code, "")) for code, number in sample.refusals.most_common()]
     listed = [(line["id"], line["code"], line["reason"]) for line in sample.refused]
     total = sample.refusals.total()
@@ -111,18 +106,19 @@ def _refused_of(sample: DatasetSample) -> str:
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of words."""
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "words") -> str:
     head = "".join(f"<th>{escape(word)}</th>" for word in heads)
+    # Ids and reasons may hold whatever a file was called.
     body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="words"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _landmarks(samples: Sequence[DatasetSample]) -> str:
     parts = []
     for sample in samples:
-        names = sample.manifest.spec.landmark_names
-        if names:
+        if names := sample.manifest.spec.landmark_names:
             listed = ", ".join(f"{number} {escape(name)}" for number, name in enumerate(names, 1))
             parts.append(f"<p><strong>Landmarks of {escape(sample.manifest.dataset)}:</strong> {listed}</p>")
     return "".join(parts)
@@ -131,7 +127,7 @@ def _landmarks(samples: Sequence[DatasetSample]) -> str:
 def _picture(name: str, pictures: Mapping[str, bytes], caption: str) -> str:
     if name not in pictures:
         return ""
-    content = base64.b64encode(pictures[name]).decode("ascii")
+    content = base64.b64encode(pictures[name]).decode("ascii")  # inside, so that the page can be sent as one file
     words = name.removesuffix(".png").replace("_", " ")
     image = f'<img src="data:image/png;base64,{content}" alt="{words}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"

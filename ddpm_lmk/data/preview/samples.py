@@ -12,8 +12,8 @@ from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.records import SampleRecord
 
 BINS = 64
-_MOST_SAMPLED = 512
-_MOST_LISTED = 200
+_MOST_SAMPLED = 512  # enough for shares to a few percent, and read in seconds
+_MOST_LISTED = 200  # refused files in full, on a page that a browser opens at once
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class DatasetSample:
         manifest, spec = self.manifest, self.manifest.spec
         index, splits = manifest.index, manifest.count_per_split()
         megabytes = sum(shard["size"] for shard in manifest.shards) / 1e6
-        groups = {record.group for record in self.records if record.group is not None}
-        sampled = f"{len(self.records)} images, {len(self.points)} with labels, {len(groups)} patients named"
+        patients = {record.group for record in self.records if record.group is not None}
+        sampled = f"{len(self.records)} images, {len(self.points)} with labels, {len(patients)} patients named"
         return [
             ("dataset", manifest.dataset),
             ("images", f"{len(manifest)} ({', '.join(f'{name} {number}' for name, number in splits.items())})"),

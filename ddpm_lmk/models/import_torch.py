@@ -56,7 +56,7 @@ REMEDY = "where it was written, save the weights alone: torch.save(model.state_d
 
 
 def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, Any]:
-    """Write the tensors of the PyTorch file `file` to the new safetensors file `out`; returns what was found.
+    """Write the tensors of the PyTorch file `file` to the new safetensors file `out`; returns facts about them.
 
     Args:
         take: which of several sets of weights, by its name in the file; None: as `state_dicts.choose` does.
@@ -142,10 +142,10 @@ def _check_named_digest(file: Path) -> None:
     if named is None:
         return
     with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if not found.startswith(named[1]):
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if not digest.startswith(named[1]):
         raise CheckpointError(
-            f"{file} is named after digest {named[1]}, but has {found[:8]}: it is not the file that was published; "
+            f"{file} is named after digest {named[1]}, but has {digest[:8]}: it is not the file that was published; "
             "fetch it again"
         )
 
@@ -163,18 +163,18 @@ def _globals_of_old_form(file: Path) -> set[str]:
 
 def _globals(data: io.BytesIO) -> set[str]:
     """What the next pickle would import, as `module name`; the opcodes are read, not run."""
-    found: set[str] = set()
+    names: set[str] = set()
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("GLOBAL", "INST"):
-            found.add(str(argument))
+            names.add(str(argument))
         elif opcode.name == "STACK_GLOBAL":  # its module and name are the last two strings, if nobody hides them
-            found.add(" ".join(strings[-2:]) or "an unnamed object")
+            names.add(" ".join(strings[-2:]) or "an unnamed object")
         elif opcode.name.startswith("EXT"):
-            found.add(f"extension {argument}")
+            names.add(f"extension {argument}")
         elif isinstance(argument, str):
             strings.append(argument)
-    return found
+    return names
 
 
 def _convert_in_sandbox(file: Path, out: Path, take: str | None) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def choose(content: Any, take: str | None = None) -> Chosen:
         raise CheckpointError(f"it holds no weights called {take!r}; it has: {', '.join(filter(None, sets))}")
     name = _default_name(sets) if take is None else take
     tensors, cut = _without_wrappers(sets[name])
-    others = {other: len(found) for other, found in sets.items() if other != name}
+    others = {other: len(weights) for other, weights in sets.items() if other != name}
     beside = [key for key in content if not isinstance(content[key], Tensor)] if name else []
     passed_over = [key for key in beside if not any(f"{other}.".startswith(f"{key}.") for other in sets)]
     passed_over += [inner for inner in sets[name] if not inner.startswith(cut)]  # counters of an average
@@ -137,11 +137,11 @@ def _network(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _published_encoder(tensors: Mapping[str, Tensor]) -> str | None:
     """Which of the baselines' encoders these are, exactly; their heads and counters do not matter."""
-    found = {name: value.shape for name, value in encoder_tensors(tensors).items() if not name.endswith("_tracked")}
+    shapes = {name: value.shape for name, value in encoder_tensors(tensors).items() if not name.endswith("_tracked")}
     for encoder in STAGES:
         for channels in (1, 3):
             with torch.device("meta"):
                 own = build_encoder(EncoderUNetConfig(encoder=encoder, in_channels=channels)).state_dict()
-            if found == {name: value.shape for name, value in own.items() if not name.endswith("_tracked")}:
+            if shapes == {name: value.shape for name, value in own.items() if not name.endswith("_tracked")}:
                 return encoder
     return None

@@ -12,8 +12,9 @@ import logging
 import re
 import warnings
 import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,8 +34,6 @@ from ddpm_lmk.errors import LaunchError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
-
-T = TypeVar("T")
 
 _REQUIRED = {  # without these there are no pixels (PS3.3 C.7.6.3)
     **dict.fromkeys(("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation"), int),
@@ -97,16 +96,19 @@ def read_dicom(data: bytes, options: ReadOptions) -> DecodedImage:
     Raises:
         RefusedImageError: no radiograph, text burned in, several frames, a missing decoder, or a broken file.
     """
-    return _read(data, options, _decode)
+    with _radiograph(data, options) as attributes:
+        return _decode(attributes, options)
 
 
 def read_spacing(data: bytes, options: ReadOptions) -> tuple[float | None, tuple[int, int]]:
     """Millimetres per pixel of one radiograph, None where unknown, and its width and height; raises as `read_dicom`."""
-    return _read(data, options, lambda found, _: (spacing(found)[0], (found.dataset.Columns, found.dataset.Rows)))
+    with _radiograph(data, options) as attributes:
+        return spacing(attributes)[0], (attributes.dataset.Columns, attributes.dataset.Rows)
 
 
-def _read(data: bytes, options: ReadOptions, read: Callable[[Attributes, ReadOptions], T]) -> T:
-    """What `read` makes of a parsed and checked file."""
+@contextmanager
+def _radiograph(data: bytes, options: ReadOptions) -> Iterator[Attributes]:
+    """The attributes of a checked file. Whatever reading them raises becomes a RefusedImageError."""
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote values of the file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so do its warnings
@@ -117,7 +119,7 @@ def _read(data: bytes, options: ReadOptions, read: Callable[[Attributes, ReadOpt
             attributes = Attributes(_parse(data))
             attributes.remove_malformed([*_OPTIONAL, _PATIENT])
             _check(attributes, options)
-            return read(attributes, options)
+            yield attributes
         except (RefusedImageError, MemoryError):
             raise
         except ModuleNotFoundError:
@@ -241,9 +243,9 @@ def _check_length(dataset: Dataset) -> None:
     """Rows and columns may lie: uncompressed pixels say how many there are."""
     values = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * int(dataset.get("NumberOfFrames") or 1)
     if dataset.PhotometricInterpretation == "YBR_FULL_422":
-        values = values // 3 * 2
+        values = values // 3 * 2  # two pixels share their colours
     wanted = values * dataset.BitsAllocated // 8
-    if len(dataset.PixelData) not in (wanted, wanted + 1):
+    if len(dataset.PixelData) not in (wanted, wanted + 1):  # a value of an odd length is padded
         raise RefusedImageError("BROKEN", f"{len(dataset.PixelData)} bytes of pixels, but the header says {wanted}")
 
 

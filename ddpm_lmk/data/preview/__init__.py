@@ -36,19 +36,19 @@ def show(paths: str | Path | Sequence[str | Path], out: str | Path, *, count: in
     """
     manifests = [Manifest.open(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     samples = [sample_dataset(manifest) for manifest in manifests]
-    found = compared(manifests)
+    leakage = compared(manifests)
     drawn = {
         "contact_sheet.png": pictures.contact_sheet(manifests, count),
         "statistics.png": pictures.statistics(samples),
-        "copies.png": pictures.pair_sheet(found) if found.leaks or found.copies else None,
+        "copies.png": pictures.pair_sheet(leakage) if leakage.leaks or leakage.copies else None,
     }
     written = {name: content for name, content in drawn.items() if content is not None}
     for name, content in written.items():
         write_bytes(Path(out) / name, content)
-    write_text(Path(out) / "index.html", page.render(samples, found, written))
+    write_text(Path(out) / "index.html", page.render(samples, leakage, written))
     for manifest in manifests:
         manifest.close()
-    lines = [line for sample in samples for line in sample.lines()] + page.duplicate_lines(found)
+    lines = [line for sample in samples for line in sample.lines()] + page.duplicate_lines(leakage)
     return Shown(Path(out) / "contact_sheet.png", Path(out) / "index.html", lines)
 
 

@@ -12,19 +12,19 @@ from ddpm_lmk.data.duplicates.leakage import KINDS, Leakage, count_kinds
 from ddpm_lmk.data.preview.samples import DatasetSample
 
 
-def render(samples: Sequence[DatasetSample], found: Leakage, pictures: Mapping[str, bytes]) -> str:
+def render(samples: Sequence[DatasetSample], leakage: Leakage, pictures: Mapping[str, bytes]) -> str:
     """The whole page; `pictures` are PNGs by file name."""
     names = ", ".join(sample.manifest.dataset for sample in samples)
     body = [
         f'<header><p class="eyebrow">packed x-rays</p><h1>{escape(names)}</h1></header>',
-        _cards(samples, found),
+        _cards(samples, leakage),
         '<div class="packs">' + "".join(_facts(sample) for sample in samples) + "</div>",
         "<h2>Statistics</h2>",
         _picture(
             "statistics.png", pictures, "Of an even sample of up to 512 images a dataset; mean shapes are ± 1 SD."
         ),
         "<h2>Duplicates and leakage</h2>",
-        _findings(found),
+        _findings(leakage),
         _picture("copies.png", pictures, "Left: the image that would be left out. Right: the one it repeats."),
         "<h2>Refused files</h2>",
         _refused(samples),
@@ -36,12 +36,12 @@ def render(samples: Sequence[DatasetSample], found: Leakage, pictures: Mapping[s
     return Template(template).substitute(title=escape(names), body="".join(body))
 
 
-def duplicate_lines(found: Leakage) -> list[tuple[str, str]]:
+def duplicate_lines(leakage: Leakage) -> list[tuple[str, str]]:
     """Copies and leaks as (label, value), for the command line."""
     return [
-        ("also in a protected split", _counted(count_kinds(found.leaks))),
-        ("copies of an earlier one", _counted(count_kinds(found.copies))),
-        *(("not compared", str(pair)) for pair in found.uncompared),
+        ("also in a protected split", _counted(count_kinds(leakage.leaks))),
+        ("copies of an earlier one", _counted(count_kinds(leakage.copies))),
+        *(("not compared", str(pair)) for pair in leakage.uncompared),
     ]
 
 
@@ -50,15 +50,15 @@ def _counted(counts: Mapping[str, int]) -> str:
     return f"{sum(counts.values())} ({', '.join(parts)})" if parts else "0"
 
 
-def _cards(samples: Sequence[DatasetSample], found: Leakage) -> str:
+def _cards(samples: Sequence[DatasetSample], leakage: Leakage) -> str:
     images = sum(len(sample.manifest) for sample in samples)
     refused = sum(sample.refusals.total() for sample in samples)
     labelled = sum(len(sample.manifest) for sample in samples if sample.manifest.spec.num_landmarks)
     cards = [
         (images, "images", f"in {len(samples)} {'dataset' if len(samples) == 1 else 'datasets'}"),
         (labelled, "in labelled datasets", "with landmarks"),
-        (len(found.leaks), "leaks", "training images that are in a protected split too"),
-        (len(found.copies), "duplicates", "training images that repeat an earlier one"),
+        (len(leakage.leaks), "leaks", "training images that are in a protected split too"),
+        (len(leakage.copies), "duplicates", "training images that repeat an earlier one"),
         (refused, "refused files", "left out when packing"),
     ]
     shown = (
@@ -75,12 +75,12 @@ def _facts(sample: DatasetSample) -> str:
     return f'<section class="card"><h3>{escape(name)}</h3><table class="facts">{rows}</table></section>'
 
 
-def _findings(found: Leakage) -> str:
-    missing = "".join(f'<p class="note">Note: {escape(str(pair))}.</p>' for pair in found.uncompared)
-    if not found.leaks and not found.copies:
+def _findings(leakage: Leakage) -> str:
+    missing = "".join(f'<p class="note">Note: {escape(str(pair))}.</p>' for pair in leakage.uncompared)
+    if not leakage.leaks and not leakage.copies:
         return '<p class="note">No training image is in another split too, and none comes twice.</p>' + missing
     rows = []
-    for what, findings in (("also in a protected split", found.leaks), ("copies of an earlier one", found.copies)):
+    for what, findings in (("also in a protected split", leakage.leaks), ("copies of an earlier one", leakage.copies)):
         rows.append((what, str(len(findings)), *map(str, count_kinds(findings).values())))
     return (
         '<p class="note">Pre-training leaves these out unless it is told otherwise (data.leaks, data.copies). '

@@ -168,11 +168,11 @@ def _predict_all(
     size = loaded.cfg.evaluate.batch
     # a patient's own picture is wanted, whatever is written in it; nothing of it but points is kept
     options = asdict(ReadOptions(frame=frame, voi=settings["window"] == "voi", allow_burned_in=True))
-    with decoders(1) as isolation:
+    with decoders(1) as processes:
         for begin in range(0, len(files), size):
             names = [str(file) for file in files[begin : begin + size]]
             pictures: dict[str, _Picture] = {}
-            answers = isolation.answers({"path": name, "options": options} for name in names)
+            answers = processes.answers({"path": name, "options": options} for name in names)
             for name, answer in zip(names, answers, strict=True):
                 try:
                     pictures[name] = _prepare(name, _film(answer), settings, loaded.cfg.data.image_size)

@@ -106,10 +106,10 @@ def images(originals: list[bytes], count: int, folder: Path, seed: int, workers:
             data = mutated(originals[number % len(originals)], rng.choice(originals), rng)
             yield job(f"{number % 256}", data)  # names come again long after their file was read
 
-    with decoders(workers) as isolation:
-        wanted = [content for _, content in isolation.answers([job(f"o{n}", data) for n, data in enumerate(originals)])]
+    with decoders(workers) as processes:
+        wanted = [content for _, content in processes.answers([job(f"o{n}", data) for n, data in enumerate(originals)])]
         began = time.monotonic()
-        for number, (said, content) in enumerate(isolation.answers(jobs())):
+        for number, (said, content) in enumerate(processes.answers(jobs())):
             assert "io_error" not in said
             assert time.monotonic() - began < SLOWEST_S + 2 * LIMITS.deadline_s
             began = time.monotonic()

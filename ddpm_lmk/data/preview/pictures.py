@@ -53,9 +53,9 @@ def pair_sheet(leakage: Leakage) -> bytes:
     """A PNG with the first leaks and duplicates: each image, and beside it the one it repeats."""
     chosen: list[tuple[Finding, bool]] = [(each, True) for each in leakage.leaks[: MOST_PAIRS // 2]]
     chosen += [(each, False) for each in leakage.copies[: MOST_PAIRS - len(chosen)]]
-    facts = f"{len(leakage.leaks)} images also in a protected split, {len(leakage.copies)} duplicates; {len(chosen)} of them"
+    counts = f"{len(leakage.leaks)} images also in a protected split, {len(leakage.copies)} duplicates"
     cell = (2 * (TILE + 1 + GAP), TILE + CAPTION + 16 + GAP)
-    sheet, pen, corners = _grid("Repeated images", facts, len(chosen), PAIR_COLUMNS, cell)
+    sheet, pen, corners = _grid("Repeated images", f"{counts}; {len(chosen)} of them", len(chosen), PAIR_COLUMNS, cell)
     sources = [*leakage.trained, *leakage.protected]
     for (finding, is_leak), (left, top) in zip(chosen, corners):
         for side, (source, row) in enumerate((finding.film, finding.of)):

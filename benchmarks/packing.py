@@ -25,8 +25,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.images.sandbox import Isolation
-from ddpm_lmk.data.images.sandbox_worker import answer
+from ddpm_lmk.data.images.sandbox import answer, decoders
 from ddpm_lmk.system.machine import hardware, versions
 
 SIZE_PX = 256
@@ -93,10 +92,10 @@ def measure(kind: str, where: str) -> dict[str, Any]:
 
 def _isolated(jobs: list[dict[str, Any]]) -> dict[str, float]:
     """As `_timed`, without the start of the process."""
-    with Isolation(1) as isolation:
-        list(isolation.answers(jobs[:1]))
+    with decoders(1) as processes:
+        list(processes.answers(jobs[:1]))
         before = _children_cpu_s()
-        times = _timed(isolation.answers(jobs))
+        times = _timed(processes.answers(jobs))
         times["cpu_s"] += _children_cpu_s() - before
     return times
 
@@ -109,15 +108,16 @@ def _timed(answers: Iterator[tuple[dict[str, Any], bytes]]) -> dict[str, float]:
 
 def _children_cpu_s() -> float:
     """Of the running children; `os.times` knows only of those that ended."""
-    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    # Of every thread: each process is started by the thread that asks it.
+    pids = [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
     fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
     return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def _start_cpu_s() -> float:
     begun = os.times()
-    with Isolation(1) as isolation:
-        list(isolation.answers([{"path": os.devnull, "options": {}}]))
+    with decoders(1) as processes:
+        list(processes.answers([{"path": os.devnull, "options": {}}]))
     ended = os.times()
     return ended.children_user + ended.children_system - begun.children_user - begun.children_system
 

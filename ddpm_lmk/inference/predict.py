@@ -21,10 +21,10 @@ import torch
 
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.drawing import draw_overlay, encode_png, to_uint8
-from ddpm_lmk.data.images.decode import SUFFIXES, Film, ReadOptions, RefusedImageError
+from ddpm_lmk.data.images.decode import SUFFIXES
+from ddpm_lmk.data.images.image import DecodedImage, ReadOptions, RefusedImageError
 from ddpm_lmk.data.images.resize import to_square
-from ddpm_lmk.data.images.sandbox import Isolation
-from ddpm_lmk.data.images.sandbox_worker import Answer
+from ddpm_lmk.data.images.sandbox import decoders
 from ddpm_lmk.data.loading.augment import compose, invert, no_changes, resize_matrix
 from ddpm_lmk.data.loading.warp import develop
 from ddpm_lmk.data.shards.decoding import begins_as_dicom
@@ -35,6 +35,7 @@ from ddpm_lmk.inference.load import LoadedRun, open_run
 from ddpm_lmk.inference.predictions import Found, to_native
 from ddpm_lmk.rundir.lock import want_writable
 from ddpm_lmk.system import files as atomic
+from ddpm_lmk.system.sandbox import Answer
 from ddpm_lmk.tasks import LandmarkTask
 
 COLUMNS = (
@@ -167,11 +168,11 @@ def _predict_all(
     size = loaded.cfg.evaluate.batch
     # a patient's own picture is wanted, whatever is written in it; nothing of it but points is kept
     options = asdict(ReadOptions(frame=frame, voi=settings["window"] == "voi", allow_burned_in=True))
-    with Isolation(1) as isolation:
+    with decoders(1) as processes:
         for begin in range(0, len(files), size):
             names = [str(file) for file in files[begin : begin + size]]
             pictures: dict[str, _Picture] = {}
-            answers = isolation.answers({"path": name, "options": options} for name in names)
+            answers = processes.answers({"path": name, "options": options} for name in names)
             for name, answer in zip(names, answers, strict=True):
                 try:
                     pictures[name] = _prepare(name, _film(answer), settings, loaded.cfg.data.image_size)
@@ -182,7 +183,7 @@ def _predict_all(
                 yield name, (pictures[name], found[name]) if name in found else None
 
 
-def _film(answer: Answer) -> Film:
+def _film(answer: Answer) -> DecodedImage:
     """What a decoding process found; raises RefusedImageError."""
     said, content = answer
     if "io_error" in said:
@@ -191,10 +192,10 @@ def _film(answer: Answer) -> Film:
         raise RefusedImageError(said["code"], said["refused"])
     pixels = np.frombuffer(content, np.dtype(said["dtype"])).reshape(said["shape"])
     full_range = None if said["full_range"] is None else tuple(said["full_range"])
-    return Film(pixels, said["facts"], full_range, said["is_windowed"], said["mm_per_px"])
+    return DecodedImage(pixels, said["facts"], full_range, said["is_windowed"], said["mm_per_px"])
 
 
-def _prepare(name: str, film: Film, settings: dict[str, Any], image_size: int) -> _Picture:
+def _prepare(name: str, film: DecodedImage, settings: dict[str, Any], image_size: int) -> _Picture:
     """Resize a film as packing and loading do; raises RefusedImageError."""
     pixels = film.pixels
     native = (pixels.shape[1], pixels.shape[0])

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("pydicom")
 
-from ddpm_lmk.data.images.decode import film_from_bytes
+from ddpm_lmk.data.images.decode import decode_image
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.shards.verify import Manifest
 from tests.data.dicoms import FILM, dataset, malformed, to_bytes
@@ -16,7 +16,7 @@ DISTANCES = {"DistanceSourceToDetector": 1500, "DistanceSourceToPatient": 1200}
 
 
 def film(**tags):
-    return film_from_bytes(to_bytes(malformed(dataset(), **tags)))
+    return decode_image(to_bytes(malformed(dataset(), **tags)))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ddpm_lmk.cli.app import run
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, keep_prints, prints_of
 from ddpm_lmk.data.duplicates.leakage import Source, compare, exclusion, uncompared_patients
-from ddpm_lmk.data.images.decode import film_from_bytes
+from ddpm_lmk.data.images.decode import decode_image
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
@@ -106,9 +106,9 @@ def test_the_spellings_of_an_id_are_one_patient() -> None:
 
 def test_films_without_a_patient_are_not_one_patient_because_they_have_one_issuer() -> None:
     film = dataset(pixels(0), PatientID="", IssuerOfPatientID="PACS")
-    assert film_from_bytes(to_bytes(film)).patient is None
+    assert decode_image(to_bytes(film)).patient is None
     film.PatientID = " 7"
-    assert film_from_bytes(to_bytes(film)).patient == "7"
+    assert decode_image(to_bytes(film)).patient == "7"
 
 
 def test_a_set_that_names_its_patients_by_short_ids_compares_them_within_itself_and_under_its_name(packs) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ddpm_lmk.data.preview import show
-from ddpm_lmk.data.preview.sheet import CAPTION, COLUMNS, GAP, TILE, TITLE, fitted
+from ddpm_lmk.data.preview.pictures import CAPTION, COLUMNS, GAP, TILE, TITLE, shortened
 from ddpm_lmk.data.shards.pack import pack
 from tests.data.test_leaks import HEAD, chests, save
 
@@ -78,5 +78,5 @@ def test_long_names_keep_their_ends() -> None:
         def getlength(self, text: str) -> float:
             return 10.0 * len(text)
 
-    assert fitted("short", Font(), 60) == "short"
-    assert fitted("patient-0000012", Font(), 80) == "...00012"
+    assert shortened("short", Font(), 60) == "short"
+    assert shortened("patient-0000012", Font(), 80) == "...00012"

@@ -15,13 +15,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, read_content
+from ddpm_lmk.data.images.decode import read_content
 from ddpm_lmk.data.images.dicom import is_dicom
-from ddpm_lmk.data.images.sandbox import Isolation
-from ddpm_lmk.data.images.sandbox_worker import Answer, answer
+from ddpm_lmk.data.images.image import ReadOptions, RefusedImageError
+from ddpm_lmk.data.images.sandbox import answer, decoders
 from ddpm_lmk.data.shards.pack_settings import PackSettings
 from ddpm_lmk.data.sources.base import PhantomSource, RawDataset, RawSample, TarMember, folder_split
 from ddpm_lmk.errors import StoppedError
+from ddpm_lmk.system.sandbox import Answer
 
 _FEW = 32  # so few phantoms are drawn before a process has started
 
@@ -67,8 +68,8 @@ def decoded(
         for said in _answered_here(messages()):
             yield _paired(found, waiting.popleft(), said, settings)
         return
-    with Isolation(min(workers, len(found.samples))) as isolation:
-        for said in isolation.answers(messages()):
+    with decoders(min(workers, len(found.samples))) as processes:
+        for said in processes.answers(messages()):
             yield _paired(found, waiting.popleft(), said, settings)
 
 
@@ -90,8 +91,8 @@ def with_spacing_of_files(samples: Sequence[RawSample]) -> tuple[list[RawSample]
         {"path": str(sample.path), "options": options, "native_size": sample.native_size, "only_spacing": True}
         for sample in asked
     )
-    with Isolation(1) as isolation:
-        said = {sample.id: fields for sample, (fields, _) in zip(asked, isolation.answers(jobs), strict=True)}
+    with decoders(1) as processes:
+        said = {sample.id: fields for sample, (fields, _) in zip(asked, processes.answers(jobs), strict=True)}
     stated = {name: fields["mm_per_px"] for name, fields in said.items() if fields.get("mm_per_px") is not None}
     left_out = sum("mm_per_px" not in fields for fields in said.values())  # whoever decodes them will say why
     found = [replace(sample, mm_per_px=stated.get(sample.id, sample.mm_per_px)) for sample in samples]

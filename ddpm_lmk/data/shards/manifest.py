@@ -32,8 +32,9 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from ddpm_lmk.data.images.decode import SUFFIXES, RefusedImageError
-from ddpm_lmk.data.images.sandbox import decode_guarded
+from ddpm_lmk.data.images.decode import SUFFIXES
+from ddpm_lmk.data.images.image import RefusedImageError
+from ddpm_lmk.data.images.sandbox import decode_sandboxed
 from ddpm_lmk.data.shards import signing
 from ddpm_lmk.data.shards.records import (
     INDEX_DTYPE,
@@ -335,7 +336,7 @@ class Manifest:
                 raise CorruptSampleError(f"a raw image of {self.root} has {len(data)} bytes; pack again")
             return np.frombuffer(data, dtype, offset=_NPY_HEADER).reshape(shape)
         try:
-            return decode_guarded(data, size=self.stored_size, bits=self.bits)
+            return decode_sandboxed(data, size=self.stored_size, bits=self.bits)
         except RefusedImageError as error:
             raise CorruptSampleError(f"an image of {self.root}: {error}; pack again") from error
 

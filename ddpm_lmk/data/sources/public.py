@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_lmk.data.images.decode import RefusedImageError, native_size
+from ddpm_lmk.data.images.decode import native_size
+from ddpm_lmk.data.images.image import RefusedImageError
 from ddpm_lmk.data.sources.base import Convention, RawDataset, RawSample, image_files, parse_decimal
 from ddpm_lmk.data.spec import SPECS, PairSpacing
 from ddpm_lmk.errors import ConfigError, DataError

@@ -13,7 +13,7 @@ import numpy as np
 
 from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.drawing import draw_overlay, encode_jpeg, to_uint8
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.report import html
 from ddpm_lmk.report.collect import Run, Study

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import config_hash, load_run
 from ddpm_lmk.data.loading.order import GroupPlan
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.rundir.lock import is_finished
 from ddpm_lmk.sweep.file import Grid, RowText, SweepFile, is_stage, read_sweep, stage_of

@@ -3,8 +3,8 @@
 import numpy as np
 
 from ddpm_lmk.data.images.resize import encode
-from ddpm_lmk.data.shards.records import to_stored_matrix
-from ddpm_lmk.data.shards.verify import SampleRecord, ShardWriter
+from ddpm_lmk.data.shards.records import SampleRecord, to_stored_matrix
+from ddpm_lmk.data.shards.writer import ShardWriter
 from ddpm_lmk.data.spec import DatasetSpec, FixedSpacing
 
 SPEC = DatasetSpec(name="t", landmark_names=("a", "b"), unit="mm", spacing=FixedSpacing(mm_per_px=0.1))

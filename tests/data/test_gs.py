@@ -14,8 +14,9 @@ import pytest
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
 from ddpm_lmk.data.shards import remote
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.remote import CacheSettings
-from ddpm_lmk.data.shards.verify import Manifest, verify
+from ddpm_lmk.data.shards.verify import verify
 from ddpm_lmk.errors import DataError, StoppedError
 from tests.data.dot_packs import pack_dots
 from tests.data.streams import assert_same, config, stream

@@ -15,8 +15,8 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
 from ddpm_lmk.data.shards import remote
 from ddpm_lmk.data.shards import remote as retries
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.remote import CacheSettings, ShardCache
-from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, StoppedError
 from tests.data.dot_packs import corrupt, pack_dots
 from tests.data.streams import assert_same, config, stream
@@ -169,7 +169,7 @@ import hashlib, sys
 from pathlib import Path
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
 from ddpm_lmk.data.shards.remote import CacheSettings
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 manifest = Manifest.open(sys.argv[1], CacheSettings(Path(sys.argv[2])))
 print(hashlib.sha256(b"".join(manifest.read_bytes(row) for row in range(len(manifest)))).hexdigest())
 """

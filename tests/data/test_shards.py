@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_lmk.data.images.resize import encode
-from ddpm_lmk.data.shards.records import member_key, record_from_json, record_to_json, to_stored_matrix
-from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, ShardWriter, verify
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.records import (
+    CorruptSampleError,
+    member_key,
+    record_from_json,
+    record_to_json,
+    to_stored_matrix,
+)
+from ddpm_lmk.data.shards.verify import verify
+from ddpm_lmk.data.shards.writer import ShardWriter
 from ddpm_lmk.errors import DataError, ResourceError, RunConflictError
 from tests.data.sets import IDS, SPEC, picture, record, write
 

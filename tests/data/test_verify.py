@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from ddpm_lmk.cli.app import run
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
-from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, verify
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.records import CorruptSampleError
+from ddpm_lmk.data.shards.verify import verify
 from ddpm_lmk.errors import CheckpointError, DataError
 from tests.data.sets import IDS, write
 

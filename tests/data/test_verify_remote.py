@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk.cli.app import run
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.preview import show
 from ddpm_lmk.data.shards import remote
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.shards.remote import CacheSettings
-from ddpm_lmk.data.shards.verify import Manifest, verify
+from ddpm_lmk.data.shards.verify import verify
 from tests.data.dot_packs import corrupt
 from tests.data.web import Server, serve
 from tests.extras import needs_extra
@@ -24,7 +26,7 @@ pytestmark = needs_extra("cloud")
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / "hands"
-    pack("hand", "phantom", out, size=32, counts={"train": 6, "test": 3}, seed=3, workers=1)
+    pack("hand", out, PackSettings(kind="phantom", size=32, counts={"train": 6, "test": 3}, seed=3), workers=1)
     return out
 
 

@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -177,17 +177,19 @@ def _write(
                 summary.warnings.append("the source changed since packing was interrupted: begun anew")
                 writer.restart()
                 position, samples = _Position(), iter(dataset.samples)
-        for sample, decoded in _decode(dataset, samples, settings, workers):
+        for sample, fields, image in _decode(dataset, samples, settings, workers):
             position.advance(sample)
-            if isinstance(decoded, _Refused):
-                writer.refuse({"id": sample.id, "code": decoded.code, "reason": decoded.reason})
-            # A copy with a label is kept: dropping it would leave a hole in a labelled set.
-            elif decoded.sample.points is None and writer.holds(decoded.image):
-                writer.refuse({"id": sample.id, "code": "DUPLICATE", "reason": "the same picture as an earlier one"})
+            if "refused" in fields:
+                writer.refuse({"id": sample.id, "code": fields["code"], "reason": fields["refused"]})
             else:
-                notes.add(decoded.facts)
-                record = labels.record(decoded.sample, decoded.native_size, decoded.facts)
-                writer.add(record, decoded.image)
+                sample = _completed(dataset, sample, fields, settings)
+                # A copy with a label is kept: dropping it would leave a hole in a labelled set.
+                if sample.points is None and writer.holds(image):
+                    reason = "the same picture as an earlier one"
+                    writer.refuse({"id": sample.id, "code": "DUPLICATE", "reason": reason})
+                else:
+                    notes.add(fields["facts"])
+                    writer.add(labels.record(sample, tuple(fields["native"]), fields["facts"]), image)
             if progress is not None:
                 progress(position.done, len(dataset.samples))
         labels.raise_if_wrong()
@@ -261,28 +263,10 @@ class _FileNotes:
         return lines
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """An image ready to be written; `facts` are technical ones of the file."""
-
-    sample: RawSample
-    native_size: tuple[int, int]  # width, height
-    image: bytes
-    facts: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """Why an image is left out."""
-
-    code: str
-    reason: str
-
-
 def _decode(
     dataset: RawDataset, samples: Iterable[RawSample], settings: PackSettings, workers: int
-) -> Iterator[tuple[RawSample, _Decoded | _Refused]]:
-    """Every one of `samples`, which are of `dataset`, with its image or the reason why there is none.
+) -> Iterator[tuple[RawSample, dict[str, Any], bytes]]:
+    """Every one of `samples`, which are of `dataset`, with what `sandbox_worker.answer` made of it.
 
     Files are decoded in other processes, whatever `workers` is; phantoms, which are no danger, also in this one.
 
@@ -297,13 +281,19 @@ def _decode(
             waiting.append(sample)
             yield _job(sample, settings)
 
-    if settings.kind == "phantom" and (workers <= 1 or len(dataset.samples) <= _FEW):
-        for result in _answers_here(jobs()):
-            yield _paired(dataset, waiting.popleft(), result, settings)
-        return
-    with Isolation(min(workers, len(dataset.samples))) as isolation:
-        for result in isolation.answers(jobs()):
-            yield _paired(dataset, waiting.popleft(), result, settings)
+    with ExitStack() as stack:
+        if settings.kind == "phantom" and (workers <= 1 or len(dataset.samples) <= _FEW):
+            answers = _answers_here(jobs())
+        else:
+            answers = stack.enter_context(Isolation(min(workers, len(dataset.samples)))).answers(jobs())
+        for fields, image in answers:
+            sample = waiting.popleft()
+            if "io_error" in fields:  # says nothing about the image: refused, it would make the result depend on luck
+                raise StoppedError(
+                    f"image {sample.id!r} cannot be read ({fields['io_error']}); give the same command when the file "
+                    "system is back: packing continues"
+                )
+            yield sample, fields, image
 
 
 def _answers_here(jobs: Iterable[dict[str, Any]]) -> Iterator[Answer]:
@@ -316,7 +306,6 @@ def _answers_here(jobs: Iterable[dict[str, Any]]) -> Iterator[Answer]:
 
 
 def _job(sample: RawSample, settings: PackSettings) -> dict[str, Any]:
-    """What a decoding process is told; see `sandbox_worker.answer`."""
     store = settings.model_dump(include={"size", "aspect", "filter", "window", "bits", "encoding", "quality"})
     if isinstance(sample.path, PhantomSource):
         source = sample.path
@@ -331,21 +320,6 @@ def _job(sample: RawSample, settings: PackSettings) -> dict[str, Any]:
     if isinstance(sample.path, TarMember):
         where = {"path": str(sample.path.tar), "offset": sample.path.offset, "size": sample.path.size}
     return where | {"options": asdict(options), "native_size": sample.native_size, "store": store}
-
-
-def _paired(
-    dataset: RawDataset, sample: RawSample, result: Answer, settings: PackSettings
-) -> tuple[RawSample, _Decoded | _Refused]:
-    fields, image = result
-    if "io_error" in fields:  # says nothing about the image: to refuse it would make the result depend on the disk
-        raise StoppedError(
-            f"image {sample.id!r} cannot be read ({fields['io_error']}); give the same command when the file system "
-            "is back: packing continues"
-        )
-    if "refused" in fields:
-        return sample, _Refused(fields["code"], fields["refused"])
-    width, height = fields["native"]
-    return sample, _Decoded(_completed(dataset, sample, fields, settings), (width, height), image, fields["facts"])
 
 
 def _completed(dataset: RawDataset, sample: RawSample, fields: dict[str, Any], settings: PackSettings) -> RawSample:

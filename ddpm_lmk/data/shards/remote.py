@@ -270,7 +270,7 @@ def _options(scheme: str) -> dict[str, Any]:
 
 
 class RemoteShards:
-    """The shards of a remote dataset; safe from many threads. Answers the calls of `LocalShards`."""
+    """The shards of a remote dataset; safe from many threads. Answers the calls of `LocalShards`, from copies."""
 
     is_remote = True
 
@@ -292,7 +292,6 @@ class RemoteShards:
         return with_retries(self._read_copy, shard, offset, size)
 
     def read_origin(self, shard: int, offset: int, size: int) -> bytes:
-        """The same bytes, fetched anew."""
         return with_retries(self._origin.read_range, self._shards[shard]["name"], offset, size)
 
     def _read_copy(self, shard: int, offset: int, size: int) -> bytes:
@@ -307,11 +306,9 @@ class RemoteShards:
                 os.close(handle)
 
     def forget(self, shard: int) -> None:
-        """Drop the copy of a shard, which is damaged."""
         self._cache.drop(self._shards[shard]["name"])
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Fetch these in the background, unless they are here."""
         if self._ahead is None:
             return
         for shard in shards:
@@ -332,11 +329,9 @@ class RemoteShards:
             self._require_size(known, size)
 
     def path(self, shard: int) -> Path:
-        """The copy of a shard, fetched if need be; dropped when the cache needs room."""
         return with_retries(self._copy, shard)
 
     def beside(self, name: str) -> Path | None:
-        """A copy of a file beside the shards, where there is one."""
         path = self._folder / name
         if not path.is_file():
             try:
@@ -346,11 +341,9 @@ class RemoteShards:
         return path
 
     def names(self) -> set[str] | None:
-        """What lies in the folder behind the URL; None: that cannot be told."""
         return with_retries(self._origin.names)
 
     def close(self) -> None:
-        """Fetch nothing more ahead."""
         if self._ahead is not None:
             self._ahead.shutdown(wait=False, cancel_futures=True)
 

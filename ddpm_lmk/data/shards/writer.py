@@ -54,114 +54,6 @@ CREATE TABLE refused (line TEXT);
 """
 
 
-class Partial:
-    """The locked folder of a packing that is under way.
-
-    Raises:
-        RunConflictError: another process is packing there.
-        ResourceError: it cannot be written.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self._root = _partial_folder(out)
-        self.pack = self._root / "pack"
-        self.shards: list[dict[str, Any]] = []
-        self._db: sqlite3.Connection | None = None
-        self._lock = FileLock(self._root / "lock", blocking=False)
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout:
-            raise RunConflictError(f"another process is packing into {out}; wait, or choose another --out") from None
-        except OSError as error:
-            raise ResourceError(f"cannot write beside {out}: {error.strerror}; choose another --out") from error
-
-    @property
-    def db(self) -> sqlite3.Connection:
-        """The database, inside a transaction."""
-        assert self._db is not None, "neither resumed nor restarted"
-        return self._db
-
-    def resume(self, identity: str | None) -> dict[str, Any] | None:
-        """Take up what is there, if it is of the same `identity`; else begin anew. Returns the last state noted."""
-        try:
-            self._db = self._open()
-            is_same = identity is not None and self._db.execute("SELECT identity FROM packing").fetchone() == (
-                identity,
-            )
-            noted = self._db.execute("SELECT facts, state FROM shards ORDER BY rowid").fetchall() if is_same else []
-        except sqlite3.DatabaseError:  # no tables: new; or damaged
-            noted = []
-        self.shards = [json.loads(facts) for facts, _ in noted]
-        sizes = {path.name: path.stat().st_size for path in self.pack.iterdir()} if self.pack.is_dir() else {}
-        if not noted or any(sizes.get(shard["name"]) != shard["size"] for shard in self.shards):
-            self.restart(identity)
-            return None
-        for name in sizes.keys() - {shard["name"] for shard in self.shards}:
-            (self.pack / name).unlink()  # was being written
-        self.db.execute("BEGIN")
-        return json.loads(noted[-1][1])
-
-    def restart(self, identity: str | None) -> None:
-        """Forget everything."""
-        self._close()
-        for path in self._root.iterdir():
-            if path.name.startswith("progress."):
-                path.unlink()
-        shutil.rmtree(self.pack, ignore_errors=True)
-        self.pack.mkdir()
-        self.shards = []
-        self._db = self._open()
-        self._db.executescript(_SCHEMA)
-        self._db.execute("INSERT INTO packing VALUES (?)", (identity,))
-
-    def add(self, row: np.ndarray) -> None:
-        """Append a row of the index."""
-        self.db.execute("INSERT INTO samples VALUES (?, ?)", (row["sha256"].tobytes(), row.tobytes()))
-
-    def refuse(self, line: dict[str, Any]) -> None:
-        """Append a line about an image that is left out."""
-        self.db.execute("INSERT INTO refused VALUES (?)", (json.dumps(line),))
-
-    def finish_shard(self, shard: dict[str, Any], state: dict[str, Any]) -> None:
-        """Note a shard that is on the disk; from here on it is kept."""
-        self.shards.append(shard)
-        self.db.execute("INSERT INTO shards VALUES (?, ?)", (json.dumps(shard), json.dumps(state)))
-        self.db.execute("COMMIT")
-        self.db.execute("BEGIN")
-
-    def rows(self) -> Iterator[np.ndarray]:
-        """The index so far, in blocks."""
-        cursor = self.db.execute("SELECT row FROM samples ORDER BY rowid")
-        while rows := cursor.fetchmany(_ROWS_AT_ONCE):
-            yield np.frombuffer(b"".join(row for (row,) in rows), INDEX_DTYPE)
-
-    def refusals(self) -> Iterator[dict[str, Any]]:
-        """The refusals so far, in order."""
-        for (line,) in self.db.execute("SELECT line FROM refused ORDER BY rowid"):
-            yield json.loads(line)
-
-    def holds(self, digest: bytes) -> bool:
-        """Is there a sample with this digest (the first 16 bytes of its sha256)?"""
-        return self.db.execute("SELECT 1 FROM samples WHERE digest = ? LIMIT 1", (digest,)).fetchone() is not None
-
-    def leave(self, *, keep: bool) -> None:
-        """Unlock; without `keep`, or where no shard was finished, nothing stays."""
-        self._close()
-        if not (keep and self.shards):
-            shutil.rmtree(self._root, ignore_errors=True)
-        self._lock.release()
-
-    def _open(self) -> sqlite3.Connection:
-        # The folder is locked already, and SQLite's own locks do not work on every network file system.
-        where = f"{(self._root / 'progress.sqlite').as_uri()}?vfs=unix-none"
-        return sqlite3.connect(where, uri=True, isolation_level=None)
-
-    def _close(self) -> None:
-        if self._db is not None:
-            self._db.close()
-
-
 def is_begun(out: Path) -> bool:
     """Is there a packing into `out` that can be resumed?"""
     return _partial_folder(out).exists()
@@ -174,8 +66,8 @@ def _partial_folder(out: Path) -> Path:
 class ShardWriter:
     """Context manager: `add` samples in ascending order of id; leaving it without an error makes `out` appear, whole.
 
-    Whatever stops it, finished shards stay beside `out`, and a writer of the same `identity` resumes after them;
-    `resumed` is then the state noted with the last one. An error of the data leaves nothing.
+    Whatever stops it, finished shards stay beside `out`, and a writer of the same header and `made_with` resumes after
+    them; `resumed` is then the state noted with the last one. An error of the data leaves nothing.
 
     Args:
         left_out: lines for `refused.jsonl` that are known before, in any order.
@@ -207,15 +99,12 @@ class ShardWriter:
     ) -> None:
         self.out = out.absolute()
         self.resumed: dict[str, Any] | None = None
-        self._splits = tuple(splits)
-        self._extension = EXTENSIONS[encoding]
-        self._shard_bytes = shard_bytes
         self._header: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "dataset": dataset,
             "spec": spec.model_dump(mode="json"),
-            "splits": list(self._splits),
+            "splits": list(splits),
             "encoding": encoding,
             "bits": bits,
             "stored_size": stored_size,
@@ -223,63 +112,128 @@ class ShardWriter:
             "settings": settings,
         }
         self._identity = None if made_with is None else json.dumps({**self._header, "made_with": made_with})
-        self._state = state
+        self._shard_bytes, self._state = shard_bytes, state
         self._left_out = sorted(left_out, key=_id_of)
-        self._last_id: str | None = None
+        self._folder = _partial_folder(out)
+        self._lock = FileLock(self._folder / "lock", blocking=False)
+        self._db: sqlite3.Connection | None = None
         self._shard: _Shard | None = None
-        self._opened: Partial | None = None
+        self._shards: list[dict[str, Any]] = []  # finished
+        self._last_id: str | None = None
         self._count = 0
 
     def __enter__(self) -> ShardWriter:
         refuse_existing(self.out)
-        self._opened = Partial(self.out)
         try:
-            noted = self._opened.resume(self._identity)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self._resume()
+        except Timeout:
+            raise RunConflictError(
+                f"another process is packing into {self.out}; wait, or choose another --out"
+            ) from None
         except (OSError, sqlite3.Error) as error:
-            raise ResourceError(f"cannot write beside {self.out}: {error}; choose another --out") from error
-        if noted is not None:
-            self._last_id, self.resumed = noted["last_id"], noted["caller"]
-            self._count = sum(shard["count"] for shard in self._opened.shards)
+            self._disconnect()
+            self._lock.release()
+            raise ResourceError(f"cannot write beside {self.out}: {_reason(error)}; choose another --out") from error
         return self
+
+    def _resume(self) -> None:
+        """Take up what is there, if it was made of the same; else begin anew."""
+        noted: list[tuple[str, str]] = []
+        try:
+            self._connect()
+            is_same = self.db.execute("SELECT identity FROM packing").fetchone() == (self._identity,)
+            if is_same and self._identity is not None:
+                noted = self.db.execute("SELECT facts, state FROM shards ORDER BY rowid").fetchall()
+        except sqlite3.DatabaseError:  # no tables: new; or damaged
+            pass
+        shards = [json.loads(facts) for facts, _ in noted]
+        pack = self._folder / "pack"
+        sizes = {path.name: path.stat().st_size for path in pack.iterdir()} if pack.is_dir() else {}
+        if not shards or any(sizes.get(shard["name"]) != shard["size"] for shard in shards):
+            self.restart()
+            return
+        for name in sizes.keys() - {shard["name"] for shard in shards}:
+            (pack / name).unlink()  # it was being written
+        self.db.execute("BEGIN")
+        state = json.loads(noted[-1][1])
+        self._shards, self._count = shards, sum(shard["count"] for shard in shards)
+        self._last_id, self.resumed = state["last_id"], state["caller"]
 
     def restart(self) -> None:
         """Forget what was resumed: the source is another one."""
-        self._partial.restart(self._identity)
-        self.resumed, self._last_id, self._count = None, None, 0
+        self._disconnect()
+        for path in self._folder.glob("progress.*"):
+            path.unlink()
+        shutil.rmtree(self._folder / "pack", ignore_errors=True)
+        (self._folder / "pack").mkdir()
+        self._shards, self._last_id, self._count, self.resumed = [], None, 0, None
+        self._connect()
+        self.db.executescript(_SCHEMA)
+        self.db.execute("INSERT INTO packing VALUES (?)", (self._identity,))
 
-    def rows(self) -> Iterator[np.ndarray]:
-        """Index rows of what is written so far, in blocks."""
-        return self._partial.rows()
+    @property
+    def db(self) -> sqlite3.Connection:
+        """The rows and refusals so far; a transaction is open, which ends with a finished shard."""
+        assert self._db is not None, "used outside of its `with`"
+        return self._db
 
-    def holds(self, image: bytes) -> bool:
-        """Was the very same encoded image added before?"""
-        return self._partial.holds(hashlib.sha256(image).digest()[:16])
+    def _connect(self) -> None:
+        # The folder is locked already, and SQLite's own locks do not work on every network file system.
+        where = f"{(self._folder / 'progress.sqlite').as_uri()}?vfs=unix-none"
+        self._db = sqlite3.connect(where, uri=True, isolation_level=None)
 
-    def refusals(self) -> Iterator[dict[str, Any]]:
-        """Every line of `refused.jsonl` so far, in order of id."""
-        return heapq.merge(self._left_out, self._partial.refusals(), key=_id_of)
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
 
     def add(self, record: SampleRecord, image: bytes) -> None:
         """Append one sample: the encoded image and its record."""
         if self._last_id is not None and record.id <= self._last_id:
             raise DataError(f"image id {record.id!r} comes twice; ids must differ (rename one of the files or rows)")
         self._last_id = record.id
-        number = len(self._partial.shards)
+        number = len(self._shards)
         if self._shard is None:
-            self._shard = _Shard(self._partial.pack / f"shard-{number:06d}.tar")
-        key = member_key(record.id)
-        text = record_to_json(record)
-        row = index_row(record, image, len(text), shard=number, split=self._splits.index(record.split))
-        row["offset"] = self._shard.append(f"{key}.{self._extension}", image)
+            self._shard = _Shard(self._folder / "pack" / f"shard-{number:06d}.tar")
+        key, text = member_key(record.id), record_to_json(record)
+        split = self._header["splits"].index(record.split)
+        row = index_row(record, image, len(text), shard=number, split=split)
+        row["offset"] = self._shard.append(f"{key}.{EXTENSIONS[self._header['encoding']]}", image)
         row["json_offset"] = self._shard.append(f"{key}.json", text)
-        self._partial.add(row)
+        self.db.execute("INSERT INTO samples VALUES (?, ?)", (row["sha256"].tobytes(), row.tobytes()))
         self._count += 1
         if self._shard.size >= self._shard_bytes:
             self._finish_shard()
 
     def refuse(self, line: dict[str, Any]) -> None:
         """Note one image that is left out: its `id`, in ascending order, and the reason."""
-        self._partial.refuse(line)
+        self.db.execute("INSERT INTO refused VALUES (?)", (json.dumps(line),))
+
+    def holds(self, image: bytes) -> bool:
+        """Was the very same encoded image added before?"""
+        digest = hashlib.sha256(image).digest()[:16]
+        return self.db.execute("SELECT 1 FROM samples WHERE digest = ? LIMIT 1", (digest,)).fetchone() is not None
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """Index rows of what is written so far, in blocks."""
+        cursor = self.db.execute("SELECT row FROM samples ORDER BY rowid")
+        while rows := cursor.fetchmany(_ROWS_AT_ONCE):
+            yield np.frombuffer(b"".join(row for (row,) in rows), INDEX_DTYPE)
+
+    def refusals(self) -> Iterator[dict[str, Any]]:
+        """Every line of `refused.jsonl` so far, in order of id."""
+        lines = (json.loads(line) for (line,) in self.db.execute("SELECT line FROM refused ORDER BY rowid"))
+        return heapq.merge(self._left_out, lines, key=_id_of)
+
+    def _finish_shard(self) -> None:
+        assert self._shard is not None
+        shard, self._shard = self._shard.finish(), None
+        self._shards.append(shard)
+        state = {"last_id": self._last_id, "caller": self._state()}
+        self.db.execute("INSERT INTO shards VALUES (?, ?)", (json.dumps(shard), json.dumps(state)))
+        self.db.execute("COMMIT")  # only now, when the shard is on the disk
+        self.db.execute("BEGIN")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -293,28 +247,25 @@ class ShardWriter:
         finally:
             if self._shard is not None:
                 self._shard.file.close()
-            self._partial.leave(keep=keep)
+            self._disconnect()
+            if not (keep and self._shards):
+                shutil.rmtree(self._folder, ignore_errors=True)
+            self._lock.release()
         if isinstance(value, (OSError, sqlite3.Error)):
-            reason = getattr(value, "strerror", None) or value
             raise ResourceError(
-                f"cannot write {self.out}: {reason}; make room and give the same command: packing continues"
+                f"cannot write {self.out}: {_reason(value)}; make room and give the same command: packing continues"
             ) from value
-
-    @property
-    def _partial(self) -> Partial:
-        assert self._opened is not None, "used outside of its `with`"
-        return self._opened
 
     def _complete(self) -> None:
         if not self._count:
             raise DataError("no image could be packed; see the reasons above or give another source")
         if self._shard is not None:
             self._finish_shard()
-        pack = self._partial.pack
+        pack = self._folder / "pack"
         lines = (json.dumps(line).encode("ascii") + b"\n" for line in self.refusals())
         self._header["refused_sha256"] = _write_durably(pack / "refused.jsonl", lines)
         self._header["count"] = self._count
-        self._header["shards"] = self._partial.shards
+        self._header["shards"] = self._shards
         blocks = (block.tobytes() for block in self.rows())
         self._header["index_sha256"] = _write_durably(pack / "index.npy", chain([_npy_header(self._count)], blocks))
         self._header["fingerprint"] = fingerprint_of(self._header)
@@ -323,11 +274,6 @@ class ShardWriter:
         refuse_existing(self.out)
         pack.rename(self.out)
         flush_directory(self.out.parent)
-
-    def _finish_shard(self) -> None:
-        assert self._shard is not None
-        shard, self._shard = self._shard, None
-        self._partial.finish_shard(shard.finish(), {"last_id": self._last_id, "caller": self._state()})
 
 
 class _Shard:
@@ -372,6 +318,10 @@ def refuse_existing(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         held = "packed shards" if (out / "manifest.json").is_file() else "other files"
         raise RunConflictError(f"{out} already holds {held}; nothing was changed: use them, or choose another --out")
+
+
+def _reason(error: OSError | sqlite3.Error) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _id_of(line: dict[str, Any]) -> str:

@@ -64,6 +64,7 @@ class RawSample:
         Of the file that is size and time of change; its content would cost as much to read as to pack again.
         """
         points = None if self.points is None else self.points.tolist()
+        # surrogatepass: names that are no UTF-8 on the disk hold lone surrogates
         facts = (
             self.id,
             str(self.path),
@@ -143,6 +144,7 @@ def check_split_name(name: str, where: str) -> str:
 def folder_split(key: str, split: str, val_fraction: float, seed: int) -> str:
     """`val` for a share of all keys, else `split`, by key and seed alone: images that are added move no others."""
     digest = hashlib.sha256(b"%d:" % seed + os.fsencode(key)).digest()
+    # Python compares an integer with a float exactly: rounding decides nothing.
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else split
 
 

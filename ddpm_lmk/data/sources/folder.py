@@ -93,6 +93,7 @@ def _tars_of(source: Path) -> list[str]:
     if not source.is_dir():
         return []
     tars = sorted(path.name for path in source.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
+    # Their ids could meet: `a/1.png` beside `a.tar` that holds `1.png`.
     if tars and (picture := next(walk(source, SUFFIXES, Counter()), None)) is not None:
         raise DataError(f"{source} holds tars ({tars[0]}) and pictures ({picture}); pack them in two calls")
     return tars
@@ -110,9 +111,10 @@ def _read_tars(
         try:
             for member, fault in members(root / tar):
                 is_image = os.path.splitext(member.name)[1].lower() in SUFFIXES  # noqa: PTH122
-                if fault is not None:
+                if fault is not None:  # listed, whatever its suffix: a foreign member says something about the tar
                     refused.append((id_of(below + member.name), fault))
                 elif is_image:
+                    # The name stays in the place: `--id-map` tells by it which picture has which id.
                     yield id_of(below + member.name), f"{member.offset_data}:{member.size}:{tar}/{member.name}"
         except DamagedTarError as error:
             raise DataError(f"{root / tar}: {error}; restore it: what follows would be lost") from error

@@ -21,7 +21,7 @@ from typing import TextIO
 from ddpm_lmk.errors import ConfigError, ResourceError, RunConflictError
 from ddpm_lmk.system.files import flush_directory
 
-_DIGITS = 16
+_DIGITS = 16  # 64 bits: among ten million files two meet once in about 400,000 sets, which is an error then
 # What stands for a patient who was taken out, as tools that make files anonymous write it; never one person.
 _NOBODY = re.compile(r"|x+|unknown|none|null|na|n/a|nan|anon(ym(ous|i[sz]ed))?|de-?identified|removed|deleted|no ?id")
 _FOR_OTHERS = 0o077
@@ -40,7 +40,7 @@ class KeyedIds:
 
     def of_path(self, path: str) -> str:
         """The id of a file, by its path below the source."""
-        return self._hash(b"path\0" + os.fsencode(path))
+        return self._hash(b"path\0" + os.fsencode(path))  # with a word, so that no path is hashed like a patient
 
     def of_patient(self, patient: str) -> str:
         """The group of a patient, by what the file calls the patient."""
@@ -79,6 +79,7 @@ def secret_key(path: Path) -> bytes:
         ResourceError: it cannot be written or read.
     """
     try:
+        # No link is followed: in a folder of others it could lead to a key that somebody else knows.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         key = secrets.token_bytes(32)

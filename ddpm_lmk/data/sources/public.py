@@ -55,7 +55,7 @@ def read_chest(root: Path, *, convention: Convention) -> RawDataset:
             except RefusedImageError as error:
                 dataset.refuse(stem, error.code, str(error))
                 continue
-            points = ratios * np.array(size, dtype=np.float64)
+            points = ratios * np.array(size, dtype=np.float64)  # shares of the sides: not size - 1
             samples.append(RawSample(stem, images[stem], splits[stem], points, size, group=stem))
     _warn_when_partial(dataset, len(splits), "labelled images")
     return dataset
@@ -88,7 +88,7 @@ def read_cephalometric(root: Path, *, convention: Convention, annotator: str) ->
             reason = f"no label file in {missing[0]}" if missing else "not one of 001 to 400"
             dataset.refuse(stem, "NO_LABEL" if missing else "EXCLUDED", reason)
             continue
-        points = np.mean([_ceph_points(file) for file in files], axis=0)
+        points = np.mean([_ceph_points(file) for file in files], axis=0)  # the challenge's ground truth
         samples.append(RawSample(stem, path, split, points, group=stem))
     _warn_when_partial(dataset, 400, "cephalograms")
     return dataset

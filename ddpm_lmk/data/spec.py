@@ -62,7 +62,7 @@ class DatasetSpec(Section):
     )
     spacing: Spacing = Field(default_factory=NoSpacing, description="how millimetres are found")
     paper_factor: Literal["none", "swapped", "pair_squeezed"] = Field(
-        "none", description="how the paper's released code turns 256-grid pixels into millimetres (docs/method.md, section 3)"
+        "none", description="how the released code turns 256-grid pixels into millimetres (docs/method.md, section 3)"
     )
     paper_pair: PairSpacing | None = Field(
         None, description="the pair that `pair_squeezed` measures in the squeezed frame"
@@ -114,6 +114,11 @@ class DatasetSpec(Section):
         if isinstance(self.spacing, FixedSpacing) and stated is None:
             return self.spacing.mm_per_px
         return stated
+
+
+def pair_spacing(pair: tuple[int, int]) -> PairSpacing:
+    """Spacing by two landmarks that are taken to lie 50 mm apart: the width of a wrist, as in the hand atlas."""
+    return PairSpacing(i=pair[0], j=pair[1], mm=50.0)
 
 
 def unlabelled(name: str) -> DatasetSpec:
@@ -170,9 +175,9 @@ _HAND_NAMES = (
 )
 
 # The annotators of the hand atlas wrote 50 mm / |p1 - p5| into their image headers (9 of 9 files agree); the paper's
-# code measures 0 to 4, which differs by 7 % on average. `pack(spacing_pair=...)` changes the first; the second stays.
-_ANNOTATORS_PAIR = PairSpacing(i=1, j=5, mm=50.0)
-_PAPER_PAIR = PairSpacing(i=0, j=4, mm=50.0)
+# code measures 0 to 4, which differs by 7 % on average. `--spacing-pair` changes the first; the second stays.
+_ANNOTATORS_PAIR = pair_spacing((1, 5))
+_PAPER_PAIR = pair_spacing((0, 4))
 
 SPECS: dict[str, DatasetSpec] = {
     spec.name: spec

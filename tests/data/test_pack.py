@@ -133,10 +133,11 @@ def test_points_outside_are_counted_and_may_be_clipped(labelled, tmp_path):
     np.testing.assert_array_equal(Manifest.open(tmp_path / "out").read_record(0).points, [[199, 299]])
 
 
-def test_exchanged_coordinates_are_guessed(labelled, tmp_path):
+@pytest.mark.parametrize("clip", [False, True])
+def test_exchanged_coordinates_are_guessed(labelled, tmp_path, clip):
     points(labelled, ("a", 0, 290, 100), ("b", 0, 250, 20))
     with pytest.raises(DataError, match=r"2 images .* x and y look exchanged"):
-        pack(labelled, tmp_path / "out", PackSettings(kind="table"))
+        pack(labelled, tmp_path / "out", PackSettings(kind="table", clip_landmarks=clip))
 
 
 def test_a_file_of_another_shape_than_stated_is_refused(labelled, tmp_path):

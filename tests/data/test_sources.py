@@ -211,13 +211,6 @@ def test_the_annotators_pair_agrees_with_the_stated_spacing_of_the_hands(real_da
     assert found.refused == [{"id": "3128", "code": "NO_LABEL", "reason": "no row in landmarks.csv"}]
 
 
-def test_a_table_makes_its_own_spec(tmp_path):
-    table(tmp_path, "a,a.png,train,0.2\nb,b.png,test,0.3\n", labels_for("a", "b"), "image_id,file,split,mm_per_pixel")
-    found = read(tmp_path, thresholds=(2.0, 4.0))
-    assert (found.spec.landmark_names, found.spec.unit) == (("n0", "n1"), "mm")
-    assert (found.spec.sdr_thresholds, found.spec.spacing.kind) == ((2.0, 4.0), "file")
-
-
 def test_without_spacing_a_table_is_in_pixels_and_never_in_guessed_millimetres(tmp_path):
     table(tmp_path, labels=labels_for("a", "b"))
     assert read(tmp_path).spec.unit == "px"
@@ -236,26 +229,6 @@ def test_split_may_be_given_instead_of_a_column(tmp_path):
     assert splits(read(tmp_path, split="test")) == {"a": "test"}
     with pytest.raises(DataError, match="no column 'split'"):
         read(tmp_path)
-
-
-def test_several_annotators_are_averaged_or_chosen(tmp_path):
-    rows = [("a", 0, 1, 2, "x"), ("a", 0, 3, 6, "y"), ("b", 0, 5, 5, "x")]
-    text = "image_id,landmark_index,x,y,annotator\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
-    table(tmp_path, labels=text)
-    np.testing.assert_array_equal(read(tmp_path).samples[0].points, [[2, 4]])
-    only = read(tmp_path, annotator="y")
-    np.testing.assert_array_equal(only.samples[0].points, [[3, 6]])
-    assert [line["id"] for line in only.refused] == ["b"]
-    with pytest.raises(ConfigError, match="has x, y"):
-        read(tmp_path, annotator="z")
-
-
-def test_an_image_without_labels_is_listed_or_kept(tmp_path):
-    table(tmp_path, labels=labels_for("a", "c"))
-    found = read(tmp_path)
-    assert [line["id"] for line in found.refused] == ["b"]
-    kept = read(tmp_path, keep_unlabelled=True)
-    assert [sample.points is None for sample in kept.samples] == [False, True]
 
 
 @pytest.mark.parametrize(

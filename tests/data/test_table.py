@@ -157,6 +157,8 @@ def test_each_annotator_of_an_image_gives_every_landmark_or_the_image_is_left_ou
     np.testing.assert_array_equal(points["003"], [[7, 8]])
     assert "002" not in points
     np.testing.assert_array_equal(list(read(tmp_path, rows, annotator="a").samples)[1].points, [[5, 6]])
+    with pytest.raises(ConfigError, match="has a, b"):
+        read(tmp_path, rows, annotator="z")
 
 
 def test_places_that_repeat_to_the_last_digit_are_told(tmp_path: Path) -> None:
@@ -232,7 +234,8 @@ def test_a_key_hides_ids_and_patients_and_is_the_same_for_all_kinds(tmp_path: Pa
 
 def test_millimetres_bring_the_usual_thresholds_and_pixels_a_word(tmp_path: Path) -> None:
     with_spacing = IMAGES.replace("split\n", "split,mm_per_pixel\n").replace(",train\n", ",train,0.1\n")
-    assert read(tmp_path, landmarks(), with_spacing, thresholds=()).spec.sdr_thresholds == (2, 2.5, 3, 4)
+    spec = read(tmp_path, landmarks(), with_spacing, thresholds=()).spec
+    assert (spec.unit, spec.spacing.kind, spec.sdr_thresholds) == ("mm", "file", (2, 2.5, 3, 4))
     found = read(tmp_path, landmarks(), thresholds=())
     assert found.spec.sdr_thresholds == ()
     assert any("no success rate (SDR) is known for them; give --threshold" in line for line in found.warnings)
@@ -275,12 +278,6 @@ def test_slips_over_the_edge_are_counted_when_they_are_clipped(tmp_path: Path) -
     assert "--clip-landmarks moved 8 points of 8 images, by up to 8.0 px" in summary.warnings
     record = Manifest.open(tmp_path / "out").read_record(9)
     np.testing.assert_array_equal(record.points, [[412, 310], [110, 110]])
-
-
-def test_exchanged_coordinates_are_not_clipped_either(tmp_path: Path) -> None:
-    label(films(tmp_path, 200, 500), [(450, 20)])
-    with pytest.raises(DataError, match="x and y look exchanged"):
-        pack(tmp_path, tmp_path / "out", PackSettings(kind="table", clip_landmarks=True), workers=1)
 
 
 def test_landmarks_that_all_lie_in_one_corner_are_told(tmp_path: Path) -> None:

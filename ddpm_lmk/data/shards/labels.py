@@ -66,40 +66,40 @@ class Labels:
 
     def _placed(self, sample: RawSample, points: np.ndarray, native_size: tuple[int, int]) -> np.ndarray:
         """The points, clipped if that was asked for and moves them little; what lies outside is noted."""
-        seen, size = self.findings, np.array(native_size, dtype=np.float64)
+        noted, size = self.findings, np.array(native_size, dtype=np.float64)
         reach = points.max(0) / size
-        seen.labelled += 1
-        seen.reach = [max(old, float(new)) for old, new in zip(seen.reach, reach)]
+        noted.labelled += 1
+        noted.reach = [max(old, float(new)) for old, new in zip(noted.reach, reach)]
         clipped = np.clip(points, 0.0, size - 1)
         if _all_inside(points, size):
             return clipped if self._settings.clip_landmarks else points
         way = np.abs(points - clipped).max(1)  # [N] px to the image
         is_near = bool(way.max() <= _MOST_CLIPPED * size.max())
         if self._settings.clip_landmarks and is_near:
-            seen.clipped_images += 1
-            seen.clipped_points += int((way > _TOLERANCE_PX).sum())
-            seen.longest_clip_px = max(seen.longest_clip_px, float(way.max()))
+            noted.clipped_images += 1
+            noted.clipped_points += int((way > _TOLERANCE_PX).sum())
+            noted.longest_clip_px = max(noted.longest_clip_px, float(way.max()))
             return clipped
-        seen.outside.append(sample.id)
-        seen.is_swap &= _all_inside(points[:, ::-1], size)
-        seen.is_near &= is_near
-        if reach.max() > seen.furthest[0] and sample.native_size is None:
-            seen.furthest = [float(reach.max()), *map(float, points.max(0)), *native_size]
+        noted.outside.append(sample.id)
+        noted.is_swap &= _all_inside(points[:, ::-1], size)
+        noted.is_near &= is_near
+        if reach.max() > noted.furthest[0] and sample.native_size is None:
+            noted.furthest = [float(reach.max()), *map(float, points.max(0)), *native_size]
         return points
 
     def warnings(self) -> list[str]:
         """What was done to labels, and what looks odd about all of them together."""
-        lines, seen = [], self.findings
-        if seen.clipped_images:
+        lines, noted = [], self.findings
+        if noted.clipped_images:
             lines.append(
-                f"--clip-landmarks moved {seen.clipped_points} points of {seen.clipped_images} images, "
-                f"by up to {seen.longest_clip_px:.1f} px"
+                f"--clip-landmarks moved {noted.clipped_points} points of {noted.clipped_images} images, "
+                f"by up to {noted.longest_clip_px:.1f} px"
             )
-        right, bottom = seen.reach
+        right, bottom = noted.reach
         # All in one corner: coordinates of a smaller copy, or shares of something else than the sides.
-        if seen.labelled >= _FEW and max(right, bottom) < _CORNER:
+        if noted.labelled >= _FEW and max(right, bottom) < _CORNER:
             lines.append(
-                f"no landmark of {seen.labelled} images lies beyond {right:.0%} of the width and {bottom:.0%} of the "
+                f"no landmark of {noted.labelled} images lies beyond {right:.0%} of the width and {bottom:.0%} of the "
                 "height; if these are not pixels of the files, fill in orig_width and orig_height"
             )
         return lines

@@ -88,7 +88,7 @@ class Manifest:
         root, header, index, files = _open_remote(str(path), cache) if is_remote(path) else _open_local(Path(path))
         try:
             return cls(root, header, index, files)
-        except (KeyError, TypeError, ValidationError) as error:
+        except (KeyError, TypeError, ValidationError) as error:  # its fingerprint fits, so somebody wrote it by hand
             raise DataError(f"{root / 'manifest.json'} is damaged ({type(error).__name__}); pack again") from error
 
     def rows(self, splits: Sequence[str], *, without: np.ndarray | None = None) -> SplitRows:
@@ -175,7 +175,7 @@ class Manifest:
         """What `parse` makes of the bytes; those of a copy are fetched again before they count as corrupt."""
         try:
             return parse(self.files.read(shard, offset, size))
-        except CorruptSampleError:
+        except CorruptSampleError:  # of a copy that a disk or a network damaged: the sample itself may be good
             fetched = self.files.read_origin(shard, offset, size)
             if fetched is None:
                 raise
@@ -327,7 +327,7 @@ def sign(root: Path, key_file: Path) -> Path:
     Raises:
         ConfigError, ResourceError: see `ids.secret_key`; the folder cannot be written.
     """
-    content = (root / "manifest.json").read_bytes()
+    content = (root / "manifest.json").read_bytes()  # bytes, not fields: nothing is parsed before it is checked
     write_text(root / SIGNATURE, _signature(content, secret_key(key_file)) + "\n")
     return root / SIGNATURE
 

@@ -85,7 +85,7 @@ def pack(
     Args:
         id_key: file with the key that turns paths into ids, made when it is not there; null: OUT.key for kind dicom,
             else ids are paths.
-        id_map: file that is to say, to its owner only, which id is which path.
+        id_map: file to write, for its owner only, with the path of every id.
         workers: decoding processes; null: one per core this process may use.
         progress: called with (images done, images in all).
 
@@ -110,7 +110,7 @@ def pack(
                 )
             write_map(Path(id_map), dataset.listing)
         summary = _write(dataset, settings, out, granted_cores() if workers is None else workers, progress)
-    write_prints(Manifest.open(out))
+    write_prints(Manifest.open(out))  # now, while the pixels are in the page cache; a pool compares by them
     summary.seconds = time.perf_counter() - started
     return summary
 
@@ -162,6 +162,7 @@ def _write(
         aspect=settings.aspect,
         settings=settings.model_dump(mode="json"),
         left_out=dataset.refused,
+        # Another decoder may give other pixels: half of a dataset each would be neither.
         made_with={"ddpm-lmk": __version__, **versions(*_DECODERS)},
         state=lambda: {"position": asdict(position), "labels": asdict(labels.findings), "notes": asdict(notes)},
     ) as writer:
@@ -233,7 +234,7 @@ class _Position:
 
 @dataclass
 class _FileNotes:
-    """Counts what the files of packed images said that their reader should know."""
+    """Counts facts of the packed files that their user should know."""
 
     passed_over: dict[str, int] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)

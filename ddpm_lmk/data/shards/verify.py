@@ -24,7 +24,7 @@ _ANY_GIB = 1e6  # a shard is dropped when it has been checked
 @dataclass
 class VerifyReport:
     """What a full check found. `problems`: one line each; `foreign`: what has no business in a shard or beside it;
-    `is_listed`: whether the server told what lies beside.
+    `is_listed`: whether the server lists its folder, so that foreign files could be looked for.
     """
 
     root: str | Path
@@ -65,7 +65,7 @@ def verify(path: str | Path, cache: CacheSettings | None = None) -> VerifyReport
         DataError: the folder cannot even be opened: manifest or index changed, a shard missing, cut off or grown.
         StoppedError: a server does not answer.
     """
-    with _opened(path, cache or CacheSettings()) as manifest:
+    with _opened(path, cache or CacheSettings()) as manifest:  # header, index and sizes are checked by opening
         report = VerifyReport(path, samples=len(manifest), shards=len(manifest.shards))
         report.per_split = manifest.count_per_split()
         names = manifest.files.names()
@@ -76,6 +76,7 @@ def verify(path: str | Path, cache: CacheSettings | None = None) -> VerifyReport
         last_id = ""
         for number in range(len(manifest.shards)):
             last_id = _verify_shard(manifest, number, last_id, report)
+        # Of a URL the root is a folder of the cache that is gone by now.
         report.problems = [line.replace(str(manifest.root), str(path)) for line in report.problems]
     return report
 
@@ -131,12 +132,12 @@ def _verify_shard(manifest: Manifest, number: int, last_id: str, report: VerifyR
         is_harmless = before == len(report.problems) + len(report.foreign)
         where = ", in a header or padding: every sample is as it was packed" if is_harmless else ""
         report.problems.append(f"{shard['name']}: sha256 differs from the manifest{where}")
-    manifest.files.forget(number)
+    manifest.files.forget(number)  # a copy: the check of a terabyte needs room for one shard
     return last_id
 
 
 def _checked_record(manifest: Manifest, row: int) -> SampleRecord:
-    manifest.decode(row)
+    manifest.decode(row)  # the bytes may be as they were packed and still be no image
     record = manifest.read_record(row)
     entry = manifest.index[row]
     if record.native_size != (entry["width"], entry["height"]) or record.split != manifest.splits[entry["split"]]:

@@ -113,7 +113,7 @@ class ShardWriter:
         }
         self._identity = None if made_with is None else json.dumps({**self._header, "made_with": made_with})
         self._shard_bytes, self._state = shard_bytes, state
-        self._left_out = sorted(left_out, key=_id_of)
+        self._left_out = sorted(left_out, key=_id_of)  # not in the database: a resumed call brings them again
         self._folder = _partial_folder(out)
         self._lock = FileLock(self._folder / "lock", blocking=False)
         self._db: sqlite3.Connection | None = None
@@ -248,7 +248,7 @@ class ShardWriter:
             if self._shard is not None:
                 self._shard.file.close()
             self._disconnect()
-            if not (keep and self._shards):
+            if not (keep and self._shards):  # before the lock is released: nobody may have begun there
                 shutil.rmtree(self._folder, ignore_errors=True)
             self._lock.release()
         if isinstance(value, (OSError, sqlite3.Error)):

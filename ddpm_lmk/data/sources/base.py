@@ -99,7 +99,7 @@ class Samples(Protocol):
 
 @dataclass
 class RawDataset:
-    """What a reader found: the samples, sorted by id, and what it left out or wants said.
+    """What a reader found: the samples, sorted by id, and what it left out or warns of.
 
     Attributes:
         splits: names of splits; empty: those of the samples.

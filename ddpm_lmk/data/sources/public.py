@@ -18,7 +18,7 @@ from ddpm_lmk.data.images.decode import SUFFIXES, RefusedImageError, native_size
 from ddpm_lmk.data.pack_settings import Convention
 from ddpm_lmk.data.sources.base import RawDataset, RawSample, parse_decimal
 from ddpm_lmk.data.sources.walk import list_files
-from ddpm_lmk.data.spec import SPECS, PairSpacing
+from ddpm_lmk.data.spec import SPECS, DatasetSpec, pair_spacing
 from ddpm_lmk.errors import ConfigError, DataError
 
 # Left out by the released code (docs/method.md, section 3); the papers count them in.
@@ -113,8 +113,7 @@ def read_hand(root: Path, *, spacing_pair: tuple[int, int] | None) -> RawDataset
     rows = _hand_rows(root / "labels" / "all.csv")
     spec = SPECS["hand"]
     if spacing_pair is not None:
-        pair = PairSpacing(i=spacing_pair[0], j=spacing_pair[1], mm=50.0)
-        spec = type(spec).model_validate({**spec.model_dump(), "spacing": pair.model_dump()})
+        spec = DatasetSpec.model_validate(dict(spec) | {"spacing": pair_spacing(spacing_pair)})
     labelled = [stem for stem in sorted(images) if stem in rows]
     splits = _by_position(labelled, (550, 59))
     dataset = RawDataset(spec, [RawSample(s, images[s], splits[s], rows[s], group=s) for s in labelled])

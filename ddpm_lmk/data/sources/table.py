@@ -28,12 +28,11 @@ from ddpm_lmk.data.sources.base import RawDataset, RawSample, check_split_name
 from ddpm_lmk.data.sources.csv_file import CsvFile, read_csv
 from ddpm_lmk.data.sources.ids import KeyedIds
 from ddpm_lmk.data.sources.walk import Listing, begins_as_dicom
-from ddpm_lmk.data.spec import SPECS, DatasetSpec, FileSpacing, NoSpacing, PairSpacing
+from ddpm_lmk.data.spec import SPECS, DatasetSpec, FileSpacing, NoSpacing, pair_spacing
 from ddpm_lmk.errors import ConfigError, DataError
 
 IMAGES_CSV, LANDMARKS_CSV = "images.csv", "landmarks.csv"
 SDR_THRESHOLDS_MM = (2.0, 2.5, 3.0, 4.0)  # of the ISBI 2015 challenge, which cephalometric papers report since
-PAIR_MM = 50.0  # between the two landmarks of `spacing_pair`, as in the hand atlas
 
 _SIZES = ("mm_per_pixel", "orig_width", "orig_height")
 _NOTHING = frozenset({"", "-", "?", ".", "nan", "na", "n/a", "#n/a", "null", "none", "unknown"})
@@ -413,8 +412,7 @@ def _spec_of(labels: _Labels, settings: PackSettings, num_without: int, num_labe
     """
     changes: dict[str, object] = {}
     if settings.spacing_pair is not None:
-        first, second = settings.spacing_pair
-        changes["spacing"] = PairSpacing(i=first, j=second, mm=PAIR_MM)
+        changes["spacing"] = pair_spacing(settings.spacing_pair)
     if settings.unit:
         changes["unit"] = settings.unit
     if settings.thresholds:

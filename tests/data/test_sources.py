@@ -67,13 +67,9 @@ def test_a_folder_is_read_in_order_of_id_and_split_by_hash(tmp_path):
     (tmp_path / "b/3.png").write_bytes(b"")
     after = splits(pool(tmp_path, val_fraction=0.5))
     assert {key: after[key] for key in before} == before
-
-
-def test_the_validation_share_of_a_folder_is_about_what_was_asked(tmp_path):
     for number in range(400):
         (tmp_path / f"{number}.png").write_bytes(b"")
-    found = pool(tmp_path, val_fraction=0.25, seed=3)
-    assert 70 <= sum(split == "val" for split in splits(found).values()) <= 130
+    assert 70 <= sum(split == "val" for split in splits(pool(tmp_path, val_fraction=0.25, seed=3)).values()) <= 130
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
@@ -196,11 +192,8 @@ def test_the_real_ceph_table_follows_its_spec(real_data):
     assert (len(found.samples), found.spec.unit, found.spec.num_landmarks) == (300, "mm", 19)
     assert list(splits(found).values()).count("test1") == 150
     np.testing.assert_array_equal(found.samples[0].points[0], [832, 993.5])
-
-
-def test_one_reader_of_a_table_may_have_a_file_of_its_own(real_data):
-    found = read(real_data("isbi2015_ceph"), spec="cephalometric", annotator="senior")
-    np.testing.assert_array_equal(found.samples[0].points[0], [835, 996])
+    senior = read(real_data("isbi2015_ceph"), spec="cephalometric", annotator="senior")  # in a file of its own
+    np.testing.assert_array_equal(senior.samples[0].points[0], [835, 996])
 
 
 def test_the_annotators_pair_agrees_with_the_stated_spacing_of_the_hands(real_data):
@@ -218,13 +211,9 @@ def test_without_spacing_a_table_is_in_pixels_and_never_in_guessed_millimetres(t
         read(tmp_path, unit="mm")
 
 
-def test_a_table_without_landmarks_is_unlabelled(tmp_path):
+def test_a_table_without_landmarks_is_unlabelled_and_its_split_may_be_given(tmp_path):
     found = read(table(tmp_path))
-    assert found.spec.num_landmarks == 0
-    assert splits(found) == {"a": "train", "b": "test"}
-
-
-def test_split_may_be_given_instead_of_a_column(tmp_path):
+    assert (found.spec.num_landmarks, splits(found)) == (0, {"a": "train", "b": "test"})
     table(tmp_path, "a,a.png\n", columns="image_id,file")
     assert splits(read(tmp_path, split="test")) == {"a": "test"}
     with pytest.raises(DataError, match="no column 'split'"):

@@ -40,7 +40,7 @@ _OFTEN, _OFTEN_SHARE = 3, 0.05  # images in which a landmark lies at the very sa
 _MOST_OF_A_PATIENT, _FEW_IMAGES = 0.5, 8
 _MOST_LANDMARKS = 10_000
 
-Points = dict[int, dict[str, tuple[float, float]]]  # by landmark and annotator
+Marks = dict[tuple[int, str], tuple[float, float] | str]  # by landmark and annotator: a place, or why there is none
 
 
 def read_table(root: Path, settings: PackSettings, keys: KeyedIds | None) -> RawDataset:
@@ -310,34 +310,30 @@ def _read_landmarks(path: Path, annotator: str, dataset: RawDataset) -> _Labels:
     """Of one annotator, or the mean over all of them."""
     table = read_csv(path, ("image_id", "landmark_index", "x", "y"), numbers=("x", "y"))
     dataset.warnings += table.warnings
-    marks: dict[str, Points] = {}
-    gaps: dict[str, dict[tuple[int, str], str]] = {}
+    marks: dict[str, Marks] = {}
     names: dict[int, str] = {}
-    annotators: set[str] = set()
     for where, row in table.rows():
         reader, image = row.get("annotator") or "", _name(row["image_id"])
-        annotators.add(reader)
         index = _index(table, row["landmark_index"], where)
         title = _title(row.get("landmark_name") or f"p{index}", where)
         if names.setdefault(index, title) != title:
             raise DataError(f"{where}: landmark {index} is called {title!r} here and {names[index]!r} before")
-        readers, unseen = marks.setdefault(image, {}).setdefault(index, {}), gaps.setdefault(image, {})
-        if reader in readers or (index, reader) in unseen:
+        of_image = marks.setdefault(image, {})
+        if (index, reader) in of_image:
             raise DataError(f"{where}: landmark {index} of image {image!r} is there twice; remove one of the rows")
-        point = _point(table, row, where)
-        if isinstance(point, str):
-            unseen[index, reader] = point
-        else:
-            readers[reader] = point
+        of_image[index, reader] = _mark(table, row, where)
     _check_names(path, names)
-    values = [value for image in marks.values() for readers in image.values() for p in readers.values() for value in p]
-    if values and all(0 <= value <= 1 for value in values):  # would put every landmark into the corner pixel
+    points = [mark for of_image in marks.values() for mark in of_image.values() if not isinstance(mark, str)]
+    if points and all(0 <= value <= 1 for point in points for value in point):  # all in the corner pixel
         raise DataError(f"{path}: all x and y lie from 0 to 1, which look like shares; wanted pixels: multiply them")
+    annotators = {reader for of_image in marks.values() for _, reader in of_image}
     if annotator != "mean" and annotator not in annotators:
         raise ConfigError(f"annotator={annotator!r}, but {path.name} has {', '.join(sorted(annotators))}; or mean")
     labels = _Labels(path, tuple(names[index] for index in sorted(names)))
-    for image, points in marks.items():
-        _add_mean(labels, image, points, gaps[image], None if annotator == "mean" else annotator)
+    for image, of_image in marks.items():
+        # With one annotator, images that this one did not label fall out.
+        readers = {reader for _, reader in of_image if annotator in ("mean", reader)}
+        _add_mean(labels, image, of_image, sorted(readers))
     return labels
 
 
@@ -355,7 +351,7 @@ def _title(name: str, where: str) -> str:
     return title
 
 
-def _point(table: CsvFile, row: dict[str, str], where: str) -> tuple[float, float] | str:
+def _mark(table: CsvFile, row: dict[str, str], where: str) -> tuple[float, float] | str:
     """The position, or in words why there is none."""
     line = where.rpartition(" line ")[2]
     if row["x"].lower() in _NOTHING or row["y"].lower() in _NOTHING:
@@ -381,25 +377,21 @@ def _check_names(path: Path, names: dict[int, str]) -> None:
             )
 
 
-def _add_mean(
-    labels: _Labels, image: str, points: Points, unseen: dict[tuple[int, str], str], annotator: str | None
-) -> None:
+def _add_mean(labels: _Labels, image: str, marks: Marks, readers: list[str]) -> None:
     """The mean over the annotators of an image, of whom each gives all landmarks; or the first gap.
 
     A mean over other readers for each landmark would move the shape, so a gap of one reader costs the image.
     """
-    readers = {reader for given in points.values() for reader in given} | {reader for _, reader in unseen}
-    if annotator is not None:
-        readers &= {annotator}  # images this annotator did not label fall out
+    places = np.zeros((len(readers), len(labels.names), 2))
     for index, name in enumerate(labels.names):
-        for reader in sorted(readers):
-            if reader not in points.get(index, {}):
-                why = unseen.get((index, reader), f"has no row in {labels.path.name}")
-                labels.gaps[image] = index, f"landmark {name} {why}" + (f" of {reader}" if reader else "")
+        for number, reader in enumerate(readers):
+            mark = marks.get((index, reader), f"has no row in {labels.path.name}")
+            if isinstance(mark, str):
+                labels.gaps[image] = index, f"landmark {name} {mark}" + (f" of {reader}" if reader else "")
                 return
+            places[number, index] = mark
     if readers:
-        means = [np.mean([points[i][r] for r in sorted(readers)], axis=0) for i in range(len(labels.names))]
-        labels.points[image] = np.array(means)
+        labels.points[image] = places.mean(0)
 
 
 # --- what the set is

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from ddpm_lmk.config import RunConfig, Section
 from ddpm_lmk.config.load import load_run, load_yaml, validate
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
@@ -191,7 +192,12 @@ def _pack_once(out: Path, wanted: DemoPack, size: int, whole: Whole | None) -> N
             if line is not None and not sys.stderr.isatty():
                 say(line)
 
-        pack(wanted.source, "phantom", out, size=size, counts=wanted.counts, seed=wanted.seed, progress=tell)
+        pack(
+            wanted.source,
+            out,
+            PackSettings(kind="phantom", size=size, counts=wanted.counts, seed=wanted.seed),
+            progress=tell,
+        )
 
 
 def refuse_another_recipe(out: Path, settings: DemoShards, pretraining: RunConfig, sweep: Sweep) -> None:

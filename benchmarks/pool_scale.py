@@ -25,8 +25,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.duplicates.fingerprints import PRINT_DTYPE, look
-from ddpm_lmk.data.duplicates.search import MOST_DETAIL_BITS, RADIUS, first_of_its_kind
+from ddpm_lmk.data.duplicates.fingerprints import FINGERPRINT_DTYPE, perceptual_hash
+from ddpm_lmk.data.duplicates.search import MOST_DETAIL_BITS, RADIUS, find_originals
 from ddpm_lmk.system.files import write_json
 from ddpm_lmk.system.machine import hardware, versions
 
@@ -70,7 +70,9 @@ def main() -> None:
 def real_looks(folder: Path) -> np.ndarray:
     """The 64 bits of every film, as packed at 128 px."""
     films = (cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in sorted(folder.iterdir()))
-    return np.array([look(cv2.resize(film, (SIDE, SIDE), interpolation=cv2.INTER_AREA))[0] for film in films])
+    return np.array(
+        [perceptual_hash(cv2.resize(film, (SIDE, SIDE), interpolation=cv2.INTER_AREA))[0] for film in films]
+    )
 
 
 def model_of(low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +107,7 @@ def crowding(low: np.ndarray) -> dict[str, float]:
 
 def measure(real: np.ndarray, films: int) -> dict[str, Any]:
     """One pool: draw it, plant copies, find them."""
-    rng, prints = np.random.default_rng(0), np.zeros(films, PRINT_DTYPE)
+    rng, prints = np.random.default_rng(0), np.zeros(films, FINGERPRINT_DTYPE)
     prints["low"] = draw(model_of(real), films, seed=0)
     for name in ("pixels", "detail"):
         prints[name] = rng.integers(1, 1 << 63, prints[name].shape, np.uint64)
@@ -114,7 +116,7 @@ def measure(real: np.ndarray, films: int) -> dict[str, Any]:
     prints["low"][copies] = prints["low"][originals] ^ _flips(rng, 1, RADIUS)[:, 0]
     prints["detail"][copies] = prints["detail"][originals] ^ _flips(rng, 4, MOST_DETAIL_BITS)
     wall, cpu = time.perf_counter(), time.process_time()
-    first, _ = first_of_its_kind(prints)
+    first, _ = find_originals(prints)
     row: dict[str, Any] = {"films": films, "wall_s": round(time.perf_counter() - wall, 1)}
     row["cpu_s"] = round(time.process_time() - cpu, 1)
     row["highest_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)

@@ -29,7 +29,7 @@ import numpy as np
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import dump_run
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.images.resize import encode
 from ddpm_lmk.data.shards.verify import Manifest, SampleRecord, ShardWriter, to_stored_matrix
 from ddpm_lmk.data.spec import unlabelled
@@ -117,7 +117,7 @@ def _pack_noise(out: Path, images: int) -> None:
         for i in range(images):
             record = SampleRecord(f"{i:06d}", "noise", "train", None, (SIZE, SIZE), None, None, matrix)
             writer.add(record, encode(rng.integers(0, 256, (SIZE, SIZE)).astype(np.uint8), "raw", 90))
-    write_prints(Manifest.open(out))
+    write_fingerprints(Manifest.open(out))
 
 
 def _damage(data: Path, share: float) -> set[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.shards import remote
 from ddpm_lmk.data.shards.remote import CacheSettings
 from ddpm_lmk.data.shards.verify import Manifest, verify
@@ -34,7 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
     from gcp_storage_emulator import server as emulator
 
     pack = pack_dots(tmp_path_factory.mktemp("gs") / "dots", {"train": 24, "test": 4})
-    write_prints(Manifest.open(pack))
+    write_fingerprints(Manifest.open(pack))
     server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="films")
     server.start()
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.shards import remote
 from ddpm_lmk.data.shards import remote as retries
 from ddpm_lmk.data.shards.remote import CacheSettings, ShardCache
@@ -31,7 +31,7 @@ SHARD_BYTES = 25_000  # somewhat more than one shard of the packs below
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = pack_dots(tmp_path_factory.mktemp("remote") / "dots", {"train": 24, "test": 4})
-    write_prints(Manifest.open(out))  # as packing does; without them a pool has to read every image first
+    write_fingerprints(Manifest.open(out))  # as packing does; without them a pool has to read every image first
     return out
 
 
@@ -167,7 +167,7 @@ def test_a_cache_of_two_windows_serves_a_pack_that_is_larger(server, pack, tmp_p
 READ_ALL = """\
 import hashlib, sys
 from pathlib import Path
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.shards.remote import CacheSettings
 from ddpm_lmk.data.shards.verify import Manifest
 manifest = Manifest.open(sys.argv[1], CacheSettings(Path(sys.argv[2])))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, verify
 from ddpm_lmk.errors import CheckpointError, DataError
 from tests.data.sets import IDS, write
@@ -60,7 +60,7 @@ def test_a_flipped_bit_in_any_file_is_found(tmp_path):
     """Six hundred bits over manifest, index, prints, refusals and shards, headers and padding included."""
     folder = write(tmp_path / "set")
     manifest = Manifest.open(folder)
-    write_prints(manifest)
+    write_fingerprints(manifest)
     rng = np.random.default_rng(0)
     missed = []
     for path in sorted(folder.iterdir()):

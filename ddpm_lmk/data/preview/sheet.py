@@ -74,7 +74,7 @@ def _pair(
 ) -> None:
     left, top = corner
     sources = [*found.trained, *found.protected]
-    for side, (source, row) in enumerate((finding.film, finding.of)):
+    for side, (source, row) in enumerate((finding.image, finding.of)):
         manifest = sources[source].manifest
         record = manifest.read_record(row)
         x = left + side * (TILE + 2)

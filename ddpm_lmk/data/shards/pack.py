@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk import __version__
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.images.dicom_spacing import AT_DETECTOR, UNKNOWN
 from ddpm_lmk.data.images.resize import Filter, Window
 from ddpm_lmk.data.shards.decoding import Packed, Refused, decoded
@@ -227,7 +227,7 @@ def pack(
         if id_map is not None:
             _write_map(Path(id_map), found)
         summary = _write(found, settings, out, granted_cores() if workers is None else workers, progress)
-    write_prints(Manifest.open(out))
+    write_fingerprints(Manifest.open(out))
     summary.seconds = time.perf_counter() - started
     return summary
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ddpm_lmk.data.loading.augment import Changes, Floats, invert
 from ddpm_lmk.data.loading.corpus import Corpus
-from ddpm_lmk.data.loading.pixels import needs_16_bits
+from ddpm_lmk.data.loading.pixels import Residency, needs_16_bits
 from ddpm_lmk.data.loading.warp import Intensity, tone
 from ddpm_lmk.data.shards.remote import with_retries
 from ddpm_lmk.data.shards.verify import CorruptSampleError
@@ -48,6 +48,8 @@ class Kind(NamedTuple):
 
 class DaliPixels:
     """Fetches verified bytes and turns them into network input; the counterpart of `StreamPixels`."""
+
+    residency: Residency = "stream"
 
     def __init__(self, corpora: Sequence[Corpus], device: torch.device, *, workers: int, largest: int) -> None:
         """`largest`: most images of one call of `images`. Raises LaunchError where DALI is missing."""
@@ -86,8 +88,7 @@ class DaliPixels:
             images = torch.empty(len(fetched), self._size, self._size, 1, device=self._device).permute(0, 3, 1, 2)
             for kind in dict.fromkeys(kind for kind, _ in fetched):
                 members = [i for i, (other, _) in enumerate(fetched) if other == kind]
-                found = self._run(kind, intensity, [fetched[i][1] for i in members], matrices[members])
-                images[members] = found
+                images[members] = self._run(kind, intensity, [fetched[i][1] for i in members], matrices[members])
             tone(images, changes, seed=seed, positions=positions)
             if self._stream is not None:
                 self._stream.synchronize()  # in the prefetching thread: who takes the batch need not wait
@@ -204,7 +205,7 @@ def _check_header(data: bytes, kind: Kind, size: int) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=(_FORMATS[kind.encoding],)) as image:
             found = (image.size, image.mode)
-    except Exception as error:  # a parser may leak anything (failures.md, B27)
+    except Exception as error:  # a parser may leak anything (docs/faults.md, B27)
         raise CorruptSampleError(f"a {kind.encoding} image has no readable header ({type(error).__name__})") from error
     if found[0] != (size, size) or found[1] not in wanted:
         raise CorruptSampleError(f"a {kind.encoding} image is {found[0]} {found[1]}, {size} px {kind.bits} bit wanted")

@@ -1,9 +1,8 @@
-"""The torch loader: positions in, batches out, for training (endless, augmented) and for evaluation (each sample once).
+"""From positions of the stream to batches: training (endless, augmented) and evaluation (each sample once).
 
-It holds no random state: what a batch contains follows from the run file and its positions. Which sample stands where
-is in `order`, what is done to it in `augment` and `warp`, where its pixels are in `resident`.
-
-Makes things ahead of the one in use, in one thread and in order, and tells how long it was waited for.
+A loader holds no random state: what a batch contains follows from the run file and its positions. Which sample stands
+where is in `order`, what is done to it in `augment` and `warp`, where its pixels are in `pixels`. One thread makes
+batches ahead of the one in use, in order, and the time that was waited for it is reported.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ import torch
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.loading.augment import Changes, compose, draw_changes, invert, move, no_changes
-from ddpm_lmk.data.loading.backend import Name
 from ddpm_lmk.data.loading.bad_samples import BadSample, Quarantine
 from ddpm_lmk.data.loading.corpus import Corpus, Facts, evaluation_corpora, fingerprint, training_corpora
 from ddpm_lmk.data.loading.dali import DaliPixels
@@ -33,40 +31,15 @@ from ddpm_lmk.data.shards.verify import CorruptSampleError, SampleRecord
 from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.errors import ConfigError, DataError
 
-DEPTH = 2  # groups, or evaluation batches, made ahead of the one in use
-
-Request = TypeVar("Request")
-
-
-def ahead(
-    make: Callable[[Request], Made], requests: Iterator[Request], *, in_thread: bool
-) -> Iterator[tuple[Made, float]]:
-    """`make` of every request, in order, and the seconds waited for it; without a thread each is made when asked."""
-    if not in_thread:
-        for request in requests:
-            began = time.perf_counter()
-            yield make(request), time.perf_counter() - began
-        return
-    with ThreadPoolExecutor(1, "prefetch") as thread:
-        pending = deque(thread.submit(make, request) for request in itertools.islice(requests, DEPTH))
-        try:
-            while pending:
-                began = time.perf_counter()
-                made = pending.popleft().result()
-                waited = time.perf_counter() - began
-                pending.extend(thread.submit(make, request) for request in itertools.islice(requests, 1))
-                yield made, waited
-        finally:
-            for future in pending:
-                future.cancel()
-
-
 log = logging.getLogger(__name__)
 
-_SUBSTITUTES = 16  # tries at finding a readable sample for a position
-
+Name = Literal["torch", "dali"]
+Request = TypeVar("Request")
 Made = TypeVar("Made")
 Place = tuple[int, int]  # corpus, row
+
+_DEPTH = 2  # global batches, or evaluation batches, made ahead of the one in use
+_SUBSTITUTES = 16  # tries at finding a readable sample for a position
 
 
 @dataclass(frozen=True)
@@ -92,15 +65,19 @@ class _Loader:
         self._spec = mixture(specs) if corpora[0].records else specs[0]
         self._domains = [self._spec.domains.index(spec) if self._spec.parts else 0 for spec in specs]
         self._decoders = ThreadPoolExecutor(cfg.data.workers, "decode") if cfg.data.workers else None
-        self.residency: Residency = "stream"
-        self._pixels: StreamPixels | ResidentPixels | DaliPixels
-        workers = cfg.data.workers
+        self._pixels: StreamPixels | DaliPixels
+        workers, wanted = cfg.data.workers, cfg.data.residency
         if seat.backend == "dali":
             self._pixels = DaliPixels(corpora, seat.device, workers=workers, largest=largest)
-            return
-        self._pixels, self.residency = open_pixels(
-            corpora, cfg.data.residency, device=seat.device, workers=workers, world=seat.world, cache=cache
-        )
+        else:
+            self._pixels = open_pixels(
+                corpora, wanted, device=seat.device, workers=workers, world=seat.world, cache=cache
+            )
+
+    @property
+    def residency(self) -> Residency:
+        """Where the pixels are."""
+        return self._pixels.residency
 
     @property
     def num_images(self) -> int:
@@ -131,8 +108,25 @@ class _Loader:
     def _map(self, function: Callable[..., Made], *columns: Iterable[Any]) -> list[Made]:
         return list((self._decoders.map if self._decoders is not None else map)(function, *columns))
 
-    def _ahead(self, make: Callable[[Any], Made], requests: Iterator[Any]) -> Iterator[tuple[Made, float]]:
-        return ahead(make, requests, in_thread=self._cfg.data.workers > 0)
+    def _ahead(self, make: Callable[[Request], Made], requests: Iterator[Request]) -> Iterator[tuple[Made, float]]:
+        """`make` of every request, in order, and the seconds waited for it; without workers each is made when due."""
+        if self._decoders is None:
+            for request in requests:
+                began = time.perf_counter()
+                yield make(request), time.perf_counter() - began
+            return
+        with ThreadPoolExecutor(1, "prefetch") as thread:  # one: batches come in order, and DALI allows no more
+            pending = deque(thread.submit(make, request) for request in itertools.islice(requests, _DEPTH))
+            try:
+                while pending:
+                    began = time.perf_counter()
+                    made = pending.popleft().result()
+                    waited = time.perf_counter() - began
+                    pending.extend(thread.submit(make, request) for request in itertools.islice(requests, 1))
+                    yield made, waited
+            finally:
+                for future in pending:
+                    future.cancel()
 
     def _batch(
         self,
@@ -202,15 +196,15 @@ class TrainLoader(_Loader):
         Raises:
             DataError: a position has no readable sample. StoppedError: the file system does not answer.
         """
-        found: list[BadSample] = []  # known before the first group: what decoding everything brought up
+        known: list[BadSample] = []  # before the first step: what decoding everything brought up
         if isinstance(self._pixels, ResidentPixels):
-            found = [BadSample(*bad) for bad in self._pixels.bad_among(self._corpora)]
+            known = [BadSample(*bad) for bad in self._pixels.bad_among(self._corpora)]
         for (step, micro_batches, bad), waited in self._ahead(self._make, itertools.count(start_step)):
-            yield Group(self.plan.size(step), micro_batches, waited, tuple(found + bad))
-            found = []
+            yield Group(self.plan.size(step), micro_batches, waited, tuple(known + bad))
+            known = []
 
-    def _expect(self, step: int) -> None:
-        """Have remote shards fetched half a window before they are due: one window is in use while the next comes."""
+    def _prefetch_shards(self, step: int) -> None:
+        """Have remote shards fetched half a shuffle window before they are due: one is in use while the next comes."""
         remote = [c for c, corpus in enumerate(self._corpora) if corpus.manifest.is_remote]
         if not remote:
             return
@@ -222,7 +216,7 @@ class TrainLoader(_Loader):
             manifest.expect(np.unique(manifest.shard_of(rows[corpora == c])).tolist())
 
     def _make(self, step: int) -> tuple[int, list[Batch], list[BadSample]]:
-        self._expect(step)
+        self._prefetch_shards(step)
         positions, weights, micro = self.plan.share(step, self._seat.rank, self._seat.world)
         found = self._map(self._find, positions.tolist(), *(axis.tolist() for axis in self._order.at(positions)))
         batches = []
@@ -288,9 +282,11 @@ class EvalLoader(_Loader):
         return self._batch(places, fetched, positions, weights, no_changes(len(positions)))
 
 
-def open_training(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None) -> TrainLoader:
-    """See `ddpm_lmk.data.open_loader`."""
-    corpora = training_corpora(cfg)
+def open_training(
+    cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None, *, corpora: Sequence[Corpus] | None = None
+) -> TrainLoader:
+    """See `ddpm_lmk.data.open_loader`; `corpora` where they are open already."""
+    corpora = training_corpora(cfg) if corpora is None else corpora
     count = sum(len(corpus.rows) for corpus in corpora)
     plan = GroupPlan.of(cfg, count)
     plan.check_world(seat.world)
@@ -301,10 +297,10 @@ def open_training(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None) -> T
 
 def open_evaluation(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None, *, split: str | None) -> EvalLoader:
     """See `ddpm_lmk.data.open_loader`."""
-    wanted = split or cfg.evaluate.split
-    if wanted is None:
+    split = split or cfg.evaluate.split
+    if split is None:
         raise ConfigError("evaluate.split is null, so there is nothing to evaluate; name a split")
-    return EvalLoader(cfg, evaluation_corpora(cfg, wanted), seat, cache)
+    return EvalLoader(cfg, evaluation_corpora(cfg, split), seat, cache)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

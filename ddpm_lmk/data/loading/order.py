@@ -40,7 +40,7 @@ class GroupPlan:
 
     With windows "straddle" every group is full and may reach over the end of an epoch. With "epoch" none does: an epoch
     starts at a multiple of `num_images` and its last group is short; with `drop_last` the images that do not fill a
-    micro-batch are left out (paper.md, section 2). Positions left out are never used, so epochs stay aligned.
+    micro-batch are left out (docs/method.md, section 2). Positions left out are never used, so epochs stay aligned.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class GroupPlan:
     def of(cls, cfg: RunConfig, num_images: int) -> GroupPlan:
         """The groups of a run that learns from so many images; raises ConfigError as the constructor."""
         train = cfg.train
-        # The paper leaves out a part of a micro-batch in pre-training, but uses every labelled image (paper.md, 2, 3).
+        # The paper drops an unfilled micro-batch in pre-training, and uses every labelled image (docs/method.md, 2, 3)
         drop_last = cfg.task.stage == "pretrain"
         return cls(num_images, train.group_size, train.given_micro_batch, train.windows, drop_last=drop_last)
 
@@ -103,7 +103,7 @@ class GroupPlan:
         return [w for w in range(1, self.group_size + 1) if self.group_size % (w * unit) == 0]
 
     def check_world(self, world: int) -> None:
-        """Raise ConfigError if the group cannot be shared out evenly among `world` processes (failures.md, A4)."""
+        """Raise ConfigError if the group cannot be shared out evenly among `world` processes (docs/faults.md, A4)."""
         if world not in self.worlds():
             each = f" x micro_batch {self.micro_batch}" if self.micro_batch else ""
             allowed = ", ".join(map(str, self.worlds()))

@@ -190,7 +190,7 @@ def _our_way(
 def _released_way(
     spec: Spec, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, folder: Path
 ) -> Callable[[], None]:
-    """A step of the released training loop (paper.md, section 2 and 6)."""
+    """A step of the released training loop (docs/method.md, section 2 and 6)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     average = copy.deepcopy(model).requires_grad_(False)
 

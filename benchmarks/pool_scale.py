@@ -1,11 +1,10 @@
-"""Comparing the films of a pool of millions: time and memory, on prints drawn to look like those of real films.
+"""Comparing the images of a pool of millions: time and memory, on fingerprints drawn to look like those of real ones.
 
     python -m benchmarks.pool_scale --data DIR --out benchmarks/results [--films 100000 1000000 10000000]
 
-Prints are drawn from a model whose bits have the shares and correlations of the films in nih_cxr14_1000, so that they
-crowd as chests do: `near_by_looks` and `share_of_pairs_compared` are given for the drawn and for the real ones. Into
-each pool copies are planted, with up to 4 of 64 and 24 of 256 bits changed; all of them have to be found. Every size
-is a process of its own. Writes `pool_scale.json`.
+The 64 bits are drawn from a model with the shares and correlations of those in nih_cxr14_1000, so that they crowd as
+chests do. Into each pool copies are planted, with up to 4 of 64 and 24 of 256 bits changed; all of them have to be
+found. Every size is a process of its own. Writes `pool_scale.json`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from ddpm_lmk.system.machine import hardware, versions
 REAL, SIDE = "nih_cxr14_1000", 128
 PLANTED = 1000
 _AT_ONCE = 1 << 17
-_FEW = 1000
 
 
 def main() -> None:
@@ -57,7 +55,6 @@ def main() -> None:
         for films in args.films
     ]
     result = {
-        "crowding": {"real": crowding(real), "drawn": crowding(draw(model_of(real), _FEW, seed=1))},
         "rows": rows,
         "hardware": hardware(),
         "versions": versions("ddpm-lmk", "numpy"),
@@ -95,14 +92,6 @@ def draw(model: tuple[np.ndarray, np.ndarray], count: int, *, seed: int) -> np.n
         waves = rng.standard_normal((size, 64), np.float32) @ mixing.T.astype(np.float32)
         low[begin : begin + size] = np.packbits(waves > thresholds, axis=1, bitorder="little").view("<u8")[:, 0]
     return low
-
-
-def crowding(low: np.ndarray) -> dict[str, float]:
-    """How alike films look: the share of all pairs within the radius, and of those that the search compares."""
-    a, b = np.triu_indices(len(low), 1)
-    same = (np.stack([((low[a] ^ low[b]) >> np.uint64(8 * part)) & np.uint64(0xFF) for part in range(8)]) == 0).sum(0)
-    near = np.bitwise_count(low[a] ^ low[b]) <= RADIUS
-    return {"near_by_looks": float(near.mean()), "share_of_pairs_compared": float((same >= 4).mean())}
 
 
 def measure(real: np.ndarray, films: int) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _compare_pool(manifests: Sequence[Manifest], guards: Sequence[Manifest], dat
         nothing = tuple(np.zeros(0, np.int64) for _ in manifests)
         return Exclusion(nothing, _record(Leakage(trained, []), data, left_out=0))
     found = compare(trained, protected)
-    if data.leaks == "leave_out":
+    if data.leaks == "leave_out":  # what leaks is counted once, not also as a duplicate
         leaking = {finding.image for finding in found.leaks}
         found.copies = [each for each in found.copies if each.image not in leaking]
     out = {each.image for each in found.leaks} if data.leaks == "leave_out" else set()
@@ -211,7 +211,7 @@ def _spread(leaks: dict[Place, Finding], copies: Sequence[Finding]) -> None:
 def uncompared_patients(trained: Sequence[Source], protected: Sequence[Source]) -> list[Uncompared]:
     """The pairs of datasets between which a patient would not be found again, though one of them names patients."""
     datasets = {source.manifest.fingerprint: source.manifest for source in (*trained, *protected)}
-    if len(datasets) == 1:
+    if len(datasets) == 1:  # ids of one dataset are comparable
         return []
     naming = {fingerprint: _Naming.of(manifest) for fingerprint, manifest in datasets.items()}
     pairs = dict.fromkeys(

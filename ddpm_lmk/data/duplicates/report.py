@@ -133,7 +133,7 @@ def refuse_seen(results: Iterable[dict[str, Any]], *, acknowledged: bool) -> lis
     """What has to be said about scores: one line for each kind of overlap found.
 
     Raises:
-        DataError: pre-training saw films that are scored, and `acknowledged` is not set.
+        DataError: pre-training saw images that are scored, and `acknowledged` is not set.
     """
     results = list(results)
     lines = []
@@ -145,12 +145,13 @@ def refuse_seen(results: Iterable[dict[str, Any]], *, acknowledged: bool) -> lis
         most = max(leak["images"] for leak in found)
         runs = f"{len(found)} of {len(results)} runs"
         lines.append(f"Leakage: up to {most} of the {total} scored images were {words} ({runs}).")
+        # Published splits share images (ISBI 2015 does), so labelled ones seen in training are only remarked on.
         if stage == "pretraining" and not acknowledged:
             raise DataError(
                 f"{lines[-1]} The score is not shown: pre-train with data.protect and data.leaks=leave_out, "
                 "or pass --acknowledge-leakage to have it shown with this remark"
             )
-    reasons = {
+    reasons = {  # a dict keeps their order, and each once
         reason: None
         for each in results
         for stage in ("pretraining", "training")

@@ -22,7 +22,7 @@ from ddpm_lmk.data.loading.loader import Name, Seat, open_training
 from ddpm_lmk.data.loading.pixels import choose_residency
 from ddpm_lmk.errors import ConfigError
 
-_MEASURED_S = 1.0
+_MEASURED_S = 1.0  # of each: a choice that costs more than it brings is none
 _WARM_UP = 2  # global batches before the clock starts: they start threads and build the pipelines of DALI
 
 

@@ -58,11 +58,12 @@ class Quarantine:
     def merge(self, met: Iterable[BadSample], *, step: int) -> list[dict[str, Any]]:
         """List what the ranks met up to `step`, each sample once; returns the new entries, the same on every rank."""
         fresh = []
-        for bad in sorted(set(met)):
+        for bad in sorted(set(met)):  # ranks meet them in any order, and all have to write the same list
             if (bad.corpus, bad.row) in self._seen:
                 continue
             self._seen.add((bad.corpus, bad.row))
             manifest = self._corpora[bad.corpus].manifest
+            # Names may be those of patients; the digest of the packed image finds the sample again.
             digest = manifest.index[bad.row]["sha256"].tobytes().hex()
             place = {"pack": bad.corpus, "dataset": manifest.dataset, "row": bad.row, "id": digest}
             fresh.append({"step": step, **place, "reason": bad.reason})

@@ -48,6 +48,7 @@ class Corpus:
         self.records: dict[int, SampleRecord] = {}
         self.rows: SplitRows | np.ndarray = rows
         if labelled:
+            # Few, unlike a pool's: all labels are read now, so that a missing one is known before training.
             read = ((row, with_retries(manifest.read_record, row)) for row in rows)
             self.records = {row: record for row, record in read if record.points is not None}
             self.rows = np.array(list(self.records), dtype=np.int64)
@@ -204,7 +205,7 @@ def _open_one(
     corpus = Corpus(manifest, manifest.rows(present, without=without), image_size, labelled=labelled)
     if len(corpus.rows) == 0 and without is not None and len(without):
         raise DataError(
-            f"{manifest.root}: all {len(without)} images of {names} are in protected splits or other packs too; "
+            f"{manifest.root}: all {len(without)} images of {names} are in protected splits or other datasets too; "
             "take it out of data.path, or see data.leaks and data.copies"
         )
     if len(corpus.rows) == 0:

@@ -26,8 +26,8 @@ from ddpm_lmk.data.loading.bad_samples import BadSample, Quarantine
 from ddpm_lmk.data.loading.corpus import Corpus, Facts, evaluation_corpora, fingerprint, training_corpora
 from ddpm_lmk.data.loading.dali import DaliPixels
 from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder, keyed_uniform
-from ddpm_lmk.data.loading.pixels import Residency, ResidentPixels, StreamPixels, open_pixels
-from ddpm_lmk.data.shards.verify import CorruptSampleError, SampleRecord
+from ddpm_lmk.data.loading.pixels import ResidentPixels, StreamPixels, open_pixels
+from ddpm_lmk.data.shards.verify import CorruptSampleError
 from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.errors import ConfigError, DataError
 
@@ -38,7 +38,7 @@ Request = TypeVar("Request")
 Made = TypeVar("Made")
 Place = tuple[int, int]  # corpus, row
 
-_DEPTH = 2  # global batches, or evaluation batches, made ahead of the one in use
+_DEPTH = 2  # batches made ahead: one is being made while one is ready; more would only hold memory
 _SUBSTITUTES = 16  # tries at finding a readable sample for a position
 
 
@@ -53,7 +53,14 @@ class Seat:
 
 
 class _Loader:
-    """What training and evaluation share: samples at places become a batch on the device."""
+    """What training and evaluation share: samples at places become a batch on the device.
+
+    Attributes:
+        spec: facts of the dataset: of all labelled ones together, of the first one in a pool without labels.
+        records: the labelled samples in use, few-shot ones in the order drawn; empty where labels are not used.
+        fingerprint: changes when the packed data changes.
+        residency: where the pixels are.
+    """
 
     def __init__(
         self, cfg: RunConfig, corpora: Sequence[Corpus], seat: Seat, cache: dict[Any, Any] | None, *, largest: int
@@ -62,42 +69,21 @@ class _Loader:
         assert 0 <= seat.rank < seat.world
         self._cfg, self._corpora, self._seat = cfg, corpora, seat
         specs = [corpus.manifest.spec for corpus in corpora]
-        self._spec = mixture(specs) if corpora[0].records else specs[0]
-        self._domains = [self._spec.domains.index(spec) if self._spec.parts else 0 for spec in specs]
-        self._decoders = ThreadPoolExecutor(cfg.data.workers, "decode") if cfg.data.workers else None
-        self._pixels: StreamPixels | DaliPixels
+        self.spec: DatasetSpec = mixture(specs) if corpora[0].records else specs[0]
+        self.records = [corpus.records[row] for corpus in corpora if corpus.records for row in corpus.rows.tolist()]
+        self.num_images = sum(len(corpus.rows) for corpus in corpora)
+        self.fingerprint = fingerprint(corpora)
+        self._domains = [self.spec.domains.index(spec) if self.spec.parts else 0 for spec in specs]
         workers, wanted = cfg.data.workers, cfg.data.residency
+        self._decoders = ThreadPoolExecutor(workers, "decode") if workers else None
+        self._pixels: StreamPixels | DaliPixels
         if seat.backend == "dali":
             self._pixels = DaliPixels(corpora, seat.device, workers=workers, largest=largest)
         else:
             self._pixels = open_pixels(
                 corpora, wanted, device=seat.device, workers=workers, world=seat.world, cache=cache
             )
-
-    @property
-    def residency(self) -> Residency:
-        """Where the pixels are."""
-        return self._pixels.residency
-
-    @property
-    def num_images(self) -> int:
-        """Images in use."""
-        return sum(len(corpus.rows) for corpus in self._corpora)
-
-    @property
-    def spec(self) -> DatasetSpec:
-        """Facts of the dataset: of all labelled ones together, of the first one in a pool without labels."""
-        return self._spec
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the packed data changes."""
-        return fingerprint(self._corpora)
-
-    @property
-    def records(self) -> list[SampleRecord]:
-        """The labelled samples in use, few-shot ones in the order drawn; empty where labels are not used."""
-        return [corpus.records[row] for corpus in self._corpora for row in corpus.rows.tolist() if corpus.records]
+        self.residency = self._pixels.residency
 
     def close(self) -> None:
         """Stop the decoding threads; the loader cannot be used afterwards."""
@@ -115,7 +101,7 @@ class _Loader:
                 began = time.perf_counter()
                 yield make(request), time.perf_counter() - began
             return
-        with ThreadPoolExecutor(1, "prefetch") as thread:  # one: batches come in order, and DALI allows no more
+        with ThreadPoolExecutor(1, "prefetch") as thread:  # one, so batches come in order
             pending = deque(thread.submit(make, request) for request in itertools.islice(requests, _DEPTH))
             try:
                 while pending:
@@ -150,7 +136,7 @@ class _Loader:
             positions=torch.from_numpy(positions.copy()),
             weight=_tensor(weights),
             ids=tuple(fact.id for fact in facts),
-            domain=torch.tensor([self._domains[corpus] for corpus, _ in places]) if self._spec.parts else None,
+            domain=torch.tensor([self._domains[corpus] for corpus, _ in places]) if self.spec.parts else None,
         )
         return batch.to(self._seat.device)
 
@@ -160,9 +146,9 @@ class _Loader:
         """`[B, N, 2]` network px, NaN for landmarks of other parts of a mixture; None where no sample has a label."""
         if facts[0].points is None:  # labelled and unlabelled samples are never mixed
             return None
-        points = np.full((len(facts), self._spec.num_landmarks, 2), np.nan)
+        points = np.full((len(facts), self.spec.num_landmarks, 2), np.nan)
         for row, (corpus, _), fact in zip(points, places, facts, strict=True):
-            row[self._spec.columns(self._domains[corpus])] = fact.points
+            row[self.spec.columns(self._domains[corpus])] = fact.points
         return _tensor(move(points, to_image))
 
 
@@ -242,7 +228,7 @@ class TrainLoader(_Loader):
 
     def _substitutes(self, position: int, corpus: int) -> Iterator[int]:
         """Rows to try instead, of the same set; drawn only when they are needed."""
-        rows = self._corpora[corpus].rows
+        rows = self._corpora[corpus].rows  # of the same dataset, so that the weights of a pool hold
         picks = keyed_uniform(self._cfg.seed, "substitute", np.array([position]), _SUBSTITUTES)[0] * len(rows)
         yield from rows[picks.astype(np.int64)].tolist()
 
@@ -265,9 +251,10 @@ class EvalLoader(_Loader):
         """Positions and weights of this rank's batches; in class exact, the same batches for any number of ranks."""
         share = -(-self.num_images // self._seat.world)
         size = min(self._cfg.evaluate.batch, share)
-        if self._cfg.train.exactness == "exact":
+        if self._cfg.train.exactness == "exact":  # sums over a batch depend on its shape, so ranks may not change it
             size = min(self._cfg.evaluate.batch, self.num_images)
             share = -(-self.num_images // (size * self._seat.world)) * size
+        # Padding repeats the first sample with weight 0: a rank with fewer batches would leave the others waiting.
         padded = self._seat.rank * share + np.arange(-(-share // size) * size)
         weights = (padded < min((self._seat.rank + 1) * share, self.num_images)).astype(np.float32)
         positions = np.where(weights > 0, padded, 0)

@@ -19,14 +19,14 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.shards.rows import ByShard, Ints
 from ddpm_lmk.errors import ConfigError
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: SplitMix64's step between counters
 _QUOTA_SCALE = 2**20  # weights are honoured to one part in a million
 _POOL_BLOCK = 256  # positions whose corpora are shuffled among one another
 
 
 def keyed_uniform(seed: int, stream: str, positions: np.ndarray, count: int) -> NDArray[np.float64]:
     """`[P, count]` numbers in [0, 1), fixed by `(seed, stream, position, column)`; `stream` names their purpose."""
-    bits = _keyed_bits(seed, stream, positions, count)
+    bits = _keyed_bits(seed, stream, positions, count)  # 53 of the 64 bits: what a float64 in [0, 1) can hold
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -152,6 +152,7 @@ class SampleOrder:
             if shares is None
             else [max(1, round(q)) for q in shares / shares.sum() * _QUOTA_SCALE]
         )
+        # Positions are asked for in ascending order, so few blocks (below: epochs, windows) are in use at once.
         self._block = lru_cache(maxsize=64)(lambda start, size: _permutation(seed, f"pool/{start}", size))
 
     def at(self, positions: np.ndarray) -> tuple[Ints, Ints]:
@@ -174,7 +175,7 @@ class SampleOrder:
         left = self._shuffled(cycle, left, total)
         undecided = np.ones(len(positions), dtype=bool)
         for c, quota in enumerate(self._quotas):
-            before = left * quota // total
+            before = left * quota // total  # integers: the same turns on every machine
             taken = undecided & ((left + 1) * quota // total > before)
             corpus[taken], counter[taken] = c, cycle[taken] * quota + before[taken]
             undecided &= ~taken

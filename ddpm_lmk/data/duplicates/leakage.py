@@ -112,9 +112,7 @@ def _compare_pool(manifests: Sequence[Manifest], guards: Sequence[Manifest], dat
     rest = [tuple(split for split in manifest.splits if split not in data.splits) for manifest in manifests]
     protected = [Source(manifest, names) for manifest, names in zip(manifests, rest, strict=True) if names]
     protected += [_protected_splits(manifest, data.splits) for manifest in guards]
-    if (
-        data.copies == "keep" and not protected
-    ):  # nothing to compare, so no image is read where fingerprints are missing
+    if data.copies == "keep" and not protected:  # else a dataset without fingerprints would be decoded for nothing
         nothing = tuple(np.zeros(0, np.int64) for _ in manifests)
         return Exclusion(nothing, _record(Leakage(trained, []), data, left_out=0))
     found = compare(trained, protected)
@@ -170,12 +168,11 @@ class _Images:
 
     @classmethod
     def of(cls, sources: Sequence[Source], *, first_source: int) -> _Images:
-        parts = [read_fingerprints(source.manifest)[source.rows] for source in sources]
-        places = [
-            np.stack([np.full_like(source.rows, n), source.rows], 1) for n, source in enumerate(sources, first_source)
-        ]
-        empty = np.zeros(0, FINGERPRINT_DTYPE), np.zeros((0, 2), np.int64)
-        return cls(np.concatenate([empty[0], *parts]), np.concatenate([empty[1], *places]))
+        fingerprints, places = [np.zeros(0, FINGERPRINT_DTYPE)], [np.zeros((0, 2), np.int64)]
+        for number, source in enumerate(sources, first_source):
+            fingerprints.append(read_fingerprints(source.manifest)[source.rows])
+            places.append(np.stack([np.full_like(source.rows, number), source.rows], axis=1))
+        return cls(np.concatenate(fingerprints), np.concatenate(places))
 
     def place(self, number: int) -> Place:
         return int(self.places[number, 0]), int(self.places[number, 1])

@@ -56,6 +56,7 @@ class _Loader:
     """What training and evaluation share: samples at places become a batch on the device.
 
     Attributes:
+        corpora: the datasets it reads, for whoever needs them beside the batches.
         spec: facts of the dataset: of all labelled ones together, of the first one in a pool without labels.
         records: the labelled samples in use, few-shot ones in the order drawn; empty where labels are not used.
         fingerprint: changes when the packed data changes.
@@ -67,7 +68,7 @@ class _Loader:
     ) -> None:
         """`largest`: most images of a batch."""
         assert 0 <= seat.rank < seat.world
-        self._cfg, self._corpora, self._seat = cfg, corpora, seat
+        self._cfg, self.corpora, self._seat = cfg, corpora, seat
         specs = [corpus.manifest.spec for corpus in corpora]
         self.spec: DatasetSpec = mixture(specs) if corpora[0].records else specs[0]
         self.records = [corpus.records[row] for corpus in corpora if corpus.records for row in corpus.rows.tolist()]
@@ -125,7 +126,7 @@ class _Loader:
         images = self._pixels.images(
             fetched, changes, seed=self._cfg.seed, positions=positions, intensity=self._cfg.data.intensity
         )
-        facts = [self._corpora[corpus].facts(row) for corpus, row in places]
+        facts = [self.corpora[corpus].facts(row) for corpus, row in places]
         to_image = compose(changes.matrix, np.stack([fact.to_network for fact in facts]))
         batch = Batch(
             images=images,
@@ -184,21 +185,21 @@ class TrainLoader(_Loader):
         """
         known: list[BadSample] = []  # before the first step: what decoding everything brought up
         if isinstance(self._pixels, ResidentPixels):
-            known = [BadSample(*bad) for bad in self._pixels.bad_among(self._corpora)]
+            known = [BadSample(*bad) for bad in self._pixels.bad_among(self.corpora)]
         for (step, micro_batches, bad), waited in self._ahead(self._make, itertools.count(start_step)):
             yield Group(self.plan.size(step), micro_batches, waited, tuple(known + bad))
             known = []
 
     def _prefetch_shards(self, step: int) -> None:
         """Have remote shards fetched half a shuffle window before they are due: one is in use while the next comes."""
-        remote = [c for c, corpus in enumerate(self._corpora) if corpus.manifest.is_remote]
+        remote = [c for c, corpus in enumerate(self.corpora) if corpus.manifest.is_remote]
         if not remote:
             return
-        shards = sum(len(corpus.by_shard.counts) for corpus in self._corpora)
+        shards = sum(len(corpus.by_shard.counts) for corpus in self.corpora)
         half = self._cfg.data.shuffle_window * self.num_images // (2 * shards)
         corpora, rows = self._order.at(self.plan.start(step) + half + np.arange(self.plan.size(step)))
         for c in remote:
-            manifest = self._corpora[c].manifest
+            manifest = self.corpora[c].manifest
             manifest.expect(np.unique(manifest.shard_of(rows[corpora == c])).tolist())
 
     def _make(self, step: int) -> tuple[int, list[Batch], list[BadSample]]:
@@ -222,13 +223,13 @@ class TrainLoader(_Loader):
             except CorruptSampleError as error:
                 met.append(BadSample(corpus, candidate, str(error)))
         raise DataError(
-            f"{self._corpora[corpus].manifest.root}: none of {_SUBSTITUTES + 1} samples drawn for position {position} "
+            f"{self.corpora[corpus].manifest.root}: none of {_SUBSTITUTES + 1} samples drawn for position {position} "
             f"can be read, last: {met[-1].reason}; run `ddpm-lmk shards verify` and pack again"
         )
 
     def _substitutes(self, position: int, corpus: int) -> Iterator[int]:
         """Rows to try instead, of the same set; drawn only when they are needed."""
-        rows = self._corpora[corpus].rows  # of the same dataset, so that the weights of a pool hold
+        rows = self.corpora[corpus].rows  # of the same dataset, so that the weights of a pool hold
         picks = keyed_uniform(self._cfg.seed, "substitute", np.array([position]), _SUBSTITUTES)[0] * len(rows)
         yield from rows[picks.astype(np.int64)].tolist()
 
@@ -262,9 +263,9 @@ class EvalLoader(_Loader):
 
     def _make(self, part: tuple[np.ndarray, np.ndarray]) -> Batch:
         positions, weights = part
-        starts = np.cumsum([0, *(len(corpus.rows) for corpus in self._corpora)])
+        starts = np.cumsum([0, *(len(corpus.rows) for corpus in self.corpora)])
         corpus = np.searchsorted(starts, positions, side="right") - 1
-        places = [(int(c), int(self._corpora[c].rows[p - starts[c]])) for c, p in zip(corpus, positions, strict=True)]
+        places = [(int(c), int(self.corpora[c].rows[p - starts[c]])) for c, p in zip(corpus, positions, strict=True)]
         fetched = self._map(self._pixels.fetch, *zip(*places, strict=True))
         return self._batch(places, fetched, positions, weights, no_changes(len(positions)))
 

@@ -3,8 +3,8 @@
 Bytes are read and verified here, in our order, and handed to pipelines as external sources: DALI draws nothing, keeps
 no position, and never meets bytes that changed. It decodes (JPEG on the GPU, PNG on the CPU, raw arrays not at all),
 warps with our matrices and scales. What is left, the tone of a few images, is the torch code, because its noise is
-keyed by position. Its decoders run in this process: one that crashes or hangs is a rank that does, which the launcher
-replaces, and that ends with exit 76 where it comes back; the torch loader sets such a sample aside.
+keyed by position. Its decoders run in this process: a crash or hang is that of a rank, which the launcher replaces, and
+the run ends with exit 76 where it comes back; the torch loader sets such a sample aside.
 
 A set stored at another size than `data.image_size` is decoded and resized on the host, by the code of the torch loader:
 DALI has no area filter. Its antialiased triangle is up to 50 grey levels away from it at edges, 0.4 on average, and

@@ -127,8 +127,8 @@ def ensure_fingerprints(manifest: Manifest) -> None:
 def write_fingerprints(manifest: Manifest) -> Path:
     """Compute the fingerprints of a dataset and put them beside its manifest. Raises ResourceError."""
     path = manifest.root / FILE_NAME
-    rows = _compute_all(manifest).tobytes()
-    write_bytes(path, _header(manifest, hashlib.sha256(rows).hexdigest()) + rows)
+    rows = _compute_all(manifest).view(np.uint8).data
+    write_bytes(path, b"".join((_header(manifest, hashlib.sha256(rows).hexdigest()), rows)))
     return path
 
 

@@ -28,7 +28,7 @@ FILE_NAME = "leakage.json"
 def write_record(cfg: RunConfig, folder: Path) -> dict[str, Any]:
     """Write `leakage.json` of a pre-training run: what is protected, what leaked or came twice, what is left out."""
     cache = CacheSettings.of(cfg.data)
-    record = exclusion([Manifest.open(path, cache) for path in cfg.data.path], cfg.data).record
+    record = exclusion([Manifest.open(path, cache) for path in cfg.data.path], cfg.data, cache).record
     write_json(folder / FILE_NAME, record)
     return record
 
@@ -101,13 +101,14 @@ def _of_pretraining(weights: str | None, tested: Source) -> dict[str, Any]:
 def _trained_on(folder: Path, record: dict[str, Any]) -> list[Source]:
     """What a pre-training run saw: its datasets, less what it left out."""
     data = load_run(folder / "config.yaml").data
-    manifests = [Manifest.open(path, CacheSettings.of(data)) for path in data.path]
+    cache = CacheSettings.of(data)
+    manifests = [Manifest.open(path, cache) for path in data.path]
     for manifest, facts in zip(manifests, record["trained_on"], strict=True):
         if manifest.fingerprint != facts["fingerprint"]:
             raise DataError(
                 f"{manifest.root} is not the dataset that was trained on; restore it to have the overlap checked"
             )
-    left_out = exclusion(manifests, data).rows
+    left_out = exclusion(manifests, data, cache).rows
     return [
         Source(manifest, tuple(facts["splits"]), without=rows)
         for manifest, facts, rows in zip(manifests, record["trained_on"], left_out, strict=True)

@@ -164,7 +164,8 @@ def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_
 
     `is_pool`: images are learnt from without labels, so leaks and duplicates are left out (see `duplicates.leakage`).
     """
-    manifests = [Manifest.open(path, CacheSettings.of(data)) for path in data.path]
+    cache = CacheSettings.of(data)
+    manifests = [Manifest.open(path, cache) for path in data.path]
     for manifest in manifests:
         _check_settings(manifest, data.packed)
     if len({manifest.fingerprint for manifest in manifests}) < len(manifests):
@@ -173,7 +174,7 @@ def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_
         if not any(split in manifest.splits for manifest in manifests):
             there = "; ".join(f"{manifest.root}: {', '.join(manifest.splits)}" for manifest in manifests)
             raise DataError(f"there is no split {split!r} (there are {there}); change data.splits or evaluate.split")
-    left_out = exclusion(manifests, data).rows if is_pool else [None] * len(manifests)
+    left_out = exclusion(manifests, data, cache).rows if is_pool else [None] * len(manifests)
     return [
         _open_one(manifest, splits, data.image_size, labelled=labelled, without=rows)
         for manifest, rows in zip(manifests, left_out, strict=True)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,10 +36,18 @@ log = logging.getLogger(__name__)
 Name = Literal["torch", "dali"]
 Request = TypeVar("Request")
 Made = TypeVar("Made")
-Place = tuple[int, int]  # corpus, row
 
 _DEPTH = 2  # batches made ahead: one is being made while one is ready; more would only hold memory
 _SUBSTITUTES = 16  # tries at finding a readable sample for a position
+
+
+class Fetched(NamedTuple):
+    """A sample on its way into a batch: what the pixels' `fetch` returned, and the bad ones met before it."""
+
+    corpus: int
+    row: int
+    pixels: Any
+    bad: list[BadSample]
 
 
 @dataclass(frozen=True)
@@ -117,39 +125,38 @@ class _Loader:
 
     def _batch(
         self,
-        places: Sequence[Place],
-        fetched: Sequence[Any],
+        samples: Sequence[Fetched],
         positions: np.ndarray,
         weights: np.ndarray,
         changes: Changes,
     ) -> Batch:
-        images = self._pixels.images(
-            fetched, changes, seed=self._cfg.seed, positions=positions, intensity=self._cfg.data.intensity
-        )
-        facts = [self.corpora[corpus].facts(row) for corpus, row in places]
+        pixels, seed, intensity = [sample.pixels for sample in samples], self._cfg.seed, self._cfg.data.intensity
+        images = self._pixels.images(pixels, changes, seed=seed, positions=positions, intensity=intensity)
+        facts = [self.corpora[sample.corpus].facts(sample.row) for sample in samples]
+        domains = [self._domains[sample.corpus] for sample in samples]
         to_image = compose(changes.matrix, np.stack([fact.to_network for fact in facts]))
         batch = Batch(
             images=images,
-            points=self._moved_points(places, facts, to_image),
+            points=self._moved_points(facts, domains, to_image),
             to_native=_tensor(invert(to_image)),
             native_size=_tensor(np.array([fact.native_size for fact in facts])),
             mm_per_px=_tensor(np.array([fact.mm_per_px for fact in facts])),
             positions=torch.from_numpy(positions.copy()),
             weight=_tensor(weights),
             ids=tuple(fact.id for fact in facts),
-            domain=torch.tensor([self._domains[corpus] for corpus, _ in places]) if self.spec.parts else None,
+            domain=torch.tensor(domains) if self.spec.parts else None,
         )
         return batch.to(self._seat.device)
 
     def _moved_points(
-        self, places: Sequence[Place], facts: Sequence[Facts], to_image: np.ndarray
+        self, facts: Sequence[Facts], domains: Sequence[int], to_image: np.ndarray
     ) -> torch.Tensor | None:
         """`[B, N, 2]` network px, NaN for landmarks of other parts of a mixture; None where no sample has a label."""
         if facts[0].points is None:  # labelled and unlabelled samples are never mixed
             return None
         points = np.full((len(facts), self.spec.num_landmarks, 2), np.nan)
-        for row, (corpus, _), fact in zip(points, places, facts, strict=True):
-            row[self.spec.columns(self._domains[corpus])] = fact.points
+        for row, domain, fact in zip(points, domains, facts, strict=True):
+            row[self.spec.columns(domain)] = fact.points
         return _tensor(move(points, to_image))
 
 
@@ -205,21 +212,21 @@ class TrainLoader(_Loader):
     def _make(self, step: int) -> tuple[int, list[Batch], list[BadSample]]:
         self._prefetch_shards(step)
         positions, weights, micro = self.plan.share(step, self._seat.rank, self._seat.world)
-        found = self._map(self._find, positions.tolist(), *(axis.tolist() for axis in self._order.at(positions)))
+        corpora, rows = self._order.at(positions)
+        samples = self._map(self._find, positions.tolist(), corpora.tolist(), rows.tolist())
         batches = []
         for begin in range(0, len(positions), micro):
             part = slice(begin, begin + micro)
             changes = draw_changes(self._cfg.data.augment, self._cfg.seed, positions[part], self._cfg.data.image_size)
-            places, fetched, _ = zip(*found[part], strict=True)
-            batches.append(self._batch(places, fetched, positions[part], weights[part], changes))
-        return step, batches, [bad for _, _, met in found for bad in met]
+            batches.append(self._batch(samples[part], positions[part], weights[part], changes))
+        return step, batches, [bad for sample in samples for bad in sample.bad]
 
-    def _find(self, position: int, corpus: int, row: int) -> tuple[Place, Any, list[BadSample]]:
+    def _find(self, position: int, corpus: int, row: int) -> Fetched:
         """The sample at a position, or the first readable substitute: a function of the position and the bytes."""
         met: list[BadSample] = []
         for candidate in itertools.chain([row], self._substitutes(position, corpus)):
             try:
-                return (corpus, candidate), self._pixels.fetch(corpus, candidate), met
+                return Fetched(corpus, candidate, self._pixels.fetch(corpus, candidate), met)
             except CorruptSampleError as error:
                 met.append(BadSample(corpus, candidate, str(error)))
         raise DataError(
@@ -265,9 +272,9 @@ class EvalLoader(_Loader):
         positions, weights = part
         starts = np.cumsum([0, *(len(corpus.rows) for corpus in self.corpora)])
         corpus = np.searchsorted(starts, positions, side="right") - 1
-        places = [(int(c), int(self.corpora[c].rows[p - starts[c]])) for c, p in zip(corpus, positions, strict=True)]
-        fetched = self._map(self._pixels.fetch, *zip(*places, strict=True))
-        return self._batch(places, fetched, positions, weights, no_changes(len(positions)))
+        rows = [int(self.corpora[c].rows[p - starts[c]]) for c, p in zip(corpus, positions, strict=True)]
+        samples = self._map(lambda c, row: Fetched(c, row, self._pixels.fetch(c, row), []), corpus.tolist(), rows)
+        return self._batch(samples, positions, weights, no_changes(len(positions)))
 
 
 def open_training(

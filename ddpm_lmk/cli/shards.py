@@ -202,14 +202,14 @@ def compare(
 ) -> None:
     """Find what pre-training would leave out: images of test sets, of their patients, and copies."""
     from ddpm_lmk.config import DataConfig
-    from ddpm_lmk.data.duplicates.fingerprints import keep_prints
+    from ddpm_lmk.data.duplicates.fingerprints import ensure_fingerprints
     from ddpm_lmk.data.duplicates.leakage import Uncompared, exclusion
     from ddpm_lmk.data.shards.manifest import Manifest
     from ddpm_lmk.system.console import print_table
     from ddpm_lmk.system.files import write_json
 
     for folder in [*folders, *(protect or [])]:
-        keep_prints(Manifest.open(folder))
+        ensure_fingerprints(Manifest.open(folder))
     data = DataConfig(
         path=tuple(map(str, folders)), protect=tuple(map(str, protect or ())), splits=tuple(splits or ("train",))
     )

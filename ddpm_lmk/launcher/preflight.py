@@ -60,9 +60,9 @@ def check_settings(cfg: RunConfig, placement: Placement) -> None:
     want_graphs(cfg, placement.device)
     want_zero(placement.zero, world)
     if cfg.data.loader == "dali":
-        from ddpm_lmk.data.loading.backend import want_dali
+        from ddpm_lmk.data.loading.backend import check_dali
 
-        want_dali(cfg)
+        check_dali(cfg)
 
 
 def check_data(cfg: RunConfig) -> list[Corpus]:

@@ -1,4 +1,4 @@
-"""Bytes that changed, decoders that misbehave and file systems that stall (failures.md B3, B26, B27, A22)."""
+"""Bytes that changed, decoders that misbehave and file systems that stall (docs/faults.md B3, B26, B27, A22)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.shards import remote
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.remote import CacheSettings
@@ -57,7 +57,7 @@ class Store:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = pack_dots(tmp_path_factory.mktemp("stores") / "dots", {"train": 24, "test": 4})
-    write_prints(Manifest.open(folder))  # as packing does; without them a pool has to read every image first
+    write_fingerprints(Manifest.open(folder))  # as packing does; without them a pool has to read every image first
     return folder
 
 

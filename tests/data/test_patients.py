@@ -13,7 +13,7 @@ pytest.importorskip("pydicom")
 
 from ddpm_lmk.cli.app import run
 from ddpm_lmk.data.duplicates import report
-from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, keep_prints, prints_of
+from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, ensure_fingerprints, read_fingerprints
 from ddpm_lmk.data.duplicates.leakage import Source, compare, exclusion, uncompared_patients
 from ddpm_lmk.data.images.decode import decode_image
 from ddpm_lmk.data.pack_settings import PackSettings
@@ -111,9 +111,9 @@ def test_films_without_a_patient_are_not_one_patient_because_they_have_one_issue
 
 def test_a_set_that_names_its_patients_by_short_ids_compares_them_within_itself_and_under_its_name(packs) -> None:
     manifest = packs["pool", "short table"]
-    patients = prints_of(manifest)["patient"]
+    patients = read_fingerprints(manifest)["patient"]
     assert (patients & np.uint64(1)).all()
-    assert not (prints_of(packs["pool", "table"])["patient"] & np.uint64(1)).any()
+    assert not (read_fingerprints(packs["pool", "table"])["patient"] & np.uint64(1)).any()
     assert compare([Source(manifest, ("train",))], [Source(manifest, ("train",))]).uncompared == []
 
 
@@ -133,7 +133,7 @@ def test_what_is_not_compared_is_said_by_the_commands_and_by_the_record_of_a_run
 def test_a_score_says_that_patients_were_not_compared(packs) -> None:
     tested = Source(packs["test", "table"], ("test",))
     trained = Source(packs["pool", "dicom"], ("train",))
-    verdict = report._verdict(tested, [trained])
+    verdict = report.verdict(tested, [trained])
     assert verdict["status"] == "clean"
     lines = report.refuse_seen([{"num_images": 4, "leakage": {"pretraining": verdict}}], acknowledged=False)
     assert lines[0].startswith("The patients of pool and test were not compared: ids are hashed in one of them only")
@@ -146,8 +146,8 @@ def test_prints_of_an_older_version_are_made_anew(packs, tmp_path: Path) -> None
     content = (made.root / FILE_NAME).read_bytes()
     old = content.replace(b"ddpm-lmk-prints 2", b"ddpm-lmk-prints 1", 1)
     (tmp_path / FILE_NAME).write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
-    assert np.array_equal(prints_of(Manifest.open(tmp_path)), prints_of(made))
-    keep_prints(Manifest.open(tmp_path))
+    assert np.array_equal(read_fingerprints(Manifest.open(tmp_path)), read_fingerprints(made))
+    ensure_fingerprints(Manifest.open(tmp_path))
     assert (tmp_path / FILE_NAME).read_bytes() == content
 
 
@@ -164,5 +164,5 @@ def test_of_hashed_packs_of_an_older_version_nobody_knows_the_key(packs, monkeyp
     old, new = packs["pool", "dicom"], packs["test", "dicom"]
     monkeypatch.setattr(old, "settings", {**old.settings, "key_id": None})
     for one, other in ((old, new), (new, old)):
-        (pair,) = uncompared_patients([Source(one, ("train",))], [Source(other, ("test",))])
+        (pair,) = uncompared_patients([Source(one, one.splits)], [Source(other, other.splits)])
         assert "an older version did not note with which key" in str(pair)

@@ -14,7 +14,7 @@ import pytest
 
 from ddpm_lmk.cli.app import run
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.preview import show
 from ddpm_lmk.data.shards import remote
 from ddpm_lmk.data.shards.manifest import Manifest
@@ -35,7 +35,7 @@ SHARD_BYTES = 25_000  # somewhat more than one shard of the packs below
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = pack_dots(tmp_path_factory.mktemp("remote") / "dots", {"train": 24, "test": 4})
-    write_prints(Manifest.open(out))  # as packing does; without them a pool has to read every image first
+    write_fingerprints(Manifest.open(out))  # as packing does; without them a pool has to read every image first
     return out
 
 
@@ -171,7 +171,7 @@ def test_a_cache_of_two_windows_serves_a_pack_that_is_larger(server, pack, tmp_p
 READ_ALL = """\
 import hashlib, sys
 from pathlib import Path
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.shards.remote import CacheSettings
 from ddpm_lmk.data.shards.manifest import Manifest
 manifest = Manifest.open(sys.argv[1], CacheSettings(Path(sys.argv[2])))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.data.shards.verify import verify
@@ -70,7 +70,7 @@ def _fails(read, row):
 
 def test_a_flipped_bit_in_any_file_is_found(copy):
     """Six hundred bits over manifest, index, prints, refusals and shards, headers and padding included."""
-    write_prints(Manifest.open(copy))
+    write_fingerprints(Manifest.open(copy))
     rng = np.random.default_rng(0)
     missed = []
     for path in sorted(copy.iterdir()):

@@ -58,7 +58,7 @@ def pair_sheet(leakage: Leakage) -> bytes:
     sheet, pen, corners = _grid("Repeated images", f"{counts}; {len(chosen)} of them", len(chosen), PAIR_COLUMNS, cell)
     sources = [*leakage.trained, *leakage.protected]
     for (finding, is_leak), (left, top) in zip(chosen, corners):
-        for side, (source, row) in enumerate((finding.film, finding.of)):
+        for side, (source, row) in enumerate((finding.image, finding.of)):
             manifest = sources[source].manifest
             caption = f"{manifest.dataset}  ·  {manifest.read_record(row).split}"
             _paste(sheet, pen, (left + side * (TILE + 2), top), manifest, row, caption)

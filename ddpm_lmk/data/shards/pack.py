@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from ddpm_lmk import __version__
-from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.images.decode import ReadOptions
 from ddpm_lmk.data.images.dicom_spacing import AT_DETECTOR, UNKNOWN
 from ddpm_lmk.data.images.sandbox import answer, decoders
@@ -109,7 +109,7 @@ def pack(
                 )
             write_map(Path(id_map), dataset.listing)
         summary = _write(dataset, settings, out, granted_cores() if workers is None else workers, progress)
-    write_prints(Manifest.open(out))  # now, while the pixels are in the page cache; a pool compares by them
+    write_fingerprints(Manifest.open(out))  # now, while the pixels are in the page cache; a pool compares by them
     summary.seconds = time.perf_counter() - started
     return summary
 

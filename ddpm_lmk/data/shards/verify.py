@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME as PRINTS
-from ddpm_lmk.data.duplicates.fingerprints import check_prints
+from ddpm_lmk.data.duplicates.fingerprints import check_fingerprints
 from ddpm_lmk.data.shards.manifest import SIGNATURE, Manifest
 from ddpm_lmk.data.shards.records import EXTENSIONS, SampleRecord
 from ddpm_lmk.data.shards.remote import CacheSettings, is_remote
@@ -107,7 +107,7 @@ def _problems_beside(manifest: Manifest) -> list[str]:
         problems.append("refused.jsonl: missing, or sha256 differs from the manifest")
     if (manifest.root / PRINTS).exists():
         try:
-            check_prints(manifest)
+            check_fingerprints(manifest)
         except DataError as error:
             problems.append(str(error))
     return problems

@@ -33,6 +33,7 @@ PAPER_SIGMA_PX = 5.0
 DISC_REACH_PX = 6  # a disc of sigma 5 has radius 5.887: further than this from the border it is whole
 
 Scores = dict[str, Any]
+Spread = tuple[float, float | None, int]  # mean, sample standard deviation (None of one value), count
 
 
 def check_points(predicted: np.ndarray, true: np.ndarray, ids: Sequence[str]) -> None:
@@ -220,7 +221,7 @@ def place_shape(shape: np.ndarray, native_size: np.ndarray) -> np.ndarray:
     return shape[None] * np.asarray(native_size, np.float64)[:, None, :] - 0.5
 
 
-def mean_and_std(values: Sequence[float]) -> tuple[float, float | None, int]:
+def mean_and_std(values: Sequence[float]) -> Spread:
     """Mean, sample standard deviation (None for a single value) and count."""
     array = np.asarray(values, np.float64)
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, len(array)

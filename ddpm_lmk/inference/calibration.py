@@ -208,7 +208,7 @@ def summary(folder: Path) -> dict[str, Any] | None:
 
 PLOT_NAME = "calibration.png"
 BINS = 10
-PEAK_LIMIT = 0.15  # peaks of sharp maps of this size are rarely above it (paper.md, section 5)
+PEAK_LIMIT = 0.15  # peaks of sharp maps of this size are rarely above it (docs/method.md, section 5)
 INK, DOTS, LINE = "#1c2733", "#0b66b0", "#c4621b"
 STYLE: dict[Any, Any] = {
     "font.size": 9,

@@ -1,15 +1,10 @@
-"""Points against points: radial errors, MRE and SDR under two protocols, the mean shape, mean ± std over seeds.
+"""Radial errors of points, MRE and SDR under two protocols, the mean shape, mean and deviation over seeds.
 
-Plain numpy, so that reports never wait for torch; `metrics` holds the same sums as torchmetrics classes. Protocol
+Plain numpy, so that reports never wait for torch; `tasks.metrics` holds the same sums as torchmetrics classes. Protocol
 `original` measures annotated points in original pixels with the right spacing. Protocol `paper` measures what the
-paper's released code measures (paper.md, section 3, Metrics): on a squeezed integer grid, with labels read back from
-their masks and the millimetre factors of that code, mistakes included. Points are (x, y) native pixels, `[M, N, 2]` for
-M images and N landmarks; SDR counts errors at or below a threshold, in per cent.
-
-The labels of a split as arrays, and points scored against them.
-
-What scoring needs of labels (a spacing, a place for every landmark, a distance that is not zero) is known before
-anything is trained: `want_scorable` scores the labels themselves.
+paper's released code measures (docs/method.md, section 3): on a squeezed integer grid, with labels read back from their
+masks and the millimetre factors of that code, mistakes included. Points are (x, y) native pixels, `[M, N, 2]` for M
+images and N landmarks; SDR counts errors at or below a threshold, in per cent.
 """
 
 from __future__ import annotations
@@ -37,7 +32,7 @@ Spread = tuple[float, float | None, int]  # mean, sample standard deviation (Non
 
 
 def check_points(predicted: np.ndarray, true: np.ndarray, ids: Sequence[str]) -> None:
-    """Refuse what would otherwise vanish from a mean: wrong shapes, missing labels, predictions that are not finite."""
+    """Raise DataError for what would vanish from a mean: wrong shapes, missing labels, points that are not finite."""
     if predicted.shape != true.shape or predicted.ndim != 3 or len(ids) != len(predicted):
         raise DataError(
             f"predictions {predicted.shape} and labels {true.shape} for {len(ids)} images do not match; "
@@ -56,7 +51,7 @@ def check_points(predicted: np.ndarray, true: np.ndarray, ids: Sequence[str]) ->
 
 
 def check_ids(predicted: Sequence[str], labelled: Sequence[str]) -> None:
-    """Predictions and labels must name the same images, each once."""
+    """Raise DataError unless predictions and labels name the same images, each once."""
     if len(set(predicted)) != len(predicted):
         raise DataError(f"{len(predicted) - len(set(predicted))} images were predicted twice; wanted each once")
     difference = sorted(set(predicted) ^ set(labelled))
@@ -78,7 +73,8 @@ def score_original(
 ) -> Scores:
     """Errors in original pixels, in mm where the spec's unit is mm; `mm_per_px` is `[M]`, NaN where unknown.
 
-    A spec in mm with an unknown spacing raises DataError: a spacing is never guessed.
+    Raises:
+        DataError: as `check_points`, or a spec in mm with an unknown spacing, which is never guessed.
     """
     ids = ids if ids is not None else [str(index) for index in range(len(predicted))]
     check_points(predicted, true, ids)
@@ -118,6 +114,9 @@ def score_paper(
         mm_per_px: `[M]`, used where the spec has no fixed spacing of its own.
         ids: names of images for error messages.
         failed: `[M, N]`, landmarks the decoder gave up on.
+
+    Raises:
+        DataError: as `check_points`, or no factor from pixels to mm can be had.
     """
     ids = ids if ids is not None else [str(index) for index in range(len(predicted))]
     check_points(predicted, true, ids)
@@ -131,7 +130,10 @@ def score_paper(
 
 
 def label_on_grid(true: np.ndarray, native_size: np.ndarray, grid: int = PAPER_GRID) -> np.ndarray:
-    """Labels as the released code sees them: share of the size, rounded half to even, then the mask centroid."""
+    """Labels as the released code sees them: share of the size, rounded half to even, then the mask centroid.
+
+    Away from the border that centroid is the rounded point itself, so only discs that the border cuts are drawn.
+    """
     rounded = np.rint(np.asarray(true, np.float64) / np.asarray(native_size, np.float64)[:, None, :] * grid)
     for index in np.argwhere(((rounded < DISC_REACH_PX) | (rounded > grid - 1 - DISC_REACH_PX)).any(-1)):
         x, y = rounded[tuple(index)]
@@ -238,7 +240,7 @@ class Labels:
 
 
 def read_labels(corpus: Corpus) -> Labels:
-    """The labels of a corpus' rows, float64 as packed."""
+    """The labels of a corpus' rows, float64 as packed; raises DataError where an image has none."""
     facts = [corpus.facts(int(row)) for row in corpus.rows]
     if any(fact.points is None for fact in facts):
         raise DataError(f"{corpus.manifest.root} has images without landmarks; evaluate a labelled split")
@@ -252,10 +254,9 @@ def read_labels(corpus: Corpus) -> Labels:
 
 def score_points(
     spec: DatasetSpec, points: np.ndarray, labels: Labels, failed: np.ndarray | None = None
-) -> dict[str, Any]:
-    """Both protocols for points `[M, N, 2]` native px."""
-    spacing, ids = labels.mm_per_px, labels.ids
-    size, true = labels.native_size, labels.points
+) -> dict[str, Scores]:
+    """Both protocols for points `[M, N, 2]` native px; raises DataError as they do."""
+    true, size, spacing, ids = labels.points, labels.native_size, labels.mm_per_px, labels.ids
     return {
         "original": score_original(points, true, spacing, spec, ids=ids, failed=failed),
         "paper": score_paper(points, size, true, spec, mm_per_px=spacing, ids=ids, failed=failed),
@@ -264,17 +265,12 @@ def score_points(
 
 def training_shape(shots: Corpus) -> np.ndarray:
     """Mean shape `[N, 2]` of labelled training images, as shares of the picture."""
-    records = [shots.records[row] for row in shots.rows.tolist()]
-    points = np.stack([np.asarray(record.points, np.float64) for record in records])
-    return mean_shape(points, np.array([record.native_size for record in records], np.float64))
+    labels = read_labels(shots)
+    return mean_shape(labels.points, labels.native_size)
 
 
-def want_scorable(scored: Corpus, shots: Corpus) -> None:
-    """Refuse what scoring would refuse after training: the labels are scored as if they had been found.
-
-    Raises:
-        DataError: a spacing is missing, or what else `scoring` cannot do without.
-    """
+def check_scorable(scored: Corpus, shots: Corpus) -> None:
+    """Raise before training the DataError that scoring would raise after it: the labels are scored as predictions."""
     labels, spec = read_labels(scored), scored.manifest.spec
     for points in (labels.points, place_shape(training_shape(shots), labels.native_size)):
         score_points(spec, points, labels)

@@ -150,7 +150,7 @@ def test_each_dataset_is_scored_by_itself(finished: Path) -> None:
 def test_a_report_shows_one_study_per_dataset(finished: Path) -> None:
     studies = {study.spec: study for study in collect([finished])}
     assert set(studies) == {"phantom-chest", "phantom-hand"}
-    assert studies["phantom-hand"].runs[0].errors().shape == (3 * HANDS,)
+    assert [len(errors) for errors in studies["phantom-hand"].runs[0].errors.values()] == [HANDS] * 3
 
 
 def test_a_finished_run_scores_and_predicts_the_dataset_it_is_given(

@@ -17,7 +17,7 @@ from ddpm_lmk.bench.ratio import Comparison, compare_samples
 from ddpm_lmk.bench.result import Result, Row, Stored, quartiles, read_result, read_results
 from ddpm_lmk.errors import ConfigError
 
-# Clocks that other programs disturb least come first; a higher rate is better, a higher time worse.
+# Clocks that other programs hardly disturb; those of the wall are only taken where there is none of these.
 BUSY = ("device_s", "cpu_s", "images_per_cpu_s")
 WALL = ("wall_s", "images_per_s")
 PLACES = ("hardware", "versions", "settings", "code")
@@ -152,19 +152,19 @@ def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
     return [leaf for part, inner in value.items() for leaf in _flat(inner, f"{name}.{part}")]
 
 
-def _why_alone(key: tuple[str, ...], row: Row, others: Mapping[tuple[str, ...], tuple[Row, Stored]]) -> str:
+def _why_alone(key: tuple[str, str, str], row: Row, others: Mapping[tuple[str, str, str], tuple[Row, Stored]]) -> str:
     """The condition in which the nearest row of the other side differs."""
     if key[0] not in {other[0] for other in others}:
         return f"only one side has results of {key[0]}"
-    gaps = [
+    gaps: list[list[str]] = [
         [f"{k} {v} and {other.conditions.get(k)}" for k, v in row.conditions.items() if other.conditions.get(k) != v]
         for other, _ in others.values()
         if other.what == row.what
     ]
     if not gaps:
         return f"{_words(row)}: only one side measured it"
-    nearest = ", ".join(min(gaps, key=len)) or "more conditions on one side"
-    return f"{row.what}: not the same thing ({nearest}): not compared"
+    nearest = min(gaps, key=len)
+    return f"{row.what}: not the same thing ({', '.join(nearest) or 'more conditions on one side'}): not compared"
 
 
 def _words(row: Row) -> str:
@@ -177,7 +177,7 @@ def _conditions(row: Row) -> str:
     )
 
 
-# In the order of preference: rates of a device tell more than seconds.
+# A row is drawn by the first of these that it has.
 UNITS = {
     "gflop_per_s": "GFLOP/s (right is better)",
     "gbyte_per_s": "GB/s (right is better)",

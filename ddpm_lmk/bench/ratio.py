@@ -22,7 +22,7 @@ from typing import Any
 
 CONFIDENCE = 0.95
 FEWEST_PAIRS = 6  # the smallest number whose extremes bound a median with 95 %
-FEWEST_VALUES = 5  # below it the rank-sum bounds are the extremes, whatever the confidence
+FEWEST_VALUES = 5
 Z = 1.959964  # of the normal distribution, two-sided
 
 

@@ -178,7 +178,7 @@ def measure_anchor(device: str) -> list[float]:
     import torch
 
     is_cuda = device.startswith("cuda")
-    # a GPU needs eight times the rows to be busy at all
+    # of a smaller product a GPU would mostly measure how long kernels take to launch
     matrix = torch.ones(ANCHOR_SIDE * (8 if is_cuda else 1), ANCHOR_SIDE, device=device)
 
     def work() -> None:

@@ -103,6 +103,7 @@ def evaluate_run(
     """
     want_writable(Path(out))  # before minutes of scoring
     loaded = open_run(run, kind="landmarks", device=device)
+    # `packed` says how the training data had to be made; a foreign set may be made otherwise
     settings = loaded.cfg.data.model_copy(update={"path": (str(data),), "packed": {}})
     cfg = loaded.cfg.model_copy(update={"data": settings})
     corpus = evaluation_corpora(cfg, split)[0]
@@ -198,12 +199,14 @@ def _score_and_write(
         "mean_shape": score_points(spec, scoring.place_shape(shape, labels.native_size), labels),
         "mean_shape_points": shape.round(6).tolist(),
     }
+    # only these maps are probabilities, whose spread is an expected radial error
     if isinstance(task.codec, ContourCodec):
         scale = labels.mm_per_px[:, None] if spec.unit == "mm" else 1.0
         spread = np.stack([each.spread_px for each in ordered]) * scale
         errors = np.linalg.norm(points - labels.points, axis=-1) * scale
         results["reliability"] = write_reliability(out, spread, errors, unit=spec.unit, title=facts["name"])
         results["reliability"] |= peak_error(ordered, labels)
+    # results.json last: where it is, everything else is
     files.write_text(out / "predictions.csv", predictions_csv(spec, ordered, labels))
     files.write_json(out / "results.json", results)
     return results
@@ -237,6 +240,7 @@ def evaluate_parts(
     for path in cfg.data.path:
         manifest = Manifest.open(path)
         name = manifest.dataset if manifest.dataset not in parts else f"{manifest.dataset}-{len(parts)}"
+        # weights of the mixture say how often each set is drawn; one set alone has none
         alone = cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": (path,), "weights": None})})
         view, folder = task.part(manifest.spec), f"parts/{name}"
         more: dict[str, Any] = {"split": split, "out": out / folder, "train": train, "cache": cache, "show": show}

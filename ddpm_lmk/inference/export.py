@@ -58,7 +58,7 @@ def export_run(run: str | Path, *, format: Format = "safetensors", out: str | Pa
     if format not in ("safetensors", "onnx"):
         raise ConfigError(f"--format={format}: wanted safetensors or onnx")
     if format == "onnx":
-        _require_onnx()
+        _require_onnx()  # before weights of gigabytes are read
     loaded = open_run(run, device="cpu")
     path = loaded.path / "export" / f"{loaded.cfg.name}.{format}" if out is None else Path(out)
     want_writable(path.parent)
@@ -112,7 +112,7 @@ def to_onnx(loaded: LoadedRun, facts: dict[str, str]) -> bytes:
         ConfigError: more weights than one file holds, or a mixture of datasets.
     """
     side = loaded.cfg.data.image_size
-    images = torch.zeros(2, 1, side, side)
+    images = torch.zeros(2, 1, side, side)  # of one image the exporter would take the batch size for a constant
     batch = torch.export.Dim("batch", min=1)
     model: nn.Module = loaded.model
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -140,6 +140,7 @@ def to_onnx(loaded: LoadedRun, facts: dict[str, str]) -> bytes:
         )
     assert program is not None
     program.model.metadata_props.update(facts)
+    # the program only writes files; the bytes then go where they belong at once, or not at all
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         program.save(path, external_data=False)

@@ -26,6 +26,7 @@ from ddpm_lmk.tasks import LandmarkTask, Task, build_task
 
 log = logging.getLogger(__name__)
 
+# Not the encoding: PNG and raw pixels are the same pixels.
 PIXEL_SETTINGS = ("size", "aspect", "filter", "window", "bits")
 
 
@@ -121,6 +122,7 @@ def open_run(
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model = model.to(parallel.device).to(memory_format=layout).eval()  # type: ignore[call-overload]
     run = path if (path / "config.yaml").is_file() else Path(meta["path"]).parent.parent  # of RUN/snapshots/STEP
+    # temperatures are no weights: they lie beside the snapshots, and every snapshot of the run uses them
     calibration.put(calibration.read(run), task)
     return LoadedRun(run, cfg, spec, task, model, parallel, meta)
 

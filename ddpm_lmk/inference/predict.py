@@ -104,7 +104,7 @@ def predict_images(
         raise ConfigError(f"--mm-per-px={mm_per_px}: wanted a positive number of millimetres")
     out = Path(out)
     want_writable(out)
-    paths, passed_over = list_images(files)
+    paths, passed_over = list_images(files)  # an empty folder is refused before the weights are read
     loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
     summary = PredictSummary(out, passed_over=passed_over)
     images: list[dict[str, Any]] = []
@@ -197,6 +197,7 @@ def _prepare(name: str, film: Film, settings: dict[str, Any], image_size: int) -
         bits=settings["bits"],
         full_range=film.full_range,
     )
+    # twice, as a packed image is: once to the stored square, once from there to the network's
     network = stored
     if stored.shape != (image_size, image_size):
         method = cv2.INTER_AREA if image_size < len(stored) else cv2.INTER_LINEAR
@@ -238,6 +239,7 @@ def _facts(
     loaded: LoadedRun, picture: _Picture, prediction: ImagePrediction, mm_per_px: float | None
 ) -> dict[str, Any]:
     """One image of predictions.json; `mm_per_px` goes before what the file states."""
+    # millimetres are only as good as their spacing, so its source stands beside it
     spacing = picture.spacing if mm_per_px is None else "--mm-per-px"
     mm_per_px = mm_per_px or picture.mm_per_px
     points = []

@@ -74,6 +74,7 @@ def predictions_csv(spec: DatasetSpec, predictions: Sequence[ImagePrediction], l
         errors = np.linalg.norm(each.points - true, axis=-1)
         for index, landmark in enumerate(spec.landmark_names):
             numbers = [*each.points[index], *true[index], errors[index], errors[index] * spacing, each.spread_px[index]]
+            # without a spacing there are no millimetres, and an empty cell is no number by accident
             cells = ["" if np.isnan(number) else f"{number:.4f}" for number in numbers]
             writer.writerow([name, index, landmark, *cells, int(each.failed[index])])
     return text.getvalue()

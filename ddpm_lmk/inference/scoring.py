@@ -23,8 +23,8 @@ from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import DataError
 
-PAPER_GRID = 256
-PAPER_SIGMA_PX = 5.0
+PAPER_GRID = 256  # the released code resizes images, predictions and labels to it
+PAPER_SIGMA_PX = 5.0  # of its label discs
 DISC_REACH_PX = 6  # a disc of sigma 5 has radius 5.887: further than this from the border it is whole
 
 Scores = dict[str, Any]
@@ -120,7 +120,8 @@ def score_paper(
     """
     ids = ids if ids is not None else [str(index) for index in range(len(predicted))]
     check_points(predicted, true, ids)
-    size = np.asarray(native_size, np.float64)[:, None, :]
+    size = np.asarray(native_size, np.float64)[:, None, :]  # [M, 1, 2]
+    # no half-pixel shift: the released code multiplies and rounds half to even
     on_grid = np.rint(np.asarray(predicted, np.float64) / size * grid)
     label = label_on_grid(true, native_size, grid)
     difference = (on_grid - label) * _paper_factors(label, size, spec, grid, mm_per_px)
@@ -149,6 +150,7 @@ def _centroid_of_disc(x: int, y: int, grid: int) -> tuple[float, float]:
         -((axis - x) ** 2)[None, :] / (2 * PAPER_SIGMA_PX**2) - ((axis - y) ** 2)[:, None] / (2 * PAPER_SIGMA_PX**2)
     )
     mask = (weight >= 0.5 * weight.max()).astype(np.uint8)
+    # the released code takes moments of the contour polygon, not of the mask: a cut disc has another centroid by it
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     moments = cv2.moments(max(contours, key=cv2.contourArea))
     if moments["m00"] == 0:
@@ -167,11 +169,12 @@ def _paper_factors(
         spacing = np.asarray(fixed if fixed is not None else mm_per_px, np.float64).reshape(-1, 1, 1)
         if not np.isfinite(spacing).all():
             raise DataError(f"{spec.name} needs mm_per_px for the paper's protocol, and some images have none")
-        return size[..., ::-1] / grid * spacing
+        return size[..., ::-1] / grid * spacing  # (height, width) on (x, y): the mistake is part of the protocol
     pair = spec.paper_pair or spec.spacing
     if pair.kind != "pair":
         raise DataError(f"{spec.name} has paper_factor pair_squeezed, which needs a landmark pair; none is given")
     i, j, mm = pair.i, pair.j, pair.mm
+    # the pair is measured on the squeezed grid, so one factor serves both axes, though their scales differ
     length = np.linalg.norm(label[:, i] - label[:, j], axis=-1)
     if not (length > 0).all():
         raise DataError(
@@ -215,6 +218,7 @@ def mean_shape(train_points: np.ndarray, train_sizes: np.ndarray) -> np.ndarray:
     seen = np.isfinite(points).all(-1).any(0)
     if not len(points) or not seen.all():
         raise DataError("the mean shape needs every landmark labelled in at least one training image")
+    # shares of the side, so that pictures of other sizes add; halves since pixel (0, 0) is centred at (0.5, 0.5)
     return np.nanmean((points + 0.5) / sizes[:, None, :], axis=0)
 
 

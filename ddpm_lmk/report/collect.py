@@ -26,7 +26,7 @@ from ddpm_lmk.sweep import cell_folder
 from ddpm_lmk.system.files import read_json
 
 PROTOCOLS = ("original", "paper")
-MEAN_SHAPE = "mean shape"
+MEAN_SHAPE = "mean shape"  # predicts the average of the training points and never looks at an image
 SCRATCH = "scratch"
 
 
@@ -168,6 +168,7 @@ class Study:
     @cached_property
     def starts(self) -> list[str]:
         """Labels of starting weights: from scratch first, then in the order of the sweep file's `rows`."""
+        # the first row is what all others are held against
         order = list(dict.fromkeys([SCRATCH, *self.texts, *(run.start for run in self.runs)]))
         return sorted({run.start for run in self.runs}, key=order.index)
 
@@ -198,6 +199,7 @@ class Study:
 
     def best_start(self, labels: int) -> str:
         """The start with the lowest MRE at this number of labels."""
+        # ties, as of two copies of one run, go by name, so that a page is the same every time
         return min((error, start) for start, error in self.errors(labels).items())[1]
 
     def mean_shape(self, labels: int, protocol: str) -> Score:
@@ -293,6 +295,7 @@ def collect(folders: Sequence[Path]) -> list[Study]:
         )
     studies: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
+        # packs of one name may be of another spec, and older results have none: the name then stands for it
         key = (run.results["dataset"], run.results.get("spec", run.results["dataset"]), run.results["split"])
         studies.setdefault(key, []).append(run)
     if len(studies) > 1:
@@ -308,6 +311,7 @@ def _runs_in(folder: Path) -> tuple[list[Run], int]:
         for cell in sweep["cells"]:
             path = cell_folder(folder, cell["cell"])
             results = read_json(path / "results.json")
+            # results.json is written before done.json, which says that nothing is missing
             if results and (path / "done.json").is_file():
                 runs += _runs_of(path, cell["start"], results)
         return runs, len(sweep["cells"])
@@ -320,6 +324,7 @@ def _runs_in(folder: Path) -> tuple[list[Run], int]:
         raise DataError(
             f"{folder} is a run of kind {results.get('kind')}; a report needs fine-tuning runs or sweeps of them"
         )
+    # a single run has no label of its start, as a cell of a sweep does: the name of its weights will do
     weights = results["start"]["weights"]
     return _runs_of(folder, SCRATCH if weights is None else Path(weights).name, results), 1
 

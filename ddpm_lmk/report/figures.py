@@ -42,7 +42,7 @@ from ddpm_lmk.report.tables import fitted_temperatures
 from ddpm_lmk.rundir.log import METRICS, read_lines
 
 WIDE, NARROW, BROAD = (5.4, 3.4), (4.1, 3.0), (11.2, 3.1)  # inches; the page scales them
-CURVE_POINTS = 240
+CURVE_POINTS = 240  # smooth at the width of a panel; more would only make the page larger
 DODGE = 1.035  # neighbouring methods stand this factor apart on the axis of labels, so that error bars can be seen
 FEATURED = 3  # numbers of labels that are shown where there is no room for all
 SIDE, PANEL_SIDE = 760, 640  # pixels of the longer side
@@ -135,6 +135,7 @@ def _shares_within(axes: Axes, study: Study, labels: int, thresholds: Sequence[f
     limit = 2.5 * max(thresholds) if thresholds else max(tails, default=1.0)
     x = np.linspace(0, limit, CURVE_POINTS)
     for start, found in errors.items():
+        # at or below, as the success rates of the tables count
         share = 100 * np.searchsorted(np.sort(found), x, side="right") / len(found)
         look = looks(study)[start]
         axes.plot(x, share, color=look.colour, linestyle=look.dash, linewidth=1.5)
@@ -153,7 +154,7 @@ def fine_tuning_curves(study: Study, labels: int) -> str | None:
             look = looks(study)[start]
             for run in study.select(start, labels):
                 steps, losses = _losses(run.path, "step")
-                if len(steps) > 1:
+                if len(steps) > 1:  # a single value is no curve
                     axes.plot(steps, losses, color=look.colour, linestyle=look.dash, linewidth=1.1, alpha=0.85)
         if not axes.lines:
             return None
@@ -169,6 +170,7 @@ def pre_training_curves(study: Study) -> list[str]:
     for start in study.starts:
         for parent in study.parents(start):
             kind = parent.results.get("kind", "denoise")
+            # several starts may come from one run: it is drawn once, in the look of the first
             parents.setdefault(LOSSES.get(kind, f"{kind} loss"), {}).setdefault(parent.path, (parent, start))
     curves = [_pre_training_curve(study, loss, found.values()) for loss, found in parents.items()]
     return [svg for svg in curves if svg is not None]
@@ -209,6 +211,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _log_if_positive(axes: Axes) -> None:
     values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in axes.lines])
+    # within a factor of three a logarithmic axis would have a label or two
     if values.min() > 0 and values.max() > 3 * values.min():
         axes.set_yscale("log")
         _label_log_axis(axes, (1, 2, 5))
@@ -221,6 +224,7 @@ def snapshots_by_step(study: Study) -> dict[tuple[str, str], dict[int, str]]:
         parent = study.select(start)[0].home.facts.get("parent") or {}
         if parent.get("step") is not None and parent.get("path"):
             folder = Path(parent["path"])
+            # RUN/snapshots/STEP: starts of the same RUN make a curve
             root = folder.parents[1] if folder.parent.name == "snapshots" else folder
             found.setdefault((str(root), str(parent.get("use"))), {}).setdefault(int(parent["step"]), start)
     return {source: dict(sorted(starts.items())) for source, starts in found.items() if len(starts) > 1}
@@ -247,7 +251,7 @@ def mre_by_pre_training(study: Study, shots: Sequence[int]) -> str | None:
                 axes.fill_between(list(spreads), means - std, means + std, color=colour, alpha=0.13, linewidth=0)
                 marker = MARKERS[index % len(MARKERS)]
                 axes.plot(list(spreads), means, color=colour, marker=marker, markersize=5, label=name)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0)  # gains are seen at their true size
         axes.set_xlabel("pre-training, optimizer steps")
         axes.set_ylabel(f"mean radial error, {study.unit_name('original')}")
         axes.xaxis.set_major_formatter(THOUSANDS)
@@ -267,8 +271,9 @@ def _to_svg(figure: Figure, name: str, title: str) -> str:
     with mpl.rc_context({"svg.hashsalt": name}):  # ids of clip paths are random without it
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :]  # without the XML head, which HTML does not have
     head, _, body = svg.partition(">")
+    # without width and height, which would be absolute, the figure takes the width of its frame
     box = head[head.index("viewBox") :].split('"')[1]
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     body = body.replace("'DejaVu Sans', sans-serif", "inherit").replace("'DejaVu Sans'", "inherit")
@@ -348,6 +353,7 @@ def _draw(run: Run, name: str, longest: int, *, is_cropped: bool = False) -> byt
     """
     if run.home.cfg is None:
         raise DataError(f"{run.home.path} has no config.yaml, which says where its data is")
+    # of a mixture, the dataset of this part
     packs = [Manifest.open(path) for path in run.home.cfg.data.path]
     manifest = next((pack for pack in packs if pack.dataset == run.results["dataset"]), packs[0])
     for row in manifest.rows([run.results["split"]]):

@@ -37,8 +37,9 @@ def write_report(
         DataError: a folder is neither, nothing in them is finished, or there is leakage that is not acknowledged.
     """
     out = Path(out)
-    want_writable(out.parent)
+    want_writable(out.parent)  # before minutes of drawing
     studies = collect([Path(folder) for folder in folders])
+    # refused before anything is written: a page with such scores must not exist by accident
     for study in studies:
         refuse_seen([run.results for run in study.runs], acknowledged=acknowledge_leakage)
     paths = [out, out.with_suffix(".csv"), out.with_suffix(".md")]

@@ -19,6 +19,7 @@ from ddpm_lmk.report.html import signed, spread_text
 from ddpm_lmk.report.statistics import difference_tables
 from ddpm_lmk.report.style import SHAPE_COLOUR, method_name, swatch
 
+# Counted in the released code (docs/method.md, section 1).
 PAPER_NETWORK = "558.5 M parameters at 256² pixels"
 
 
@@ -62,6 +63,7 @@ def pairs(study: Study) -> list[Pair]:
                 theirs = published.get((method, labels)) if method else None
                 used.add(method)
                 found.append(Pair(study.title(row.method), row.method, labels, row.validation, row.scores, theirs))
+        # a published row that nothing of ours stands beside is still what a reader compares with
         rest = [row for (method, k), row in published.items() if k == labels and method not in used]
         found += [Pair(row.method, None, labels, None, None, row) for row in rest]
     return found
@@ -161,6 +163,7 @@ def _footnotes(study: Study, published: dict[str, object]) -> list[str]:
 
 def _about_significance(study: Study) -> str:
     """How differences were tested, and how many of them chance alone would make bold."""
+    # of the table against random weights; at 95 % one in twenty is clear by chance
     count = (len(study.starts) - 1) * len(study.shots)
     return (
         "Differences are paired by seed (the same shots), with Student's interval of 95 %, and by image, with a "
@@ -178,7 +181,7 @@ def _about_protocol(study: Study) -> str:
         "labels read back from their masks"
     )
     if study.spec == "cephalometric":
-        text += ", millimetre factors of x and y swapped"
+        text += ", millimetre factors of x and y swapped"  # docs/method.md, section 3
     return f"{text}. Protocol original measures in pixels of the original image with the right spacing."
 
 
@@ -213,6 +216,7 @@ def _about_leakage(study: Study) -> str:
     seen = max((block.get("images") or 0 for block in blocks if block.get("status") == "overlap"), default=0)
     if seen:
         return f"Pre-training or fine-tuning of some rows saw {seen} of the scored images; see the top of the page."
+    # "none": random weights, which saw nothing; "clean": compared, and nothing found
     unknown = any(block.get("status") not in ("none", "clean") for block in blocks)
     if not blocks or unknown:
         return "For some rows it is not known whether pre-training saw scored images (weights from elsewhere)."

@@ -19,7 +19,7 @@ from ddpm_lmk.report.collect import SCRATCH, Run, Study, labels_text
 from ddpm_lmk.report.html import signed
 from ddpm_lmk.report.style import method_name
 
-RESAMPLES = 4000
+RESAMPLES = 4000  # the ends of the interval then move by about 1 % of its width from one seed to the next
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; above these, the normal's.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 NORMAL_QUANTILE = 1.960
@@ -57,6 +57,7 @@ def over_images(ours: Mapping[str, float], other: Mapping[str, float]) -> Differ
     values = np.array([ours[name] - other[name] for name in sorted(set(ours) & set(other))])
     if len(values) < 2:
         return None
+    # one seed for all pairs of methods: their intervals are of the same draws of images
     draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
     return Difference(float(values.mean()), float(low), float(high), len(values))
@@ -87,6 +88,7 @@ def best_overall(study: Study) -> str:
     """The start with the lowest geometric mean of errors, of those that have all numbers of labels."""
     errors = {labels: study.errors(labels) for labels in study.shots}
     whole = [start for start in study.starts if all(start in found for found in errors.values())]
+    # geometric: with one label errors are ten times those with fifty and would decide alone
     means = {start: float(np.mean(np.log([found[start] for found in errors.values()]))) for start in whole}
     return min(means, key=lambda start: means[start]) if means else study.best_start(study.shots[-1])
 
@@ -124,6 +126,7 @@ def _cell(seeds: Difference | None, images: Difference | None) -> str:
     """The difference, with its interval over seeds, and below that over images."""
     if seeds is None:
         return html.cell("–", "first")
+    # bold by seeds alone: images say nothing about another draw of shots
     text = f"{signed(seeds.mean)}<br>{_interval('seeds', seeds)}<br>{_interval('images', images)}"
     return html.cell(text, f"first{' best' if seeds.is_clear else ''}")
 
@@ -132,6 +135,7 @@ def _percent(found: Difference | None) -> str:
     """A mean log ratio as a change in per cent, with its interval over seeds."""
     if found is None:
         return html.cell("–", "first")
+    # exact, where 100 * log would be off by 19 points at half the error
     change = [None if log is None else 100 * float(np.expm1(log)) for log in (found.mean, found.low, found.high)]
     percent = Difference(change[0] or 0.0, change[1], change[2], found.count)
     text = f"{signed(percent.mean, 0)}<br>{_interval('seeds', percent, digits=0)}"

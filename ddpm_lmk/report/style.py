@@ -69,6 +69,7 @@ class Look:
 
 def looks(study: Study) -> dict[str, Look]:
     """A look for each start of a study; random weights have the same one in every study."""
+    # also where a study has no such runs, so that the others look the same in studies that do
     found = {SCRATCH: Look(SCRATCH_COLOUR, "s", "solid")}
     for index, start in enumerate(start for start in study.starts if start != SCRATCH):
         dash = DASHES[index % len(DASHES)]

@@ -43,6 +43,7 @@ def verdict(study: Study) -> str:
 
 def warnings(study: Study) -> list[str]:
     """What has to be said before any number is: leakage, and rows whose runs were not trained alike."""
+    # refused or acknowledged was decided before the report was begun
     return [*refuse_seen([run.results for run in study.runs], acknowledged=True), *unlike_runs(study)]
 
 
@@ -72,6 +73,7 @@ def _settings_apart(first: Run, other: Run) -> list[tuple[str, Any, Any]]:
     assert other.home.cfg is not None
     rows = [row for row in diff_runs(first.home.cfg, other.home.cfg) if row[0] not in (*MAY_CHANGE, *OWN_KEYS)]
     here, there = (run.home.facts.get("fingerprint") for run in (first, other))
+    # runs of older versions have no fingerprint: nothing is said of what is not known
     return [*rows, ("packed data", here, there)] if None not in (here, there) and here != there else rows
 
 
@@ -86,6 +88,7 @@ def cards(study: Study) -> str:
         best = study.best_start(labels)
         score = study.score(best, labels, "original")
         assert score is not None
+        # two are enough to see whether the best one is far ahead
         ranked = sorted((error, start) for start, error in study.errors(labels).items() if start != best)
         versus = [f"{escape(study.title(start))} {error:.2f}" for error, start in ranked[:2]]
         versus.append(f"mean shape {study.mean_shape(labels, 'original').mre[0]:.2f}")
@@ -188,6 +191,7 @@ def update_between_markers(file: str | Path, name: str, text: str) -> bool:
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
         raise ConfigError(f"{path} needs the lines {begin} and {end}, each once and in this order")
+    # the replacement is a function, since a table may hold backslashes
     pattern = re.compile(f"({re.escape(begin)}).*?({re.escape(end)})", re.DOTALL)
     changed = pattern.sub(lambda match: f"{match[1]}\n{text.strip()}\n{match[2]}", content)
     if changed != content:
@@ -198,7 +202,7 @@ def update_between_markers(file: str | Path, name: str, text: str) -> bool:
 def landmark_table(study: Study, start: str) -> str:
     """MRE of each landmark at each number of labels (mean over seeds), and its SDR at the largest."""
     results = {labels: [run.results for run in study.select(start, labels)] for labels in study.shots}
-    results = {labels: found for labels, found in results.items() if found}
+    results = {labels: found for labels, found in results.items() if found}  # a start may lack some numbers of labels
     most, keys = max(results), study.thresholds("original")
 
     def mean(labels: int, index: int, key: str | None = None) -> float:
@@ -270,6 +274,7 @@ def _temperatures(runs: Sequence[Run]) -> list[str]:
     facts = [run.results["calibration"] for run in runs if run.results.get("calibration")]
     if not facts:
         return ["–", "none"]
+    # -log p with temperature 1, and with the fitted ones
     before, after = (mean_and_std([each[f"surprise_{when}"] for each in facts])[0] for when in ("before", "after"))
     values = [t for run in runs for t in fitted_temperatures(run).values()]
     span = f"{min(values):.2f} to {max(values):.2f}" if values else "–"
@@ -409,6 +414,7 @@ def _cost(study: Study, start: str) -> list[str]:
         *[(each.train.get("images"), each.train.get("tflop"), _hours(each, each.train)) for each in parents]
     ):
         totals.append(_dash(sum(known(costs)) if None not in costs else None))  # one silent parent hides the sum
+    # medians: a run that had to share the machine does not move them
     hours = known([_hours(run.home, run.train) for run in runs])
     each_run = [known([run.train.get(key) for run in runs]) for key in ("images", "tflop")]
     medians = [_dash(statistics.median(values) if values else None) for values in (*each_run, hours)]
@@ -423,6 +429,7 @@ def _hours(folder: RunFolder, train: dict[str, Any]) -> float | None:
     facts = folder.facts.get("hardware") or {}
     if train.get("wall_s") is None or not facts:
         return None
+    # a GPU is one device whatever feeds it; of a CPU every thread is one
     threads = facts.get("threads", 1) if _is_cpu(facts) else 1
     return float(train["wall_s"]) * facts.get("processes", 1) * threads / 3600
 

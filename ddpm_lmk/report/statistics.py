@@ -3,7 +3,7 @@
 Both intervals are of the difference of two mean radial errors, of 95 %, and from pairs: runs of the same seed learn
 from the same shots, and every method is scored on the same images. Over seeds it is Student's t, which with three
 seeds is as wide as three seeds are few. Over images it is the percentile bootstrap, which says nothing about other
-seeds. Differences are ours less the reference's: a plus means a larger error.
+seeds. Differences are ours minus the reference's: a plus means a larger error.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def over_images(ours: Mapping[str, float], other: Mapping[str, float]) -> Differ
 
 
 def difference(study: Study, start: str, reference: str, labels: int) -> tuple[Difference | None, Difference | None]:
-    """Error (protocol original) less that of the reference, over seeds and over images; None where one has no run."""
+    """Error (protocol original) minus that of the reference, over seeds and over images; None where one has no run."""
     ours, other = study.select(start, labels), study.select(reference, labels)
     if start == reference or not ours or not other:
         return None, None
@@ -118,7 +118,7 @@ def _table(study: Study, reference: str) -> str:
         cells = [_cell(*difference(study, start, reference, labels)) for labels in study.shots]
         cells.append(_percent(log_ratio(study, start, reference)))
         lines.append(html.row([html.cell(method_name(study, start)), *cells]))
-    title = f"Error less that of “{escape(study.title(reference))}”, {study.runs[0].unit} (protocol original)"
+    title = f"Error minus that of “{escape(study.title(reference))}”, {study.runs[0].unit} (protocol original)"
     return f"<h3>{title}</h3>{html.table([html.row(heads)], lines, 'against differences')}"
 
 

@@ -69,8 +69,8 @@ def test_every_method_is_held_against_the_best_one_too(study: Study, tmp_path: P
     assert found.mean == pytest.approx(np.mean(np.log([4 / 2, 5 / 2.1, 6 / 2.2])))
     assert found.count == 3
     page = write_report([tmp_path / "sweep"], tmp_path / "report.html", against_paper=True)[0].read_text()
-    assert "Error less that of “scratch”" in page
-    assert "Error less that of “Discs, pre-trained”" in page
+    assert "Error minus that of “scratch”" in page
+    assert "Error minus that of “Discs, pre-trained”" in page
     assert "of 2 differences of equal methods about 0.1 would be bold" in page
 
 

@@ -16,7 +16,7 @@ from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.report.collect import collect, paper_rows
-from ddpm_lmk.report.figures import featured_shots, mre_by_pre_training, snapshots_by_step
+from ddpm_lmk.report.figures import mre_by_pre_training, snapshots_by_step
 from ddpm_lmk.report.page import write_report
 from ddpm_lmk.report.tables import update_between_markers
 from tests.known_runs import put, write_run, write_sweep
@@ -176,11 +176,6 @@ def test_a_table_is_put_between_its_markers_and_nowhere_else(tmp_path: Path) -> 
     assert not update_between_markers(readme, "table", "| new \\1 |")
     with pytest.raises(ConfigError, match="<!-- other -->"):
         update_between_markers(readme, "other", "x")
-
-
-def test_three_numbers_of_labels_are_featured() -> None:
-    assert featured_shots([1, 5, 10, 25, 50]) == [1, 10, 50]
-    assert featured_shots([5, 10]) == [5, 10]
 
 
 def test_snapshots_of_one_run_make_the_curve_of_figure_2(tmp_path: Path) -> None:

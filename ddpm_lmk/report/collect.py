@@ -102,12 +102,12 @@ class Run:
     def predictions(self) -> dict[str, list[dict[str, str]]]:
         """Rows of predictions.csv by image; empty where the file is not there."""
         path = self.path / "predictions.csv"
-        found: dict[str, list[dict[str, str]]] = {}
+        rows_of: dict[str, list[dict[str, str]]] = {}
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    found.setdefault(row["image_id"], []).append(row)
-        return found
+                    rows_of.setdefault(row["image_id"], []).append(row)
+        return rows_of
 
     @cached_property
     def errors(self) -> dict[str, np.ndarray]:
@@ -179,13 +179,13 @@ class Study:
 
     def select(self, start: str, labels: int | None = None) -> list[Run]:
         """Runs of a start by seed, at one number of labels or at all of them."""
-        found = [run for run in self.runs if run.start == start and labels in (None, run.labels)]
-        return found if labels is None else sorted(found, key=lambda run: run.seed)
+        runs = [run for run in self.runs if run.start == start and labels in (None, run.labels)]
+        return runs if labels is None else sorted(runs, key=lambda run: run.seed)
 
     def parents(self, start: str) -> list[RunFolder]:
         """The pre-training runs of a start: several where few and many labels start from different weights."""
-        found = {run.parent.path: run.parent for run in self.select(start) if run.parent is not None}
-        return list(found.values())
+        parents = {run.parent.path: run.parent for run in self.select(start) if run.parent is not None}
+        return list(parents.values())
 
     def score(self, start: str, labels: int, protocol: str) -> Score | None:
         """Figures of the runs of a start at one number of labels, or None where there is none."""
@@ -285,8 +285,8 @@ def collect(folders: Sequence[Path]) -> list[Study]:
     planned = 0
     texts: dict[str, dict[str, str]] = {}
     for folder in folders:
-        found, count = _runs_in(Path(folder))
-        runs += found
+        finished, count = _runs_in(Path(folder))
+        runs += finished
         planned += count
         texts |= (read_json(Path(folder) / "sweep.json") or {}).get("rows") or {}
     if not runs:
@@ -295,12 +295,12 @@ def collect(folders: Sequence[Path]) -> list[Study]:
         )
     studies: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
-        # packs of one name may be of another spec, and older results have none: the name then stands for it
+        # datasets of one name may have another spec, and older results have none: the name then stands for it
         key = (run.results["dataset"], run.results.get("spec", run.results["dataset"]), run.results["split"])
         studies.setdefault(key, []).append(run)
     if len(studies) > 1:
         planned = 0  # which dataset a cell that has not ended belongs to is not known
-    return [Study(*key, found[0].results["num_images"], tuple(found), planned, texts) for key, found in studies.items()]
+    return [Study(*key, group[0].results["num_images"], tuple(group), planned, texts) for key, group in studies.items()]
 
 
 def _runs_in(folder: Path) -> tuple[list[Run], int]:

@@ -129,14 +129,14 @@ def cumulative_error(study: Study, shots: Sequence[int]) -> str:
 def _shares_within(axes: Axes, study: Study, labels: int, thresholds: Sequence[float]) -> None:
     """One panel: a curve per start, over all runs with so many labels."""
     parts = {start: [e for run in study.select(start, labels) for e in run.errors.values()] for start in study.starts}
-    errors = {start: np.concatenate(found) for start, found in parts.items() if found}
+    errors = {start: np.concatenate(values) for start, values in parts.items() if values}
     # without thresholds the axis ends where the worst method has 95 % of its landmarks
-    tails = [float(np.quantile(found, 0.95)) for found in errors.values()]
+    tails = [float(np.quantile(values, 0.95)) for values in errors.values()]
     limit = 2.5 * max(thresholds) if thresholds else max(tails, default=1.0)
     x = np.linspace(0, limit, CURVE_POINTS)
-    for start, found in errors.items():
+    for start, values in errors.items():
         # at or below, as the success rates of the tables count
-        share = 100 * np.searchsorted(np.sort(found), x, side="right") / len(found)
+        share = 100 * np.searchsorted(np.sort(values), x, side="right") / len(values)
         look = looks(study)[start]
         axes.plot(x, share, color=look.colour, linestyle=look.dash, linewidth=1.5)
     for threshold in thresholds:
@@ -172,7 +172,7 @@ def pre_training_curves(study: Study) -> list[str]:
             kind = parent.results.get("kind", "denoise")
             # several starts may come from one run: it is drawn once, in the look of the first
             parents.setdefault(LOSSES.get(kind, f"{kind} loss"), {}).setdefault(parent.path, (parent, start))
-    curves = [_pre_training_curve(study, loss, found.values()) for loss, found in parents.items()]
+    curves = [_pre_training_curve(study, loss, members.values()) for loss, members in parents.items()]
     return [svg for svg in curves if svg is not None]
 
 
@@ -219,15 +219,15 @@ def _log_if_positive(axes: Axes) -> None:
 
 def snapshots_by_step(study: Study) -> dict[tuple[str, str], dict[int, str]]:
     """Starts by step of the pre-training run and kind of weights they come from, where several steps were taken."""
-    found: dict[tuple[str, str], dict[int, str]] = {}
+    sources: dict[tuple[str, str], dict[int, str]] = {}
     for start in study.starts:
         parent = study.select(start)[0].home.facts.get("parent") or {}
         if parent.get("step") is not None and parent.get("path"):
             folder = Path(parent["path"])
             # RUN/snapshots/STEP: starts of the same RUN make a curve
             root = folder.parents[1] if folder.parent.name == "snapshots" else folder
-            found.setdefault((str(root), str(parent.get("use"))), {}).setdefault(int(parent["step"]), start)
-    return {source: dict(sorted(starts.items())) for source, starts in found.items() if len(starts) > 1}
+            sources.setdefault((str(root), str(parent.get("use"))), {}).setdefault(int(parent["step"]), start)
+    return {source: dict(sorted(starts.items())) for source, starts in sources.items() if len(starts) > 1}
 
 
 def mre_by_pre_training(study: Study, shots: Sequence[int]) -> str | None:
@@ -287,11 +287,12 @@ def overlays(study: Study, start: str) -> str:
     if not errors:
         return ""
     title = "Best, median and worst"
+    opened: dict[str, Manifest] = {}
     chosen = {"best": errors[0], "median": errors[len(errors) // 2], "worst": errors[-1]}
     try:
         drawn = [
             html.figure(
-                html.image(_draw(run, name, SIDE), f"x-ray {name} with landmarks"),
+                html.image(_draw(run, name, SIDE, opened), f"x-ray {name} with landmarks"),
                 f"<strong>{which}</strong> {escape(name)}: {error:.2f} {run.unit} on average",
             )
             for which, (name, error) in chosen.items()
@@ -312,9 +313,11 @@ def one_image_every_method(study: Study) -> str:
     title = "One image, every method"
     name = ranked[len(ranked) // 2][0]
     blocks = []
+    opened: dict[str, Manifest] = {}
     try:
         for start in study.starts:
-            cells = "".join(_panel(next(iter(study.select(start, labels)), None), name, labels) for labels in shots)
+            runs = [next(iter(study.select(start, labels)), None) for labels in shots]
+            cells = "".join(_panel(run, name, labels, opened) for run, labels in zip(runs, shots))
             blocks.append(
                 f'<div class="method"><h3>{method_name(study, start)}</h3><div class="panels">{cells}</div></div>'
             )
@@ -332,21 +335,22 @@ def _not_at_hand(title: str, error: DataError) -> str:
     return f"<h2>{title}</h2>{html.note(f'The packed images could not be read: {escape(str(error))}')}"
 
 
-def _panel(run: Run | None, name: str, labels: int) -> str:
+def _panel(run: Run | None, name: str, labels: int, opened: dict[str, Manifest]) -> str:
     """A small picture with its error; a gap where there is no such run."""
     if run is None:
         return f'<div class="gap">{labels_text(labels)}: not run</div>'
     error = run.image_errors()[name]
-    drawn = _draw(run, name, PANEL_SIDE, is_cropped=True)
+    drawn = _draw(run, name, PANEL_SIDE, opened, is_cropped=True)
     picture = html.image(drawn, f"x-ray {name}, {run.start}, {labels_text(labels)}")
     return f'<div class="panel">{picture}<span>{labels_text(labels)}: {error:.2f} {run.unit}</span></div>'
 
 
-def _draw(run: Run, name: str, longest: int, *, is_cropped: bool = False) -> bytes:
+def _draw(run: Run, name: str, longest: int, opened: dict[str, Manifest], *, is_cropped: bool = False) -> bytes:
     """JPEG of one test image in its native aspect with found and annotated points, whole or around the landmarks.
 
     Args:
         longest: the longer side in pixels before cropping; a whole image is never below its stored resolution.
+        opened: the datasets of the runs before, by folder; those of this run are added.
 
     Raises:
         DataError: the packed data is not there, or is other data.
@@ -354,8 +358,11 @@ def _draw(run: Run, name: str, longest: int, *, is_cropped: bool = False) -> byt
     if run.home.cfg is None:
         raise DataError(f"{run.home.path} has no config.yaml, which says where its data is")
     # of a mixture, the dataset of this part
-    packs = [Manifest.open(path) for path in run.home.cfg.data.path]
-    manifest = next((pack for pack in packs if pack.dataset == run.results["dataset"]), packs[0])
+    for path in run.home.cfg.data.path:
+        if path not in opened:
+            opened[path] = Manifest.open(path)
+    sets = [opened[path] for path in run.home.cfg.data.path]
+    manifest = next((each for each in sets if each.dataset == run.results["dataset"]), sets[0])
     for row in manifest.rows([run.results["split"]]):
         record = manifest.read_record(int(row))
         if record.id == name:

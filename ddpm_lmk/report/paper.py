@@ -52,21 +52,21 @@ def beside_paper(study: Study) -> str:
 def pairs(study: Study) -> list[Pair]:
     """All rows, by number of labels: the mean shape, ours, then the paper's that nothing of ours stands beside."""
     published = _published(study)
-    found = []
+    rows = []
     for labels in study.shots:
         shape = {protocol: study.mean_shape(labels, protocol) for protocol in PROTOCOLS}
-        found.append(Pair(f"{MEAN_SHAPE} (no picture)", None, labels, 0, shape, None))
+        rows.append(Pair(f"{MEAN_SHAPE} (no picture)", None, labels, 0, shape, None))
         used = set()
         for row in study.rows(with_paper=False):
             if row.kind == "run" and row.training == labels:
                 method = study.texts.get(row.method, {}).get("paper")
                 theirs = published.get((method, labels)) if method else None
                 used.add(method)
-                found.append(Pair(study.title(row.method), row.method, labels, row.validation, row.scores, theirs))
+                rows.append(Pair(study.title(row.method), row.method, labels, row.validation, row.scores, theirs))
         # a published row that nothing of ours stands beside is still what a reader compares with
         rest = [row for (method, k), row in published.items() if k == labels and method not in used]
-        found += [Pair(row.method, None, labels, None, None, row) for row in rest]
-    return found
+        rows += [Pair(row.method, None, labels, None, None, row) for row in rest]
+    return rows
 
 
 def _published(study: Study) -> dict[tuple[str, int], Row]:
@@ -205,8 +205,8 @@ def _about_labels(study: Study, validation: object) -> str:
 def _about_networks(study: Study) -> str:
     """What our networks are, where run files are still there."""
     last = {run.start: run.home.cfg for run in study.runs}.values()
-    found = dict.fromkeys(f"{cfg.model.kind} at {cfg.data.image_size}²" for cfg in last if cfg is not None)
-    ours = _listed(found) if found else "not recorded"
+    networks = dict.fromkeys(f"{cfg.model.kind} at {cfg.data.image_size}²" for cfg in last if cfg is not None)
+    ours = _listed(networks) if networks else "not recorded"
     return f"Networks of ours: {ours} (sizes under The runs); the paper's own has {PAPER_NETWORK}."
 
 

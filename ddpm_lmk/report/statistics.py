@@ -87,9 +87,9 @@ def log_ratio(study: Study, start: str, reference: str) -> Difference | None:
 def best_overall(study: Study) -> str:
     """The start with the lowest geometric mean of errors, of those that have all numbers of labels."""
     errors = {labels: study.errors(labels) for labels in study.shots}
-    whole = [start for start in study.starts if all(start in found for found in errors.values())]
+    whole = [start for start in study.starts if all(start in by_start for by_start in errors.values())]
     # geometric: with one label errors are ten times those with fifty and would decide alone
-    means = {start: float(np.mean(np.log([found[start] for found in errors.values()]))) for start in whole}
+    means = {start: float(np.mean(np.log([by_start[start] for by_start in errors.values()]))) for start in whole}
     return min(means, key=lambda start: means[start]) if means else study.best_start(study.shots[-1])
 
 
@@ -131,18 +131,18 @@ def _cell(seeds: Difference | None, images: Difference | None) -> str:
     return html.cell(text, f"first{' best' if seeds.is_clear else ''}")
 
 
-def _percent(found: Difference | None) -> str:
+def _percent(ratio: Difference | None) -> str:
     """A mean log ratio as a change in per cent, with its interval over seeds."""
-    if found is None:
+    if ratio is None:
         return html.cell("–", "first")
     # exact, where 100 * log would be off by 19 points at half the error
-    change = [None if log is None else 100 * float(np.expm1(log)) for log in (found.mean, found.low, found.high)]
-    percent = Difference(change[0] or 0.0, change[1], change[2], found.count)
+    change = [None if log is None else 100 * float(np.expm1(log)) for log in (ratio.mean, ratio.low, ratio.high)]
+    percent = Difference(change[0] or 0.0, change[1], change[2], ratio.count)
     text = f"{signed(percent.mean, 0)}<br>{_interval('seeds', percent, digits=0)}"
-    return html.cell(text, f"first{' best' if found.is_clear else ''}")
+    return html.cell(text, f"first{' best' if ratio.is_clear else ''}")
 
 
-def _interval(over: str, found: Difference | None, *, digits: int = 2) -> str:
-    if found is None or found.low is None or found.high is None:
+def _interval(over: str, difference: Difference | None, *, digits: int = 2) -> str:
+    if difference is None or difference.low is None or difference.high is None:
         return f'<span class="spread">{over}: –</span>'
-    return f'<span class="spread">{over}: {signed(found.low, digits)} to {signed(found.high, digits)}</span>'
+    return f'<span class="spread">{over}: {signed(difference.low, digits)} to {signed(difference.high, digits)}</span>'

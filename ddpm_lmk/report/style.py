@@ -70,11 +70,11 @@ class Look:
 def looks(study: Study) -> dict[str, Look]:
     """A look for each start of a study; random weights have the same one in every study."""
     # also where a study has no such runs, so that the others look the same in studies that do
-    found = {SCRATCH: Look(SCRATCH_COLOUR, "s", "solid")}
+    by_start = {SCRATCH: Look(SCRATCH_COLOUR, "s", "solid")}
     for index, start in enumerate(start for start in study.starts if start != SCRATCH):
         dash = DASHES[index % len(DASHES)]
-        found[start] = Look(PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)], dash)
-    return found
+        by_start[start] = Look(PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)], dash)
+    return by_start
 
 
 def swatch(colour: str) -> str:

@@ -59,7 +59,7 @@ def unlike_runs(study: Study) -> list[str]:
                 for key, there, here in _settings_apart(written[0], run):
                     seeds.setdefault(f"{key} {_shown(there)} and {_shown(here)}", []).append(str(run.seed))
             if seeds:
-                settings = "; ".join(f"{text} (seed {', '.join(found)})" for text, found in seeds.items())
+                settings = "; ".join(f"{text} (seed {', '.join(numbers)})" for text, numbers in seeds.items())
                 lines.append(
                     f"Not one recipe: the {len(runs)} runs of “{study.title(start)}” with {labels_text(labels)} differ "
                     f"in {settings}; their mean and spread are of different things."
@@ -202,7 +202,7 @@ def update_between_markers(file: str | Path, name: str, text: str) -> bool:
 def landmark_table(study: Study, start: str) -> str:
     """MRE of each landmark at each number of labels (mean over seeds), and its SDR at the largest."""
     results = {labels: [run.results for run in study.select(start, labels)] for labels in study.shots}
-    results = {labels: found for labels, found in results.items() if found}  # a start may lack some numbers of labels
+    results = {labels: each for labels, each in results.items() if each}  # a start may lack some numbers of labels
     most, keys = max(results), study.thresholds("original")
 
     def mean(labels: int, index: int, key: str | None = None) -> float:
@@ -292,23 +292,23 @@ def recipes(study: Study, start: str) -> list[tuple[list[int], RunConfig]]:
 
     A row may follow one recipe with few labels and another with many, and a reader has to see which.
     """
-    found: dict[str, tuple[list[int], RunConfig]] = {}
+    by_key: dict[str, tuple[list[int], RunConfig]] = {}
     for labels in study.shots:
         for cfg in (run.home.cfg for run in study.select(start, labels)):
             if cfg is not None:
-                used, _ = found.setdefault(recipe_key(cfg), ([], cfg))
+                used, _ = by_key.setdefault(recipe_key(cfg), ([], cfg))
                 used += [labels] if labels not in used else []
-    return list(found.values())
+    return list(by_key.values())
 
 
 def recipes_table(study: Study) -> FactsTable:
     """How the runs of every row were trained, one line per recipe, and all settings in which those of a row differ."""
     rows, apart = [], []
     for start in study.starts:
-        found = recipes(study, start)
-        rows += [[study.title(start), _joined(labels), *_settings(cfg)] for labels, cfg in found]
-        for labels, cfg in found[1:]:
-            changes = [row for row in diff_runs(found[0][1], cfg) if row[0] not in OWN_KEYS]
+        used = recipes(study, start)
+        rows += [[study.title(start), _joined(labels), *_settings(cfg)] for labels, cfg in used]
+        for labels, cfg in used[1:]:
+            changes = [row for row in diff_runs(used[0][1], cfg) if row[0] not in OWN_KEYS]
             words = ", ".join(f"{key} {_shown(here)} instead of {_shown(there)}" for key, there, here in changes)
             apart.append(f"{study.title(start)} with {_joined(labels)} labels: {words}.")
     headings = ("method", "labels", "network", "steps × images", "learning rate", "target", "views")

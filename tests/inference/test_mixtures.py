@@ -72,14 +72,6 @@ def test_each_dataset_has_its_own_columns_and_shots(packs: list[str]) -> None:
     assert {domain for domain, _ in seen} == {0, 1}
 
 
-def test_one_labelled_dataset_is_as_it_was(packs: list[str]) -> None:
-    loader = open_loader(config(packs[:1]), stage="train")
-    batch = next(loader.groups()).micro_batches[0]
-    loader.close()
-    assert loader.spec == SPECS["phantom-chest"]
-    assert batch.domain is None
-
-
 def test_sets_with_one_spec_share_their_landmarks_and_two_meanings_of_a_name_are_refused() -> None:
     chest, hand = SPECS["chest"], SPECS["hand"]
     assert mixture([chest, chest]) == chest

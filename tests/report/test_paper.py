@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html import unescape
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -15,10 +16,16 @@ from ddpm_lmk.report.page import write_report
 from ddpm_lmk.report.statistics import best_overall, difference, log_ratio, over_images, over_seeds
 from tests.known_runs import write_sweep
 
+T = TypeVar("T")
 ROWS = {
     "discs": {"title": "Discs, pre-trained", "paper": "Our method", "note": "As in the paper."},
     "moco": {"title": "MoCo v3", "paper": "MoCoV3"},
 }
+
+
+def known(value: T | None) -> T:
+    assert value is not None
+    return value
 
 
 @pytest.fixture
@@ -44,28 +51,20 @@ def test_a_row_stands_beside_the_one_the_sweep_names_and_the_others_stand_alone(
 
 
 def test_differences_are_paired_by_seed_with_students_interval(study: Study) -> None:
-    found = {start: difference(study, start, SCRATCH, 5)[0] for start in study.starts}
-    discs, moco = found["discs"], found["moco"]
-    assert discs is not None
-    assert moco is not None
+    discs, moco = (known(difference(study, start, SCRATCH, 5)[0]) for start in ("discs", "moco"))
     differences = np.array([2.0 - 4.0, 2.1 - 5.0, 2.2 - 6.0])
     reach = 4.3027 * differences.std(ddof=1) / 3**0.5
     assert discs.mean == pytest.approx(differences.mean())
     assert (discs.low, discs.high) == pytest.approx((differences.mean() - reach, differences.mean() + reach), abs=2e-3)
     assert discs.is_clear
     assert not moco.is_clear  # 1, -1.5 and 0.5: nothing that three seeds can tell
-    assert found["scratch"] is None
+    assert difference(study, SCRATCH, SCRATCH, 5) == (None, None)
 
 
 def test_every_method_is_held_against_the_best_one_too(study: Study, tmp_path: Path) -> None:
     assert best_overall(study) == "discs"
-    seeds, images = difference(study, "moco", "discs", 5)
-    assert seeds is not None
-    assert images is not None
-    assert seeds.mean == pytest.approx(np.mean([3.0, 1.4, 4.3]))
-    assert difference(study, "discs", "discs", 5) == (None, None)
-    found = log_ratio(study, "scratch", "discs")
-    assert found is not None
+    assert known(difference(study, "moco", "discs", 5)[0]).mean == pytest.approx(np.mean([3.0, 1.4, 4.3]))
+    found = known(log_ratio(study, "scratch", "discs"))
     assert found.mean == pytest.approx(np.mean(np.log([4 / 2, 5 / 2.1, 6 / 2.2])))
     assert found.count == 3
     page = write_report([tmp_path / "sweep"], tmp_path / "report.html", against_paper=True)[0].read_text()
@@ -79,15 +78,13 @@ def test_the_mean_over_numbers_of_labels_is_that_of_seeds_with_all_of_them(tmp_p
     cells |= {("ours", 1, 0): 20.0, ("ours", 5, 0): 10.0, ("ours", 1, 1): 20.0}
     write_sweep(tmp_path, cells, {"scratch": None, "ours": None})
     (found,) = collect([tmp_path])
-    mean = log_ratio(found, "ours", "scratch")
-    assert mean is not None
+    mean = known(log_ratio(found, "ours", "scratch"))
     assert mean.mean == pytest.approx(np.log(8) / -2)  # a half and a quarter; seed 1 lacks five labels
     assert mean.count == 1
 
 
 def test_a_single_seed_has_no_interval_and_foreign_seeds_are_left_out() -> None:
-    single = over_seeds({0: 1.0, 7: 9.0}, {0: 3.0, 8: 1.0})
-    assert single is not None
+    single = known(over_seeds({0: 1.0, 7: 9.0}, {0: 3.0, 8: 1.0}))
     assert (single.mean, single.low, single.count, single.is_clear) == (-2.0, None, 1, False)
     assert over_seeds({0: 1.0}, {1: 1.0}) is None
 
@@ -97,11 +94,8 @@ def test_the_interval_over_images_covers_the_mean_about_as_often_as_it_says() ->
     hits = 0
     for _ in range(60):
         ours = dict(enumerate(rng.normal(1.0, 2.0, 60)))
-        found = over_images({str(k): float(v) for k, v in ours.items()}, {str(k): 0.0 for k in ours})
-        assert found is not None
-        assert found.low is not None
-        assert found.high is not None
-        hits += found.low <= 1.0 <= found.high
+        found = known(over_images({str(k): float(v) for k, v in ours.items()}, {str(k): 0.0 for k in ours}))
+        hits += known(found.low) <= 1.0 <= known(found.high)
     assert hits >= 51  # 60 tosses of 0.95 stay above in all but 4 of 10,000 cases
 
 

@@ -47,6 +47,11 @@ def cell(text: str, kind: str = "", *, tag: str = "td", span: int = 1) -> str:
     return f"<{tag}{classes}{columns}>{text}</{tag}>"
 
 
+def head(text: str, kind: str = "", *, span: int = 1) -> str:
+    """A cell of a heading."""
+    return cell(text, kind, tag="th", span=span)
+
+
 def row(cells: Iterable[str], kind: str = "") -> str:
     """A line of a table."""
     return f'<tr class="{kind}">{"".join(cells)}</tr>' if kind else f"<tr>{''.join(cells)}</tr>"
@@ -89,7 +94,7 @@ class FactsTable:
             return ""
         above = "".join(f'<th colspan="{count}">{escape(word)}</th>' for word, count in self.groups)
         heads = [row([above], "protocols")] if above else []
-        heads.append(row(cell(escape(word), tag="th") for word in self.headings))
+        heads.append(row(head(escape(word)) for word in self.headings))
         lines = [row(cell(escape(word)) for word in words) for words in self.rows]
         intro = note(self.intro) if self.intro else ""
         remark = f'<p class="note wide">{escape(self.remark)}</p>' if self.remark else ""

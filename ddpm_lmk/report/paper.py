@@ -85,13 +85,13 @@ def paper_table(study: Study) -> str:
     """The table as HTML."""
     thresholds = study.thresholds("paper")
     unit = study.unit("paper")
-    groups = [html.cell("", tag="th"), html.cell("", tag="th", span=2)]
-    groups.append(html.cell(f"protocol paper: MRE, {unit}", "first", tag="th", span=3))
-    groups += [html.cell(f"SDR {key} {unit}, %", "first", tag="th", span=2) for key in thresholds]
-    groups.append(html.cell(f"original:<br>MRE, {study.unit('original')}", "first", tag="th"))
-    ours, paper = html.cell("ours", "first", tag="th"), html.cell("paper", tag="th")
-    heads = [html.cell(word, tag="th") for word in ("method", "all labels<br>ours / paper", "runs")]
-    heads += [ours, paper, html.cell("differ&shy;ence", tag="th"), *([ours, paper] * len(thresholds)), ours]
+    groups = [html.head(""), html.head("", span=2)]
+    groups.append(html.head(f"protocol paper: MRE, {unit}", "first", span=3))
+    groups += [html.head(f"SDR {key} {unit}, %", "first", span=2) for key in thresholds]
+    groups.append(html.head(f"original:<br>MRE, {study.unit('original')}", "first"))
+    ours, paper = html.head("ours", "first"), html.head("paper")
+    heads = [html.head(word) for word in ("method", "all labels<br>ours / paper", "runs")]
+    heads += [ours, paper, html.head("differ&shy;ence"), *([ours, paper] * len(thresholds)), ours]
     rows = pairs(study)
     lines = []
     for labels in study.shots:

@@ -112,7 +112,7 @@ def difference_tables(study: Study) -> str:
 def _table(study: Study, reference: str) -> str:
     """A row per method, a column per number of labels, and one for all of them."""
     heads = [labels_text(labels) for labels in study.shots]
-    heads = [html.cell("method", tag="th"), *(html.cell(head, "first", tag="th") for head in [*heads, "all, %"])]
+    heads = [html.head("method"), *(html.head(head, "first") for head in [*heads, "all, %"])]
     lines = []
     for start in (start for start in study.starts if start != reference):
         cells = [_cell(*difference(study, start, reference, labels)) for labels in study.shots]

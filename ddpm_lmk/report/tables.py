@@ -103,13 +103,13 @@ def cards(study: Study) -> str:
 
 def score_table(study: Study) -> str:
     """Every start at every number of labels, both protocols side by side; the best of ours is bold."""
-    titles, heads = [html.cell("", tag="th"), html.cell("", tag="th", span=2)], []
-    heads = [html.cell(word, tag="th") for word in ("starting weights", "validation<br>labels", "runs")]
+    titles = [html.head(""), html.head("", span=2)]
+    heads = [html.head(word) for word in ("starting weights", "validation<br>labels", "runs")]
     for name in PROTOCOLS:
         keys = study.thresholds(name)
         title = f"protocol {name} <small>{study.unit_name(name)}{', SDR in %' if keys else ''}</small>"
-        titles.append(html.cell(title, "first", tag="th", span=1 + len(keys)))
-        heads += [html.cell("MRE", "first", tag="th"), *(html.cell(f"SDR {key}", tag="th") for key in keys)]
+        titles.append(html.head(title, "first", span=1 + len(keys)))
+        heads += [html.head("MRE", "first"), *(html.head(f"SDR {key}") for key in keys)]
     rows = study.rows()
     lines = []
     for labels in study.shots:
@@ -129,19 +129,19 @@ def _score_row(row: Row, ours: Sequence[Row], study: Study) -> str:
     runs = "–" if row.kind == "mean shape" else str(next(iter(row.scores.values())).mre[2])
     cells = [html.cell(name), html.cell(str(row.validation)), html.cell(runs)]
 
-    def number(value: Spread | None, others: list[float], best: float, kind: str = "", digits: int = 2) -> str:
+    def number(value: Spread | None, best: float, kind: str = "", digits: int = 2) -> str:
         if value is None:
             return html.cell("–", kind)
-        is_best = row.kind == "run" and value[0] == best and len(others) > 1
+        is_best = row.kind == "run" and value[0] == best and len(ours) > 1
         return html.cell(spread_text(value, digits), f"{kind} best" if is_best else kind)
 
     for protocol in PROTOCOLS:
         score = row.scores.get(protocol)
-        errors = [other.scores[protocol].mre[0] for other in ours]
-        cells.append(number(score.mre if score else None, errors, min(errors), "first"))
+        lowest = min(other.scores[protocol].mre[0] for other in ours)
+        cells.append(number(score.mre if score else None, lowest, "first"))
         for key in study.thresholds(protocol):
-            rates = [other.scores[protocol].sdr[key][0] for other in ours]
-            cells.append(number(score.sdr.get(key) if score else None, rates, max(rates), digits=1))
+            highest = max(other.scores[protocol].sdr[key][0] for other in ours)
+            cells.append(number(score.sdr.get(key) if score else None, highest, digits=1))
     return html.row(cells, {"run": "", "mean shape": "shape", "paper": "published"}[row.kind])
 
 
@@ -222,9 +222,9 @@ def landmark_table(study: Study, start: str) -> str:
         ]
         shares = rates([f"{mean(most, index, key):.1f}" for key in keys], "td")
         lines.append(html.row([html.cell(f"{index + 1}. {escape(name.replace('_', ' '))}"), *bars, *shares]))
-    above = [html.cell("", tag="th"), f'<th class="first" colspan="{len(results)}">MRE {study.unit("original")}</th>']
+    above = [html.head(""), f'<th class="first" colspan="{len(results)}">MRE {study.unit("original")}</th>']
     above += [f'<th class="first" colspan="{len(keys)}">with {most} labels</th>'] if keys else []
-    heads = [html.cell(word, tag="th") for word in ("landmark", *map(labels_text, results))]
+    heads = [html.head(word) for word in ("landmark", *map(labels_text, results))]
     heads += rates([f"SDR {key} %" for key in keys], "th")
     return html.table([html.row(above, "protocols"), html.row(heads)], lines)
 

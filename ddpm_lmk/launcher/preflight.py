@@ -17,7 +17,7 @@ from ddpm_lmk.data.loading.order import GroupPlan
 from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.engine.requirements import want_graphs, want_kept, want_zero
 from ddpm_lmk.errors import CheckpointError, ConfigError
-from ddpm_lmk.inference.scoring import want_scorable
+from ddpm_lmk.inference.scoring import check_scorable
 from ddpm_lmk.launcher.placement import Placement
 from ddpm_lmk.rundir import lock, retention
 
@@ -85,7 +85,7 @@ def check_data(cfg: RunConfig) -> list[Corpus]:
         )
     if cfg.evaluate.split is not None:
         for scored, learnt in zip(evaluation_corpora(cfg, cfg.evaluate.split), corpora, strict=True):
-            want_scorable(scored, learnt)
+            check_scorable(scored, learnt)
     return corpora
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ddpm_lmk import cli
 from ddpm_lmk.launcher import slurm
@@ -78,6 +77,12 @@ def calls(tmp_path: Path) -> list[str]:
     return (tmp_path / "calls").read_text().splitlines()
 
 
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], tmp_path: Path) -> None:
+    while not condition():
+        assert process.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.02)
+
+
 def test_every_node_gets_its_place_its_cores_and_paths_that_hold_anywhere(
     tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +114,7 @@ def test_a_job_starts_the_program_that_wrote_it(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("code", "is_queued"), [(75, True), (76, False), (3, False)])
-def test_only_a_run_that_can_go_on_is_queued_again(
+def test_only_a_run_that_can_continue_is_queued_again(
     tmp_path: Path, cluster: Cluster, code: int, is_queued: bool
 ) -> None:
     assert cluster(write(tmp_path, "--cpu", 2), CODE=str(code)).wait(60) == code
@@ -121,13 +126,11 @@ def test_a_job_that_ends_three_times_at_the_same_checkpoint_is_not_queued_again(
 ) -> None:
     script = write(tmp_path, "--cpu", 2)
 
-    def ends(*steps: int) -> list[int]:
-        for step in steps:
-            (tmp_path / "out" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
-        return [cluster(script, CODE="75").wait(60)]
-
-    assert ends() + ends() + ends(10) + ends() + ends(20) + ends() == [75] * 6, "it got on in between"
-    assert ends() == [76]
+    codes = []
+    for step in (0, 0, 10, 10, 20, 20, 20):
+        (tmp_path / "out" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
+        codes.append(cluster(script, CODE="75").wait(60))
+    assert codes == [*[75] * 6, 76]
     assert calls(tmp_path).count("requeue 77") == 6
 
 
@@ -136,15 +139,14 @@ def test_a_preemption_is_passed_on_and_the_job_queued_again(
     tmp_path: Path, cluster: Cluster, number: signal.Signals
 ) -> None:
     process = cluster(write(tmp_path, "--gpus", 1), WAITS="1")
-    while not (tmp_path / "calls.ready").exists():
-        time.sleep(0.02)
+    wait_until((tmp_path / "calls.ready").exists, process, tmp_path)
     process.send_signal(number)
     assert process.wait(60) == 75
     assert calls(tmp_path)[-1] == "requeue 77"
 
 
 def test_a_launch_file_says_what_nodes_have(tmp_path: Path) -> None:
-    (tmp_path / "launch.yaml").write_text(yaml.safe_dump({"device": "cuda", "processes": 4, "nodes": 3}))
+    (tmp_path / "launch.yaml").write_text("{device: cuda, processes: 4, nodes: 3}")
     text = write(tmp_path, "--launch", tmp_path / "launch.yaml").read_text()
     assert "--nodes=3" in text
     assert "--gpus-per-node=4" in text
@@ -185,9 +187,7 @@ def test_a_real_run_is_preempted_queued_again_and_done(tmp_path: Path, packed_ph
     real.write_text(f'#!/bin/bash\nexec {sys.executable} -m ddpm_lmk.cli "$@"\n')
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     first = cluster(script, **environment)
-    while steps_done(tmp_path / "out") < 3:
-        assert first.poll() is None, (tmp_path / "said").read_text()
-        time.sleep(0.02)
+    wait_until(lambda: steps_done(tmp_path / "out") >= 3, first, tmp_path)
     first.send_signal(signal.SIGUSR1)
     assert first.wait(60) == 75
     assert calls(tmp_path)[-1] == "requeue 77"

@@ -86,7 +86,20 @@ class Manifest:
             CheckpointError: not signed as `LMK_SIGNING_KEY` demands.
             StoppedError: a server does not answer. ConfigError, LaunchError, ResourceError: see `remote`.
         """
-        root, header, index, files = _open_remote(str(path), cache) if is_remote(path) else _open_local(Path(path))
+        files: LocalShards | RemoteShards
+        if is_remote(path):
+            origin, settings = Origin(str(path)), cache or CacheSettings()
+            # The folder in the cache that holds manifest, index and copies of shards.
+            root = fetch_manifest(origin, settings, beside=[SIGNATURE] if os.environ.get(SIGNING_KEY) else [])
+            header = read_header(root)
+            index = fetch_index(origin, root, lambda: open_index(root, header))
+            files = RemoteShards(origin, header["shards"], root, settings)
+        else:
+            root = Path(path)
+            header = read_header(root)
+            index = open_index(root, header)
+            files = LocalShards(root, header["shards"])
+        files.check()
         try:
             return cls(root, header, index, files)
         except (KeyError, TypeError, ValidationError) as error:  # its fingerprint fits, so somebody wrote it by hand
@@ -226,6 +239,16 @@ class LocalShards:
     def expect(self, shards: Iterable[int]) -> None:
         """These will be read soon."""
 
+    def check(self) -> None:
+        """Raise DataError unless every shard is there, in its size."""
+        for shard in self._shards:
+            path = self._folder / shard["name"]
+            if not path.is_file():
+                raise DataError(f"shard {path} is missing; restore it or pack again")
+            size, packed = path.stat().st_size, shard["size"]
+            if size != packed:
+                raise DataError(f"shard {path} has {size} bytes, {packed} wanted: cut off or changed; pack again")
+
     def path(self, shard: int) -> Path:
         """The file of a shard."""
         return self._folder / self._shards[shard]["name"]
@@ -247,30 +270,6 @@ class LocalShards:
 def _close_all(handles: dict[int, int]) -> None:
     while handles:
         os.close(handles.popitem()[1])
-
-
-def _open_local(root: Path) -> tuple[Path, dict[str, Any], Index, LocalShards]:
-    header = read_header(root)
-    index = open_index(root, header)
-    for shard in header["shards"]:
-        path = root / shard["name"]
-        if not path.is_file():
-            raise DataError(f"shard {path} is missing; restore it or pack again")
-        size = path.stat().st_size
-        if size != shard["size"]:
-            raise DataError(f"shard {path} has {size} bytes, {shard['size']} wanted: cut off or changed; pack again")
-    return root, header, index, LocalShards(root, header["shards"])
-
-
-def _open_remote(url: str, cache: CacheSettings | None) -> tuple[Path, dict[str, Any], Index, RemoteShards]:
-    """The root is the folder in the cache that holds manifest, index and copies of shards."""
-    origin, settings = Origin(url), cache or CacheSettings()
-    root = fetch_manifest(origin, settings, beside=[SIGNATURE] if os.environ.get(SIGNING_KEY) else [])
-    header = read_header(root)
-    index = fetch_index(origin, root, lambda: open_index(root, header))
-    files = RemoteShards(origin, header["shards"], root, settings)
-    files.check()
-    return root, header, index, files
 
 
 def read_header(root: Path) -> dict[str, Any]:

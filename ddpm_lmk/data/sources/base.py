@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -63,19 +63,9 @@ class RawSample:
 
         Of the file that is size and time of change; its content would cost as much to read as to pack again.
         """
-        points = None if self.points is None else self.points.tolist()
-        # surrogatepass: names that are no UTF-8 on the disk hold lone surrogates
-        facts = (
-            self.id,
-            str(self.path),
-            self.split,
-            points,
-            self.native_size,
-            self.mm_per_px,
-            self.group,
-            self._file(),
-        )
-        return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).digest()
+        points = None if self.points is None else self.points.tolist()  # the repr of an array leaves digits out
+        facts = repr((replace(self, points=points), self._file()))
+        return hashlib.sha256(facts.encode("utf-8", "surrogatepass")).digest()  # names may hold lone surrogates
 
     def _file(self) -> tuple[int, int] | None:
         if isinstance(self.path, PhantomSource):

@@ -45,7 +45,6 @@ WITHOUT_TORCH = [
         "rundir.retention",
         "inference.scoring",
         "engine.forecast",
-        "engine.step_timing",
         "engine.requirements",
     ),
     *("system.cores", "system.environment", "system.limits", "system.memory", "system.processes"),

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the state is copied, and a thread of rank 0 writes the copy.
+"""Saving beside training: the state is copied, and a thread of rank 0 writes the copy.
 
 Training waits for the copy only, and for the write before it if that is not done yet. Host tensors are copied into
 buffers that are used again; device tensors are cloned where they are, which takes the time of reading them once, and
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from ddpm_lmk.system.heartbeat import beat
 log = logging.getLogger(__name__)
 
 
-class Saver:
+class Checkpointer:
     """Writes checkpoints and snapshots of one run in the background for as long as the `with` block lasts.
 
     Every rank makes the same calls; an error of the write is raised on all of them.
@@ -40,12 +39,10 @@ class Saver:
         self._was_saved = True
         self._copy = HostCopy()
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(
-        self, raised: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, raised: type[BaseException] | None, *unused: object) -> None:
         """Let the write that is under way come to its end; leaving without an error also raises what it met."""
         try:
             if raised is None:
@@ -76,12 +73,10 @@ class Saver:
     def wait(self) -> bool:
         """Wait until nothing is being written; was the last save a success?
 
-        A disk that has written beside training until now is waited for here, which is another pace than that of a save.
-
         Raises:
             LmkError: the write ended the run.
         """
-        beat("write")
+        beat("write")  # a disk that wrote beside training until now is waited for here, which is slower than a save
         return self._parallel.on_main(self._finish)
 
     def _begin(self, tensors: Tensors, write: Callable[[], Any]) -> None:
@@ -141,7 +136,7 @@ class HostCopy:
 
     def _buffer(self, key: tuple[str, str], like: Tensor) -> Tensor:
         """Host memory of the size, type and layout of `like`: the same as last time where that still fits."""
-        found = self._buffers.get(key)
-        if found is None or (found.shape, found.dtype, found.stride()) != (like.shape, like.dtype, like.stride()):
-            found = self._buffers[key] = torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
-        return found
+        buffer = self._buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != (like.shape, like.dtype, like.stride()):
+            buffer = self._buffers[key] = torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
+        return buffer

@@ -1,13 +1,14 @@
 """How the gradients of micro-batches become one update: the differences between the ways to do it, behind six calls.
 
-    with updater.micro_batch(number, of=count):     # for each micro-batch of the group
+    with updater.micro_batch(number, of=count):     # for each micro-batch of the global batch
         updater.add(total, divisor)                 # its backward pass
-    seen = updater.finish(stop_level)               # reduce, then tell all ranks of all: one exchange
+    outcome = updater.finish(stop_level)            # reduce, then tell all ranks of all: one exchange
     updater.apply(clip)                             # or not, where the step is left out
     updater.clear()
 
-`Averaged` is DDP (classes ordered and none), `Treed` the fixed tree of `tree` (class exact), `sharded.Sharded` is
-DeepSpeed. The gradient is the sum of what `add` was given over micro-batches and ranks, in all of them.
+`DdpUpdater` is DDP (classes ordered and none), `ExactUpdater` the fixed tree of `exact_reduce` (class exact), and
+`zero.ZeroUpdater` DeepSpeed. In all of them the gradient is the sum of what `add` was given, over micro-batches and
+ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_lmk.config import ClipConfig, RunConfig
 from ddpm_lmk.engine import exact_reduce
 from ddpm_lmk.engine.optim import clip, global_norm, gradients, moments
-from ddpm_lmk.engine.requirements import want_kept
+from ddpm_lmk.engine.requirements import check_exclusions
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.models.weight_standardization import OncePerStep
 
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Seen:
+class StepOutcome:
     """What all ranks know of a step before its update: the same on all of them.
 
     Attributes:
-        loss: weighted sum of losses over the group.
+        loss: weighted sum of losses over the global batch.
         norm: norm of the reduced gradient, before clipping; infinite where any rank's is not finite.
         stop_level: the largest of any rank.
         wait_s: seconds that ranks waited for the data of this step, added up.
@@ -67,7 +68,7 @@ class Updater(ABC):
         self._norm = torch.zeros((), device=parallel.device)
 
     def micro_batch(self, number: int, *, of: int) -> AbstractContextManager[Any]:
-        """Forward and backward of micro-batch `number` (0 is the first) of this rank's part of a group."""
+        """Forward and backward of micro-batch `number` (0 is the first) of this rank's part of a global batch."""
         if number == 0 and self._standard is not None:
             self._standard.begin()
         return self._during(number, of)
@@ -81,27 +82,28 @@ class Updater(ABC):
         self._loss += total.detach()
         self._backward(total / divisor * self._state.scale.value)
 
-    def finish(self, stop_level: float, wait_s: float = 0.0) -> Seen:
+    def finish(self, stop_level: float, wait_s: float = 0.0) -> StepOutcome:
         """Reduce the gradient and exchange what decides about the step; the one synchronisation of a step.
 
-        What is only told rides along. Numbers of the host are filled in by the device: copying them would wait for it.
+        What is only reported rides along. Numbers of the host are filled in by the device: a copy would wait for it.
         """
         grads = self._reduce()
         if self._standard is not None:
             self._standard.end()
         self._norm = self._norm_of(grads)
-        told = [self._loss.new_full((), value, dtype=torch.float64) for value in (stop_level, wait_s)]
-        mine = torch.stack([self._loss.double(), self._norm.double(), *told])
+        host = [self._loss.new_full((), value, dtype=torch.float64) for value in (stop_level, wait_s)]
+        mine = torch.stack([self._loss.double(), self._norm.double(), *host])
         losses, norms, levels, waits = self._parallel.exchange(mine)
         norm = max(norms) if all(map(math.isfinite, norms)) else math.inf
-        return Seen(self._loss_of_group(losses), norm, max(levels), math.fsum(waits))
+        return StepOutcome(self._loss_of_batch(losses), norm, max(levels), math.fsum(waits))
 
-    @abstractmethod
     def apply(self, cfg: ClipConfig | None) -> None:
         """Clip, and update the weights."""
+        clip(cfg, gradients(self._state.model), self._norm)
+        self._state.optimizer.step()
 
     def clear(self) -> None:
-        """Forget the gradient; the next micro-batch starts a new group."""
+        """Forget the gradient; the next micro-batch starts a new global batch."""
         self._loss.zero_()
         self._state.optimizer.zero_grad(set_to_none=True)
 
@@ -117,8 +119,8 @@ class Updater(ABC):
         if self._standard is not None:
             self._standard.drop()
 
-    @abstractmethod
-    def _backward(self, loss: Tensor) -> None: ...
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     @abstractmethod
     def _reduce(self) -> list[Tensor]:
@@ -127,7 +129,7 @@ class Updater(ABC):
     def _norm_of(self, grads: list[Tensor]) -> Tensor:
         return global_norm(grads)
 
-    def _loss_of_group(self, losses: list[float]) -> float:
+    def _loss_of_batch(self, losses: list[float]) -> float:
         return math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
 
     def _unscaled(self, grads: list[Tensor]) -> list[Tensor]:
@@ -136,7 +138,7 @@ class Updater(ABC):
         return grads
 
 
-class Averaged(Updater):
+class DdpUpdater(Updater):
     """DDP: gradients are added by all-reduce while the last backward pass still runs.
 
     DDP averages over ranks, so the loss is multiplied by their number, and the result is the plain sum.
@@ -147,14 +149,9 @@ class Averaged(Updater):
         self.net = parallel.wrap(state.model)
 
     def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
-        """Only the last micro-batch of a group sends gradients around."""
+        """Only the last micro-batch of a global batch sends gradients around."""
         is_last = number == of - 1
         return self.net.no_sync() if isinstance(self.net, DistributedDataParallel) and not is_last else nullcontext()
-
-    def apply(self, cfg: ClipConfig | None) -> None:
-        """Clip, and update the weights."""
-        clip(cfg, gradients(self._state.model), self._norm)
-        self._state.optimizer.step()
 
     def _backward(self, loss: Tensor) -> None:
         (loss * self._parallel.world).backward()
@@ -163,8 +160,8 @@ class Averaged(Updater):
         return self._unscaled(gradients(self._state.model))
 
 
-class Treed(Updater):
-    """Class exact: micro-batch k of the group is leaf k of one tree, whatever rank computes it.
+class ExactUpdater(Updater):
+    """Class exact: micro-batch k of the global batch is leaf k of one tree, whatever rank computes it.
 
     A leaf is one flat tensor: the gradient, parameter by parameter in the memory layout of each, then a 1 for each
     parameter that was reached, then the loss, because decisions depend on it too. A parameter no rank reached keeps no
@@ -187,7 +184,7 @@ class Treed(Updater):
         self._known_flags: dict[tuple[bool, ...], Tensor] = {}
 
     def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
-        """The first of a group decides which leaves of the tree are this rank's."""
+        """The first of a global batch decides which leaves of the tree are this rank's."""
         if number == 0:
             self._stack, self._count, self._reached = exact_reduce.Stack(self._parallel.rank * of), of, set()
         return nullcontext()
@@ -211,19 +208,11 @@ class Treed(Updater):
         self._state.optimizer.zero_grad(set_to_none=True)
         self._free += self._stack.push(leaf)
 
-    def apply(self, cfg: ClipConfig | None) -> None:
-        """Clip, and update the weights."""
-        clip(cfg, gradients(self._state.model), self._norm)
-        self._state.optimizer.step()
-
-    def _backward(self, loss: Tensor) -> None:
-        loss.backward()
-
     @torch.no_grad()
     def _reduce(self) -> list[Tensor]:
         nodes = self._stack.nodes
         total = exact_reduce.fold_over_ranks(nodes, count=self._count, world=self._parallel.world)
-        self._free = [*self._free, *(node.values for node in nodes)]  # used again from the next group on
+        self._free = [*self._free, *(node.values for node in nodes)]  # used again from the next global batch on
         tail = self._starts[-1] + len(self._parameters)
         reached = self._reached
         if self._parallel.world > 1:  # a process that is alone knows it, and need not wait for its device
@@ -236,7 +225,7 @@ class Treed(Updater):
                 grads.append(place)
         return self._unscaled(grads)
 
-    def _loss_of_group(self, losses: list[float]) -> float:
+    def _loss_of_batch(self, losses: list[float]) -> float:
         return losses[0]
 
     def _flags(self, reached: tuple[bool, ...]) -> Tensor:
@@ -256,12 +245,12 @@ def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Upda
     Raises:
         ConfigError: the run asks for what cannot be kept together.
     """
-    want_kept(cfg, world=parallel.world, zero=parallel.zero)
+    check_exclusions(cfg, world=parallel.world, zero=parallel.zero)
     if parallel.zero:
-        from ddpm_lmk.engine.zero import Sharded
+        from ddpm_lmk.engine.zero import ZeroUpdater
 
-        return Sharded(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
+        return ZeroUpdater(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
     standard = None
     if cfg.train.standardise != "pass":
         standard = OncePerStep(state.model, dtype=parallel.dtype(cfg.train.precision))
-    return (Treed if cfg.train.exactness == "exact" else Averaged)(state, parallel, standard)
+    return (ExactUpdater if cfg.train.exactness == "exact" else DdpUpdater)(state, parallel, standard)

@@ -2,7 +2,7 @@
 
 DeepSpeed is told as little as possible. Precision, the scale of fp16, clipping and leaving out of updates stay the
 engine's, so that they mean the same as under DDP: weights are fp32, its clipping is off (its default is not), and a
-group ends where the loop says. Sums are in its own order, so the class is `ordered`.
+global batch ends where the loop says. Sums are in its own order, so the class is `ordered`.
 
 Checkpoints do not know of it: weights are whole on every rank, and moments are gathered and shared out by parameter,
 so a run moves between DDP and ZeRO and between numbers of processes. A parameter that no backward pass of any rank has
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Sharded(Updater):
+class ZeroUpdater(Updater):
     """A model inside a DeepSpeed engine.
 
     Args:

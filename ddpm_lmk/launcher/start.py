@@ -61,7 +61,7 @@ def launch(
         if node_rank != 0:
             return _run_apart(job, placement, out)
         cfg, is_fork = RunConfig.model_validate(job["config"]), bool(job.get("fork"))
-        with lock.hold(out, cfg, name=lock.LAUNCHER_LOCK, is_fork=is_fork):
+        with lock.locked_for_launcher(out, cfg, name=lock.LAUNCHER_LOCK, is_fork=is_fork):
             return _run_apart(job, placement, out)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.errors import StoppedError
-from ddpm_lmk.rundir.log import Journal
+from ddpm_lmk.rundir.log import RunLog
 from ddpm_lmk.system import files as privacy
 from ddpm_lmk.system import heartbeat
 from ddpm_lmk.system.heartbeat import DUMP_SIGNAL, REACHES, Beat, Pulse
@@ -49,7 +49,7 @@ class Notes:
         """Say `text`, and keep it with `facts` under the name `event`."""
         say(f"launcher: {text}")
         if self._out is not None:
-            journal = Journal(self._out, writes=(self._out / "config.yaml").is_file())
+            journal = RunLog(self._out, writes=(self._out / "config.yaml").is_file())
             journal.event(event, node=self._node_rank, message=text, **facts)
 
     def newest_step(self) -> int:

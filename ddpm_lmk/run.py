@@ -108,6 +108,7 @@ def execute(
             return past.results
         devices = check_devices(parallel, past.facts.get("devices", []), is_strict=is_strict)
         with parallel.together():
+            # Opened once, before the settings are fitted: steps, outputs and loaders all follow from it.
             corpora = training_corpora(cfg)
             task = build_task(cfg, _spec_of(cfg, corpora))
         fitted = _fit(cfg, task, corpora, past, parallel)
@@ -120,11 +121,14 @@ def execute(
                 forecast = timing.forecast(work)
                 _tell_forecast(cfg, forecast, instead, parallel)
             state, parent = starting_state(here, task, session=session, parallel=parallel, run=run)
+            # After the weights are loaded and before anything is written: a rank with other code would train another
+            # run.
             _check_same_everywhere(here, loaders, state, parallel)
             facts = _facts(cfg, loaders, parallel, devices, past.forked or parent) | {"fit": fitted.facts()}
             parallel.on_main(lambda: _begin(cfg, run, corpora, facts, step=state.step))
             collectives = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else Everyone()
             task.meet(collectives, total=pace.total)
+            # Not for the score, which is computed in what `auto` means to everybody.
             with parallel.training_in(fitted.precision):
                 fit(here, task, state, loaders, parallel, run, is_strict=is_strict, forecast=forecast, whole=whole)
             with _shown_conclusion(cfg, parallel, forecast, whole) as show:
@@ -161,6 +165,7 @@ def _fit(cfg: RunConfig, task: Task, corpora: Sequence[Corpus], past: Past, para
         fitted = Fitted.of(past.facts["fit"])
     else:
         images = sum(len(corpus.rows) for corpus in corpora)
+        # About: only whether compilation pays depends on it.
         steps = cfg.train.length.steps(cfg.train.group_size, images)
         fitted = fit_to_device(cfg, task, parallel, steps=steps)
         if parallel.is_main:
@@ -219,8 +224,10 @@ def starting_state(
         parent = None
         if newest is None and cfg.init.weights is not None:
             parent = _load_parent(cfg, task, model, session)
+        # After the parent weights: the average begins with them.
         state = TrainState.fresh(cfg, model)
         if newest is not None:
+            # Rank 0 has read and verified it already; the others read it from the shared disk.
             state.load(verified or load_checkpoint(newest), load_all=load_all)
     return state, parent
 
@@ -382,5 +389,6 @@ def run_job(job: dict[str, Any]) -> int:
         instead=job.get("instead"),
         whole=Whole(**job["whole"]) if job.get("whole") else None,
     )
+    # Ends the process group here, since its destructor may run after that of the interpreter.
     parallel.close()
     return 0

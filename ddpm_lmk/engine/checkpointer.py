@@ -34,6 +34,7 @@ class Checkpointer:
 
     def __init__(self, run: RunDir, parallel: Parallel, *, keep: Keep) -> None:
         self._run, self._parallel, self._keep = run, parallel, keep
+        # One thread: saves stay in order, and no two need buffers at a time.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[Any] | None = None
         self._was_saved = True
@@ -48,6 +49,8 @@ class Checkpointer:
             if raised is None:
                 self.wait()
         finally:
+            # Also where training failed: a half-written folder would be thrown away, a whole one is one step less to
+            # repeat.
             self._thread.shutdown()
 
     def save(self, state: TrainState, moments: Mapping[str, Tensor]) -> None:
@@ -56,6 +59,7 @@ class Checkpointer:
         Raises:
             LmkError: the write before this one ended the run; see `RunDir.save_checkpoint`.
         """
+        # Counters are read now, on every rank alike; the thread must not look at a state that trains on.
         tensors, facts, pinned = state.tensors(moments), state.facts(), {state.patience.best_step}
 
         def write() -> None:
@@ -108,12 +112,14 @@ class HostCopy:
         at_home = [key for key, value in sources.items() if not value.is_cuda]
         try:
             places = {key: torch.empty_like(v) if v.is_cuda else self._buffer(key, v) for key, v in sources.items()}
+        # A save must not end a run that fits: slower, and only this time.
         except torch.OutOfMemoryError:
             log.warning("no device memory for a copy of the state: training waits until it is on the host")
             places = {key: self._buffer(key, value) for key, value in sources.items()}
         for keys in filter(None, (on_device, at_home)):  # one call copies all at once only where all are in one place
             torch._foreach_copy_([places[key] for key in keys], [sources[key] for key in keys])
         self._files, self._taken = tuple(tensors), places
+        # The thread waits for the clones, not for what the device is given after them.
         self._ready = torch.cuda.current_stream().record_event() if on_device else None
 
     @torch.no_grad()
@@ -123,6 +129,7 @@ class HostCopy:
         if away:
             assert self._ready is not None
             places = {key: self._buffer(key, value) for key, value in away.items()}
+            # Its own stream, so that the copy to the host does not wait behind the kernels of the next steps.
             stream = torch.cuda.Stream(next(iter(away.values())).device)
             with torch.cuda.stream(stream):
                 stream.wait_event(self._ready)
@@ -138,5 +145,6 @@ class HostCopy:
         """Host memory of the size, type and layout of `like`: the same as last time where that still fits."""
         buffer = self._buffers.get(key)
         if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != (like.shape, like.dtype, like.stride()):
+            # Pinned memory takes long to get and is used for every save of the run.
             buffer = self._buffers[key] = torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
         return buffer

@@ -39,6 +39,7 @@ class DataFeed:
         self._groups: Generator[Group, None, None] = loader.groups(start)
         self._error: LmkError | None = None
         began = time.perf_counter()
+        # The first batch tells most of what can be wrong with data, and no rank has begun a collective yet.
         with parallel.together():
             self._group = next(self._groups)
         self._waited_s: float | None = time.perf_counter() - began
@@ -59,6 +60,7 @@ class DataFeed:
         try:
             self._group = next(self._groups)
         except LmkError as error:
+            # Leaving here would let the others wait in their reduction until the launcher calls it a hang.
             self._error, self._group = error, self._stand_in()
         return self._group, time.perf_counter() - began
 
@@ -80,8 +82,10 @@ class DataFeed:
 
         It is `NO_DATA` if too many samples are bad.
         """
+        # The largest level of all ranks: where it is 0 no rank has news, and nothing is exchanged.
         if not level:
             return 0.0
+        # In the order of ranks, so that the list has the same bytes whoever met a sample first.
         met = [bad for each in self._parallel.gather(self._quarantine.news(self._group.bad)) for bad in each]
         self._run.log.quarantine(self._quarantine.merge(met, step=step))
         try:

@@ -112,6 +112,7 @@ def fit_to_device(
         ResourceError: nothing fits by the estimate, or nothing that it allows really fits.
     """
     precision, reason = choose_precision(cfg, parallel.device.type)
+    # The smallest device decides: all ranks compute micro-batches of one size.
     room = min(parallel.gather(device_bytes(parallel) if room is None else room))
     compiled = cfg.train.compile
     if compiled == "auto":
@@ -128,6 +129,7 @@ def fit_to_device(
         assert candidate.predicted_gib is not None
         if candidate.predicted_gib * GIB > USABLE * room:
             continue
+        # Every rank tries: another process may sit on one of the GPUs.
         if probe is None or all(parallel.gather(probe(candidate.applied(cfg)))):
             return candidate
         tried += 1
@@ -186,6 +188,7 @@ class _Step:
         try:
             model = _network(cfg, self._task).to(device)
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            # Moments and average, which the optimizer makes after the first step only.
             later = [torch.empty_like(p) for p in model.parameters() for _ in range(2 + (cfg.train.ema is not None))]
             with self._parallel.autocast(self._precision):
                 out = model(*_inputs(cfg, images, device))
@@ -288,6 +291,7 @@ class _LiveBytes(TorchDispatchMode):
         return out
 
     def _add(self, storage: torch.UntypedStorage, *, is_wide: bool) -> None:
+        # Storages and not tensors: views of one map are counted once.
         key, size = storage._cdata, storage.nbytes() // (1 if is_wide else 2)
         if key in self._alive:
             return

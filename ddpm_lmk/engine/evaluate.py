@@ -54,6 +54,7 @@ class Validation:
         """
         try:
             with state.ema.applied() as model:
+                # The average is what will be used, so it is what is scored.
                 figures = evaluate(self._task, model, self._loader, self._parallel, self._precision)
         except StoppedError:
             raise
@@ -91,6 +92,7 @@ def evaluate(
                 beat("evaluate")
                 with parallel.autocast(precision):
                     parts.append(task.evaluate(model, batch.to(parallel.device)))
+            # One read from the device for all batches.
             columns = {key: torch.stack([part[key] for part in parts]).tolist() for key in (parts[0] if parts else ())}
     finally:
         model.train(was_training)
@@ -98,6 +100,7 @@ def evaluate(
     for of_rank in parallel.gather(columns):
         for key, values in of_rank.items():
             for value in values:
+                # Python floats, batch by batch: the order is that of the data, whatever the number of ranks.
                 sums[key] = sums.get(key, 0.0) + value
     figures: dict[str, float] = {}
     with parallel.together(), _shareable_errors(parallel):

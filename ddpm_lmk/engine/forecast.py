@@ -226,6 +226,7 @@ def time_steps(
             torch.cuda.synchronize(device)
         return clock()
 
+    # Timing must leave no trace in the run that follows: neither in random state nor in its weights.
     with torch.random.fork_rng(devices=cuda), kernels(cfg.train.exactness, device):
         model = session.model(cfg, task, device)
         state = TrainState.fresh(cfg, model)
@@ -250,8 +251,10 @@ def time_steps(
             task.after_step(model, 1)
             updater.clear()
             parts.append((between - began, now() - between))
+            # All ranks must call the same sizes, so they go by one clock.
             return max(parallel.gather(sum(parts[-1])))
 
+        # Batch statistics need two images.
         least = min(2 if cfg.model.couples_images else 1, micro)
         model.train()
         with (
@@ -283,6 +286,7 @@ def time_steps(
                 )
                 seconds[name] = statistics.median(taken_s) / most * (passes if name == "draw_s" else 1)
         parallel.release()
+    # The slowest rank is the pace of all.
     seconds = {name: max(parallel.gather(value)) for name, value in seconds.items()}
     return Timing(**seconds, images=images, of=share, steps=len(taken), processes=parallel.world)
 

@@ -69,6 +69,7 @@ class Updater(ABC):
 
     def micro_batch(self, number: int, *, of: int) -> AbstractContextManager[Any]:
         """Forward and backward of micro-batch `number` (0 is the first) of this rank's part of a global batch."""
+        # Once per step and not once per pass: weights only change at an update.
         if number == 0 and self._standard is not None:
             self._standard.begin()
         return self._during(number, of)
@@ -88,12 +89,15 @@ class Updater(ABC):
         What is only reported rides along. Numbers of the host are filled in by the device: a copy would wait for it.
         """
         grads = self._reduce()
+        # Before the norm: clipping and the spike rule look at the gradient of the weights, not of their standardised
+        # form.
         if self._standard is not None:
             self._standard.end()
         self._norm = self._norm_of(grads)
         host = [self._loss.new_full((), value, dtype=torch.float64) for value in (stop_level, wait_s)]
         mine = torch.stack([self._loss.double(), self._norm.double(), *host])
         losses, norms, levels, waits = self._parallel.exchange(mine)
+        # All ranks decide by one number, also where their norms differ in the last bit.
         norm = max(norms) if all(map(math.isfinite, norms)) else math.inf
         return StepOutcome(self._loss_of_batch(losses), norm, max(levels), math.fsum(waits))
 
@@ -105,6 +109,7 @@ class Updater(ABC):
     def clear(self) -> None:
         """Forget the gradient; the next micro-batch starts a new global batch."""
         self._loss.zero_()
+        # None and not zero: a parameter no pass reaches must not be decayed (AdamW skips None only).
         self._state.optimizer.zero_grad(set_to_none=True)
 
     def moments(self) -> Mapping[str, Tensor]:
@@ -133,6 +138,7 @@ class Updater(ABC):
         return math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
 
     def _unscaled(self, grads: list[Tensor]) -> list[Tensor]:
+        # In fp32 and after the reduction: dividing in fp16 first would lose what the scale has saved.
         if self._state.scale:
             torch._foreach_mul_(grads, 1.0 / self._state.scale.value)
         return grads
@@ -151,9 +157,11 @@ class DdpUpdater(Updater):
     def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
         """Only the last micro-batch of a global batch sends gradients around."""
         is_last = number == of - 1
+        # Adding up locally first sends one gradient per step instead of one per micro-batch.
         return self.net.no_sync() if isinstance(self.net, DistributedDataParallel) and not is_last else nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
+        # DDP divides by the number of ranks; the divisor of the loop is the global batch already.
         (loss * self._parallel.world).backward()
 
     def _reduce(self) -> list[Tensor]:
@@ -175,7 +183,9 @@ class ExactUpdater(Updater):
         self._parameters = [p for p in state.model.parameters() if p.requires_grad]
         sizes = [p.numel() for p in self._parameters]
         self._starts = [0, *itertools.accumulate(sizes)]
+        # Gradients, flags and loss travel as one tensor: one collective, and the loss is summed in the same order.
         needed = self._starts[-1] + len(sizes) + 1
+        # A multiple of the ranks, for all-to-all in equal parts.
         self._length = -(-needed // parallel.world) * parallel.world
         self._stack = exact_reduce.Stack(0)
         self._count = 0
@@ -192,8 +202,10 @@ class ExactUpdater(Updater):
     def add(self, total: Tensor, divisor: Tensor | int) -> None:
         """Backward of one micro-batch, whose gradient becomes a leaf."""
         super().add(total, divisor)
+        # fp32 whatever the autocast type: class exact promises the same sum on any number of ranks.
         leaf = self._free.pop() if self._free else total.new_zeros(self._length, dtype=torch.float32)
         reached = tuple(p.grad is not None for p in self._parameters)
+        # Known on the host from which gradients exist; asking the device would wait for it.
         self._reached |= {number for number, is_reached in enumerate(reached) if is_reached}
         places = self._places(leaf)
         torch._foreach_copy_(
@@ -221,6 +233,7 @@ class ExactUpdater(Updater):
         grads = []
         for number, (parameter, place) in enumerate(zip(self._parameters, self._places(total), strict=True)):
             if number in reached:
+                # A view into the flat sum: no copy, and the optimizer sees the layout of the parameter.
                 parameter.grad = place
                 grads.append(place)
         return self._unscaled(grads)

@@ -136,6 +136,7 @@ class TrainLogger:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *unused: object) -> None:
+        # Waits: lines of steps that were made are on the disk, whatever ended the loop.
         self._writer.shutdown()
         if self._screen is not None:
             self._screen.stop()
@@ -165,6 +166,7 @@ class TrainLogger:
         now = time.perf_counter()
         self._state.seconds += now - self._tick
         self._tick = now
+        # A pass that compiled was no training; what `paused` covers was taken off there.
         self._paused_s += self._clock.seconds - self._compiled_s
         self._compiled_s = self._clock.seconds
         self._steps += 1
@@ -192,10 +194,12 @@ class TrainLogger:
         self._since = time.perf_counter()
 
     def _line(self, lr: float) -> None:
+        # Never zero: a step of the toy takes less than the clock can tell.
         elapsed = max(time.perf_counter() - self._since - self._paused_s, 1e-9)
         line = {
             "step": self._state.step,
             "images": self._state.images,
+            # Skipped updates have losses that are not numbers, or spikes; they count in `skipped`.
             "loss": self._loss / self._updated if self._updated else None,
             "lr": lr,
             "grad_norm": self._norm,
@@ -205,6 +209,7 @@ class TrainLogger:
             "seconds": self._state.seconds,
             "skipped": self._state.divergence.skipped,
         }
+        # With saving, which the steps to come will have too.
         self._recent.append((self._steps, elapsed + self._saving_s))
         tenth = 10 * self._state.step // self._total
         shown = {key: value for key, value in line.items() if key not in ("step", "eta_s", "seconds", "images")}
@@ -218,6 +223,7 @@ class TrainLogger:
         if not steps and self._forecast is None:
             return None
         step_s = seconds / steps if self._forecast is None or steps else self._forecast.step_s
+        # The last step is validated whether its interval ends there or not.
         evaluations = -(-self._total // self._evaluate) - self._state.step // self._evaluate
         conclude_s = 0.0 if self._forecast is None else self._forecast.conclude_s
         return (self._total - self._state.step) * step_s + evaluations * (self._evaluation_s or 0.0) + conclude_s

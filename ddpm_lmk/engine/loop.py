@@ -157,6 +157,7 @@ def fit(
         while True:
             # What is due at this step. A resumed run arrives here first, and makes up for what a signal cut short.
             is_last = state.step >= pace.total
+            # After a request to stop there may be seconds left: the checkpoint comes first, the successor validates.
             is_unscored = state.evaluated_at < state.step and not stop_level
             if validation is not None and is_unscored and (is_last or is_due(pace.evaluate, state.step)):
                 try:
@@ -176,6 +177,7 @@ def fit(
             is_good = not state.divergence.in_a_row
             is_regular = is_due(pace.checkpoint, state.step) or (is_last and state.step > pace.checkpoint)
             is_saving = bool(stop_level) or is_owed or (is_regular and is_good)
+            # Before every save: a checkpoint of weights that differ between ranks would spread the fault.
             if is_saving or is_due(pace.compare, state.step):
                 check_same_weights(state.model, parallel, step=state.step)
             if is_saving:
@@ -187,6 +189,7 @@ def fit(
                     where = str(run.path) if checkpointer.wait() else "no place (disk full)"
                     feed.raise_if_halted(step=state.step, where=where)
                     raise stopped(stop_level, step=state.step, where=where)
+            # After validation and saving, so that a resumed run at its last step does both.
             if is_last:
                 break
 
@@ -194,7 +197,9 @@ def fit(
             begin = time.perf_counter()
             group, wait_s = feed.take()
             lr = rate(state.step) * state.plateau.factor
+            # A function of the step, set before every update: nothing of a scheduler has to be saved.
             set_learning_rate(state.optimizer, lr)
+            # Copies are small, and whether the step counts is known only after its passes.
             statistics.begin_step()
             for number, batch in enumerate(group.micro_batches):
                 batch = batch.to(parallel.device)
@@ -212,10 +217,12 @@ def fit(
                 continue
             state.step += 1
             state.images += group.size
+            # Every rank judges by the same exchanged numbers, so all leave out the same updates.
             reason = state.judge(loss=outcome.loss / group.size, norm=outcome.norm)
             statistics.end_step(is_kept=reason is None)
             if reason is None:
                 updater.apply(cfg.optim.clip)
+                # Not for an update that was left out: the average would move towards weights it has seen already.
                 state.ema.update(state.step)
                 task.after_step(state.model, state.step)
             else:
@@ -229,6 +236,7 @@ def fit(
                 is_owed = True
             beat("step", step=state.step, reach_s=reach_s)
 
+    # After the block: the checkpoint of the last step holds the last weights, the snapshot the best.
     if not state.select_best():
         _warn("train.select=best, but no validation gave a score; the last weights are kept", run, parallel)
     beat("write", step=state.step)
@@ -244,6 +252,7 @@ def _divisor(train: TrainConfig, batch: Batch, group: Group) -> Tensor | int:
     """What a micro-batch's summed loss is divided by: the group, or its own images, and the parts of a full group."""
     if train.gradient == "mean":
         return group.size
+    # Released code divides by this number in short batches too ("nominal", docs/method.md, section 3).
     parts = train.group_size // (train.given_micro_batch or train.group_size) if train.gradient == "nominal" else 1
     return batch.weight.sum().clamp(min=1.0) * parts
 

@@ -28,10 +28,12 @@ def parameter_groups(cfg: OptimConfig, model: nn.Module) -> list[dict[str, Any]]
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_head = HEAD in name.split(".")
+        # Before anything else is made: average, DDP and DeepSpeed all leave out what has no gradient.
         if cfg.freeze == "trunk" and not is_head:
             parameter.requires_grad = False
         if not parameter.requires_grad:  # no gradient, so no decay and no moments either
             continue
+        # Norms and biases have one dimension; decaying them is the paper's way (`decay_all`), not the usual one.
         key = (is_head, cfg.decay_all or parameter.ndim > 1)
         members.setdefault(key, []).append(parameter)
     return [
@@ -50,6 +52,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     if cfg.kind == "sgd":
         return torch.optim.SGD([{**group, "weight_decay": 0.0} for group in groups], lr=cfg.lr, foreach=True)
     adam = torch.optim.Adam if cfg.kind == "adam" else torch.optim.AdamW
+    # One kernel over all parameters; the bits of a run on a CPU are those of this implementation.
     return adam(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
@@ -61,6 +64,7 @@ def learning_rate(cfg: OptimConfig, *, warmup: int, total: int, cycle: int = 0) 
     """
 
     def at(step: int) -> float:
+        # Smith 2017, triangular2: every peak is half as high as the one before.
         if cycle:
             turn, within = divmod(max(0, step - warmup), cycle)
             height = (1.0 - abs(2.0 * within / cycle - 1.0)) / 2**turn
@@ -88,6 +92,7 @@ def clip(cfg: ClipConfig | None, grads: list[Tensor], norm: Tensor) -> None:
     if cfg is None or not grads:
         return
     if cfg.kind == "norm":
+        # On the device, also where nothing is to be clipped: a branch would wait for the norm.
         torch._foreach_mul_(grads, (cfg.limit / (norm + 1e-6)).clamp(max=1.0))
     else:
         torch._foreach_clamp_min_(grads, -cfg.limit)
@@ -107,12 +112,14 @@ def moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Ten
 def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Put `moments` back, in the memory layout of the parameters; raises `CheckpointError` for a foreign name."""
     parameters = dict(model.named_parameters())
+    # Moments of a session before would survive for parameters the file does not name.
     optimizer.state.clear()
     for full_name, value in saved.items():
         key, _, name = full_name.partition("/")
         if name not in parameters or (value.ndim > 0 and value.shape != parameters[name].shape):
             raise CheckpointError(f"optimizer state {full_name} {list(value.shape)} does not fit this model")
         parameter = parameters[name]
+        # Files are contiguous; fused AdamW wants moments in the memory layout of the parameter.
         place = torch.empty_like(parameter) if value.ndim else value.new_empty((), device=parameter.device)
         optimizer.state[parameter][key] = place.copy_(value)
 

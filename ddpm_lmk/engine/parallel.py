@@ -63,6 +63,7 @@ class Parallel:
         reduction = DistributedDataParallelKwargs(
             find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
         )
+        # No mixed precision: it belongs to the process there, and a sweep has runs of several.
         self._accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[reduction])
         self.zero = zero
         self.rank = self._accelerator.process_index
@@ -71,6 +72,7 @@ class Parallel:
         self.auto_precision: Precision = (
             "bf16" if self.device.type == "cuda" and cuda_has_bf16() else "fp32"
         )  # a run may choose another
+        # A rendezvous that ends early would train with fewer ranks and another global batch.
         if self.world != promised:
             raise LaunchError(f"joined a group of {self.world} processes, wanted WORLD_SIZE={promised}; start it again")
         if zero:
@@ -165,6 +167,7 @@ class Parallel:
 
     def exchange(self, values: Tensor) -> list[list[float]]:
         """`values` `[K]` of every rank, on the host: K lists of W numbers."""
+        # Rank-major after the gather: one transpose on the host gives a list per value.
         table = values.repeat(self.world)
         if self.world > 1:
             all_gather(table, values)
@@ -210,8 +213,10 @@ class Parallel:
             yield
         except LmkError as caught:
             error = caught
+        # Every rank takes part, whether it failed or not: this is what keeps the collectives in step.
         failed = [found for found in self.gather(error) if found is not None]
         if failed:
+            # Alone, its own error is raised, with its traceback; one that was sent has none.
             found = error if error is not None and self.world == 1 else failed[0]
             found.is_shared = True
             raise found
@@ -272,6 +277,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, wanted: Tensor) -> tuple[Tensor, None, None]:
+        # all_reduce works in place, and autograd still owns the gradient.
         wanted = wanted.contiguous().clone()
         distributed.all_reduce(wanted)
         return wanted[ctx.rank * ctx.count : (ctx.rank + 1) * ctx.count], None, None
@@ -304,6 +310,7 @@ class RunningStatistics:
         if not is_kept:
             torch._foreach_copy_(self._running, self._before)
         elif self._parallel.world > 1:
+            # One collective for all buffers, of which a ResNet-50 has over a hundred.
             flat = torch.cat([buffer.flatten() for buffer in self._running])
             parts = self._parallel.mean(flat).split([buffer.numel() for buffer in self._running])
             torch._foreach_copy_(self._running, [part.view_as(b) for part, b in zip(parts, self._running, strict=True)])

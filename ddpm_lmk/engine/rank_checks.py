@@ -44,6 +44,7 @@ def checksum(model: nn.Module) -> Tensor:
 
     Element i of the list of parameters is added with the odd factor 2 i + 1, so that exchanged parameters differ too.
     """
+    # Integer sums: exact in any order, and a not-a-number is a pattern like any other.
     sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
     factors = torch.arange(len(sums), device=sums[0].device) * 2 + 1
     return (torch.stack(sums) * factors).sum()
@@ -54,6 +55,7 @@ def check_same_facts(mine: Mapping[str, str], parallel: Parallel) -> None:
     everybody = parallel.gather(dict(mine))
     for key in mine:
         values = [facts[key] for facts in everybody]
+        # The majority is taken for right; of two that differ, the first.
         common = max(values, key=values.count)
         odd = next((rank for rank, value in enumerate(values) if value != common), None)
         if odd is not None:
@@ -123,6 +125,7 @@ def announce_class(cfg: RunConfig, *, step: int, parallel: Parallel, run: RunDir
     """Tell the class of a run at its start, on the terminal and in its events; a mixture of devices weakens it."""
     if not parallel.is_main:
         return
+    # A toy run, or one begun by an older version, has noted none.
     devices = run.facts().get("devices") or [parallel.device_name]
     kept = class_kept(cfg, devices)
     run.event("train.started", step=step, exactness=kept, processes=parallel.world, zero=parallel.zero, devices=devices)
@@ -149,6 +152,7 @@ def kernels(exactness: Exactness, device: torch.device) -> Iterator[None]:
         if device.type == "cpu":
             torch.set_num_threads(1)
     elif exactness == "none":
+        # cudnn.allow_tf32 is PyTorch's default already.
         cudnn.benchmark, matmul.allow_tf32 = True, True
     try:
         yield

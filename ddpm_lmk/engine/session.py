@@ -47,6 +47,7 @@ class Session:
 
     def model(self, cfg: RunConfig, task: Task, device: torch.device) -> nn.Module:
         """The network of `cfg` with the random weights of its seed, the same on every kind of device."""
+        # On the host and from the seed alone: the first weights are the same on every device and in every cell.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             fresh = task.wrap(
@@ -57,6 +58,7 @@ class Session:
         key = (cfg.model, type(task), head, task.out_channels, task.full_size, task.domains, *setting)
         model = self._networks.pop(key, None)
         if model is not None:
+            # In place: a compiled network, and CUDA graphs, stay valid.
             model.load_state_dict(fresh.state_dict())
             for parameter, new in zip(model.parameters(), fresh.parameters(), strict=True):
                 parameter.requires_grad_(new.requires_grad)  # the run before may have frozen some
@@ -84,6 +86,7 @@ def _stamps(path: Path) -> list[tuple[str, Any]]:
     if path.is_file():
         stat = path.stat()
         return [(str(path), (stat.st_ino, stat.st_size, stat.st_mtime_ns))]
+    # The facts and not the tensors: they are small, and a changed tensor has another digest in them.
     files = sorted([*path.glob(META), *path.glob(f"snapshots/*/{META}")])
     return [(str(file), file.read_bytes()) for file in files]
 

@@ -54,7 +54,9 @@ class Ema:
         """Move towards the weights after the update that ended `step` (1 is the first)."""
         if self.cfg is None:
             return
+        # The warm-up of TensorFlow's ExponentialMovingAverage: 0.18, 0.25, 0.31, ...
         decay = min(self.cfg.decay, (1 + step) / (10 + step)) if self.cfg.warmup else self.cfg.decay
+        # One call for all tensors: an average per parameter costs more in launches than in sums.
         torch._foreach_lerp_(list(self._average.values()), [value for _, value in self._followed()], 1 - decay)
 
     @contextmanager
@@ -142,6 +144,7 @@ class Plateau(_Rule):
         if math.isfinite(score) and (self.best is None or score < self.best * (1 - self.cfg.threshold)):
             self.best, self.num_bad = score, 0
             return
+        # Strictly more than `patience`, as PyTorch has it.
         self.num_bad += 1
         if self.num_bad > self.cfg.patience:
             self.factor, self.num_bad = self.factor * self.cfg.factor, 0
@@ -241,6 +244,7 @@ class Divergence(_Rule):
             is_scaled: the loss was scaled for fp16, where too large a scale is the first thing to think of.
         """
         is_finite = math.isfinite(loss) and math.isfinite(norm)
+        # Not counted as trouble: overflows are how the scale finds its size, every 2000 updates.
         if not is_finite and is_scaled:
             self.skipped += 1
             return OVERFLOW
@@ -254,6 +258,7 @@ class Divergence(_Rule):
         self.skipped += 1
         self.in_a_row += 1
         if reason == NOT_FINITE:
+            # Steps and not a counter: a resumed run forgets the same ones at the same time.
             self.bad_steps = [bad for bad in self.bad_steps if bad > step - RECENT_STEPS] + [step]
         return reason
 
@@ -270,15 +275,18 @@ class Divergence(_Rule):
         """Start anew at `step` with the memory of the checkpoint of step `source`; all updates between are left out."""
         self.left_out = [*self.left_out, [source, step]]
         self.skipped += step - source
+        # A second trouble has to be one of the steps after this one.
         self.in_a_row, self.bad_steps = 0, []
 
     def _is_spike(self, step: int, loss: float, norm: float) -> bool:
+        # Early losses fall fast and vary much: the rule would call them spikes.
         if self.spikes is None or step <= self.spikes.after or len(self.losses) < self.spikes.window:
             return False
         return loss > _limit(self.losses, self.spikes.sigma) or norm > _limit(self.norms, self.spikes.sigma)
 
 
 def _limit(values: list[float], sigma: float) -> float:
+    # fsum: exact, so a resumed run decides by the same limit to the last bit.
     mean = math.fsum(values) / len(values)
     return mean + sigma * math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 
@@ -333,6 +341,7 @@ class TrainState:
         """Take note of the validation score at this step."""
         self.evaluated_at = self.step
         self.plateau.add_score(score)
+        # On the host: a second network on the device could be what does not fit.
         if self.patience.add_score(score, self.step) and self.keeps_best:
             self.best = {
                 file: {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
@@ -347,6 +356,7 @@ class TrainState:
 
     def roll_back(self, checkpoint: Checkpoint, *, load_all: Callable[[nn.Module, dict[str, Tensor]], Any]) -> None:
         """Weights, average, moments and rules of a checkpoint, at the present step: what came between is left out."""
+        # The stream of images goes on: the data that led to trouble is not seen again.
         step, images, seconds = self.step, self.images, self.seconds
         self.load(checkpoint, load_all=load_all)
         self.divergence.roll_back(source=self.step, step=step)
@@ -385,6 +395,7 @@ class TrainState:
             CheckpointError: it belongs to another model.
         """
         files, facts = checkpoint.tensors, checkpoint.state
+        # An average made up from the present weights would pass for one of the whole run.
         if ("ema" in files) != bool(self.ema) or "model" not in files:
             raise CheckpointError(f"{checkpoint.path} holds {', '.join(files)}, which is not what this run file keeps")
         if lost := sorted({*COUNTERS, *RULES} - set(facts)):

@@ -71,6 +71,7 @@ class RunDir:
         except BaseException:
             run.__exit__()
             raise
+        # Under the lock: what is half done here is of a process that is dead.
         for folder in (path, path / "checkpoints", path / "snapshots"):
             retention.clean(folder)
         return run
@@ -82,6 +83,7 @@ class RunDir:
             DataError: the run was started on other data.
         """
         before, stored = self.facts(), lock.stored_config(self.path)
+        # Before anything is written: a refused run leaves the directory as it was.
         lock.check_same_data(self.path, facts["fingerprint"])
         self._config_hash = load.config_hash(cfg)
         files.write_text(self.path / "config.yaml", load.dump_run(cfg))
@@ -105,6 +107,7 @@ class RunDir:
         """Write the results and mark the run as finished."""
         path = self.path / "results.json"
         files.write_json(path, results)
+        # Of what the disk has, so that results edited by hand are made again.
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         files.write_json(
             self.path / "done.json",
@@ -133,6 +136,7 @@ class RunDir:
         except OSError as error:
             self._failed_saves += 1
             self.event("checkpoint.failed", step=facts["step"], reason=str(error))
+            # A colleague may be making room: training goes on from memory meanwhile.
             if self._failed_saves < MOST_FAILED_SAVES:
                 return False
             raise ResourceError(
@@ -225,6 +229,7 @@ def _copy(source: Path, target: Path) -> None:
         temporary.mkdir(mode=files.folder_mode())
         for path in source.iterdir():
             copy = temporary / path.name
+            # Not copytree: modes and times of the old run are no concern of the new one.
             shutil.copyfile(path, copy, follow_symlinks=False)
             copy.chmod(files.file_mode())
             with copy.open("rb") as file:

@@ -49,6 +49,7 @@ PLACES = ("data.path", "data.protect", "init.weights")  # these too, while what 
 def locked_for_launcher(path: Path, cfg: RunConfig, *, name: str, is_fork: bool = False) -> Iterator[None]:
     """Lock a directory for a launcher, after all that can be said against it has been said."""
     make_writable(path)
+    # Its own lock first: two launchers that start at once cannot both find the run free.
     descriptor = take_lock(path, name)
     try:
         check_unlocked(path, LOCK)
@@ -90,6 +91,7 @@ def _try_saving(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    # A file system may let files be made and refuse to rename them: known now, and not at the first save.
     probe.rename(f"{probe}-renamed").unlink()
 
 
@@ -102,6 +104,7 @@ def take_lock(path: Path, name: str = LOCK, *, incarnation: str | None = None) -
         check_unlocked(path, LAUNCHER_LOCK)
     descriptor = _lock(path, name)
     facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "incarnation": incarnation}
+    # After the lock is held: whoever fails to get it reads who has it.
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(facts).encode(), 0)
     return descriptor
@@ -110,6 +113,7 @@ def take_lock(path: Path, name: str = LOCK, *, incarnation: str | None = None) -
 def check_unlocked(path: Path, *names: str) -> None:
     """Raise `RunConflictError` where another process holds one of these locks; by default either of them."""
     for name in names or (LAUNCHER_LOCK, LOCK):  # of the two processes of one run, the one to speak to
+        # Locking makes the file; a folder that is only looked at stays as it is.
         if (path / name).exists():
             os.close(_lock(path, name))
 
@@ -167,6 +171,7 @@ def conflicts(path: Path, cfg: RunConfig) -> list[tuple[str, object, object]]:
     rows = [row for row in load.diff_runs(stored, cfg) if not _may_change(row[0], stored, cfg)]
     if any(key not in PLACES for key, *_ in rows):  # another run, wherever its data lies
         return rows
+    # Reading fingerprints costs time: only where nothing else differs.
     return [row for row in rows if not _holds_the_same(row[0], path, cfg)]
 
 
@@ -200,6 +205,7 @@ def _is_of(path: Path, done: dict[str, Any], cfg: RunConfig) -> bool:
         stored = stored_config(path)
         if stored is None or done.get("config_hash") != load.config_hash(stored):
             return False
+        # A longer run is the same run, but it is not finished.
         return stored.train.length == cfg.train.length and not conflicts(path, cfg)
     except LmkError:
         return False
@@ -225,6 +231,7 @@ def _may_change(key: str, stored: RunConfig, cfg: RunConfig) -> bool:
     """May this key differ between a run and its continuation? Only where the weights come out the same."""
     if key == "train.length":
         old, new = stored.train.length, cfg.train.length
+        # Any other schedule has another rate at every step of a run of another length.
         return cfg.optim.schedule == "constant" and _is_longer(old, new)
     return key in MAY_CHANGE
 

@@ -71,8 +71,10 @@ class RunLog:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if not self._writes:
             return
+        # Training, the writer of checkpoints and the logger have a thread each.
         with self._writing:
             try:
+                # Not before an event, which is the more important line where little room is left.
                 if self._num_lost and name != EVENTS:
                     lost = {"time": now(), "event": "lines.lost", "count": self._num_lost}
                     _append_line(self._folder / EVENTS, lost)

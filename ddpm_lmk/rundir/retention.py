@@ -44,6 +44,7 @@ def step_of(path: Path) -> int:
 def complete(directory: Path) -> list[Path]:
     """Directories of steps, newest step first; symbolic links are none."""
     steps = [path for path in directory.glob("step-*") if STEP.fullmatch(path.name)]
+    # A link could name a folder outside, which `drop` would then empty.
     return [path for path in sorted(steps, key=step_of, reverse=True) if path.is_dir() and not path.is_symlink()]
 
 
@@ -61,6 +62,7 @@ def kept(steps: Iterable[int], keep: Keep, pinned: Collection[int | None]) -> se
 def retain(directory: Path, keep: Keep, pinned: Collection[int | None]) -> None:
     """Drop what no rule keeps, oldest first; raises OSError where a rename is refused."""
     paths = {step_of(path): path for path in complete(directory)}
+    # Oldest first: a kill in between leaves the newer ones.
     for step in sorted(paths.keys() - kept(paths, keep, pinned)):
         drop(paths[step])
 

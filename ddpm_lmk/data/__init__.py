@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ddpm_lmk.config import RunConfig
+    from ddpm_lmk.data.loading.corpus import Corpus
     from ddpm_lmk.data.loading.loader import EvalLoader, Name, TrainLoader
 
 
@@ -20,6 +23,7 @@ def open_loader(
     split: None = ...,
     cache: dict[Any, Any] | None = ...,
     backend: Name | None = ...,
+    corpora: Sequence[Corpus] | None = ...,
 ) -> TrainLoader: ...
 
 
@@ -34,6 +38,7 @@ def open_loader(
     split: str | None = ...,
     cache: dict[Any, Any] | None = ...,
     backend: Name | None = ...,
+    corpora: None = ...,
 ) -> EvalLoader: ...
 
 
@@ -47,6 +52,7 @@ def open_loader(
     split: str | None = None,
     cache: dict[Any, Any] | None = None,
     backend: Name | None = None,
+    corpora: Sequence[Corpus] | None = None,
 ) -> TrainLoader | EvalLoader:
     """Open the data of a run for one process.
 
@@ -59,6 +65,7 @@ def open_loader(
         split: the split to evaluate; None: `evaluate.split`.
         cache: keeps decoded pixels for the next loader of the same data; the caller owns it.
         backend: what `backend.choose_backend` said, so that all loaders and ranks of a run have the same; None: ask it.
+        corpora: what is trained on, where it is open already.
 
     Raises:
         ConfigError: the run cannot be honoured (world size, shots, overlapping splits).
@@ -75,5 +82,5 @@ def open_loader(
     chosen = backend or choose_backend(cfg, device=device, world=world).name
     seat = Seat(rank, world, torch.device(device), chosen)
     if stage == "train":
-        return open_training(cfg, seat, cache)
+        return open_training(cfg, seat, cache, corpora=corpora)
     return open_evaluation(cfg, seat, cache, split=split)

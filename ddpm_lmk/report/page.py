@@ -13,11 +13,23 @@ from pathlib import Path
 
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.report import refuse_seen
-from ddpm_lmk.report import figures, html, tables
-from ddpm_lmk.report.collect import PROTOCOLS, RunFolder, Study, collect, labels_text, paper_rows, paper_tables
+from ddpm_lmk.report import (
+    figures,
+    html,
+    tables,
+)
+from ddpm_lmk.report.collect import (
+    PROTOCOLS,
+    RunFolder,
+    Study,
+    collect,
+    labels_text,
+    paper_rows,
+    paper_tables,
+)
 from ddpm_lmk.report.paper import beside_paper
 from ddpm_lmk.report.style import legend
-from ddpm_lmk.rundir.lock import want_writable
+from ddpm_lmk.rundir.lock import check_writable
 from ddpm_lmk.sweep.progress import to_csv
 from ddpm_lmk.system import files
 from ddpm_lmk.system.files import read_json
@@ -37,7 +49,7 @@ def write_report(
         DataError: a folder is neither, nothing in them is finished, or there is leakage that is not acknowledged.
     """
     out = Path(out)
-    want_writable(out.parent)  # before minutes of drawing
+    check_writable(out.parent)  # before minutes of drawing
     studies = collect([Path(folder) for folder in folders])
     # refused before anything is written: a page with such scores must not exist by accident
     for study in studies:

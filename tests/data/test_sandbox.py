@@ -22,7 +22,8 @@ from ddpm_lmk.data.images import sandbox
 from ddpm_lmk.data.images.image import ReadOptions, RefusedImageError
 from ddpm_lmk.data.images.resize import encode
 from ddpm_lmk.data.images.sandbox import LIMITS, decode_sandboxed, decoders
-from ddpm_lmk.data.shards.manifest import Manifest, verify
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.verify import verify
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.system.sandbox import Sandbox
 from tests.data.dot_packs import pack_dots, run_config

@@ -16,7 +16,7 @@ import torch
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.rundir import checkpoint
 from ddpm_lmk.rundir.checkpoint import load_weights, save_snapshot
-from ddpm_lmk.system import files as durable
+from ddpm_lmk.system import files
 from tests.rundir.test_checkpoint import flip_a_bit
 
 
@@ -57,7 +57,7 @@ def test_a_snapshot_stays_until_the_one_in_its_place_is_written(
 ) -> None:
     path = snapshot(tmp_path, 10, selected=False)
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "fsync", refuse)
+        patch.setattr(files.os, "fsync", refuse)
         with pytest.raises(OSError, match="full"):
             snapshot(tmp_path, 10)
     assert not checkpoint.snapshot_meta(path)["selected"]

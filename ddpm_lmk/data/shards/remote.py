@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
 from ddpm_lmk.config import DataConfig
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, ResourceError, StoppedError
 from ddpm_lmk.system.files import write_bytes
+from ddpm_lmk.system.locks import locked
 
 RETRY_DELAYS_S = (0.2, 1.0, 3.0, 6.0)  # a network mount that is back within ten seconds costs nothing
 GIVE_UP_S = 30.0  # clients of object stores try again too; at 60 s a launcher takes the rank for dead
@@ -124,7 +123,7 @@ class ShardCache:
         """
         copy = self.folder / name
         if not self.has(name, size):
-            with FileLock(self.folder / _LOCKS / name):  # whoever wants the same shard waits for it
+            with locked(self.folder / _LOCKS / name, waits=True):  # whoever wants the same shard waits for it
                 if not self.has(name, size):
                     unfinished = self.folder / f"{_UNFINISHED}{size}-{name}"
                     self._make_room(size, unfinished)
@@ -146,7 +145,7 @@ class ShardCache:
         What a killed process left unfinished grows old and goes like a copy. One that is being written does not.
         """
         root = self.folder.parent
-        with FileLock(root / ".lock"):
+        with locked(root / ".lock", waits=True):
             others = [(stat, path) for path in root.glob("*/*.tar") if path != unfinished and (stat := _stat(path))]
             copies = sorted((stat.st_mtime_ns, _reserved(path, stat), path) for stat, path in others)
             excess = size + sum(length for _, length, _ in copies) - self._limit

@@ -16,6 +16,7 @@ from typing import Any
 from _tables import machine, markdown
 from trials import flat
 
+from ddpm_lmk.config.renamed import RENAMED
 from ddpm_lmk.report.statistics import Difference, over_seeds
 from ddpm_lmk.sweep import load_sweep
 
@@ -29,7 +30,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "average of the weights": ("train.ema",),
     "target: σ, read within (px)": ("task.codec.sigma_px", "task.codec.decode_radius_px"),
     "moves: shift, degrees, scale": ("data.augment.shift", "data.augment.rotate_deg", "data.augment.scale"),
-    "length, decay of the average": ("train.length", "train.ema.decay"),
+    "length, decay of the average": ("train.duration", "train.ema.decay"),
 }
 PREFIXES = ("task.codec.", "task.", "data.augment.", "data.", "optim.", "train.")
 
@@ -48,6 +49,8 @@ Groups = dict[Setting, dict[int, Mapping[str, Any]]]
 def trials_table(source: Path) -> str:
     """What single changes did, and per number of labels the list of all trials, the lowest error first."""
     head, *trials = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    for trial in trials:  # recorded under the names of their time
+        trial["settings"] = {RENAMED.get(key, key): value for key, value in trial["settings"].items()}
     spreads = _seed_spreads(source.parents[1] / "table2_small" / "results.csv")
     pairs: list[list[str]] = []
     lists: list[str] = []

@@ -75,11 +75,11 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "run_file": "/".join(options.run_file.parts[-3:]),
         "image_size_px": cfg.data.image_size,
-        "group_size_images": cfg.train.group_size,
+        "group_size_images": cfg.train.global_batch_size,
         "device": parallel.device.type,
         "checkpoint_mib": round(size / 2**20, 1),
-        "interval_steps": full.train.checkpoint_every.count,
-        **_figures(waits, writes, lines, full.train.checkpoint_every.count),
+        "interval_steps": full.runtime.checkpoint_every.count,
+        **_figures(waits, writes, lines, full.runtime.checkpoint_every.count),
         "threads": torch.get_num_threads(),
         "hardware": hardware(),
         "versions": versions("torch", "safetensors"),
@@ -136,7 +136,8 @@ def _time(owner: type, name: str) -> list[Span]:
 def _shortened(cfg: RunConfig, steps: int, every: int) -> RunConfig:
     """The same run, `steps` long, a line per step, saving often, and nothing scored."""
     fields = cfg.model_dump(mode="json")
-    fields["train"] |= {"length": steps, "log_every": 1, "checkpoint_every": every, "snapshot_every": None}
+    fields["runtime"] |= {"log_every": 1, "checkpoint_every": every}
+    fields["train"] |= {"duration": steps, "snapshot_every": None}
     fields["train"] |= {"evaluate_every": None, "patience": None, "select": "last"}
     fields["data"] |= {"validation_split": None}
     fields["optim"] |= {"plateau": None}

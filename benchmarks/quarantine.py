@@ -136,19 +136,18 @@ def _damage(data: Path, share: float) -> set[int]:
 
 
 def _config(data: Path, budget: float) -> RunConfig:
-    train = {"length": "1 epochs", "group_size": GROUP, "micro_batch": MICRO_BATCH, "exactness": "exact"}
+    train = {"duration": "1 epochs", "global_batch_size": GROUP, "micro_batch": MICRO_BATCH, "exactness": "exact"}
     return RunConfig.model_validate(
         {
             "data": {
                 "path": str(data),
                 "image_size": SIZE,
-                "residency": "stream",
-                "workers": 1,
                 "max_bad_fraction": budget,
             },
-            "model": {"width": 8, "multipliers": [1, 2], "patch": 4, "heads": 2, "head_dim": 4},
+            "model": {"width": 8, "multipliers": [1, 2], "pixel_unshuffle": 4, "heads": 2, "head_dim": 4},
             "task": {"kind": "denoise"},
-            "train": train | {"checkpoint_every": 10},
+            "train": train,
+            "runtime": {"cache_pixels": "stream", "workers": 1, "checkpoint_every": 10},
         }
     )
 

@@ -194,7 +194,7 @@ def _fitted(cfg: RunConfig, parallel: Parallel, run: RunDir) -> Fitted:
         manifests = [Manifest.open(path) for path in cfg.data.path] if _needs_data(cfg) else []
     images = sum(len(manifest.rows(cfg.data.splits)) for manifest in manifests)
     outputs = sum(manifest.spec.num_landmarks for manifest in manifests) if cfg.task.kind == "landmarks" else 1
-    steps = cfg.train.length.steps(cfg.train.group_size, cfg.data.shots or images)
+    steps = cfg.train.duration.steps(cfg.train.global_batch_size, cfg.data.shots or images)
     fitted = fit_to_device(cfg, max(1, outputs), parallel, steps=steps)
     if parallel.is_main:
         say(str(fitted))
@@ -210,7 +210,7 @@ def _warn_of_emulation(cfg: RunConfig, fitted: Fitted, parallel: Parallel) -> No
 
 def _needs_data(cfg: RunConfig) -> bool:
     """Does what is chosen depend on the data's landmarks, or its number of images?"""
-    return is_free(cfg) or (cfg.train.compile == "auto" and cfg.train.length.unit == "epochs")
+    return is_free(cfg) or (cfg.train.compile == "auto" and cfg.train.duration.unit == "epochs")
 
 
 def _note_left_out(cfg: RunConfig, run: RunDir) -> None:
@@ -305,7 +305,7 @@ def _facts(
 def _packs(cfg: RunConfig) -> dict[str, list[str]]:
     """The packs of a run by the keys that name their places, to know them again elsewhere."""
     data = cfg.data
-    return {"data.path": fingerprints_of(data, data.path), "data.protect": fingerprints_of(data, data.protect)}
+    return {"data.path": fingerprints_of(cfg, data.path), "data.protect": fingerprints_of(cfg, data.protect)}
 
 
 def _conclude(

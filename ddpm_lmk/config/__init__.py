@@ -7,12 +7,13 @@ composing and writing run files lives in `runfile`; how many processes and nodes
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from ddpm_lmk.config.data import AugmentConfig, DataConfig, HoldOutConfig
+from ddpm_lmk.config.data import AugmentConfig, DataConfig, DedupConfig, HoldOutConfig
 from ddpm_lmk.config.model import EncoderUNetConfig, GU2NetConfig, Network, UNetConfig
+from ddpm_lmk.config.renamed import under_new_names
 from ddpm_lmk.config.task import (
     Codec,
     ContourCodecConfig,
@@ -34,6 +35,7 @@ from ddpm_lmk.config.training import (
     InitConfig,
     OptimConfig,
     PlateauConfig,
+    RuntimeConfig,
     SpikeConfig,
     TrainConfig,
 )
@@ -45,6 +47,7 @@ __all__ = [
     "Codec",
     "ContourCodecConfig",
     "DataConfig",
+    "DedupConfig",
     "DenoiseConfig",
     "DinoConfig",
     "DiscCodecConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "PlateauConfig",
     "Positive",
     "RunConfig",
+    "RuntimeConfig",
     "Section",
     "SimclrV2Config",
     "SpatialCodecConfig",
@@ -88,11 +92,18 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     init: InitConfig = Field(default_factory=InitConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
 
     @property
     def is_told_time(self) -> bool:
         """Is the network told a timestep? Where it is not, the layers that only a timestep reaches do not learn."""
         return getattr(self.task, "timestep", 0) is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, data: Any) -> Any:
+        """Settings stored by an earlier version: in a checkpoint, a snapshot, the job of a sweep's worker."""
+        return under_new_names(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -144,7 +155,8 @@ class RunConfig(Section):
         reasons = {
             "train.exactness=exact": self.train.exactness == "exact",
             f"train.gradient={self.train.gradient}": self.train.gradient != "mean",
-            "train.windows=epoch in pre-training": self.train.windows == "epoch" and self.task.stage == "pretrain",
+            "train.epoch_boundary=epoch in pre-training": self.train.epoch_boundary == "epoch"
+            and self.task.stage == "pretrain",
             f"model.kind={self.model.kind}": self.model.kind != "ddpm_unet",
         }
         if found := [name for name, is_so in reasons.items() if is_so]:
@@ -170,7 +182,7 @@ class RunConfig(Section):
             )
         if len(task.std) not in (1, self.model.in_channels):
             raise ValueError(f"task.std has {len(task.std)} numbers for model.in_channels={self.model.in_channels}")
-        if min(self.train.given_micro_batch or self.train.group_size, self.train.group_size) < 2:
+        if min(self.train.given_micro_batch or self.train.global_batch_size, self.train.global_batch_size) < 2:
             raise ValueError(f"task {self.task.kind} normalises over a micro-batch; wanted at least 2 images in one")
 
     @model_validator(mode="after")

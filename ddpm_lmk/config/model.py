@@ -72,8 +72,8 @@ class UNetConfig(Section):
     linear_attention: tuple[bool, ...] | bool = Field(
         True, description="linear attention per level; one value for all (the paper: all)"
     )
-    patch: Literal[1, 2, 4, 8] = Field(
-        1, description="pixel-unshuffle factor before the first level: the network works at 1/patch of the image side"
+    pixel_unshuffle: Literal[1, 2, 4, 8] = Field(
+        1, description="the first level works on blocks of so many pixels a side, at 1/pixel_unshuffle of the image's"
     )
     checkpointing: Literal["auto"] | tuple[bool, ...] | bool = Field(
         False,
@@ -99,12 +99,12 @@ class UNetConfig(Section):
     @property
     def side_multiple(self) -> int:
         """What the side of the images has to be a multiple of, pixels."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
+        return self.pixel_unshuffle * 2 ** (len(self.multipliers) - 1)
 
     def describe(self, image_size: int) -> str:
         """The network in a few words, for reports."""
         levels = ", ".join(map(str, self.multipliers))
-        return f"width {self.width} × ({levels}), {image_size}² at {image_size // self.patch}²"
+        return f"width {self.width} × ({levels}), {image_size}² at {image_size // self.pixel_unshuffle}²"
 
 
 class GU2NetConfig(Section):

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ddpm_lmk.config.values import Fraction, NonNegative, Positive, Section, Stage
+from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Section, Stage
 
 
 class DenoiseConfig(Section):
@@ -135,7 +135,9 @@ class ViewConfig(Section):
     contrast: NonNegative = Field(0.4, description="factor around the mean, drawn from [1 - c, 1 + c]")
     blur: Fraction = Field(0.5, description="share of views that are blurred")
     blur_sigma: tuple[Positive, Positive] = Field((0.1, 2.0), description="smallest and largest Gaussian width, pixels")
-    solarize: Fraction = Field(0.0, description="share of views whose bright half is inverted")
+    solarize: Fraction = Field(
+        0.0, description="share of views whose bright half is inverted", json_schema_extra=ADVANCED
+    )
 
     @field_validator("crop", "blur_sigma")
     @classmethod
@@ -152,10 +154,18 @@ class EncoderTaskConfig(Section):
 
     views: tuple[ViewConfig, ...] = Field((ViewConfig(count=2),), min_length=1, description="views of each image")
     drawn: Literal["image", "micro_batch"] = Field(
-        "image", description="one draw per image, or one for all of a micro-batch (released code)"
+        "image",
+        description="one draw per image, or one for all of a micro-batch (released code)",
+        json_schema_extra=ADVANCED,
     )
-    mean: float = Field(0.0, description="subtracted from views in [0, 1] (released code: 0.5; fine-tuning does not)")
-    std: tuple[Positive, ...] = Field((1.0,), description="divisor, one or one per channel of model.in_channels")
+    mean: float = Field(
+        0.0,
+        description="subtracted from views in [0, 1] (released code: 0.5; fine-tuning does not)",
+        json_schema_extra=ADVANCED,
+    )
+    std: tuple[Positive, ...] = Field(
+        (1.0,), description="divisor, one or one per channel of model.in_channels", json_schema_extra=ADVANCED
+    )
 
     @property
     def num_views(self) -> int:
@@ -174,10 +184,12 @@ class MocoV3Config(EncoderTaskConfig):
     temperature: Positive = Field(0.2, description="of the softmax over keys (the method: 0.2; released code: 0.5)")
     momentum: Momentum = Field(0.99, description="of the momentum encoder (the method: 0.99; released code: 0.999)")
     momentum_schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="towards 1 over the run, or as it is"
+        "cosine", description="towards 1 over the run, or as it is", json_schema_extra=ADVANCED
     )
     loss_scale: Literal["two_tau", "one"] = Field(
-        "two_tau", description="the loss is multiplied by 2 x temperature (the method), or not (released code)"
+        "two_tau",
+        description="the loss is multiplied by 2 x temperature (the method), or not (released code)",
+        json_schema_extra=ADVANCED,
     )
 
     @model_validator(mode="after")
@@ -217,7 +229,9 @@ class DinoConfig(EncoderTaskConfig):
     num_global: Annotated[int, Field(ge=1)] = Field(2, description="first views, which the teacher sees too")
     head: tuple[Width, ...] = Field((2048, 2048, 256), min_length=1, description="widths of the head's layers")
     head_norm: bool = Field(
-        False, description="BatchNorm in the head, an option of the method; keeps images apart that look alike"
+        False,
+        description="BatchNorm in the head, an option of the method; keeps images apart that look alike",
+        json_schema_extra=ADVANCED,
     )
     prototypes: Annotated[int, Field(ge=2)] = Field(
         4096, description="outputs of the last, weight-normed layer (the method: 65536; released code: 256)"
@@ -226,13 +240,19 @@ class DinoConfig(EncoderTaskConfig):
     teacher_temperature: tuple[Positive, Positive] = Field(
         (0.04, 0.07), description="of the teacher's softmax, first and after the warm-up (released code: 0.5, 0.5)"
     )
-    temperature_warmup: Fraction = Field(0.3, description="share of the run in which it rises")
+    temperature_warmup: Fraction = Field(
+        0.3, description="share of the run in which it rises", json_schema_extra=ADVANCED
+    )
     momentum: Momentum = Field(0.996, description="of the teacher")
     momentum_schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="towards 1 over the run, or as it is"
+        "cosine", description="towards 1 over the run, or as it is", json_schema_extra=ADVANCED
     )
-    center_momentum: Momentum = Field(0.9, description="of the teacher's mean output (released code: 0.5)")
-    frozen: Fraction = Field(0.01, description="share of the run in which the last layer stays as it is")
+    center_momentum: Momentum = Field(
+        0.9, description="of the teacher's mean output (released code: 0.5)", json_schema_extra=ADVANCED
+    )
+    frozen: Fraction = Field(
+        0.01, description="share of the run in which the last layer stays as it is", json_schema_extra=ADVANCED
+    )
 
     @model_validator(mode="after")
     def _global_views(self) -> DinoConfig:

@@ -11,6 +11,8 @@ from pydantic_core import CoreSchema, core_schema
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# A key that is rarely set: `--explain` shows it only with --all, or where its section is asked for by name.
+ADVANCED: dict[str, Any] = {"advanced": True}
 Stage = Literal["pretrain", "finetune"]  # the command a task belongs to: without labels, or with them
 
 

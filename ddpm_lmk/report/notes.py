@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ddpm_lmk.config.load import load_run
+from ddpm_lmk.config.load import load_stored
 from ddpm_lmk.report.collect import Study, paper_tables
 
 PAPER_NETWORK = "558.5 M parameters at 256² pixels"
@@ -73,7 +73,7 @@ def _labels(study: Study, validation: int) -> str:
 def _networks(study: Study) -> str:
     """What our networks are, where run files are still there."""
     found = dict.fromkeys(
-        load_run(run.home / "config.yaml").model.kind + f" at {load_run(run.home / 'config.yaml').data.image_size}²"
+        load_stored(run.home).model.kind + f" at {load_stored(run.home).data.image_size}²"
         for run in {run.start: run for run in study.runs}.values()
         if (run.home / "config.yaml").is_file()
     )

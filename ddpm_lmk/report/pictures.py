@@ -11,7 +11,7 @@ from html import escape
 import cv2
 import numpy as np
 
-from ddpm_lmk.config.load import load_run
+from ddpm_lmk.config.load import load_stored
 from ddpm_lmk.data.drawing import draw_overlay, encode_jpeg, to_uint8
 from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import DataError
@@ -90,7 +90,7 @@ def _panel(run: Run | None, name: str, labels: int) -> str:
 
 def _draw(run: Run, name: str, longest: int, *, cropped: bool = False) -> bytes:
     """JPEG of one test picture in its native aspect with found and annotated points, whole or around the landmarks."""
-    cfg = load_run(run.home / "config.yaml")
+    cfg = load_stored(run.home)
     packs = [Manifest.open(path) for path in cfg.data.path]
     manifest = next((pack for pack in packs if pack.dataset == run.results["dataset"]), packs[0])
     for row in manifest.rows([run.results["split"]]):

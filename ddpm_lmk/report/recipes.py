@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm_lmk.config import LandmarksConfig, RunConfig
-from ddpm_lmk.config.load import diff_runs, load_run
+from ddpm_lmk.config.load import diff_runs, load_stored
 from ddpm_lmk.report.collect import Run, Study
 from ddpm_lmk.rundir.lock import MAY_CHANGE
 from ddpm_lmk.sweep.expand import recipe_key
@@ -46,10 +46,9 @@ def recipes(study: Study, start: str) -> list[Recipe]:
     found: dict[str, Recipe] = {}
     for labels in study.shots:
         for run in study.select(start, labels):
-            path = run.home / "config.yaml"
-            if not path.is_file():
+            if not (run.home / "config.yaml").is_file():
                 continue
-            cfg = load_run(path)
+            cfg = load_stored(run.home)
             key = recipe_key(cfg)
             before = found[key].labels if key in found else ()
             if labels not in before:
@@ -75,7 +74,7 @@ def _facts(cfg: RunConfig) -> list[str]:
     sigma = "" if codec.get("sigma_px") is None else f", σ {codec['sigma_px']:g} px of {cfg.data.image_size}"
     average = "none" if train.ema is None else f"decay {train.ema.decay:g}"
     network = cfg.model.describe(cfg.data.image_size)
-    length = f"{train.length} × {train.group_size}"
+    length = f"{train.duration} × {train.global_batch_size}"
     validation = "none" if cfg.data.validation_split is None else cfg.data.validation_split
     return [network, length, rate, f"{codec['kind']}{sigma}", str(cfg.task.views), average, validation]
 
@@ -121,7 +120,7 @@ def mixed(study: Study) -> list[str]:
 
 def _settings(run: Run) -> tuple[RunConfig, str | None]:
     """The run file of a run, and what it learnt from."""
-    return load_run(run.home / "config.yaml"), (read_json(run.home / "run.json") or {}).get("fingerprint")
+    return load_stored(run.home), (read_json(run.home / "run.json") or {}).get("fingerprint")
 
 
 def _values(key: str, found: list[Recipe]) -> str:

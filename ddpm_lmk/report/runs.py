@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.config.load import load_run
+from ddpm_lmk.config.load import load_stored
 from ddpm_lmk.report.collect import Study, parents_of
 from ddpm_lmk.report.recipes import recipes
 from ddpm_lmk.system.files import read_json
@@ -85,5 +85,5 @@ def _hardware(folder: Path) -> str:
 def _network(folder: Path) -> str:
     if not (folder / "config.yaml").is_file():
         return "–"
-    cfg = load_run(folder / "config.yaml")
+    cfg = load_stored(folder)
     return cfg.model.describe(cfg.data.image_size)

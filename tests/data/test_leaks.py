@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ddpm_lmk.cli.app import run
+from ddpm_lmk.config import DedupConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import leakage, search
 from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, PRINT_DTYPE, check_prints, prints_of
@@ -19,6 +20,7 @@ from ddpm_lmk.data.loading.corpus import training_corpora
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
+from ddpm_lmk.data.shards.remote import CacheSettings
 from ddpm_lmk.errors import ConfigError, DataError
 from tests.data.dot_packs import pack_dots, run_config
 
@@ -91,7 +93,7 @@ def test_a_protected_set_that_is_not_in_the_pool_is_kept_out_too(pool: dict[str,
 
 
 def test_keeping_them_is_a_setting_and_is_recorded(pool: dict[str, Path]) -> None:
-    data = {"protect": [str(pool["set"])], "leaks": "keep", "copies": "keep"}
+    data = {"protect": [str(pool["set"])], "dedup": {"leakage": "keep", "duplicates": "keep"}}
     cfg = run_config(pool["corpus"], task="denoise", data=data)
     corpora = training_corpora(cfg)
     assert len(corpora[0].rows) == 12
@@ -99,7 +101,9 @@ def test_keeping_them_is_a_setting_and_is_recorded(pool: dict[str, Path]) -> Non
 
 
 def test_the_stream_never_shows_what_is_left_out(pool: dict[str, Path]) -> None:
-    cfg = run_config([pool["corpus"], pool["set"]], task="denoise", data={"image_size": 32, "residency": "stream"})
+    cfg = run_config(
+        [pool["corpus"], pool["set"]], task="denoise", data={"image_size": 32}, runtime={"cache_pixels": "stream"}
+    )
     loader = open_loader(cfg, stage="train")
     groups = loader.groups()
     shown = {name for _ in range(6) for batch in next(groups).micro_batches for name in batch.ids}
@@ -184,28 +188,27 @@ def test_the_search_finds_what_comparing_everything_with_everything_finds(
 def test_what_was_found_in_a_large_pool_is_kept_for_the_next_process(
     pool: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = run_config(
-        pool["corpus"], task="denoise", data={"protect": [str(pool["set"])], "cache_dir": str(tmp_path)}
-    ).data
+    data = run_config(pool["corpus"], task="denoise", data={"protect": [str(pool["set"])]}).data
+    cache = CacheSettings(tmp_path)
     manifests = [Manifest.open(pool["corpus"])]
-    known = exclusion(manifests, data)
+    known = exclusion(manifests, data, cache)
     assert not list(tmp_path.iterdir())  # a small pool is compared anew
     monkeypatch.setattr(leakage, "_REMEMBER_FROM", 0)
     calls = []
     monkeypatch.setattr(leakage, "_exclusion", lambda *given: calls.append(given) or known)
     for _ in range(2):
-        kept = exclusion(manifests, data)
+        kept = exclusion(manifests, data, cache)
         assert kept.record == known.record
         assert kept.rows[0].tolist() == known.rows[0].tolist()
     assert len(calls) == 1
     (path,) = (tmp_path / "compared").glob("*.json")
     path.write_text(path.read_text().replace('"left_out": 6', '"left_out": 7'))
-    assert exclusion(manifests, data).record == known.record  # damaged: found again
+    assert exclusion(manifests, data, cache).record == known.record  # damaged: found again
     assert len(calls) == 2
-    exclusion(manifests, data.model_copy(update={"leaks": "keep"}))  # another question
+    exclusion(manifests, data.model_copy(update={"dedup": DedupConfig(leakage="keep")}), cache)  # another question
     assert len(calls) == 3
     monkeypatch.setenv("LMK_CACHE", str(path))  # a file: nothing can be kept there
-    exclusion(manifests, data.model_copy(update={"cache_dir": None}))
+    exclusion(manifests, data, CacheSettings())
     assert len(calls) == 4
 
 

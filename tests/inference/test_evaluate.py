@@ -38,10 +38,11 @@ def config(packed: Path, **sections: object) -> RunConfig:
     """A network too small to learn anything, on phantoms."""
     values = {
         "name": "tiny",
-        "data": {"path": str(packed), "image_size": 32, "workers": 0, "shots": 4, "validation_split": "val"},
+        "data": {"path": str(packed), "image_size": 32, "shots": 4, "validation_split": "val"},
         "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
         "task": {"kind": "landmarks"},
-        "train": {"length": "3 steps", "group_size": 4, "log_every": "1 steps"},
+        "train": {"duration": "3 steps", "global_batch_size": 4},
+        "runtime": {"workers": 0, "log_every": "1 steps"},
         "evaluate": {"split": "test", "batch": 4},
     }
     return RunConfig.model_validate(values | sections)
@@ -59,7 +60,7 @@ def landmark_run(packed_phantoms: Path, tmp_path_factory: pytest.TempPathFactory
 def denoise_run(packed_phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished pre-training run."""
     out = tmp_path_factory.mktemp("runs") / "denoise"
-    data = {"path": str(packed_phantoms), "image_size": 32, "workers": 0}
+    data = {"path": str(packed_phantoms), "image_size": 32}
     task = {"kind": "denoise", "num_timesteps": 20}
     execute(config(packed_phantoms, data=data, task=task), out, device="cpu")
     return out

@@ -147,16 +147,17 @@ class Exclusion:
     record: dict[str, Any]
 
 
-def exclusion(manifests: Sequence[Manifest], data: DataConfig) -> Exclusion:
+def exclusion(manifests: Sequence[Manifest], data: DataConfig, cache: CacheSettings | None = None) -> Exclusion:
     """The films of a pool that are not trained on. Found once per process, for large pools once per machine.
 
     Raises:
         ConfigError: a set in `data.protect` has no split to protect.
         DataError: a folder is not a pack, or its prints are damaged.
     """
-    guards = tuple(Manifest.open(path, CacheSettings.of(data)) for path in data.protect)
+    cache = cache or CacheSettings()
+    guards = tuple(Manifest.open(path, cache) for path in data.protect)
     packs = tuple(map(_Opened, manifests)), tuple(map(_Opened, guards))
-    settings = data.splits, data.leaks, data.copies
+    settings = data.splits, data.dedup.leakage, data.dedup.duplicates
     if sum(map(len, manifests)) < _REMEMBER_FROM:
         return _exclusion(*packs, *settings)
     names = [[(str(each.manifest.root), each.manifest.fingerprint) for each in part] for part in packs]
@@ -166,7 +167,7 @@ def exclusion(manifests: Sequence[Manifest], data: DataConfig) -> Exclusion:
         found = _exclusion(*packs, *settings)
         return {"rows": [rows.tolist() for rows in found.rows], "record": found.record}
 
-    kept = remembered(CacheSettings.of(data).root / "compared", key, make)
+    kept = remembered(cache.root / "compared", key, make)
     return Exclusion(tuple(np.array(rows, dtype=np.int64) for rows in kept["rows"]), kept["record"])
 
 

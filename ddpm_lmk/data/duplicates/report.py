@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.config.load import load_run
+from ddpm_lmk.config.load import load_stored
 from ddpm_lmk.data.duplicates.leakage import Source, Uncompared, count_kinds, exclusion, seen, uncompared_patients
 from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.shards.manifest import Manifest
@@ -30,8 +30,8 @@ FILE_NAME = "leakage.json"
 
 def write_record(cfg: RunConfig, folder: Path) -> dict[str, Any]:
     """Write `leakage.json` of a pre-training run: what is protected, what leaked or came twice, what is left out."""
-    cache = CacheSettings.of(cfg.data)
-    record = exclusion([Manifest.open(path, cache) for path in cfg.data.path], cfg.data).record
+    cache = CacheSettings.of(cfg)
+    record = exclusion([Manifest.open(path, cache) for path in cfg.data.path], cfg.data, cache).record
     files.write_json(folder / FILE_NAME, record)
     return record
 
@@ -125,10 +125,11 @@ def _opened(path: str, fingerprint: str, cache: CacheSettings) -> Manifest:
 
 def _trained_on(folder: Path, record: dict[str, Any]) -> list[Source]:
     """What a pre-training run saw: its packs, less what it left out."""
-    data = load_run(folder / "config.yaml").data
+    cfg = load_stored(folder)
+    data, cache = cfg.data, CacheSettings.of(cfg)
     known = [(path, facts["fingerprint"]) for path, facts in zip(data.path, record["trained_on"], strict=True)]
-    manifests = [_opened(path, fingerprint, CacheSettings.of(data)) for path, fingerprint in known]
-    left_out = exclusion(manifests, data).rows
+    manifests = [_opened(path, fingerprint, cache) for path, fingerprint in known]
+    left_out = exclusion(manifests, data, cache).rows
     return [
         Source(manifest, tuple(facts["splits"]), without=rows)
         for manifest, facts, rows in zip(manifests, record["trained_on"], left_out, strict=True)
@@ -153,7 +154,7 @@ def refuse_seen(results: Iterable[dict[str, Any]], *, acknowledged: bool) -> lis
         lines.append(f"Leakage: up to {most} of the {total} scored images were {words} ({runs}).")
         if stage == "pretraining" and not acknowledged:
             raise DataError(
-                f"{lines[-1]} The score is not shown: pre-train with data.protect and data.leaks=leave_out, "
+                f"{lines[-1]} The score is not shown: pre-train with data.protect and data.dedup.leakage=leave_out, "
                 "or pass --acknowledge-leakage to have it shown with this remark"
             )
     reasons = {

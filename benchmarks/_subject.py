@@ -87,7 +87,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
         network = load_yaml(CONFIGS / "model" / f"{preset}.yaml")["model"]
         batch = options.batch or (32 if is_cuda else 8)
         base = {"name": preset, "data": {"path": "."}, "task": {"kind": "denoise"}, "model": network}
-        cfg = RunConfig.model_validate({**base, "train": {"group_size": batch}})
+        cfg = RunConfig.model_validate({**base, "train": {"global_batch_size": batch}})
         cfg = _with(cfg, ["data.image_size=128"] if not is_cuda and options.size is None else [])
         return _with(cfg, [*_said(options, batch), *words])
     has_data = any(word.startswith("data.path=") for word in words)
@@ -96,7 +96,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
 
 
 def _said(options: argparse.Namespace, batch: int | None) -> list[str]:
-    given = {"data.image_size": options.size, "train.precision": options.precision, "train.group_size": batch}
+    given = {"data.image_size": options.size, "train.precision": options.precision, "train.global_batch_size": batch}
     words = [f"{key}={value}" for key, value in given.items() if value is not None]
     return [*words, "train.micro_batch=null"] if batch is not None else words
 
@@ -130,7 +130,9 @@ class Subject:
         self.parallel.auto_precision = self.precision
         self.task = build_task(self.cfg, spec_of(self.cfg))
         self.batch_images = (
-            (self.cfg.train.given_micro_batch or self.cfg.train.group_size) if options.batch is None else options.batch
+            (self.cfg.train.given_micro_batch or self.cfg.train.global_batch_size)
+            if options.batch is None
+            else options.batch
         )
         model = Workbench().model(self.cfg, self.task, self.parallel.device)
         self.state = TrainState.fresh(self.cfg, model)

@@ -123,7 +123,7 @@ class _Lane:
         from ddpm_lmk.models import build_model
         from ddpm_lmk.tasks import DenoiseTask
 
-        train = {"group_size": GROUP, **fields}
+        train = {"global_batch_size": GROUP, **fields}
         data = {"path": "none", "image_size": SIDE}
         self.cfg = RunConfig.model_validate({"data": data, "model": MODEL, "task": {"kind": "denoise"}, "train": train})
         task = self.cfg.task

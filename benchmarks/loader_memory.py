@@ -60,9 +60,10 @@ def stream(data: Path, backend: str, epochs: int) -> list[float]:
     """Resident memory in MiB after each epoch."""
     cfg = RunConfig.model_validate(
         {
-            "data": {"path": str(data), "image_size": SIZE, "residency": "stream", "loader": backend, "workers": 1},
+            "data": {"path": str(data), "image_size": SIZE},
+            "runtime": {"cache_pixels": "stream", "loader": backend, "workers": 1},
             "task": {"kind": "denoise"},
-            "train": {"group_size": GROUP_SIZE},
+            "train": {"global_batch_size": GROUP_SIZE},
         }
     )
     process, loader = psutil.Process(), open_loader(cfg, stage="train")

@@ -24,10 +24,10 @@ from ddpm_lmk.system.console import progress
 MICRO_BATCHES = 4
 WARM_UP = 3  # a graph is recorded in the second pass, and replayed from the third on
 PLAIN = "plain"
-TRAIN: dict[str, Any] = {"standardise": "pass", "group_norm": "native", "precision": "fp32"}
+TRAIN: dict[str, Any] = {"weight_standardization": "pass", "group_norm": "native", "precision": "fp32"}
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
-    "train.standardise=step": {"standardise": "step"},
+    "train.weight_standardization=step": {"weight_standardization": "step"},
     "train.group_norm=fused": {"group_norm": "fused"},
     "train.precision=bf16": {"precision": "bf16"},
     "all three": {"standardise": "step", "group_norm": "fused", "precision": "bf16"},

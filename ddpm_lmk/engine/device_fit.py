@@ -65,7 +65,7 @@ class MemoryWatch:
         raise ResourceError(f"out of memory in step {self._state.step + 1}: {self._advice()}") from error
 
     def _advice(self) -> str:
-        share = self._cfg.train.group_size // self._parallel.world
+        share = self._cfg.train.global_batch_size // self._parallel.world
         tried = self._cfg.train.given_micro_batch or share
         sizes = [size for size in range(1, tried) if share % size == 0]
         fitting = [size for size in sizes if size <= self._images_that_fit()] or sizes[:1]
@@ -128,7 +128,7 @@ def _working_bytes(cfg: RunConfig, device: str, *, is_half: bool) -> float:
     size, model = cfg.data.image_size, cfg.model
     maps = WORKING_MAPS[device] * model.width / (2 if is_half else 1)
     keys = WORKING_KEYS * model.heads * model.head_dim if is_half and linear_levels(model)[0] else 0
-    return FLOAT_BYTES * (max(maps, keys) * (size // model.patch) ** 2 + WORKING_IMAGES * size**2)
+    return FLOAT_BYTES * (max(maps, keys) * (size // model.pixel_unshuffle) ** 2 + WORKING_IMAGES * size**2)
 
 
 def learning_bytes(cfg: RunConfig, cost: ModelCost) -> int:
@@ -160,7 +160,7 @@ def copies_of_weights(cfg: RunConfig, *, world: int, zero: int) -> float:
     moments, average = 2 * (cfg.optim.kind != "sgd"), cfg.train.ema is not None
     if zero:
         return 1 + average + (moments + 1) / world + (1 if zero == 1 else 1 / world)
-    leaves = cfg.train.group_size // ((cfg.train.given_micro_batch or cfg.train.group_size) * world)
+    leaves = cfg.train.global_batch_size // ((cfg.train.given_micro_batch or cfg.train.global_batch_size) * world)
     sums = leaves.bit_length() + 1 if cfg.train.exactness == "exact" else 0
     return 2 + moments + average + sums
 
@@ -287,7 +287,7 @@ def _candidates(cfg: RunConfig, outputs: int, parallel: Parallel, fixed: dict[st
 
 def _micro_batches(cfg: RunConfig, world: int) -> list[int]:
     """Sizes that divide the share of a rank; the one there is where the run file says it."""
-    share = max(1, cfg.train.group_size // world)
+    share = max(1, cfg.train.global_batch_size // world)
     if cfg.train.micro_batch != "auto":
         return [cfg.train.micro_batch or share]
     return [size for size in range(1, share + 1) if share % size == 0]
@@ -314,7 +314,7 @@ class _Step:
 
     def __call__(self, cfg: RunConfig) -> bool:
         device, size = self._parallel.device, cfg.data.image_size
-        images = cfg.train.given_micro_batch or cfg.train.group_size // self._parallel.world
+        images = cfg.train.given_micro_batch or cfg.train.global_batch_size // self._parallel.world
         try:
             model = build_model(cfg.model, out_channels=self._outputs).to(device)
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

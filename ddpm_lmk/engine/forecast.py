@@ -53,14 +53,14 @@ class Work:
         plan = GroupPlan.of(cfg, max(1, images))
 
         def in_steps(length: Any) -> int:
-            return length.steps(train.group_size, max(1, images), plan.steps_per_epoch)
+            return length.steps(train.global_batch_size, max(1, images), plan.steps_per_epoch)
 
         def count(split: str | None) -> int:
             if split is None:
                 return 0
             return (counts or {}).get(split, 0) + sum(len(manifest.rows([split])) for manifest in manifests)
 
-        total = in_steps(train.length) if steps is None else steps
+        total = in_steps(train.duration) if steps is None else steps
         every = total if train.evaluate_every is None else max(1, in_steps(train.evaluate_every))
         evaluations = -(-total // every) - done // every if cfg.data.validation_split and total > done else 0
         times = 1 if done else 1 + folds(cfg, images)  # a run per fold, before the first step

@@ -262,6 +262,6 @@ def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Upda
 
         return Sharded(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
     standard = None
-    if cfg.train.standardise != "pass":
+    if cfg.train.weight_standardization != "pass":
         standard = OncePerStep(state.model, dtype=parallel.dtype(cfg.train.precision))
     return (Treed if cfg.train.exactness == "exact" else Averaged)(state, parallel, standard)

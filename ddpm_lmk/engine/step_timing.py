@@ -68,7 +68,7 @@ def time_steps(
     with torch.random.fork_rng(devices=cuda), kernels(cfg.train.exactness, device):
         model = workbench.model(cfg, task, device)
         state = TrainState.fresh(cfg, model)
-        share = -(-cfg.train.group_size // parallel.world)
+        share = -(-cfg.train.global_batch_size // parallel.world)
         micro = min(cfg.train.given_micro_batch or share, share)
         is_compiled = cfg.train.compile is True  # for one size of a batch at a time: only those of the run are timed
         parts: list[tuple[float, float]] = []  # passes and update of every step

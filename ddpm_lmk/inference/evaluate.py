@@ -107,7 +107,7 @@ def evaluate_run(
     """
     want_writable(Path(out))  # before minutes of scoring
     loaded = open_run(run, kind="landmarks", device=device)
-    settings = loaded.cfg.data.model_copy(update={"path": (str(data),), "packed": {}})
+    settings = loaded.cfg.data.model_copy(update={"path": (str(data),), "require_dataset": {}})
     cfg = loaded.cfg.model_copy(update={"data": settings})
     corpus = evaluation_corpora(cfg, split)[0]
     spec = corpus.manifest.spec

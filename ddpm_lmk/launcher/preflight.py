@@ -52,17 +52,17 @@ def check_settings(cfg: RunConfig, placement: Placement) -> None:
         ConfigError: they contradict one another. LaunchError: something is not installed, or not on this device.
     """
     world, train = placement.processes * placement.nodes, cfg.train
-    GroupPlan.of(cfg, train.group_size).check_world(world)  # how many images there are does not matter for this
-    together = train.given_micro_batch or train.group_size // world
+    GroupPlan.of(cfg, train.global_batch_size).check_world(world)  # how many images there are does not matter for this
+    together = train.given_micro_batch or train.global_batch_size // world
     if isinstance(cfg.model, EncoderUNetConfig) and cfg.task.stage == "pretrain" and together < 2:
         raise ConfigError(
             f"task {cfg.task.kind} normalises over the images a process computes at once, and {world} processes have "
-            f"{together} each; use fewer processes or a larger train.group_size"
+            f"{together} each; use fewer processes or a larger train.global_batch_size"
         )
     want_kept(cfg, world=world, zero=placement.zero)
     want_graphs(cfg, placement.device)
     want_zero(placement.zero, world)
-    if cfg.data.loader == "dali":
+    if cfg.runtime.loader == "dali":
         from ddpm_lmk.data.loading.backend import want_dali
 
         want_dali(cfg)

@@ -45,7 +45,9 @@ def time_run(
         is_apart: never in this process, which would hold a GPU from then on.
     """
     world = placement.processes * placement.nodes
-    share = cfg.model_copy(update={"train": cfg.train.model_copy(update={"group_size": cfg.train.group_size // world})})
+    share = cfg.model_copy(
+        update={"train": cfg.train.model_copy(update={"global_batch_size": cfg.train.global_batch_size // world})}
+    )
     if not is_apart and placement.processes == 1 and (placement.device == "cpu" or visible_gpus()):
         found: Timing | str = time_here(share, spec, placement.device, budget_s=budget_s)
     else:
@@ -163,7 +165,7 @@ def main() -> int:
                 try:
                     found = time_here(cfg, spec, job["device"], beside=job["processes"], budget_s=job["budget_s"])
                     told = asdict(replace(found, start_s=began))
-                    longest_s = max(longest_s, each["steps"] * cfg.train.group_size * found.image_s)
+                    longest_s = max(longest_s, each["steps"] * cfg.train.global_batch_size * found.image_s)
                 except LmkError as error:
                     told = str(error)
             sys.stdout.write(json.dumps(told) + "\n")

@@ -73,8 +73,9 @@ def model_cost(
     Args:
         is_fused: norms keep nothing but their input (`fused`).
     """
-    outputs = out_channels * (cfg.patch**2 if full_size else 1)
-    by_level = list(_parts_by_level(cfg, image_size // cfg.patch, outputs, maps=FUSED if is_fused else SEPARATE))
+    outputs = out_channels * (cfg.pixel_unshuffle**2 if full_size else 1)
+    maps = FUSED if is_fused else SEPARATE
+    by_level = list(_parts_by_level(cfg, image_size // cfg.pixel_unshuffle, outputs, maps=maps))
     parts = [part for _, part in by_level]
     params = sum(part.params for part in parts)
     executed = 2 * sum(part.executed for part in parts)
@@ -124,7 +125,7 @@ def _parts_by_level(cfg: UNetConfig, side: int, num_outputs: int, *, maps: int) 
     channels = [width, *(width * m for m in cfg.multipliers)]
     levels = list(zip(channels[:-1], channels[1:], linear_levels(cfg), strict=True))
     last, area = len(levels) - 1, [(side >> level) ** 2 for level in range(len(levels))]
-    yield "ends", _conv(cfg.patch**2, width, area[0], taps=1)
+    yield "ends", _conv(cfg.pixel_unshuffle**2, width, area[0], taps=1)
     yield "ends", _time(width, time_dim)
     yield "ends", _time(time_dim, time_dim)
     for level, (inner, outer, attends) in enumerate(levels):

@@ -38,13 +38,13 @@ class UNet(nn.Module):
 
     def __init__(self, cfg: UNetConfig, *, out_channels: int, full_size: bool) -> None:
         super().__init__()
-        self.patch, self.full_size, self.checkpointing = cfg.patch, full_size, checkpointed_levels(cfg)
+        self.patch, self.full_size, self.checkpointing = cfg.pixel_unshuffle, full_size, checkpointed_levels(cfg)
         width, time_dim = cfg.width, 4 * cfg.width
         channels = [width, *(width * m for m in cfg.multipliers)]
         levels = list(zip(channels[:-1], channels[1:], linear_levels(cfg), strict=True))
-        self.side_multiple = cfg.patch * 2 ** (len(levels) - 1)
+        self.side_multiple = cfg.pixel_unshuffle * 2 ** (len(levels) - 1)
 
-        self.init_conv = PointwiseConv2d(cfg.patch**2, width)
+        self.init_conv = PointwiseConv2d(cfg.pixel_unshuffle**2, width)
         self.time_mlp = TimeEmbedding(width, time_dim)
         self.downs = nn.ModuleList()
         self.ups = nn.ModuleList()
@@ -74,7 +74,7 @@ class UNet(nn.Module):
                 )
             )
         self.final_res_block = resnet(2 * width, width)
-        self.final_conv = PointwiseConv2d(width, out_channels * (cfg.patch**2 if full_size else 1))
+        self.final_conv = PointwiseConv2d(width, out_channels * (cfg.pixel_unshuffle**2 if full_size else 1))
 
     def freeze_time(self) -> None:
         """Have the layers that only a timestep reaches not learn: for training that tells the network none."""

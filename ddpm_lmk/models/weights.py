@@ -63,7 +63,7 @@ def upstream_config(state: Mapping[str, Any]) -> UNetConfig:
         ]
         multipliers = tuple(tensors[name].shape[0] // width for name in resampled)
         assert tensors["final_conv.weight"].ndim == 4
-        return UNetConfig(width=width, multipliers=multipliers, patch=1)
+        return UNetConfig(width=width, multipliers=multipliers, pixel_unshuffle=1)
     except (KeyError, ValueError, IndexError, AssertionError) as error:
         raise CheckpointError(
             f"found {len(tensors)} tensors ({', '.join(sorted(tensors)[:3])}, ...), which are no released network's "

@@ -74,7 +74,7 @@ def test_pictures_of_any_size_come_out_whole_whoever_asks():
 def test_training_goes_on_without_samples_whose_decoders_hang_or_crash(tmp_path, bad_decoders, residency, workers):
     pack = pack_dots(tmp_path / "dots", {"train": 12, "test": 2}, encoding="png", suffixes={3: "hang", 8: "crash"})
     rows = Manifest.open(pack).rows(["train"])
-    cfg = run_config(pack, data={"residency": residency, "workers": workers})
+    cfg = run_config(pack, runtime={"cache_pixels": residency, "workers": workers})
     loader = open_loader(cfg, stage="train")
     groups = list(itertools.islice(loader.groups(0), 3))
     loader.close()

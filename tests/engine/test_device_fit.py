@@ -25,7 +25,7 @@ def parallel() -> Parallel:
 
 def run(*, model: dict[str, Any] | None = None, image_size: int = 256, **train: Any) -> RunConfig:
     """The paper's network in bf16, with everything left to the device."""
-    train = {"group_size": 32, "micro_batch": "auto", "precision": "bf16", "group_norm": "fused", **train}
+    train = {"global_batch_size": 32, "micro_batch": "auto", "precision": "bf16", "group_norm": "fused", **train}
     network = {"width": 256, "checkpointing": "auto", **(model or {})}
     data, task = {"path": "x", "image_size": image_size}, {"kind": "denoise"}
     return RunConfig.model_validate({"data": data, "task": task, "train": train, "model": network})
@@ -83,7 +83,7 @@ def test_what_does_not_fit_in_truth_is_followed_by_the_next_best(parallel: Paral
 
 def test_the_step_that_is_tried_is_a_real_one(parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 4}
-    asked = run(model=small, group_size=2, image_size=16)
+    asked = run(model=small, global_batch_size=2, image_size=16)
     cfg = fitted(asked, parallel, room=GB).applied(asked)
     step = device_fit._Step(1, parallel, "bf16")
     assert step(cfg)
@@ -118,7 +118,7 @@ def test_a_continued_run_takes_what_was_chosen(parallel: Parallel) -> None:
     [
         ({"exactness": "exact"}, "train.exactness=exact"),
         ({"gradient": "sum"}, "train.gradient=sum"),
-        ({"windows": "epoch"}, "train.windows=epoch"),
+        ({"epoch_boundary": "epoch"}, "train.epoch_boundary=epoch"),
     ],
 )
 def test_a_micro_batch_that_changes_what_is_computed_is_not_left_to_the_device(train: Any, named: str) -> None:
@@ -135,7 +135,7 @@ def test_precision_on_a_cpu_follows_its_instructions(monkeypatch: pytest.MonkeyP
     ):
         monkeypatch.setattr(precision, "missing_bf16", lambda has=has: "" if has else "none here")
         cfg = run(
-            model={"width": width, "multipliers": (1, 2), "patch": 8, "checkpointing": False},
+            model={"width": width, "multipliers": (1, 2), "pixel_unshuffle": 8, "checkpointing": False},
             precision="auto",
             micro_batch=4,
             compile=False,

@@ -18,7 +18,14 @@ from ddpm_lmk.models import build_model
 from ddpm_lmk.rundir.log import read_lines
 from tests.engine.toy import ToyTask, config, start, train
 
-NETWORK: dict[str, Any] = {"width": 8, "multipliers": (1, 2), "heads": 2, "head_dim": 4, "groups": 4, "patch": 2}
+NETWORK: dict[str, Any] = {
+    "width": 8,
+    "multipliers": (1, 2),
+    "heads": 2,
+    "head_dim": 4,
+    "groups": 4,
+    "pixel_unshuffle": 2,
+}
 
 
 class ToNchw(nn.Module):
@@ -107,7 +114,7 @@ def test_passes_of_a_validation_do_not_count() -> None:
 
 
 def test_a_run_records_it_and_warns(tmp_path: Path, parallel: Parallel, caplog: pytest.LogCaptureFixture) -> None:
-    cfg = config(train={"length": 3})
+    cfg = config(train={"duration": 3})
     state, loaders, run = start(cfg, tmp_path / "run", parallel)
     state.model.stem = nn.Sequential(state.model.stem, ToNchw())
     with run:
@@ -123,5 +130,5 @@ def test_a_run_records_it_and_warns(tmp_path: Path, parallel: Parallel, caplog: 
 def test_it_is_looked_at_where_it_is_asked_for(
     tmp_path: Path, parallel: Parallel, settings: dict[str, Any], said: str | None
 ) -> None:
-    train(config(train={"length": 1, **settings}), tmp_path / "run", parallel)
+    train(config(train={"duration": 1, **settings}), tmp_path / "run", parallel)
     assert json.loads((tmp_path / "run" / "run.json").read_text()).get("channels_last") == said

@@ -34,7 +34,7 @@ NETWORK = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 4, "groups
         ({}, {}, 8, 1, 1 + 1 + 1 + 3 / 8),
         ({}, {}, 8, 2, 1 + 1 + 1 / 8 + 3 / 8),
         (
-            {"exactness": "exact", "micro_batch": 1, "group_size": 16},
+            {"exactness": "exact", "micro_batch": 1, "global_batch_size": 16},
             {},
             2,
             0,

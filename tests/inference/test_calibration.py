@@ -116,7 +116,7 @@ def test_calibration_error_is_that_of_ten_bins_and_an_open_last_one() -> None:
 
 
 def finetuned(data: Path, out: Path, *words: str) -> dict:
-    cfg = load_run(SMOKE / "finetune.yaml", [f"data.path={data}", FITTED, "train.length=1 steps", *words])
+    cfg = load_run(SMOKE / "finetune.yaml", [f"data.path={data}", FITTED, "train.duration=1 steps", *words])
     return execute(cfg, out, device="cpu")
 
 

@@ -84,7 +84,7 @@ def test_without_a_timestep_nothing_of_the_time_conditioning_is_used():
 
 
 def test_patch_works_on_a_smaller_grid_and_shuffles_back_to_full_size():
-    cfg = SMALL.model_copy(update={"patch": 2})
+    cfg = SMALL.model_copy(update={"pixel_unshuffle": 2})
     torch.manual_seed(0)
     full = build_model(cfg, out_channels=3)
     small = build_model(cfg, out_channels=12, full_size=False)
@@ -96,7 +96,7 @@ def test_patch_works_on_a_smaller_grid_and_shuffles_back_to_full_size():
 
 
 def test_patched_stem_sees_every_pixel():
-    model = build_model(SMALL.model_copy(update={"patch": 4}), out_channels=1, full_size=False)
+    model = build_model(SMALL.model_copy(update={"pixel_unshuffle": 4}), out_channels=1, full_size=False)
     x = torch.rand(1, 1, 32, 32, requires_grad=True)
     model(x).square().sum().backward()
     assert (x.grad != 0).all()
@@ -126,7 +126,7 @@ def test_networks_that_cannot_be_built_are_refused(changes, told):
 
 
 def test_images_that_cannot_be_halved_are_refused_with_the_multiple_wanted():
-    model = build_model(UNetConfig(width=8, patch=2), out_channels=1)
+    model = build_model(UNetConfig(width=8, pixel_unshuffle=2), out_channels=1)
     with pytest.raises(ConfigError, match=r"24 x 16 pixels.*multiple of 16"):
         model(torch.rand(1, 1, 16, 24))
 
@@ -187,7 +187,9 @@ def test_softmaxes_of_linear_attention_are_fp32_under_autocast():
 
 
 def test_activations_stay_channels_last():
-    model = build_model(SMALL.model_copy(update={"patch": 2}), out_channels=1).to(memory_format=torch.channels_last)
+    model = build_model(SMALL.model_copy(update={"pixel_unshuffle": 2}), out_channels=1).to(
+        memory_format=torch.channels_last
+    )
     outputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda module, args, out, name=name: outputs.setdefault(name, out))
@@ -200,7 +202,7 @@ def test_activations_stay_channels_last():
 def test_a_forward_and_backward_pass_never_reads_a_value_back():
     """Under fake tensors any `.item()` or branch on data raises; on a GPU each would be a wait for the device."""
     with FakeTensorMode():
-        model = build_model(UNetConfig(width=8, patch=2, checkpointing=True), out_channels=2)
+        model = build_model(UNetConfig(width=8, pixel_unshuffle=2, checkpointing=True), out_channels=2)
         model(torch.rand(2, 1, 32, 32), torch.tensor([1, 2])).sum().backward()
 
 

@@ -22,8 +22,10 @@ PAPER = CONFIGS / "paper"
 def plan(run_file: str, num_images: int, *, drop_last: bool) -> tuple[GroupPlan, int]:
     """Groups of a run file on so many images, and the steps of its length."""
     train = load_run(PAPER / run_file, ["data.path=shards"]).train
-    groups = GroupPlan(num_images, train.group_size, train.micro_batch, train.windows, drop_last=drop_last)
-    return groups, train.length.steps(train.group_size, num_images, groups.steps_per_epoch)
+    groups = GroupPlan(
+        num_images, train.global_batch_size, train.micro_batch, train.epoch_boundary, drop_last=drop_last
+    )
+    return groups, train.duration.steps(train.global_batch_size, num_images, groups.steps_per_epoch)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,13 @@ def test_accumulation_is_the_released_loops(tmp_path: Path, gradient: str, limit
     """
     sections: dict[str, Any] = {
         "optim": {"kind": "sgd", "lr": 0.1, "clip": None if limit is None else {"kind": "value", "limit": limit}},
-        "train": {"length": 4, "group_size": 4, "micro_batch": 2, "windows": "epoch", "gradient": gradient},
+        "train": {
+            "duration": 4,
+            "global_batch_size": 4,
+            "micro_batch": 2,
+            "epoch_boundary": "epoch",
+            "gradient": gradient,
+        },
     }
     sections["train"] |= {"ema": None, "spikes": None}
     cfg = config(**sections)

@@ -15,8 +15,8 @@ from ddpm_lmk.report.differences import less_scratch
 from ddpm_lmk.report.page import write_report
 from tests.known_runs import put, write_sweep
 
-FEW = ["task.codec.sigma_px=3", "train.length=100 steps", "optim.lr=1e-3"]
-MANY = ["task.codec.sigma_px=1.5", "train.length=300 steps", "optim.lr=1e-3"]
+FEW = ["task.codec.sigma_px=3", "train.duration=100 steps", "optim.lr=1e-3"]
+MANY = ["task.codec.sigma_px=1.5", "train.duration=300 steps", "optim.lr=1e-3"]
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_settings_that_differ_within_a_row_are_told_with_their_numbers_of_labels
     (told,) = recipes.differing(study)
     assert told.startswith("ours: ")
     assert "task.codec.sigma_px: 3.0 with 1 or 5 labels, 1.5 with 10 labels" in told
-    assert "train.length: 100 steps with 1 or 5 labels, 300 steps with 10 labels" in told
+    assert "train.duration: 100 steps with 1 or 5 labels, 300 steps with 10 labels" in told
     assert "seed" not in told
     assert "optim.lr" not in told
 
@@ -74,7 +74,7 @@ def test_weights_from_several_pre_trainings_are_all_named_and_paid_for(study: St
 def test_runs_of_one_row_that_were_not_trained_alike_are_told_before_any_number(study: Study, tmp_path: Path) -> None:
     assert recipes.mixed(study) == []
     home = tmp_path / "sweep" / "cells" / "ours-k5-s1"
-    put(home / "config.yaml", dump_run(load_run(home / "config.yaml", ["optim.lr=0.5", "data.workers=7"])))
+    put(home / "config.yaml", dump_run(load_run(home / "config.yaml", ["optim.lr=0.5", "runtime.workers=7"])))
     for seed, name in enumerate(("one pack", "another")):
         put(tmp_path / "sweep" / "cells" / f"scratch-k1-s{seed}" / "run.json", {"fingerprint": name})
     (found,) = collect([tmp_path / "sweep"])

@@ -91,15 +91,15 @@ class _Loader:
         specs = [corpus.manifest.spec for corpus in corpora]
         self._spec = mixture(specs) if corpora[0].records else specs[0]
         self._domains = [self._spec.domains.index(spec) if self._spec.parts else 0 for spec in specs]
-        self._decoders = ThreadPoolExecutor(cfg.data.workers, "decode") if cfg.data.workers else None
+        self._decoders = ThreadPoolExecutor(cfg.runtime.workers, "decode") if cfg.runtime.workers else None
         self.residency: Residency = "stream"
         self._pixels: StreamPixels | ResidentPixels | DaliPixels
-        workers = cfg.data.workers
+        workers = cfg.runtime.workers
         if seat.backend == "dali":
             self._pixels = DaliPixels(corpora, seat.device, workers=workers, largest=largest)
             return
         self._pixels, self.residency = open_pixels(
-            corpora, cfg.data.residency, device=seat.device, workers=workers, world=seat.world, cache=cache
+            corpora, cfg.runtime.cache_pixels, device=seat.device, workers=workers, world=seat.world, cache=cache
         )
 
     @property
@@ -132,7 +132,7 @@ class _Loader:
         return list((self._decoders.map if self._decoders is not None else map)(function, *columns))
 
     def _ahead(self, make: Callable[[Any], Made], requests: Iterator[Any]) -> Iterator[tuple[Made, float]]:
-        return ahead(make, requests, in_thread=self._cfg.data.workers > 0)
+        return ahead(make, requests, in_thread=self._cfg.runtime.workers > 0)
 
     def _batch(
         self,
@@ -295,7 +295,11 @@ def open_training(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None) -> T
     plan = GroupPlan.of(cfg, count)
     plan.check_world(seat.world)
     if count < plan.largest:
-        log.warning("%d images are fewer than train.group_size=%d: groups repeat them", count, cfg.train.group_size)
+        log.warning(
+            "%d images are fewer than train.global_batch_size=%d: groups repeat them",
+            count,
+            cfg.train.global_batch_size,
+        )
     return TrainLoader(cfg, corpora, seat, cache, plan=plan)
 
 

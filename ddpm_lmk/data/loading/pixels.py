@@ -139,7 +139,7 @@ def open_pixels(
         ResourceError: they do not fit where they were asked to be.
     """
     chosen = choose_residency(corpora, residency, device, world)
-    log.info("pixels: %s (data.residency=%s, %.2f GiB decoded)", chosen, residency, _bytes(corpora) / 2**30)
+    log.info("pixels: %s (runtime.cache_pixels=%s, %.2f GiB decoded)", chosen, residency, _bytes(corpora) / 2**30)
     if chosen == "stream":
         return StreamPixels(corpora, device), chosen
     home = device if chosen == "device" else torch.device("cpu")
@@ -172,8 +172,8 @@ def choose_residency(corpora: Sequence[Corpus], wanted: str, device: torch.devic
     place, free = ("device", on_device) if wanted == "device" else ("ram", memory)
     if need > free:
         raise ResourceError(
-            f"data.residency={wanted} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB is free for this process; "
-            "use data.residency=stream or auto"
+            f"runtime.cache_pixels={wanted} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB is free for this "
+            "process; use runtime.cache_pixels=stream or auto"
         )
     return "device" if place == "device" else "ram"
 

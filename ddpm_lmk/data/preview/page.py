@@ -84,7 +84,7 @@ def _findings(found: Leakage) -> str:
         rows.append(f"<tr><td>{what}</td><td>{len(findings)}</td>{cells}</tr>")
     heads = "".join(f"<th>{kind}</th>" for kind in KINDS)
     return (
-        '<p class="note">Pre-training leaves these out unless it is told otherwise (data.leaks, data.copies). '
+        '<p class="note">Pre-training leaves these out unless it is told otherwise (data.dedup). '
         "Protected is every split but train.</p>"
         f'<div class="scroll"><table><thead><tr><th></th><th>images</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>" + missing

@@ -39,7 +39,7 @@ class Decoded:
 class Codec(Protocol):
     """Both ways between points and maps."""
 
-    full_size: bool  # maps have the size of the image, or are `model.patch` times smaller
+    full_size: bool  # maps have the size of the image, or are `model.pixel_unshuffle` times smaller
 
     def loss(self, logits: Tensor, points: Tensor, frame: Frame) -> Tensor:
         """Loss per image `[B]` of maps `[B, N, h, w]` for `points` `[B, N, 2]`; NaN points do not count."""

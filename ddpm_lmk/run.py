@@ -39,7 +39,7 @@ from ddpm_lmk.engine.step_timing import time_steps
 from ddpm_lmk.inference import calibration
 from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split
 from ddpm_lmk.inference.sample import draw_samples, to_png
-from ddpm_lmk.models.encoder_unet import want_file
+from ddpm_lmk.models.encoder_unet import require_file
 from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.rundir.checkpoint import load_checkpoint
 from ddpm_lmk.rundir.directory import RunDir, bring_checkpoint
@@ -49,7 +49,7 @@ from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.system.machine import code_digest, versions
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
 from ddpm_lmk.tasks.starting_weights import put_weights
-from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.tasks.task import OneRank
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def execute(
             if cfg.task.stage == "pretrain":
                 parallel.on_main(lambda: _note_left_out(cfg, run))
             run.journal.rewind_metrics(state.step)
-            everyone = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else Everyone()
-            task.meet(everyone, total=Pace.of(cfg, loaders.train).total)
+            ranks = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else OneRank()
+            task.prepare(ranks, total_steps=Pace.of(cfg, loaders.train).total)
             with parallel.training_in(fitted.precision):
                 shown: dict[str, Any] = {"forecast": forecast, "whole": whole}
                 fit(here, task, state, loaders, parallel, run, is_strict=is_strict, **shown)
@@ -231,7 +231,7 @@ def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, workbench: Workbe
     """Put `init.weights` into `model`; returns what is worth knowing about them later."""
     assert cfg.init.weights is not None
     if cfg.model.kind == "encoder_unet":
-        want_file(cfg.init.weights)
+        require_file(cfg.init.weights)
     weights, meta = workbench.weights(cfg.init)
     part = put_weights(cfg, task, model, weights, meta)
     facts: dict[str, Any] = {key: meta[key] for key in ("path", "use", "step", "fingerprint", "files") if key in meta}

@@ -1,6 +1,6 @@
 """`model`: networks.
 
-`model` of kind encoder_unet: the baselines' U-Net around an image classifier (paper.md, section 5).
+`model` of kind encoder_unet: the baselines' U-Net around an image classifier (docs/method.md, section 5).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class EncoderUNetConfig(Section):
 
 
 class UNetConfig(Section):
-    """The DDPM U-Net of the paper (paper.md, section 1) and its smaller relatives."""
+    """The DDPM U-Net of the paper (docs/method.md, section 1) and its smaller relatives."""
 
     takes_time: ClassVar[bool] = True
     couples_images: ClassVar[bool] = False
@@ -108,7 +108,7 @@ class UNetConfig(Section):
 
 
 class GU2NetConfig(Section):
-    """The universal detector the paper calls YOLO+ (paper.md, section 5): one network for one or several datasets."""
+    """The universal detector the paper calls YOLO+ (docs/method.md, section 5): one network for one or several datasets."""
 
     takes_time: ClassVar[bool] = False
     couples_images: ClassVar[bool] = True  # BatchNorm

@@ -1,6 +1,6 @@
 """`task`: what is learnt.
 
-`task` of kinds mocov3, simclrv2 and dino: self-supervised pre-training of an encoder (paper.md, section 5).
+`task` of kinds mocov3, simclrv2 and dino: self-supervised pre-training of an encoder (docs/method.md, section 5).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Se
 
 
 class DenoiseConfig(Section):
-    """Noise prediction, the pre-training task (paper.md, section 2)."""
+    """Noise prediction, the pre-training task (docs/method.md, section 2)."""
 
     stage: ClassVar[Stage] = "pretrain"
 
@@ -41,7 +41,7 @@ class DenoiseConfig(Section):
 
 
 class DiscCodecConfig(Section):
-    """The paper's heatmaps: a binary disc per landmark, softmax over landmarks, contour centroid (paper.md, section 3)."""
+    """The paper's heatmaps: a binary disc per landmark, softmax over landmarks, contour centroid (docs/method.md, section 3)."""
 
     kind: Literal["disc"] = "disc"
     sigma_px: Positive = Field(
@@ -64,7 +64,7 @@ class SpatialCodecConfig(Section):
 
 
 class ContourCodecConfig(Section):
-    """Contour-hugging heatmaps, the paper's [20]: softmax over pixels, likelihood of one, peak (paper.md, 3 and 5)."""
+    """Contour-hugging heatmaps, the paper's [20]: softmax over pixels, likelihood of one, peak (docs/method.md, 3 and 5)."""
 
     kind: Literal["contour"] = "contour"
     pixel: Literal["nearest", "floor"] = Field(
@@ -86,7 +86,7 @@ class ContourCodecConfig(Section):
 
 
 class GaussianCodecConfig(Section):
-    """Gaussian heatmaps of independent pixels, as GU2Net is trained on (paper.md, section 5)."""
+    """Gaussian heatmaps of independent pixels, as GU2Net is trained on (docs/method.md, section 5)."""
 
     kind: Literal["gaussian"] = "gaussian"
     sigma_px: Positive = Field(3.0, description="width of the Gaussian target, network pixels (GU2Net: 3)")
@@ -109,7 +109,7 @@ class LandmarksConfig(Section):
     kind: Literal["landmarks"] = "landmarks"
     codec: Codec = Field(default_factory=SpatialCodecConfig)
     timestep: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="timestep the network is told; null: no time conditioning at all (paper)"
+        None, description="timestep the network is conditioned on; null: no time conditioning at all (paper)"
     )
     views: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="slightly moved views averaged at evaluation; 1: the image as it is (paper)"
@@ -194,7 +194,7 @@ class MocoV3Config(EncoderTaskConfig):
 
     @model_validator(mode="after")
     def _two_views(self) -> MocoV3Config:
-        want_two_views(self)
+        _check_two_views(self)
         if self.projector[-1] != self.predictor[-1]:
             raise ValueError(
                 f"projector ends with {self.projector[-1]}, predictor with {self.predictor[-1]}; wanted equal"
@@ -213,7 +213,7 @@ class SimclrV2Config(EncoderTaskConfig):
 
     @model_validator(mode="after")
     def _two_views(self) -> SimclrV2Config:
-        want_two_views(self)
+        _check_two_views(self)
         return self
 
 
@@ -264,7 +264,6 @@ class DinoConfig(EncoderTaskConfig):
 EncoderTask = MocoV3Config | SimclrV2Config | DinoConfig
 
 
-def want_two_views(cfg: MocoV3Config | SimclrV2Config) -> None:
-    """Raise ValueError unless there are two views of one size."""
+def _check_two_views(cfg: MocoV3Config | SimclrV2Config) -> None:
     if cfg.num_views != 2 or len({view.size for view in cfg.views}) > 1:
         raise ValueError(f"task {cfg.kind} compares two views of one size; found {cfg.num_views}")

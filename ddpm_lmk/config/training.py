@@ -26,7 +26,7 @@ class ClipConfig(Section):
 
 
 class PlateauConfig(Section):
-    """Lower the learning rate when the validation score stands still (paper.md, section 3)."""
+    """Lower the learning rate when the validation score stands still (docs/method.md, section 3)."""
 
     factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="multiplies the learning rate")
     patience: Annotated[int, Field(ge=0)] = Field(
@@ -133,7 +133,7 @@ class TrainConfig(Section):
     )
     weight_standardization: Literal["auto", "step", "pass"] = Field(
         "auto",
-        description="standardise 3x3 weights once per optimizer step (equal but for rounding), or in every forward pass; auto: step, with ZeRO pass",
+        description="standardize 3x3 weights once per optimizer step (equal but for rounding), or in every forward pass; auto: step, with ZeRO pass",
         json_schema_extra=ADVANCED,
     )
     group_norm: Literal["auto", "native", "fused"] = Field(

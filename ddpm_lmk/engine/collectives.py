@@ -1,4 +1,4 @@
-"""The way from one rank to all of them, for losses that compare images across ranks (`tasks.task.Everyone`).
+"""The way from one rank to all of them, for losses that compare images across ranks (`tasks.task.OneRank`).
 
 What a forward pass leaves behind in a model: running statistics, the same on all ranks after every step.
 
@@ -19,17 +19,17 @@ from torch import Tensor, distributed, nn
 
 from ddpm_lmk.engine.exact_reduce import all_gather
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.tasks.task import OneRank
 
 
-class AllRanks(Everyone):
+class AllRanks(OneRank):
     """Rows of all ranks of the process group. Every rank calls it as often, with as many rows."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self._world = rank, world
 
-    def rows(self, mine: Tensor) -> Tensor:
-        """See `Everyone.rows`."""
+    def all_gather(self, mine: Tensor) -> Tensor:
+        """See `OneRank.all_gather`."""
         return _Rows.apply(mine, self.rank, self._world)
 
 

@@ -135,7 +135,7 @@ def learning_bytes(cfg: RunConfig, cost: ModelCost) -> int:
     """Weights that have a gradient, moments and an average; what is frozen, by the run or its task, has none."""
     if cfg.optim.freeze:
         return cost.head_bytes or cost.weight_bytes
-    return cost.weight_bytes - (0 if cfg.is_told_time else cost.time_bytes)
+    return cost.weight_bytes - (0 if cfg.is_time_conditioned else cost.time_bytes)
 
 
 def uses_fused(cfg: RunConfig, device: str) -> bool:

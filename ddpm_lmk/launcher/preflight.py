@@ -137,12 +137,14 @@ def check_start(
     """
     if cfg.init.weights is None or fork is not None or has_begun(out):
         return
-    from ddpm_lmk.tasks.starting_weights import want_fitting, want_fitting_stage
+    from ddpm_lmk.tasks.starting_weights import require_fitting, require_fitting_stage
 
     if stage is None:
-        want_fitting(cfg, spec_of(cfg, _specs(corpora)))
+        require_fitting(cfg, spec_of(cfg, _specs(corpora)))
     else:
-        want_fitting_stage(cfg, spec_of(cfg, _specs(corpora)), stage, spec_of(stage, _specs(training_corpora(stage))))
+        require_fitting_stage(
+            cfg, spec_of(cfg, _specs(corpora)), stage, spec_of(stage, _specs(training_corpora(stage)))
+        )
 
 
 def has_begun(out: Path) -> bool:

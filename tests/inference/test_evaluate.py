@@ -28,7 +28,8 @@ from ddpm_lmk.inference.export import export_run, sample_run
 from ddpm_lmk.inference.load import open_run
 from ddpm_lmk.inference.predict import list_images, predict_images
 from ddpm_lmk.run import execute
-from ddpm_lmk.tasks import LandmarkTask, Predictions
+from ddpm_lmk.tasks import LandmarkTask
+from ddpm_lmk.tasks.codecs import Decoded
 from tests.data.dicoms import dataset, to_bytes
 
 SEED = 7  # of the packed phantoms
@@ -74,12 +75,12 @@ class Oracle(LandmarkTask):
         super().__init__(cfg.task, Manifest.open(data).spec)
         self.offset, self.broken = torch.tensor(offset), broken
 
-    def predict(self, model: nn.Module, batch: Batch) -> Predictions:
+    def predict(self, model: nn.Module, batch: Batch) -> Decoded:
         assert batch.points is not None
         points = batch.points + self.offset
         points[[name == self.broken for name in batch.ids]] = float("nan")
         shape = points.shape[:2]
-        return Predictions(points, torch.full(shape, 2.0), torch.zeros(shape, dtype=torch.bool))
+        return Decoded(points, torch.full(shape, 2.0), torch.zeros(shape, dtype=torch.bool))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

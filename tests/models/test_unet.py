@@ -16,7 +16,7 @@ from ddpm_lmk.config import UNetConfig
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import Block, DoubleSizeConv2d, GroupNorm, HalfSizeConv2d
-from ddpm_lmk.models.weight_standardization import standardise
+from ddpm_lmk.models.weight_standardization import standardized
 from ddpm_lmk.models.weights import from_upstream
 from tests.reference.released_unet import ReleasedUNet, random_state, released_shapes
 
@@ -209,7 +209,7 @@ def test_a_forward_and_backward_pass_never_reads_a_value_back():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_standardised_weights_have_mean_zero_and_the_biased_variance_of_the_formula(memory_format):
     weight = (3 + 2 * torch.randn(4, 5, 3, 3, dtype=torch.float64)).to(memory_format=memory_format)
-    unit = standardise(weight)
+    unit = standardized(weight)
     variance = weight.var(dim=(1, 2, 3), correction=0)
     assert unit.is_contiguous(memory_format=memory_format)
     assert unit.mean(dim=(1, 2, 3)).abs().max() < 1e-12
@@ -219,7 +219,7 @@ def test_standardised_weights_have_mean_zero_and_the_biased_variance_of_the_form
 
 def test_standardisation_is_in_fp32_for_half_precision_weights():
     weight = torch.randn(4, 5, 3, 3).bfloat16()
-    assert standardise(weight).dtype == torch.float32
+    assert standardized(weight).dtype == torch.float32
 
 
 def test_doubling_convolution_is_nearest_enlargement_and_a_3x3_convolution():

@@ -1,4 +1,4 @@
-"""The run files of the paper's baselines have the released values (paper.md, section 5), oddities included, and run."""
+"""Run files of the paper's baselines have the released values (docs/method.md, section 5), oddities included."""
 
 from __future__ import annotations
 

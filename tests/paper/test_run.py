@@ -70,7 +70,7 @@ def test_a_pack_with_another_filter_is_refused(packed_phantoms: Path) -> None:
 
 
 def test_a_failed_landmark_is_scored_at_the_corner_of_the_grid() -> None:
-    """paper.md, section 3, Decoding: failure is (0, 0), and counts as if it were found there."""
+    """docs/method.md, section 3, Decoding: failure is (0, 0), and counts as if it were found there."""
     size = np.array([[1935.0, 2400.0]])
     true = np.full((1, 6, 2), 100.0) / 256 * size
     predicted = true.copy()

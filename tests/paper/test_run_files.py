@@ -15,7 +15,7 @@ from tests.cli.commands import CONFIGS, run_command
 PAPER = CONFIGS / "paper"
 SETS = ("chest", "cephalometric", "hand")
 
-# place in paper.md, run file, key, the code's value
+# place in docs/method.md, run file, key, the code's value
 VALUES: list[tuple[str, str, str, Any]] = [
     ("0 fact 1", "*", "model.width", 256),
     ("6a 1", "*", "model.groups", 4),
@@ -107,7 +107,7 @@ def loaded(path: Path) -> RunConfig:
     return load_run(path, ["data.path=shards"])
 
 
-@pytest.mark.parametrize("row", VALUES, ids=lambda row: f"{row[1]}-{row[2]} (paper.md {row[0]})")
+@pytest.mark.parametrize("row", VALUES, ids=lambda row: f"{row[1]}-{row[2]} (docs/method.md {row[0]})")
 def test_value(row: tuple[str, str, str, Any]) -> None:
     _, files, key, wanted = row
     paths = [path for path in PAPER.glob(f"{files}.yaml") if path.stem.startswith(("pretrain", "finetune"))]

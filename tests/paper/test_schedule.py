@@ -1,4 +1,4 @@
-"""Windows, passes and gradients of the released loops (paper.md, sections 2 and 3)."""
+"""Windows, passes and gradients of the released loops (docs/method.md, sections 2 and 3)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(run_file: str, num_images: int, *, drop_last: bool) -> tuple[GroupPlan,
     [("chest", 229, 8, 4, 171_000), ("cephalometric", 150, 5, 20, 236_800), ("hand", 609, 19, 32, 256_000)],
 )
 def test_image_passes_of_the_run_files(name: str, images: int, per_epoch: int, last: int, passes: int) -> None:
-    """paper.md, section 2: steps per epoch, images of the last window, image passes."""
+    """docs/method.md, section 2: steps per epoch, images of the last window, image passes."""
     groups, steps = plan(f"pretrain_{name}.yaml", images, drop_last=True)
     assert groups.steps_per_epoch == per_epoch
     assert groups.size(per_epoch - 1) == last
@@ -45,7 +45,7 @@ def test_image_passes_of_the_run_files(name: str, images: int, per_epoch: int, l
     ("shots", "per_epoch", "most"), [(1, 1, 200), (5, 1, 200), (10, 1, 200), (25, 2, 400), (50, 4, 800)]
 )
 def test_steps_per_epoch_of_few_shots(shots: int, per_epoch: int, most: int) -> None:
-    """paper.md, section 3, Optimisation."""
+    """docs/method.md, section 3, Optimisation."""
     groups, steps = plan("finetune_chest.yaml", shots, drop_last=False)
     assert (groups.steps_per_epoch, steps) == (per_epoch, most)
     assert sum(groups.size(step) for step in range(per_epoch)) == shots

@@ -92,6 +92,7 @@ class DataConfig(Section):
         "per_image",
         description="scale to [0, 1] by each image's own minimum and maximum (paper), or by the range of its type",
     )
+    # Not in `runtime`: it decides the order of samples, and so what is learnt.
     shuffle_window: Annotated[int, Field(ge=1)] = Field(
         16,
         description="shards whose samples are mixed with one another; reads stay inside the window",

@@ -53,6 +53,7 @@ def overview(model: type[BaseModel], kinds: Mapping[str, str], prefix: str = "")
         sections = sections_of(field.annotation)
         rows += _own_row(key, field, sections)
         wanted = kinds.get(key, default_kind(field))
+        # A key that is new in one kind only has no business in an overview of another.
         for section in [each for each in sections if kind_of(each) == wanted] or sections[:1]:
             inner = overview(section, kinds, f"{key}.")
             if len(sections) > 1:  # the others are named where they are chosen
@@ -173,7 +174,7 @@ def _default_text(field: FieldInfo) -> str:
 
 def _bound_text(field: FieldInfo) -> str:
     """Bounds of a field, also of those inside unions, e.g. ">= 0, < 1"."""
-    bounds: dict[str, None] = {}
+    bounds: dict[str, None] = {}  # a dict keeps the order, and each bound once
 
     def collect(metadata: Any, annotation: Any) -> None:
         for item in metadata:

@@ -86,11 +86,11 @@ def validate(model: type[Model], data: dict[str, Any], *, source: str, origins: 
     try:
         checked = model.model_validate(data)
     except ValidationError as error:
-        # A typo often leaves something missing: say the typo.
+        # A typo often leaves something missing: name the typo first.
         details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] == "missing")
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
         raise ConfigError(_describe(model, details[0], data, source, origins or {}) + more) from None
-    _refuse_odd_values(checked, data, source, origins or {})
+    _refuse_odd_values(checked, data, source, origins or {})  # after the schema, whose messages are better
     return checked
 
 
@@ -105,6 +105,7 @@ def config_hash(config: BaseModel) -> str:
 
 
 def _hash(settings: dict[str, Any]) -> str:
+    # Sorted: moving a field within the schema must not make a run directory another run's.
     text = json.dumps(settings, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -121,6 +122,7 @@ def diff_runs(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
     for key in right:
         if key not in left:
             keys.insert(_beside(key, keys), key)
+    # 1 and 1.0 are equal in Python, true and 1 too: types are compared as well.
     rows = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys]
     return [row for row in rows if row[1] != row[2] or type(row[1]) is not type(row[2])]
 
@@ -155,6 +157,7 @@ def _compose(
         raise ConfigError(f"{own_origins[('extends',)]}: extends: {parents!r}; wanted a path or a list of paths")
     data: dict[str, Any] = {}
     origins: Origins = {}
+    # Parents first, in their order, this file last: what is read later wins.
     for parent in parents:
         file = find(parent, path.parent)
         if not file.is_file():
@@ -190,6 +193,7 @@ def _read_overrides(words: list[str], renamed: dict[str, str]) -> tuple[dict[str
 
 def _merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel] | None) -> None:
     """Lay `over` on `base`, in place. A changed `kind` of a tagged section drops what the old kind had set."""
+    # Else `task.kind=denoise` over a landmark run would be refused for the codec that its file set.
     for key, value in over.items():
         old = base.get(key)
         field = model.model_fields.get(key) if model else None
@@ -204,6 +208,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel] | 
         if not isinstance(value, dict) or not isinstance(old, dict) or switched:
             base[key] = _copied(value)
         else:
+            # Inner sections are looked up in the class of the chosen kind: `codec` means something in `landmarks` only.
             kind = value.get("kind", old.get("kind"))
             chosen = [section for section in sections if len(sections) == 1 or kind_of(section) == kind]
             _merge(old, value, chosen[0] if chosen else None)
@@ -242,7 +247,7 @@ def _data_path(detail: ErrorDetails, data: Any) -> KeyPath:
     for i, part in enumerate(detail["loc"]):
         last_word = i == len(detail["loc"]) - 1 and detail["type"] == "missing"
         if isinstance(part, str) and not last_word and not (isinstance(data, dict) and part in data):
-            continue
+            continue  # the name of a union's member
         path.append(str(part))
         if not last_word:
             data = data[part]
@@ -262,6 +267,7 @@ def _nearest(model: type[BaseModel], key: str) -> str:
     beside = {name.rpartition(".")[2]: name for name in reversed(known) if name.rpartition(".")[0] == section}
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
     full = {name: name for name in known}
+    # `sigma` for `sigma_px` is likelier than any name of the same number of different letters.
     akin = {name: path for name, path in beside.items() if leaf.startswith(name) or name.startswith(leaf)}
     for names, word, cutoff in ((akin, leaf, 0.3), (beside, leaf, 0.6), (leaves, leaf, 0.8), (full, key, 0.6)):
         found = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
@@ -279,7 +285,9 @@ def _refuse_odd_values(checked: BaseModel, data: dict[str, Any], source: str, or
                 given.get(part) if isinstance(given, dict) else given[int(part)] if isinstance(given, list) else given
             )
         key = f"{_origin(path, source, origins)}: {'.'.join(path)}"
-        if isinstance(given, bool) and not isinstance(value, bool):
+        if isinstance(given, bool) and not isinstance(
+            value, bool
+        ):  # pydantic takes true for 1, YAML gives true for yes
             raise ConfigError(f"{key}={str(given).lower()}: wanted a number, not true or false")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: wanted a finite number")

@@ -126,6 +126,7 @@ class GU2NetConfig(Section):
 
 def _kind(section: Any) -> str:
     """A section without a kind is the paper's network."""
+    # Not pydantic's own discriminator, which wants the kind to be given: most files set `width` and no more.
     return section.get("kind", "ddpm_unet") if isinstance(section, dict) else getattr(section, "kind", "ddpm_unet")
 
 

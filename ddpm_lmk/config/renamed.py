@@ -51,7 +51,7 @@ def under_new_names(data: Mapping[str, Any], found: dict[str, str] | None = None
 def under_old_names(data: Mapping[str, Any]) -> dict[str, Any]:
     """Complete settings as the version before wrote them, of which it made its hash."""
     renamed = _moved(data, _OLD_NAMES, {})
-    renamed.pop("runtime", None)
+    renamed.pop("runtime", None)  # emptied: the version before had no such section
     renamed["data"].pop("dedup", None)
     return renamed
 
@@ -79,7 +79,7 @@ def _moved(
     data: Mapping[str, Any], table: Mapping[str, str], found: dict[str, str], source: str = ""
 ) -> dict[str, Any]:
     moved = _copied(data)
-    for old, new in table.items():
+    for old, new in table.items():  # a key by its full path: `length` elsewhere is none of ours
         *path, key = old.split(".")
         section = _section_at(moved, path)
         if section is None or key not in section:

@@ -157,6 +157,7 @@ class TrainConfig(Section):
         description="leave out updates of loss spikes; null: take all that are finite",
         json_schema_extra=ADVANCED,
     )
+    # Beside what is learnt and not in `runtime`: a sweep starts from snapshots of a stage (`stage:NAME@STEP`).
     snapshot_every: Duration | None = Field(None, description="between snapshots of weights; null: only at the end")
     evaluate_every: Duration | None = Field(
         None, description="between evaluations on data.validation_split; null: only at the end"
@@ -170,7 +171,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _graphs_are_compiled(self) -> TrainConfig:
-        if self.cuda_graphs and self.compile is not True:
+        if self.cuda_graphs and self.compile is not True:  # auto may decide against it
             raise ValueError("cuda_graphs=true records what the compiler makes; set compile=true too")
         return self
 

@@ -76,14 +76,9 @@ class Queue:
         """What an earlier machine did need not be done again; what this one did stays."""
         with tarfile.open(path) as archive:
             for member in archive.getmembers():
-                parts = PurePosixPath(member.name).parts
-                content = archive.extractfile(member) if member.isfile() else None
-                target = self.state / member.name
-                if content is None or parts[0] not in KEPT or ".." in parts or target.exists():
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with content, target.open("wb") as out:
-                    shutil.copyfileobj(content, out)
+                is_kept = member.isfile() and PurePosixPath(member.name).parts[0] in KEPT
+                if is_kept and not (self.state / member.name).exists():
+                    archive.extract(member, self.state, filter="data")  # refuses what leads out of the folder
 
     def _join(self, wheel: Path, digest: str) -> None:
         parts = sorted(wheel.parent.glob(f"{wheel.name}.part-*"))
@@ -127,9 +122,11 @@ class Queue:
         if (out / "manifest.json").exists():
             return
         code = (
-            "import sys; from pathlib import Path; from ddpm_lmk.data.shards.pack import pack\n"
+            "import sys; from ddpm_lmk.data.pack_settings import PackSettings\n"
+            "from ddpm_lmk.data.shards.pack import pack\n"
             "if __name__ == '__main__':\n    counts = {'train': int(sys.argv[3]), 'val': 4, 'test': 8}\n"
-            "    pack('skull', 'phantom', Path(sys.argv[1]), size=int(sys.argv[2]), counts=counts, workers=1)\n"
+            "    settings = PackSettings(kind='phantom', size=int(sys.argv[2]), counts=counts)\n"
+            "    pack('skull', sys.argv[1], settings, workers=1)\n"
         )
         (self.state / "pack_phantoms.py").write_text(code)
         command = [sys.executable, str(self.state / "pack_phantoms.py"), str(out), str(size), str(count)]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 
 SHIFT, ROTATE_DEG = 0.02, 2.0
 
@@ -41,7 +41,7 @@ def read_with_webdataset(pack: Path, batch: int) -> Iterator[Tensor]:
 
 
 def read_as_the_paper(films: list[Path], size: int, batch: int) -> Iterator[Tensor]:
-    """Decode, move at full resolution and resize at every access (paper.md, section 2; cv2, as albumentations does)."""
+    """Decode, move at full resolution and resize at every access (docs/method.md, section 2; with cv2)."""
     rng = np.random.default_rng(0)
     while True:
         made = [_paper_image(films[i], size, rng) for i in rng.integers(len(films), size=batch)]

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
+import multiprocessing
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from _peer_networks import Counts
-from _peer_worker import Spec
+from _peer_worker import Spec, serve
 
 from ddpm_lmk.bench import Timings
 from ddpm_lmk.system.console import say
 
-WORKER = Path(__file__).with_name("_peer_worker.py")
 TURNS_ON_GPU = 3
 
 
@@ -46,58 +39,41 @@ class Process:
     """A worker that is started on entering and ended on leaving."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+        context = multiprocessing.get_context("spawn")  # a fork would begin with the memory of this process
+        self._pipe, self._other_end = context.Pipe()
+        self._process = context.Process(target=serve, args=(spec, self._other_end), daemon=True)
 
     def __enter__(self) -> Process:
-        threads = {"OMP_NUM_THREADS": str(self.spec.threads), "MKL_NUM_THREADS": str(self.spec.threads)}
-        self._words = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), self.spec.to_json()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._words,
-            env=os.environ | threads,
-            text=True,
-        )
+        self._process.start()
+        self._other_end.close()  # so that the pipe ends with the process
         try:
             self._answer()
         except ChildProcessError:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
     def step(self) -> dict[str, Any]:
         """Have it do one step; raises ChildProcessError with its last words when it died."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its last words come with the answer that does not
+        with suppress(BrokenPipeError):  # its last words come with the answer that does not
+            self._pipe.send("step")
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if line:
-            return dict(json.loads(line))
-        code = self._process.wait()
-        self._words.seek(0)
-        said = [text for text in self._words.read().splitlines() if text.strip()]
-        raise ChildProcessError(f"{said[-1] if said else 'it said nothing'} (exit code {code})")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
         try:
-            self._process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._words.close()
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            answer = f"it said nothing (exit code {self._process.exitcode})"
+        if isinstance(answer, str):
+            raise ChildProcessError(answer)
+        return dict(answer)
+
+    def __exit__(self, *failure: object) -> None:
+        self._pipe.close()
+        self._process.join(timeout=60)
+        self._process.kill()
+        self._process.join()
 
 
 def run_together(contenders: Sequence[Contender], *, warm_up: int, rounds: int) -> None:

@@ -1,20 +1,18 @@
 """One network in a process of its own, started by `peers`: a step whenever the other end says so.
 
-Reads a JSON object (`Spec`) from its arguments, then one line a step from standard input; answers each with a line of
-JSON. Memory is what this process, or its share of the device, holds at its highest during that step beyond what it held
-before the network was built, with everything imported.
+Memory is what this process, or its share of the device, holds at its highest during a step beyond what it held before
+the network was built, with everything imported.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -53,33 +51,25 @@ class Spec:
     micro_batches: int = 1
     save: bool = False
 
-    def to_json(self) -> str:
-        """For the arguments of a process."""
-        return json.dumps(asdict(self))
 
-    @staticmethod
-    def from_json(text: str) -> Spec:
-        """What `to_json` wrote."""
-        fields = json.loads(text)
-        shape = fields.pop("shape")
-        return Spec(shape=Shape(tuple(shape.pop("channels")), **shape), **fields)
-
-
-def main() -> None:
+def serve(spec: Spec, pipe: Connection) -> None:
     """Build, say so, and step on demand until the other end closes."""
-    spec = Spec.from_json(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what packages print goes with their warnings
-    torch.set_num_threads(spec.threads)
-    device = torch.device(spec.device)
-    build(spec.network, Shape((32,), 16, 1))  # everything imported
-    _warm(device)
-    memory = Memory(device)
-    with tempfile.TemporaryDirectory() as folder:
-        step = make_step(spec, device, Path(folder))
-        answers.write(json.dumps({"ready": True}) + "\n")
-        for _ in sys.stdin:
-            answers.write(json.dumps(measure(step, memory, device)) + "\n")
+    try:
+        torch.set_num_threads(spec.threads)
+        device = torch.device(spec.device)
+        build(spec.network, Shape((32,), 16, 1))  # everything imported
+        _warm(device)
+        memory = Memory(device)
+        with tempfile.TemporaryDirectory() as folder:
+            step = make_step(spec, device, Path(folder))
+            pipe.send({"ready": True})
+            while pipe.recv():
+                pipe.send(measure(step, memory, device))
+    except EOFError:
+        return
+    except Exception as error:  # one that fails is left out, whatever its package raised
+        pipe.send(f"{type(error).__name__}: {error}")
 
 
 def measure(step: Callable[[], None], memory: Memory, device: torch.device) -> dict[str, float | None]:
@@ -190,7 +180,7 @@ def _our_way(
 def _released_way(
     spec: Spec, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, folder: Path
 ) -> Callable[[], None]:
-    """A step of the released training loop (paper.md, section 2 and 6)."""
+    """A step of the released training loop (docs/method.md, section 2 and 6)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     average = copy.deepcopy(model).requires_grad_(False)
 
@@ -223,7 +213,3 @@ def _warm(device: torch.device) -> None:
 def _status_mib(key: str) -> float:
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":")]
     return int(line.split()[1]) / 1024
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The network of the paper's released code as plain PyTorch, written from its description (paper.md, section 1).
+"""The network of the paper's released code as plain PyTorch, written from its description (docs/method.md, section 1).
 
 This is the formulation that others start from, to measure ours against: NCHW tensors, weights standardised by mean and
 variance in every forward pass, 1x1 convolutions as convolutions, attention as products over all pixels, enlargement

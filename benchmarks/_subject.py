@@ -7,7 +7,9 @@ and compiles it, the optimizer, the average and the updater of the engine.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,38 +82,25 @@ def device_of(options: argparse.Namespace) -> str:
 
 def run_config(options: argparse.Namespace) -> RunConfig:
     """The run file, or one around the preset, with what the command line says."""
+    named = {
+        "data.image_size": options.size,
+        "train.precision": options.precision,
+        "train.global_batch_size": options.batch,
+    }
+    words = [f"{key}={value}" for key, value in named.items() if value is not None]
+    words += ["train.micro_batch=null"] if options.batch is not None else []
+    if options.run is not None:
+        has_data = any(word.startswith("data.path=") for word in options.settings)
+        return load_run(options.run, [*([] if has_data else ["data.path=."]), *options.settings, *words])
     is_cuda = device_of(options) == "cuda"
-    words = list(options.settings)
-    if options.run is None:
-        preset = options.model or ("base" if is_cuda else "tiny")
-        network = load_yaml(CONFIGS / "model" / f"{preset}.yaml")["model"]
-        batch = options.batch or (32 if is_cuda else 8)
-        base = {"name": preset, "data": {"path": "."}, "task": {"kind": "denoise"}, "model": network}
-        cfg = RunConfig.model_validate({**base, "train": {"global_batch_size": batch}})
-        cfg = _with(cfg, ["data.image_size=128"] if not is_cuda and options.size is None else [])
-        return _with(cfg, [*_said(options, batch), *words])
-    has_data = any(word.startswith("data.path=") for word in words)
-    cfg = load_run(options.run, [*words, *([] if has_data else ["data.path=."])])
-    return _with(cfg, _said(options, options.batch))
-
-
-def _said(options: argparse.Namespace, batch: int | None) -> list[str]:
-    given = {"data.image_size": options.size, "train.precision": options.precision, "train.global_batch_size": batch}
-    words = [f"{key}={value}" for key, value in given.items() if value is not None]
-    return [*words, "train.micro_batch=null"] if batch is not None else words
-
-
-def _with(cfg: RunConfig, words: list[str]) -> RunConfig:
-    """The same run with some settings changed."""
-    fields = cfg.model_dump(mode="json")
-    for word in words:
-        key, _, text = word.partition("=")
-        *path, last = key.split(".")
-        place: dict[str, Any] = fields
-        for name in path:
-            place = place[name]
-        place[last] = None if text == "null" else int(text) if text.isdigit() else text
-    return RunConfig.model_validate(fields)
+    preset = options.model or ("base" if is_cuda else "tiny")
+    run: dict[str, Any] = {"name": preset, "data": {"path": "."}, "task": {"kind": "denoise"}}
+    run |= {"train": {"global_batch_size": 32 if is_cuda else 8}, **load_yaml(CONFIGS / "model" / f"{preset}.yaml")}
+    run["data"] |= {} if is_cuda else {"image_size": 128}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{preset}.yaml"
+        file.write_text(json.dumps(run))  # JSON is YAML
+        return load_run(file, [*words, *options.settings])
 
 
 class Subject:

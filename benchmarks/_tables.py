@@ -1,17 +1,55 @@
-"""Result files of this folder as Markdown tables, one function per kind of file; `collect` puts them in place."""
+"""Result files of this folder as Markdown tables; `collect` puts them in place.
+
+Most tables are columns of one kind of rows: heads, and for each a format string of what a row holds. The others need
+more than one kind of row, or ratios between them.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from ddpm_lmk.bench import Row, Stored, read_result, read_results
+from ddpm_lmk.bench.result import quartiles
+
+Table = Callable[[Path], str]
+
+
+class Spread(list[float]):
+    """Repeated values; `{values:1}` is their median and quartiles with one digit."""
+
+    def __format__(self, digits: str) -> str:
+        low, high = quartiles(self)
+        return f"{median(self):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+class Blank:
+    """Stands for what a row does not have; an empty cell in any format."""
+
+    def __format__(self, spec: str) -> str:
+        return ""
+
+
+class Facts(dict[str, Any]):
+    """What the format string of a cell may name."""
+
+    def __missing__(self, key: str) -> Blank:
+        return Blank()
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def columns(heads: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of rows; `heads` has a format string for each head."""
+    return markdown([*heads], [[text.format_map(Facts(row)) for text in heads.values()] for row in rows])
 
 
 def machine(result: dict[str, Any]) -> str:
@@ -25,107 +63,300 @@ def machine(result: dict[str, Any]) -> str:
     return f"{name}, {cores} cores{busy}; {versions}; {day}"
 
 
-def pack_table(source: Path) -> str:
-    """Packing and reading per encoding."""
-    result = json.loads(source.read_text())
-    heads = ["dataset", "encoding", "bytes/image", "packed images/CPU-s", "read images/CPU-s", "RMS error, grey levels"]
-    rows = [
-        [
-            row["dataset"],
-            f"{row['encoding']} {row['bits']} bit" + (f" q{row['quality']}" if row["quality"] else ""),
-            f"{row['bytes_per_image']:,}",
-            f"{row['pack_images_per_cpu_s']:.0f}",
-            f"{row['read_images_per_cpu_s']:,.0f}",
-            row["rms_levels"],
-        ]
-        for row in result["rows"]
-    ]
-    return f"{machine(result)}\n\n{markdown(heads, rows)}"
-
-
-def loader_table(source: Path) -> str:
-    """Images per second of the loader per size, residency and augmentation."""
-    result = json.loads(source.read_text())
-    heads = ["size, px", "residency", "share of images moved", "images/s", "images/CPU-s"]
-    rows = [
-        [
-            row["image_size_px"],
-            row["residency"],
-            row["augmented_share"],
-            f"{row['images_per_s']:,.0f}",
-            f"{row['images_per_cpu_s']:,.0f}",
-        ]
-        for row in result["rows"]
-    ]
-    return f"{machine(result)}\n\n{markdown(heads, rows)}"
-
-
-def picked(part: str, columns: dict[str, str]) -> Callable[[Path], str]:
-    """A table of fields of the rows of a result: `columns` are heads and keys."""
+def of_rows(
+    heads: Mapping[str, str],
+    rows: Callable[[dict[str, Any]], Sequence[Mapping[str, Any]]] = lambda result: result["rows"],
+) -> Table:
+    """Columns of the rows of a result file of its own form."""
 
     def table(source: Path) -> str:
         result = json.loads(source.read_text())
-        rows = [list(map(row.get, columns.values())) for row in result[part]]
-        return f"{machine(result)}\n\n{markdown([*columns], rows)}"
+        return f"{machine(result)}\n\n{columns(heads, rows(result))}"
 
     return table
 
 
-def save_table(source: Path) -> str:
-    """What a save costs training."""
-    results = [json.loads(path.read_text()) for path in sorted(source.parent.glob("checkpoint_save-*.json"))]
-    heads = ["run file", "checkpoint, MiB", "step, ms", "wait, ms", "wait, % of a step (clock)", "(processor)"]
-    heads += ["without the thread, % of a step", "cost at the interval, % of a step"]
+def of_bench(what: str | None, heads: Mapping[str, str]) -> Table:
+    """Columns of the rows of a result of the common form (`ddpm_lmk.bench`) that are about `what`."""
+
+    def table(source: Path) -> str:
+        found = read_result(source)
+        return f"{bench_machine(found)}\n\n{columns(heads, [facts(row) for row in found.rows if row.what == what])}"
+
+    return table
+
+
+def facts(row: Row) -> dict[str, Any]:
+    """Everything a row of the common form says, by name."""
+    samples = {name: Spread(values) for name, values in row.samples.items()}
+    return {
+        "what": row.what,
+        **row.conditions,
+        **row.figures,
+        **samples,
+        "busy_ms": Spread(1e3 * s for s in row.busy_s),
+    }
+
+
+def bench_machine(found: Stored) -> str:
+    """Where and when a result of the common form was measured."""
+    return f"{machine(found.facts)}; {found.facts['hardware']['threads']} thread"
+
+
+def newest(folder: Path, benchmark: str, label: str = "") -> Path:
+    """The newest result of a benchmark and label; a path that is not there where there is none."""
+    found = [result.path for result in read_results(folder, benchmark) if f"{benchmark}-{label}" in result.path.name]
+    return found[-1] if found else folder / f"{benchmark}-{label}.json"
+
+
+def _row(found: Stored, what: str) -> Row:
+    return next(row for row in found.rows if row.what == what)
+
+
+def _bounds(ratio: dict[str, Any], *, percent: bool = False) -> str:
+    """A ratio with its bounds, or that there is none."""
+    low, high = ratio["ratio_low"], ratio["ratio_high"]
+    if low is None:
+        return str(ratio["reason"])
+    scale, shift, unit = (100, 100, " %") if percent else (1, 0, "")
+    digits = 1 if percent else 2
+    between = f"{scale * low - shift:.{digits}f} to {scale * high - shift:.{digits}f}{unit}"
+    if ratio["ratio"] is None:
+        return f"not distinguishable ({between})"
+    return f"{scale * ratio['ratio'] - shift:.{digits}f}{unit} ({between})"
+
+
+# Columns of one kind of rows
+
+RATES = {"images/s (quartiles)": "{images_per_s:0}", "images/CPU-s (quartiles)": "{images_per_cpu_s:0}"}
+loading_table = of_bench(
+    "loading",
+    {"size, px": "{image_size_px}", "residency": "{residency}", "share of images moved": "{augmented_share}", **RATES},
+)
+ways_table = of_bench(
+    "way", {"way": "{way}", "from": "{from}", **RATES, "cores for 4,000 images/s": "{cores_for_4000_per_s:.1f}"}
+)
+loader_training_table = of_bench(
+    "training",
+    {
+        "loader": "{loader}",
+        "from": "{from}",
+        "images/s (quartiles)": "{images_per_s:1}",
+        "waiting for data, % (quartiles)": "{data_wait_pct:2}",
+    },
+)
+pack_table = of_rows(
+    {
+        "dataset": "{dataset}",
+        "encoding": "{encoding} {bits} bit{quality_words}",
+        "bytes/image": "{bytes_per_image:,}",
+        "packed images/CPU-s": "{pack_images_per_cpu_s:.0f}",
+        "read images/CPU-s": "{read_images_per_cpu_s:,.0f}",
+        "RMS error, grey levels": "{rms_levels}",
+    },
+    lambda result: [row | {"quality_words": f" q{row['quality']}" if row["quality"] else ""} for row in result["rows"]],
+)
+manifest_table = of_rows(
+    {
+        "samples": "{samples:,}",
+        "shards": "{shards:,}",
+        "index, MB": "{index_mb:.0f}",
+        "open, s": "{open_s:.2f}",
+        "open, CPU-s": "{open_cpu_s:.2f}",
+        "highest memory, MB": "{after_draw_mb:.0f}",
+        "draw, µs/sample": "{draw_us_per_sample:.1f}",
+    },
+    lambda result: [result],
+)
+save_table = of_rows(
+    {
+        "run file": "{file}",
+        "checkpoint, MiB": "{checkpoint_mib}",
+        "step, ms": "{step_ms:.0f}",
+        "wait, ms": "{wait_ms:.0f}",
+        "wait, % of a step (clock)": "{wait_pct_of_step:.1f}",
+        "(processor)": "{wait_cpu_pct_of_step:.1f}",
+        "without the thread, % of a step": "{without_thread_pct_of_step:.0f}",
+        "cost at the interval, % of a step": "{cost_at_interval_pct_of_step:.3f}",
+    },
+    lambda result: [result | {"file": Path(result["run_file"]).name}],
+)
+pool_scale_table = of_rows(
+    {
+        "films": "{films}",
+        "s": "{wall_s}",
+        "processor s": "{cpu_s}",
+        "highest memory, MB": "{highest_mb}",
+        "planted": "{planted}",
+        "found": "{found}",
+        "others": "{others_found}",
+    }
+)
+dali_resize_table = of_rows(
+    {
+        "bits": "{bits}",
+        "to, px": "{size_px}",
+        "triangular: max": "{triangular_max_levels}",
+        "mean": "{triangular_mean_levels}",
+        "linear: max": "{linear_max_levels}",
+        "linear: mean": "{linear_mean_levels}",
+        "host, us": "{host_us}",
+    }
+)
+quarantine_table = of_rows(
+    {
+        "processes": "{processes}",
+        "damaged": "{damaged_samples}",
+        "listed": "{listed_samples}",
+        "healthy, listed": "{healthy_and_listed}",
+        "trained on": "{damaged_and_trained_on}",
+        "same if killed": "{killed_run_agrees}",
+        "same as one process": "{agrees_with_one_process}",
+    }
+)
+exactness_table = of_rows(
+    {
+        "processes": "{count}",
+        "class": "{name}",
+        "step, ms": "{step_ms}",
+        "against whole share": "{step_more_pct:+} %",
+        "processor time of a rank, ms": "{cpu_ms}",
+        "processor time against whole share": "{cpu_more_pct:+} %",
+    },
+    lambda result: [
+        {"count": count, "name": name, **found}
+        for count, variants in result["processes"].items()
+        for name, found in variants.items()
+    ],
+)
+
+
+# Tables of several kinds of rows
+
+
+def step_table(source: Path) -> str:
+    """A step, its parts and its levels."""
+    found = read_result(source)
+    heads = {
+        "what": "{what}",
+        "busy, ms (quartiles)": "{busy_ms:1}",
+        "share of measured peak, %": "{share_of_measured_peak_pct:.0f}",
+        "model GFLOP/s": "{model_gflop_per_s:.1f}",
+        "share of levels, %": "{share_of_all_levels_pct:.0f}",
+    }
+    whole = _row(found, "train step")
+    memory = "Memory of training: {peak_memory_gib:.2f} GiB measured, {estimated_memory_gib:.2f} GiB estimated."
+    words = ", ".join(f"{value} {key}" for key, value in whole.conditions.items() if key.endswith(("_px", "_images")))
+    head = f"{bench_machine(found)}; {found.facts['settings']['name']}, {words}"
+    return f"{head}\n\n{columns(heads, [facts(row) for row in found.rows])}\n\n{memory.format_map(whole.figures)}"
+
+
+def switches_table(source: Path) -> str:
+    """Time of a step with each switch, against the first of as many micro-batches, and what one keeps."""
+    found = read_result(source)
+    ratios = {ratio["what"].partition(" over ")[0]: ratio for ratio in found.facts["ratios"]}
+    over = {
+        name: "{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})".format_map(ratio)
+        if ratio["ratio"] is not None
+        else str(ratio["reason"])
+        for name, ratio in ratios.items()
+    }
+    heads = {
+        "switch": "{switch}",
+        "images": "{micro_batches} x {batch_images}",
+        "step, busy ms (quartiles)": "{busy_ms:1}",
+        "time over the first": "{over}",
+        "kept by a micro-batch, MiB": "{kept_mib:.1f}",
+    }
+    rows = [facts(row) | {"over": over.get(row.conditions["switch"], "")} for row in found.rows]
+    head = f"{bench_machine(found)}; {found.rows[0].conditions['image_size_px']} pixels"
+    return f"{head}\n\n{columns(heads, rows)}"
+
+
+def memory_table(source: Path) -> str:
+    """Estimated against measured memory, by what fills it."""
+    found = read_result(source)
+    heads = {
+        "network": "{name}",
+        "task": "{task}",
+        "size, px": "{image_size_px}",
+        "images": "{batch_images}",
+        "precision": "{precision}",
+        "levels computed again": "{again}",
+        "estimated, GiB": "{estimated_memory_gib:.2f}",
+        "measured, GiB": "{peak_memory_gib:.2f}",
+        "ratio": "{estimate_over_measured:.2f}",
+    }
+    again = {True: "all", False: "none"}
+    rows = [facts(row) | {"again": again.get(row.conditions["checkpointing"], "some")} for row in found.rows]
+    return f"{bench_machine(found)}\n\n{columns(heads, rows)}"
+
+
+def train_table(source: Path) -> str:
+    """Real runs: rate, waiting for data, and what the engine adds to a loop by hand."""
+    newest_of = {result.facts["settings"]["name"]: result for result in read_results(source.parent, "train")}
+    rows = []
+    for name, found in newest_of.items():
+        [overhead] = [ratio for ratio in found.facts["ratios"] if ratio["what"] == "engine step over bare step"]
+        bare_ms = 1e3 * median(_row(found, "bare step").busy_s)
+        more = {"run": name, "bare_ms": bare_ms, "overhead": _bounds(overhead, percent=True)}
+        rows.append(facts(_row(found, "training")) | more)
+    heads = {
+        "run": "{run}",
+        "size, px": "{image_size_px}",
+        "group": "{group_images}",
+        "images/s (quartiles)": "{images_per_s:1}",
+        "waiting for data, %": "{data_wait_share_pct:.2f}",
+        "bare step, CPU-ms": "{bare_ms:.0f}",
+        "engine's overhead": "{overhead}",
+    }
+    return f"{bench_machine([*newest_of.values()][-1])}\n\n{columns(heads, rows)}"
+
+
+def device_table(source: Path) -> str:
+    """Peaks, bandwidths and the rate of the network's own convolutions."""
+    found = read_result(source)
+    rows: list[list[object]] = []
+    for row in found.rows:
+        if row.what in ("matrix product", "read", "write", "copy", "triad"):
+            unit = "gflop_per_s" if "gflop_per_s" in row.samples else "gbyte_per_s"
+            name = f"{row.what}, {row.conditions['precision']}" if row.what == "matrix product" else row.what
+            shown = "GFLOP/s" if unit == "gflop_per_s" else "GB/s"
+            rows.append([name, row.conditions["threads"], f"{Spread(row.samples[unit]):1}", shown])
+        if row.what == "all convolutions of the network":
+            for way, name in (("forward", "forward"), ("both", "forward and backward")):
+                rows.append([f"3x3 convolutions as in {found.facts['settings']['name']}, {name}", 1])
+                rows[-1] += [f"{row.figures[f'{way}_gflop_per_s']:.1f}", "GFLOP/s"]
+    return f"{bench_machine(found)}\n\n{markdown(['what', 'threads', 'median (quartiles)', 'unit'], rows)}"
+
+
+def scaling_table(source: Path) -> str:
+    """Efficiency by both clocks, and what explains it."""
+    found = read_result(source)
+    ratios: dict[tuple[int, str], dict[str, str]] = {}
+    for ratio in found.facts["ratios"]:
+        ratios.setdefault((ratio["processes"], ratio["what"]), {})[ratio["clock"]] = _bounds(ratio)
     rows = [
-        [
-            Path(result["run_file"]).name,
-            result["checkpoint_mib"],
-            f"{result['step_ms']:.0f}",
-            f"{result['wait_ms']:.0f}",
-            f"{result['wait_pct_of_step']:.1f}",
-            f"{result['wait_cpu_pct_of_step']:.1f}",
-            f"{result['without_thread_pct_of_step']:.0f}",
-            f"{result['cost_at_interval_pct_of_step']:.3f}",
-        ]
-        for result in results
+        [count, what, clocks.get("wall_s", ""), clocks.get("cpu_s", "")] for (count, what), clocks in ratios.items()
     ]
-    return f"{machine(results[0])}\n\n{markdown(heads, rows)}"
+    heads = ["processes", "what", "by the clock (bounds)", "by processor time (bounds)"]
+    return f"{bench_machine(found)}; {found.facts['settings']['name']}\n\n{markdown(heads, rows)}"
 
 
-def fault_rows(result: dict[str, Any]) -> list[list[object]]:
-    """What the campaign about checkpoints did, how often, and how it ended."""
-    damage, calls = result["damage"], result["system_calls"]
-    kinds = ("flipped", "truncated", "deleted", "emptied", "grown")
-    done = ", ".join(f"{damage[kind]} {kind}" for kind in kinds)
-    disks = ", ".join(f"{row['times']:g}: {'goes on' if row['exit'] == 0 else 'exit 6'}" for row in result["full_disk"])
-    return [
-        ["killed at a fail-point of saving", result["failpoints"]["kills"], "all continued with the same bits"],
-        ["killed at a system call of a save", calls["killed"], "all continued with the same bits"],
-        ["a system call of a save refused", calls["refused"], "no step lost, same bits"],
-        [
-            "killed with two processes, continued with one",
-            result["two_processes"]["kills"],
-            "the same bits, class exact",
-        ],
-        ["killed at a random moment", result["random_kills"]["kills"], "all continued with the same bits"],
-        [
-            "newest checkpoint damaged",
-            sum(damage[kind] for kind in kinds),
-            f"{done}; {damage['loaded_silently']} loaded",
-        ],
-        ["disk of so many checkpoints", len(result["full_disk"]), f"{disks}; same bits after room was made"],
-        [
-            "killed while results were written",
-            result["results"]["kills"],
-            f"{result['results']['half_files_seen']} half files",
-        ],
-    ]
-
-
-def faults_table(source: Path) -> str:
-    """The campaign about checkpoints, and where it ran."""
-    result = json.loads(source.read_text())
-    return f"{machine(result)}\n\n{markdown(['what', 'times', 'outcome'], fault_rows(result))}"
+def sweep_table(source: Path) -> str:
+    """A sweep and its cells run one by one, round by round; a ratio only where there are enough rounds for one."""
+    found = read_result(source)
+    rows = []
+    for row in found.rows:
+        walls, busy = (", ".join(f"{value:.0f}" for value in row.samples[clock]) for clock in ("wall_s", "cpu_s"))
+        name = f"{row.what}, {row.conditions['workers']} workers" if row.what == "sweep" else row.what
+        rows.append([name, walls, busy, f"{row.figures['images_per_s']:.2f}"])
+    sweep = _row(found, "sweep").figures
+    equal = f"{sweep['cells_equal_bit_by_bit']} of {sweep['cells_compared']} cells compared are equal bit by bit"
+    ratios = "; ".join(f"{ratio['what']}: {_bounds(ratio)}" for ratio in found.facts["ratios"])
+    heads = ["", "wall time of a round of 5 cells, s", "processor time, s", "training images/s"]
+    head = f"{machine(found.facts)}; {found.facts['settings']['run_file']}"
+    return f"{head}\n\n{markdown(heads, rows)}\n\n{equal}; {ratios}."
 
 
 def packing_table(source: Path) -> str:
@@ -141,32 +372,6 @@ def packing_table(source: Path) -> str:
     peaks = " and ".join(f"{peak / 1e6:.0f} MB" for peak in tree["peak_rss_bytes"])
     memory = f"Trees of {small} and {large} files: at most {peaks}, {tree['bytes_per_file']} bytes for each more file."
     return f"{machine(result)}\n\n{markdown(heads, rows)}\n\n{memory}"
-
-
-def fuzz_table(source: Path) -> str:
-    """How mutated inputs ended, by kind."""
-    result = json.loads(source.read_text())
-    rows = []
-    for kind, outcomes in result["outcomes"].items():
-        total, same = sum(outcomes.values()), outcomes.get("identical", 0)
-        other = sum(count for name, count in outcomes.items() if name.startswith("another"))
-        refused = ", ".join(f"{name} {count}" for name, count in outcomes.items() if not name.startswith(("id", "an")))
-        told = outcomes.get("identical samples, verify tells", 0)
-        rows.append([kind, total, same + told, other, refused or "–"])
-    heads = ["kind", "inputs", "read as they were", "read as something else", "refused with"]
-    limits = f"seed {result['seed']}, limit {result['limit_bytes'] >> 30} GiB, {result['wall_s']:.0f} s"
-    peak = max(result["peak_rss_bytes"], result["peak_rss_of_decoding_bytes"]) / 1e6
-    return f"{machine(result)}; {limits}, at most {peak:.0f} MB used\n\n{markdown(heads, rows)}"
-
-
-def manifest_table(source: Path) -> str:
-    """Opening ten million samples."""
-    result = json.loads(source.read_text())
-    heads = ["samples", "shards", "index, MB", "open, s", "open, CPU-s", "highest memory, MB", "draw, µs/sample"]
-    cells = [f"{result['samples']:,}", f"{result['shards']:,}", f"{result['index_mb']:.0f}"]
-    cells += [f"{result['open_s']:.2f}", f"{result['open_cpu_s']:.2f}", f"{result['after_draw_mb']:.0f}"]
-    cells.append(f"{result['draw_us_per_sample']:.1f}")
-    return f"{machine(result)}\n\n{markdown(heads, [cells])}"
 
 
 def pool_table(source: Path) -> str:
@@ -197,9 +402,60 @@ def pool_table(source: Path) -> str:
     )
 
 
-def copied(source: Path) -> str:
-    """A table that a report wrote."""
-    return source.read_text()
+def fuzz_table(source: Path) -> str:
+    """How mutated inputs ended, by kind."""
+    result = json.loads(source.read_text())
+    rows = []
+    for kind, outcomes in result["outcomes"].items():
+        total, same = sum(outcomes.values()), outcomes.get("identical", 0)
+        other = sum(count for name, count in outcomes.items() if name.startswith("another"))
+        refused = ", ".join(f"{name} {count}" for name, count in outcomes.items() if not name.startswith(("id", "an")))
+        told = outcomes.get("identical samples, verify tells", 0)
+        rows.append([kind, total, same + told, other, refused or "–"])
+    heads = ["kind", "inputs", "read as they were", "read as something else", "refused with"]
+    limits = f"seed {result['seed']}, limit {result['limit_bytes'] >> 30} GiB, {result['wall_s']:.0f} s"
+    peak = max(result["peak_rss_bytes"], result["peak_rss_of_decoding_bytes"]) / 1e6
+    return f"{machine(result)}; {limits}, at most {peak:.0f} MB used\n\n{markdown(heads, rows)}"
+
+
+def fault_rows(result: dict[str, Any]) -> list[list[object]]:
+    """What the campaign about checkpoints did, how often, and how it ended."""
+    damage, calls = result["damage"], result["system_calls"]
+    kinds = ("flipped", "truncated", "deleted", "emptied", "grown")
+    done = ", ".join(f"{damage[kind]} {kind}" for kind in kinds)
+    disks = ", ".join(f"{row['times']:g}: {'goes on' if row['exit'] == 0 else 'exit 6'}" for row in result["full_disk"])
+    return [
+        *(
+            [["killed at a fail-point of saving", result["failpoints"]["kills"], "all continued with the same bits"]]
+            if "failpoints" in result
+            else []
+        ),
+        ["killed at a system call of a save", calls["killed"], "all continued with the same bits"],
+        ["a system call of a save refused", calls["refused"], "no step lost, same bits"],
+        [
+            "killed with two processes, continued with one",
+            result["two_processes"]["kills"],
+            "the same bits, class exact",
+        ],
+        ["killed at a random moment", result["random_kills"]["kills"], "all continued with the same bits"],
+        [
+            "newest checkpoint damaged",
+            sum(damage[kind] for kind in kinds),
+            f"{done}; {damage['loaded_silently']} loaded",
+        ],
+        ["disk of so many checkpoints", len(result["full_disk"]), f"{disks}; same bits after room was made"],
+        [
+            "killed while results were written",
+            result["results"]["kills"],
+            f"{result['results']['half_files_seen']} half files",
+        ],
+    ]
+
+
+def faults_table(source: Path) -> str:
+    """The campaign about checkpoints, and where it ran."""
+    result = json.loads(source.read_text())
+    return f"{machine(result)}\n\n{markdown(['what', 'times', 'outcome'], fault_rows(result))}"
 
 
 def survived_table(source: Path) -> str:
@@ -249,33 +505,86 @@ def commands_table(source: Path) -> str:
     return f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores\n\n{markdown(heads, rows)}"
 
 
-def exactness_table(source: Path) -> str:
-    """Milliseconds per step of the exactness classes, by number of processes."""
+def methods_table(source: Path) -> str:
+    """Mean radial error in mm of every method; mean and deviation over the seeds, the best of a column in bold.
+
+    Args:
+        source: report.csv of a sweep, with its sweep.json beside it.
+    """
+    rows = [row for row in csv.DictReader(source.read_text().splitlines()) if row["mre"]]
+    texts = json.loads((source.parent / "sweep.json").read_text())["rows"]
+    labels = sorted({int(row["labels_training"]) for row in rows})
+    ours = {(row["start"], int(row["labels_training"])): row for row in rows if row["protocol"] == "original"}
+    methods = sorted({start for start, _ in ours}, key=lambda start: -float(ours[start, labels[-1]]["mre"]))
+    best = {count: min(float(row["mre"]) for (_, found), row in ours.items() if found == count) for count in labels}
+
+    def cell(start: str, count: int) -> str:
+        if (start, count) not in ours:
+            return ""
+        mean, spread = float(ours[start, count]["mre"]), float(ours[start, count]["mre_std"])
+        text = f"{mean:.2f} ± {spread:.2f}"
+        return f"**{text}**" if mean == best[count] else text
+
+    heads = ["start and method", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
+    return markdown(
+        heads,
+        [[texts.get(start, {}).get("title", start), *(cell(start, count) for count in labels)] for start in methods],
+    )
+
+
+PEERS = {
+    "ours": "ours",
+    "ours, checkpointing": "ours, checkpointing",
+    "released": "as released, without checkpointing",
+    "released, checkpointing": "as released",
+    "diffusers": "diffusers UNet2DModel",
+    "lucidrains": "denoising-diffusion-pytorch",
+    "monai": "MONAI DiffusionModelUNet",
+}
+PEER_STEPS = {"plain": "", "ours": ", our step", "released": ", its own step"}
+
+
+def peers_table(source: Path) -> str:
+    """What every network took, ours against the others, by group, and the picture of the file."""
     result = json.loads(source.read_text())
-    heads = [
-        "processes",
-        "class",
-        "step, ms",
-        "against whole share",
-        "processor time of a rank, ms",
-        "against whole share",
-    ]
-    rows = [
-        [count, name, f["step_ms"], f"{f['step_more_pct']:+} %", f["cpu_ms"], f"{f['cpu_more_pct']:+} %"]
-        for count, variants in result["processes"].items()
-        for name, f in variants.items()
-    ]
-    return f"{machine(result)}\n\n{markdown(heads, rows)}"
+    settings = result["settings"]
+    packages = ", ".join(f"{name} {version}" for name, version in settings["packages"].items() if name != "python")
+    size = f"{settings['size']} px, {settings['precision']}, {settings['threads']} thread"
+    parts = [f"{machine(result)}; {packages}; {size}"]
+    for group in settings["groups"]:
+        rows = [_peer(row) for row in result["rows"] if row["conditions"].get("group") == group]
+        ratios = [_peer_ratio(ratio) for ratio in result["ratios"] if ratio["group"] == group and "ratio" in ratio]
+        parts += [columns(PEER_HEADS, rows), markdown(("ours over", "of", "ratio", "95 %"), ratios)]
+    picture = source.with_suffix(".png")
+    if picture.exists():
+        parts.append(f"![time and memory of a step, by network](results/{picture.name})")
+    return "\n\n".join(parts)
 
 
-POOL_SCALE = {"films": "films", "s": "wall_s", "processor s": "cpu_s", "highest memory, MB": "highest_mb"}
-POOL_SCALE |= {"planted": "planted", "found": "found", "others": "others_found"}
-RESIZE = {"bits": "bits", "to, px": "size_px", "triangular: max": "triangular_max_levels"}
-RESIZE |= {"mean": "triangular_mean_levels", "linear: max": "linear_max_levels"}
-RESIZE |= {"linear: mean": "linear_mean_levels", "host, us": "host_us"}
-QUARANTINE = {"processes": "processes", "damaged": "damaged_samples", "listed": "listed_samples"}
-QUARANTINE |= {"healthy, listed": "healthy_and_listed", "trained on": "damaged_and_trained_on"}
-QUARANTINE |= {"same if killed": "killed_run_agrees", "same as one process": "agrees_with_one_process"}
-RATE = {"from": "from", "images/s": "images_per_s"}
-WAYS = {"way": "way", **RATE, "images/CPU-s": "images_per_cpu_s", "cores for 4,000 images/s": "cores_for_4000_per_s"}
-TRAINING = {"loader": "loader", **RATE, "waiting for data, %": "data_wait_pct"}
+PEER_HEADS = {
+    "network": "{title}",
+    "layout": "{layout}",
+    "channels": "{channels}",
+    "parameters, M": "{millions:.2f}",
+    "GFLOP/image": "{forward_gflop_per_image_as_run:.2f}",
+    "step, ms": "{wall_ms:.0f}",
+    "processor, ms": "{cpu_ms:.0f}",
+    "images/s": "{images_per_s:.1f}",
+    "memory, MiB": "{peak_mib:.0f}",
+    "µs/MFLOP of the function": "{busy_us_per_forward_mflop_of_the_function:.1f}",
+    "µs/MFLOP run": "{busy_us_per_forward_mflop_as_run:.1f}",
+}
+
+
+def _peer(row: dict[str, Any]) -> dict[str, Any]:
+    where, middle = row["conditions"], row["median"]
+    title = f"{PEERS[where['network']]}{PEER_STEPS[where['way']]}{', saving' if where['saves'] else ''}"
+    more = {"title": title, "channels": "-".join(map(str, where["channels"]))}
+    more |= {"millions": row["figures"]["params"] / 1e6, "wall_ms": 1e3 * middle["wall_s"]}
+    return where | row["figures"] | more | {"cpu_ms": 1e3 * middle["cpu_s"]}
+
+
+def _peer_ratio(ratio: dict[str, Any]) -> list[object]:
+    bounds = "" if ratio["ratio_low"] is None else f"{ratio['ratio_low']:.2f} to {ratio['ratio_high']:.2f}"
+    said = ratio["reason"].split(" (")[0] if ratio["ratio"] is None else f"{ratio['ratio']:.2f}"
+    return [ratio["second"], ratio["of"], said, bounds]

@@ -1,4 +1,7 @@
-"""What each part of the recipe gives on validation films: trials that differ in one thing, and the list of all."""
+"""What each part of the recipe gives on validation images: trials that differ in one thing, and the list of all.
+
+`trials.jsonl` has a head, then a line per trial: what it changed (`settings`), what it began with, what it scored.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,15 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from _tables import machine, markdown
-from trials import flat
 
-from ddpm_lmk.config.renamed import RENAMED
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.report.statistics import Difference, over_seeds
 from ddpm_lmk.sweep import load_sweep
 
@@ -25,6 +27,8 @@ TABLE = ROOT / "configs" / "sweep" / "table2.yaml"  # its small scale says what 
 RECIPE = "ours"
 MEASURED = {"train.precision": "bf16"}  # of the committed table and its trials; the recipe now says auto
 ABSENT = object()
+# What a trial is, rather than what it tries.
+OWN_KEYS = ("name", "seed", "data.path", "data.shots", "init.weights", "evaluate.split", "evaluate.batch")
 # Settings that only make sense together are one thing.
 TOGETHER: dict[str, tuple[str, ...]] = {
     "average of the weights": ("train.ema",),
@@ -49,8 +53,6 @@ Groups = dict[Setting, dict[int, Mapping[str, Any]]]
 def trials_table(source: Path) -> str:
     """What single changes did, and per number of labels the list of all trials, the lowest error first."""
     head, *trials = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    for trial in trials:  # recorded under the names of their time
-        trial["settings"] = {RENAMED.get(key, key): value for key, value in trial["settings"].items()}
     spreads = _seed_spreads(source.parents[1] / "table2_small" / "results.csv")
     pairs: list[list[str]] = []
     lists: list[str] = []
@@ -146,6 +148,19 @@ def _recipes() -> dict[int, dict[str, Any]]:
     cells = load_sweep(TABLE, scale="small").cells
     found = {cell.shots: flat(cell.cfg) | MEASURED for cell in cells if cell.start == RECIPE and cell.shots is not None}
     return dict(sorted(found.items()))
+
+
+def flat(cfg: RunConfig) -> dict[str, Any]:
+    """Settings by dotted key, but for those that only say what a run is."""
+
+    def walk(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return {key: value for key, value in walk(cfg.model_dump(mode="json"), "") if key not in OWN_KEYS}
 
 
 def _seed_spreads(results: Path) -> dict[int, float]:

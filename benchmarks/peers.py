@@ -21,6 +21,7 @@ function, so there are two rates: per operation of the function (as released) an
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -48,6 +49,7 @@ def main() -> None:
     options = _options()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     torch.set_num_threads(options.threads)
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}  # for the workers
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     settings["packages"] = versions(*(distribution for _, distribution in PACKAGES.values()))
     result = Result("peers", settings=settings, device=device)

@@ -26,9 +26,10 @@ import numpy as np
 from PIL import Image
 
 from ddpm_lmk.config import DataConfig
-from ddpm_lmk.data.duplicates.fingerprints import prints_of
+from ddpm_lmk.data.duplicates.fingerprints import read_fingerprints
 from ddpm_lmk.data.duplicates.leakage import Finding, Leakage, Source, compare, exclusion
 from ddpm_lmk.data.duplicates.search import MOST_DETAIL_BITS, RADIUS, near_pairs
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.system.files import write_json
@@ -75,10 +76,10 @@ def packed(data: Path, folder: Path, per_kind: int) -> dict[str, Path]:
     packs = {}
     for name, kind in SETS.items():
         packs[name] = folder / name
-        pack(data / name, kind, packs[name], size=SIDE, workers=1)  # type: ignore[arg-type]
+        pack(data / name, packs[name], PackSettings(kind=kind, size=SIDE), workers=1)
     plant(data, folder / "raw", per_kind)
     packs["planted"] = folder / "planted"
-    pack(folder / "raw", "folder", packs["planted"], name="planted", size=SIDE, workers=1)
+    pack(folder / "raw", packs["planted"], PackSettings(kind="folder", name="planted", size=SIDE), workers=1)
     return packs
 
 
@@ -115,14 +116,14 @@ def looks_alike(manifests: list[Manifest]) -> list[dict[str, Any]]:
     """Per set: pairs whose 64 bits are near, how many of them are copies, and how far apart the others' details are."""
     rows = []
     for manifest in manifests:
-        prints = prints_of(manifest)
+        prints = read_fingerprints(manifest)
         low, detail = np.asarray(prints["low"]), np.asarray(prints["detail"])
         a, b = np.triu_indices(len(prints), 1)
         near = np.bitwise_count(low[a] ^ low[b]) <= RADIUS
         apart = np.bitwise_count(detail[a[near]] ^ detail[b[near]]).sum(-1)
         copies = apart[apart <= MOST_DETAIL_BITS]
         others = apart[apart > MOST_DETAIL_BITS]
-        searched = {pair for x, y in near_pairs(low, detail) for pair in zip(x.tolist(), y.tolist(), strict=True)}
+        searched = {pair for x, y in near_pairs(prints) for pair in zip(x.tolist(), y.tolist(), strict=True)}
         row = {"dataset": manifest.dataset, "films": len(prints), "near_pairs": int(near.sum()), "copies": len(copies)}
         row |= {"copies_found_by_search": len(searched)}
         row |= {"most_detail_bits_of_a_copy": int(copies.max()) if len(copies) else None}
@@ -135,10 +136,10 @@ def found_in(manifests: list[Manifest]) -> dict[str, Any]:
     found = compared(manifests)
     pairs: Counter[str] = Counter()
     weakest, doubted = 1.0, 0
-    leaking = {finding.film for finding in found.leaks}
-    copies = [finding for finding in found.copies if finding.film not in leaking]
+    leaking = {finding.image for finding in found.leaks}
+    copies = [finding for finding in found.copies if finding.image not in leaking]
     for what, finding in [*(("leak", each) for each in found.leaks), *(("copy", each) for each in copies)]:
-        names = [dataset_of(found, place) for place in (finding.film, finding.of)]
+        names = [dataset_of(found, place) for place in (finding.image, finding.of)]
         pairs[f"{what}: {names[0]} repeats {names[1]} ({finding.kind})"] += 1
         if finding.kind != "same patient":
             correlation = second_look(found, finding)
@@ -161,7 +162,7 @@ def dataset_of(found: Leakage, place: tuple[int, int]) -> str:
 def second_look(found: Leakage, finding: Finding) -> float:
     """Correlation of two films at 32 px, low frequencies removed."""
     sides = []
-    for source, row in (finding.film, finding.of):
+    for source, row in (finding.image, finding.of):
         pixels = [*found.trained, *found.protected][source].manifest.decode(row).astype(np.float32)
         small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)
         sides.append((small - cv2.GaussianBlur(small, (0, 0), 3)).ravel())
@@ -172,7 +173,7 @@ def planted_found(manifests: list[Manifest]) -> dict[str, dict[str, int]]:
     """How many of the planted copies were packed, and how many of those were found, by kind."""
     found = compared(manifests)
     number = len(manifests) - 1
-    films = {each.film[1] for each in [*found.leaks, *found.copies] if each.film[0] == number}
+    films = {each.image[1] for each in [*found.leaks, *found.copies] if each.image[0] == number}
     counts = {kind: {"planted": 0, "found": 0} for kind in (*PLANTED, "fresh")}
     for row in range(len(manifests[-1])):
         kind = manifests[-1].read_record(row).id.split("-")[-1]

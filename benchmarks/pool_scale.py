@@ -1,11 +1,10 @@
-"""Comparing the films of a pool of millions: time and memory, on prints drawn to look like those of real films.
+"""Comparing the images of a pool of millions: time and memory, on fingerprints drawn to look like those of real ones.
 
     python -m benchmarks.pool_scale --data DIR --out benchmarks/results [--films 100000 1000000 10000000]
 
-Prints are drawn from a model whose bits have the shares and correlations of the films in nih_cxr14_1000, so that they
-crowd as chests do: `near_by_looks` and `share_of_pairs_compared` are given for the drawn and for the real ones. Into
-each pool copies are planted, with up to 4 of 64 and 24 of 256 bits changed; all of them have to be found. Every size
-is a process of its own. Writes `pool_scale.json`.
+The 64 bits are drawn from a model with the shares and correlations of those in nih_cxr14_1000, so that they crowd as
+chests do. Into each pool copies are planted, with up to 4 of 64 and 24 of 256 bits changed; all of them have to be
+found. Every size is a process of its own. Writes `pool_scale.json`.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.duplicates.fingerprints import PRINT_DTYPE, look
-from ddpm_lmk.data.duplicates.search import MOST_DETAIL_BITS, RADIUS, first_of_its_kind
+from ddpm_lmk.data.duplicates.fingerprints import FINGERPRINT_DTYPE, perceptual_hash
+from ddpm_lmk.data.duplicates.search import MOST_DETAIL_BITS, RADIUS, find_originals
 from ddpm_lmk.system.files import write_json
 from ddpm_lmk.system.machine import hardware, versions
 
 REAL, SIDE = "nih_cxr14_1000", 128
 PLANTED = 1000
 _AT_ONCE = 1 << 17
-_FEW = 1000
 
 
 def main() -> None:
@@ -57,7 +55,6 @@ def main() -> None:
         for films in args.films
     ]
     result = {
-        "crowding": {"real": crowding(real), "drawn": crowding(draw(model_of(real), _FEW, seed=1))},
         "rows": rows,
         "hardware": hardware(),
         "versions": versions("ddpm-lmk", "numpy"),
@@ -70,7 +67,9 @@ def main() -> None:
 def real_looks(folder: Path) -> np.ndarray:
     """The 64 bits of every film, as packed at 128 px."""
     films = (cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in sorted(folder.iterdir()))
-    return np.array([look(cv2.resize(film, (SIDE, SIDE), interpolation=cv2.INTER_AREA))[0] for film in films])
+    return np.array(
+        [perceptual_hash(cv2.resize(film, (SIDE, SIDE), interpolation=cv2.INTER_AREA))[0] for film in films]
+    )
 
 
 def model_of(low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,17 +94,9 @@ def draw(model: tuple[np.ndarray, np.ndarray], count: int, *, seed: int) -> np.n
     return low
 
 
-def crowding(low: np.ndarray) -> dict[str, float]:
-    """How alike films look: the share of all pairs within the radius, and of those that the search compares."""
-    a, b = np.triu_indices(len(low), 1)
-    same = (np.stack([((low[a] ^ low[b]) >> np.uint64(8 * part)) & np.uint64(0xFF) for part in range(8)]) == 0).sum(0)
-    near = np.bitwise_count(low[a] ^ low[b]) <= RADIUS
-    return {"near_by_looks": float(near.mean()), "share_of_pairs_compared": float((same >= 4).mean())}
-
-
 def measure(real: np.ndarray, films: int) -> dict[str, Any]:
     """One pool: draw it, plant copies, find them."""
-    rng, prints = np.random.default_rng(0), np.zeros(films, PRINT_DTYPE)
+    rng, prints = np.random.default_rng(0), np.zeros(films, FINGERPRINT_DTYPE)
     prints["low"] = draw(model_of(real), films, seed=0)
     for name in ("pixels", "detail"):
         prints[name] = rng.integers(1, 1 << 63, prints[name].shape, np.uint64)
@@ -114,7 +105,7 @@ def measure(real: np.ndarray, films: int) -> dict[str, Any]:
     prints["low"][copies] = prints["low"][originals] ^ _flips(rng, 1, RADIUS)[:, 0]
     prints["detail"][copies] = prints["detail"][originals] ^ _flips(rng, 4, MOST_DETAIL_BITS)
     wall, cpu = time.perf_counter(), time.process_time()
-    first, _ = first_of_its_kind(prints)
+    first, _ = find_originals(prints)
     row: dict[str, Any] = {"films": films, "wall_s": round(time.perf_counter() - wall, 1)}
     row["cpu_s"] = round(time.process_time() - cpu, 1)
     row["highest_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)

@@ -252,10 +252,10 @@ def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
     return {"peak_memory_gib": peak, "estimated_memory_gib": estimate, "estimate_over_measured": estimate / peak}
 
 
-def load_libraries(device: str, *precisions: str) -> None:
+def load_libraries(device: str, precision: str) -> None:
     """Train a small network, for what PyTorch loads then and never again."""
-    for precision in ("fp32", *precisions):
-        words = ["--model", "small", "--size", "32", "--batch", "1", "--precision", precision, "--device", device]
+    for each in ("fp32", precision):
+        words = ["--model", "small", "--size", "32", "--batch", "1", "--precision", each, "--device", device]
         Subject(option_parser(None).parse_intermixed_args(words)).step()
 
 

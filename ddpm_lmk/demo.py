@@ -17,6 +17,7 @@ from pydantic import Field
 
 from ddpm_lmk.config import RunConfig, Section
 from ddpm_lmk.config.load import load_run, load_yaml, validate
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
@@ -33,7 +34,7 @@ from ddpm_lmk.sweep.check import refuse_other_settings
 from ddpm_lmk.sweep.forecast import Budget, budget
 from ddpm_lmk.sweep.run import run_sweep
 from ddpm_lmk.system.console import Whole, about, duration, progress, remaining, say
-from ddpm_lmk.system.cores import granted_cores
+from ddpm_lmk.system.machine import granted_cores
 from ddpm_lmk.system.shipped import shipped
 from ddpm_lmk.system.signals import check_stopped
 
@@ -191,7 +192,12 @@ def _pack_once(out: Path, wanted: DemoPack, size: int, whole: Whole | None) -> N
             if line is not None and not sys.stderr.isatty():
                 say(line)
 
-        pack(wanted.source, "phantom", out, size=size, counts=wanted.counts, seed=wanted.seed, progress=tell)
+        pack(
+            wanted.source,
+            out,
+            PackSettings(kind="phantom", size=size, counts=wanted.counts, seed=wanted.seed),
+            progress=tell,
+        )
 
 
 def refuse_another_recipe(out: Path, settings: DemoShards, pretraining: RunConfig, sweep: Sweep) -> None:
@@ -224,7 +230,7 @@ def _pretrain(demo: Demo, forecast: Forecast | None) -> None:
     whole = demo.whole("pre-training")
     if forecast is not None and whole is not None:
         job |= {"forecast": asdict(forecast), "whole": asdict(whole)}
-    _check(launch(job, processes=demo.processes, device=demo.placement.device), "pre-training", out)
+    _check(launch(job, replace(demo.placement, processes=demo.processes)), "pre-training", out)
 
 
 def _sweep(demo: Demo, expected: Budget | None) -> None:

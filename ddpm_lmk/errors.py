@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet, each with the exit code the command line promises (design, section 8).
+"""The errors a user can cause or meet, each with the exit code the command line promises (docs/design.md, section 8).
 
 An `LmkError` is one line: what was found, what was wanted, what to do. It is printed without a traceback; anything
 else is a bug and keeps its traceback.

@@ -25,7 +25,7 @@ from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.leakage import Uncompared
 from ddpm_lmk.data.loading.backend import choose_backend
 from ddpm_lmk.data.loading.corpus import fingerprints_of
-from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.manifest import open_datasets
 from ddpm_lmk.engine.collectives import AllRanks
 from ddpm_lmk.engine.device_fit import Fitted, fit_to_device, is_free
 from ddpm_lmk.engine.forecast import LONG_S, Forecast, Work, steps_done
@@ -44,9 +44,8 @@ from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.rundir.checkpoint import load_checkpoint
 from ddpm_lmk.rundir.directory import RunDir, bring_checkpoint
 from ddpm_lmk.system.console import Whole, about, progress, say
-from ddpm_lmk.system.cores import granted_cores
 from ddpm_lmk.system.heartbeat import beat
-from ddpm_lmk.system.machine import code_digest, versions
+from ddpm_lmk.system.machine import code_digest, granted_cores, versions
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
 from ddpm_lmk.tasks.starting_weights import put_weights
 from ddpm_lmk.tasks.task import OneRank
@@ -191,7 +190,7 @@ def _fitted(cfg: RunConfig, parallel: Parallel, run: RunDir) -> Fitted:
         _warn_of_emulation(cfg, fitted, parallel)
         return fitted
     with parallel.together():
-        manifests = [Manifest.open(path) for path in cfg.data.path] if _needs_data(cfg) else []
+        manifests = open_datasets(cfg) if _needs_data(cfg) else []
     images = sum(len(manifest.rows(cfg.data.splits)) for manifest in manifests)
     outputs = sum(manifest.spec.num_landmarks for manifest in manifests) if cfg.task.kind == "landmarks" else 1
     steps = cfg.train.duration.steps(cfg.train.global_batch_size, cfg.data.shots or images)

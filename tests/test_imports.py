@@ -48,11 +48,11 @@ WITHOUT_TORCH = [
         "engine.step_timing",
         "engine.requirements",
     ),
-    *("system.cores", "system.environment", "system.limits", "system.memory", "system.processes"),
+    *("system.children", "system.environment", "system.limits", "system.processes"),
     *("system.heartbeat", "system.signals", "system.shipped", "system.machine", "system.console"),
     *("data", "data.spec", "data.sources.base", "data.shards.verify", "data.shards.pack", "data.phantom"),
     *("data.loading.order", "data.loading.augment"),
-    *("data.images.dicom", "data.images.sandbox", "data.images.sandbox_worker"),
+    *("data.images.dicom", "data.images.sandbox", "system.sandbox"),
 ]
 ONLY_PARALLEL = {"accelerate", "deepspeed"}
 

@@ -6,8 +6,8 @@
     result.add("train step", timings["ours"], conditions={"model": "ours", "precision": "fp32"}, figures={...})
     result.write(folder)
 
-`timing` calls and times, `ratio` compares samples, `result` is the one form of result files, `verdict` compares those,
-`chart` draws them. What is measured is no business of this package; the benchmarks know (`benchmarks/`).
+`ratio` times calls and compares samples, `result` is the one form of result files, `compare` compares and draws those.
+What is measured is no business of this package; the benchmarks know (`benchmarks/`).
 """
 
 from __future__ import annotations

@@ -1,17 +1,13 @@
-"""Result files against one another: ratios with bounds, refusals with reasons, and what makes two files differ.
+"""Result files against one another: ratios with bounds, what makes two files differ, and a picture.
 
 Only rows of the same benchmark with the same conditions are compared. A row without a partner is named with the
 condition it differs in (another precision, another size), never compared all the same.
-
-Results of one benchmark as a picture: a panel per unit, a line per row, a colour per file, quartiles as bars.
-
-Rows are those of the newest file; an older one is drawn where it measured some of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,6 +17,7 @@ from ddpm_lmk.bench.ratio import Comparison, compare_samples
 from ddpm_lmk.bench.result import Result, Row, Stored, quartiles, read_result, read_results
 from ddpm_lmk.errors import ConfigError
 
+# Clocks that other programs hardly disturb; those of the wall are only taken where there is none of these.
 BUSY = ("device_s", "cpu_s", "images_per_cpu_s")
 WALL = ("wall_s", "images_per_s")
 PLACES = ("hardware", "versions", "settings", "code")
@@ -50,47 +47,51 @@ def open_side(path: Path) -> list[Stored]:
     """The result of a file, or all results in a folder; raises `ConfigError` where there is none."""
     if not Path(path).is_dir():
         return [read_result(path)]
-    found = read_results(path)
-    if not found:
+    results = read_results(path)
+    if not results:
         raise ConfigError(f"{path} holds no result of `ddpm-lmk bench`; give a result file or a folder with some")
-    return found
+    return results
 
 
 def compare_sides(first: Sequence[Stored], second: Sequence[Stored]) -> tuple[list[Line], list[str]]:
     """Lines for what both sides measured alike, newest files first, and remarks on the rest."""
-    ours, theirs = _newest(first), _newest(second)
+    ours, theirs = (
+        {(file.benchmark, *row.key): (row, file) for file in side for row in file.rows} for side in (first, second)
+    )
     lines, remarks = [], _differences(first[-1], second[-1])
-    for key, (row, source) in ours.items():
+    # files come oldest first, so that a later one has replaced the rows that both measured
+    for key, (row, file) in ours.items():
         if key not in theirs:
-            remarks.append(_why_alone(key, row, [other for other, _ in theirs.values()], other_keys=theirs))
             continue
-        other, partner = theirs[key]
-        clock = _clock(
-            row, other, same_device=source.facts["hardware"]["device"] == partner.facts["hardware"]["device"]
-        )
+        partner, other_file = theirs[key]
+        is_same_device = file.facts["hardware"]["device"] == other_file.facts["hardware"]["device"]
+        # processor time says nothing between a CPU and a GPU
+        clocks = (*(BUSY if is_same_device else ()), *WALL)
+        clock = next((clock for clock in clocks if clock in row.samples and clock in partner.samples), None)
         if clock is None:
             remarks.append(f"{_words(row)}: measured once, so its noise is not known: not compared")
             continue
-        values = row.samples[clock], other.samples[clock]
-        found = _while_busy(clock, source, partner) or compare_samples(*values, anchor=_anchor(source, partner))
-        lines.append(Line(row.what, _condition_words(row), clock, median(values[0]), median(values[1]), found))
-    remarks += [
-        _why_alone(key, row, [mine for mine, _ in ours.values()], other_keys=ours)
-        for key, (row, _) in theirs.items()
-        if key not in ours
-    ]
+        values = row.samples[clock], partner.samples[clock]
+        comparison = _refusal(clock, file, other_file) or compare_samples(*values, anchor=_anchor(file, other_file))
+        lines.append(Line(row.what, _conditions(row), clock, median(values[0]), median(values[1]), comparison))
+    for side, others in ((ours, theirs), (theirs, ours)):
+        remarks += [_why_alone(key, row, others) for key, (row, _) in side.items() if key not in others]
     return lines, list(dict.fromkeys(remarks))
 
 
-def summarise(lines: Iterable[Line], remarks: Sequence[str]) -> str:
+def summarise(lines: Sequence[Line], remarks: Sequence[str]) -> str:
     """A comparison in one line: how many rows are faster, slower, or not to be told apart."""
-    lines = list(lines)
-    faster = [line for line in lines if line.is_better]
-    slower = [line for line in lines if line.comparison.is_distinguishable and not line.is_better]
-    alike = len(lines) - len(faster) - len(slower)
     if not lines:
         return f"nothing was measured alike ({'; '.join(remarks[:2])})"
-    parts = [f"{name} {_best(found)}" for name, found in (("faster", faster), ("slower", slower)) if found]
+    faster = [line for line in lines if line.is_better]
+    slower = [line for line in lines if line.comparison.is_distinguishable and not line.is_better]
+    parts = []
+    for name, some in (("faster", faster), ("slower", slower)):
+        if some:
+            clearest = max(some, key=lambda line: abs(1 - (line.comparison.ratio or 1)))
+            most = f"{clearest.what} {clearest.conditions}, {clearest.comparison}"
+            parts.append(f"{name} in {len(some)} rows (most: {most})")
+    alike = len(lines) - len(faster) - len(slower)
     return "; ".join([*parts, *([f"{alike} rows not to be told apart"] if alike else [])])
 
 
@@ -103,7 +104,7 @@ def conclude(result: Result, folder: Path, label: str, *, earlier: Sequence[Path
     from ddpm_lmk.system.console import say
 
     places = dict.fromkeys(Path(place).resolve() for place in (*earlier, folder))
-    before = [found for place in places for found in read_results(place, result.benchmark)]
+    before = [old for place in places for old in read_results(place, result.benchmark)]
     path = result.write(folder, label)
     new = read_result(path)
     others = 0
@@ -119,85 +120,64 @@ def conclude(result: Result, folder: Path, label: str, *, earlier: Sequence[Path
     return path
 
 
-def _best(lines: Sequence[Line]) -> str:
-    """How many rows, and the clearest of them."""
-    clearest = max(lines, key=lambda line: abs(1 - (line.comparison.ratio or 1)))
-    return f"in {len(lines)} rows (most: {clearest.what} {clearest.conditions}, {clearest.comparison})"
-
-
-def _newest(side: Sequence[Stored]) -> dict[tuple[str, ...], tuple[Row, Stored]]:
-    return {(found.benchmark, *row.key): (row, found) for found in side for row in found.rows}
-
-
-def _clock(first: Row, second: Row, *, same_device: bool) -> str | None:
-    """What both rows have repeated values of; processor time says nothing between a CPU and a GPU."""
-    candidates = (*(BUSY if same_device else ()), *WALL)
-    return next((clock for clock in candidates if clock in first.samples and clock in second.samples), None)
-
-
-def _while_busy(clock: str, first: Stored, second: Stored) -> Comparison | None:
+def _refusal(clock: str, *files: Stored) -> Comparison | None:
     """A refusal where the clock of a CPU measured what else ran there, not what was measured."""
-    loads = {found: found.facts["load_1_min_before_and_after"][0] for found in (first, second) if found.is_on_cpu}
-    if clock not in WALL or not any(load > found.facts["hardware"]["cores"] for found, load in loads.items()):
+    on_cpu = [file.facts for file in files if file.facts["hardware"]["device"] == "cpu"]
+    loads = [facts["load_1_min_before_and_after"][0] for facts in on_cpu]
+    if clock not in WALL or not any(load > facts["hardware"]["cores"] for load, facts in zip(loads, on_cpu)):
         return None
-    seen = " and ".join(f"{load:g}" for load in loads.values())
-    return Comparison(None, None, None, f"not distinguishable: by the clock of a busy machine (load {seen})")
+    shown = " and ".join(f"{load:g}" for load in loads)
+    return Comparison(None, None, None, f"not distinguishable: by the clock of a busy machine (load {shown})")
 
 
 def _anchor(first: Stored, second: Stored) -> float:
     """How the same work went in both runs, where the machine is the same."""
     if first.machine != second.machine:
-        return 1.0
+        return 1.0  # how the machines differ is what is compared
     return median(first.facts["anchor_s"]) / median(second.facts["anchor_s"])
 
 
 def _differences(first: Stored, second: Stored) -> list[str]:
     """What two files were measured with that is not the same."""
-    found = []
-    for place in PLACES:
-        a, b = _flat(first.facts.get(place, {}), place), _flat(second.facts.get(place, {}), place)
-        keys = [key for key in {**a, **b} if key.rsplit(".", 1)[-1] not in PASSING and a.get(key) != b.get(key)]
-        found += [f"differs: {key}: {a.get(key, 'not there')} | {b.get(key, 'not there')}" for key in keys]
-    more = [f"and {len(found) - MOST_REMARKS} settings more"] if len(found) > MOST_REMARKS else []
-    return found[:MOST_REMARKS] + more
+    a, b = ({k: v for place in PLACES for k, v in _flat(side.facts.get(place, {}), place)} for side in (first, second))
+    keys = [key for key in {**a, **b} if key.rsplit(".", 1)[-1] not in PASSING and a.get(key) != b.get(key)]
+    lines = [f"differs: {key}: {a.get(key, 'not there')} | {b.get(key, 'not there')}" for key in keys[:MOST_REMARKS]]
+    return lines + ([f"and {len(keys) - MOST_REMARKS} settings more"] if len(keys) > MOST_REMARKS else [])
 
 
-def _flat(value: Any, name: str) -> dict[str, Any]:
+def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
+    """Dotted names and values of nested sections."""
     if not isinstance(value, dict):
-        return {name: value}
-    return {key: leaf for part, inner in value.items() for key, leaf in _flat(inner, f"{name}.{part}").items()}
+        return [(name, value)]
+    return [leaf for part, inner in value.items() for leaf in _flat(inner, f"{name}.{part}")]
 
 
-def _why_alone(key: tuple[str, ...], row: Row, others: Sequence[Row], *, other_keys: Iterable[tuple[str, ...]]) -> str:
+def _why_alone(key: tuple[str, str, str], row: Row, others: Mapping[tuple[str, str, str], tuple[Row, Stored]]) -> str:
     """The condition in which the nearest row of the other side differs."""
-    if key[0] not in {other[0] for other in other_keys}:
+    if key[0] not in {other[0] for other in others}:
         return f"only one side has results of {key[0]}"
-    alike = [other for other in others if other.what == row.what]
-    if not alike:
-        return f"{_words(row)}: only one side measured it"
-    gaps = [
-        {
-            name: (value, other.conditions.get(name))
-            for name, value in row.conditions.items()
-            if other.conditions.get(name) != value
-        }
-        for other in alike
+    gaps: list[list[str]] = [
+        [f"{k} {v} and {other.conditions.get(k)}" for k, v in row.conditions.items() if other.conditions.get(k) != v]
+        for other, _ in others.values()
+        if other.what == row.what
     ]
-    smallest = min(gaps, key=len)
-    apart = ", ".join(f"{name} {mine} and {theirs}" for name, (mine, theirs) in smallest.items())
-    return f"{row.what}: not the same thing ({apart or 'more conditions on one side'}): not compared"
+    if not gaps:
+        return f"{_words(row)}: only one side measured it"
+    nearest = min(gaps, key=len)
+    return f"{row.what}: not the same thing ({', '.join(nearest) or 'more conditions on one side'}): not compared"
 
 
 def _words(row: Row) -> str:
-    return f"{row.what} ({_condition_words(row)})"
+    return f"{row.what} ({_conditions(row)})"
 
 
-def _condition_words(row: Row) -> str:
+def _conditions(row: Row) -> str:
     return ", ".join(
         f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in row.conditions.items()
     )
 
 
+# A row is drawn by the first of these that it has.
 UNITS = {
     "gflop_per_s": "GFLOP/s (right is better)",
     "gbyte_per_s": "GB/s (right is better)",
@@ -210,80 +190,65 @@ MOST_FILES, MOST_ROWS = 8, 40
 
 
 def draw(results: Sequence[Stored], path: Path) -> Path | None:
-    """Draw the newest files, the last one strongest; None where they hold nothing that was repeated."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw the rows of the newest file, a panel per unit, beside those of older files that measured some of them.
+
+    Quartiles are bars. None where the newest file holds nothing that was repeated.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: `--compare` draws nothing
     from matplotlib.figure import Figure
 
     newest = results[-1]
-    keys = {row.key for row in newest.rows if row.samples}
-    alike = [found for found in results[:-1] if keys & {row.key for row in found.rows}]
-    shown, panels = [*alike[1 - MOST_FILES :], newest], _panels(newest)
+    panels: dict[str, dict[tuple[str, str], Row]] = {}
+    for row in newest.rows:
+        unit = next((unit for unit in UNITS if unit in row.samples), None)
+        if unit is not None and len(panels.setdefault(unit, {})) < MOST_ROWS:
+            panels[unit].setdefault(row.key, row)
     if not panels:
         return None
+    keys = {row.key for row in newest.rows if row.samples}
+    alike = [result for result in results[:-1] if keys & {row.key for row in result.rows}]
+    shown = [*alike[1 - MOST_FILES :], newest]
     heights = [max(2, len(rows)) for rows in panels.values()]
     figure = Figure(figsize=(11, 1.6 + 0.26 * sum(heights) + 0.9 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (unit, rows) in zip(axes, panels.items()):
-        _fill(axis, unit, rows, shown)
+        _draw_panel(axis, unit, rows, shown)
     figure.suptitle(f"bench {newest.benchmark}: {newest.machine}, {newest.date[:16].replace('T', ' ')}", fontsize=11)
-    handles, labels = axes[0].get_legend_handles_labels()
     if len(shown) > 1:
-        figure.legend(handles, labels, loc="outside lower left", fontsize=7, ncols=1)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=7, ncols=1)
     figure.savefig(path, dpi=120)
     return path
 
 
-def _panels(newest: Stored) -> dict[str, list[tuple[str, str]]]:
-    """Keys of rows by unit."""
-    panels: dict[str, list[tuple[str, str]]] = {}
-    for row in newest.rows:
-        unit = _unit(row)
-        rows = panels.setdefault(unit, []) if unit else []
-        if row.key not in rows and len(rows) < MOST_ROWS:
-            rows.append(row.key)
-    return panels
-
-
-def _unit(row: Row) -> str | None:
-    return next((unit for unit in UNITS if unit in row.samples), None)
-
-
-def _fill(axis: Any, unit: str, keys: list[tuple[str, str]], results: Sequence[Stored]) -> None:
-    """One panel."""
+def _draw_panel(axis: Any, unit: str, rows: dict[tuple[str, str], Row], results: Sequence[Stored]) -> None:
+    from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    rows: dict[tuple[str, str], Row] = {}
+    places = {key: place for place, key in enumerate(rows)}
     for number, result in enumerate(results):
-        points = [row for row in result.rows if row.key in keys and unit in row.samples]
-        rows.update({row.key: row for row in points})
-        offset = 0.6 * ((number + 0.5) / len(results) - 0.5)
+        points = [row for row in result.rows if row.key in rows and unit in row.samples]
         middles = [median(row.samples[unit]) for row in points]
         spread = [quartiles(row.samples[unit]) for row in points]
+        is_newest = number == len(results) - 1  # large and red; the others are the darker the older
         axis.errorbar(
             middles,
-            [keys.index(row.key) + offset for row in points],
+            [places[row.key] + 0.6 * ((number + 0.5) / len(results) - 0.5) for row in points],
             xerr=[[abs(m - q[end]) for m, q in zip(middles, spread)] for end in (0, 1)],
             label=f"{result.path.name} ({result.machine})",
-            **_look(number, len(results)),
+            fmt="o",
+            capsize=2,
+            color="tab:red" if is_newest else colormaps["viridis"](0.8 * number / max(1, len(results) - 1)),
+            markersize=5 if is_newest else 3.5,
         )
-    axis.set_yticks(range(len(keys)), [_label(rows[key], list(rows.values())) for key in keys], fontsize=8)
-    axis.set_ylim(len(keys) - 0.5, -0.5)
+    axis.set_yticks(range(len(rows)), [_label(row, list(rows.values())) for row in rows.values()], fontsize=8)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(axis="x", which="both", alpha=0.3)
     axis.set_xlabel(UNITS[unit], fontsize=9)
-
-
-def _look(number: int, count: int) -> dict[str, Any]:
-    """The newest file is red and large; the others are the darker the older."""
-    from matplotlib import colormaps
-
-    is_newest = number == count - 1
-    colour = "tab:red" if is_newest else colormaps["viridis"](0.8 * number / max(1, count - 1))
-    return {"fmt": "o", "capsize": 2, "color": colour, "markersize": 5 if is_newest else 3.5}
 
 
 def _label(row: Row, rows: Sequence[Row]) -> str:

@@ -1,15 +1,14 @@
-"""Is one thing faster than another? A ratio with bounds, or the reason why there is none.
+"""Calls timed in turn, and a ratio with bounds, or the reason why there is none.
 
-Bounds are by rank, so they assume nothing about the noise but that rounds are alike. Paired values (things that took
+Calls take turns, so that whatever else a machine does hits all of them alike. Three clocks are read: `wall_s` is what a
+user waits; `cpu_s` is processor time of this process with all its threads, which on a shared CPU hardly depends on what
+else runs; `device_s`, on CUDA, is the time between two events in the stream.
+
+Bounds are by rank, so they assume nothing about the noise but that rounds are alike. Paired values (calls that took
 turns) give a ratio a round: their median, bounded by the sign test. Values of two runs that know nothing of each other
 give all their pairs: Hodges-Lehmann median, bounded by the rank-sum test. Noise that comes in waves fools both, so a
 ratio has to be beyond what each half of the rounds says by itself, beyond how far the halves of a run are apart, and,
 between two runs on one kind of machine, beyond what these disagree about a piece of work that is always the same.
-
-Timing of calls that take turns, so that whatever else a machine does hits all of them alike.
-
-Three clocks are read. `wall_s` is what a user waits. `cpu_s` is processor time of this process with all its threads: on
-a shared CPU it hardly depends on what else runs. `device_s`, on CUDA, is the time between two events in the stream.
 """
 
 from __future__ import annotations
@@ -55,14 +54,19 @@ class Comparison:
 
 
 def compare_paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """`first` over `second`, two things that took turns: value i of both is from round i."""
+    """`first` over `second`, two calls that took turns: value i of both is from round i."""
     assert len(first) == len(second), "paired values come in pairs"
-    if len(first) < FEWEST_PAIRS:
-        return _too_few(len(first), FEWEST_PAIRS)
+    count = len(first)
+    if count < FEWEST_PAIRS:
+        return _too_few(count, FEWEST_PAIRS)
     ratios = [a / b for a, b in zip(first, second)]
-    low, high = _bounds_of_median(sorted(ratios))
-    halves = [median(ratios[: len(ratios) // 2]), median(ratios[len(ratios) // 2 :])]
-    return _decide(median(ratios), min(low, *halves), max(high, *halves))
+    # order statistics that leave at most 2.5 % of a fair coin's tosses outside at either end
+    tails = [sum(math.comb(count, k) for k in range(end + 1)) / 2**count for end in range(count // 2)]
+    skipped = max(end for end, tail in enumerate(tails) if tail <= (1 - CONFIDENCE) / 2)
+    ordered = sorted(ratios)
+    # load that comes in waves moves a half of the rounds as a whole
+    halves = [median(ratios[: count // 2]), median(ratios[count // 2 :])]
+    return _decide(median(ratios), min(ordered[skipped], *halves), max(ordered[-1 - skipped], *halves))
 
 
 def compare_samples(first: Sequence[float], second: Sequence[float], *, anchor: float = 1.0) -> Comparison:
@@ -72,26 +76,15 @@ def compare_samples(first: Sequence[float], second: Sequence[float], *, anchor: 
         anchor: the same ratio of the piece of work that is always the same; 1 where the machines differ, since then
             it is what is compared.
     """
-    if min(len(first), len(second)) < FEWEST_VALUES:
-        return _too_few(min(len(first), len(second)), FEWEST_VALUES)
-    ratios = sorted(a / b for a in first for b in second)
     n, m = len(first), len(second)
+    if min(n, m) < FEWEST_VALUES:
+        return _too_few(min(n, m), FEWEST_VALUES)
+    ratios = sorted(a / b for a in first for b in second)
+    # normal approximation of the rank-sum statistic: mean nm/2, variance nm(n + m + 1)/12
     skipped = max(0, math.floor(n * m / 2 - Z * math.sqrt(n * m * (n + m + 1) / 12)))
-    low, high = ratios[skipped], ratios[-1 - skipped]
     middle = median(ratios)
-    waves = max(_wave(first), _wave(second), abs(math.log(anchor)))
-    return _decide(middle, min(low, middle * math.exp(-waves)), max(high, middle * math.exp(waves)))
-
-
-def _bounds_of_median(ratios: list[float]) -> tuple[float, float]:
-    """Order statistics that leave at most 2.5 % of a fair coin's tosses outside at either end."""
-    n, below, skipped = len(ratios), 0.0, 0
-    for k in range(n // 2):
-        below += math.comb(n, k) / 2**n
-        if below > (1 - CONFIDENCE) / 2:
-            break
-        skipped = k
-    return ratios[skipped], ratios[n - 1 - skipped]
+    waves = math.exp(max(_wave(first), _wave(second), abs(math.log(anchor))))
+    return _decide(middle, min(ratios[skipped], middle / waves), max(ratios[-1 - skipped], middle * waves))
 
 
 def _wave(values: Sequence[float]) -> float:
@@ -100,17 +93,14 @@ def _wave(values: Sequence[float]) -> float:
     return abs(math.log(median(values[:half]) / median(values[half:])))
 
 
-def _too_few(found: int, wanted: int) -> Comparison:
-    return Comparison(None, None, None, f"too few measurements: {found}, wanted {wanted}")
+def _too_few(count: int, wanted: int) -> Comparison:
+    return Comparison(None, None, None, f"too few measurements: {count}, wanted {wanted}")
 
 
 def _decide(ratio: float, low: float, high: float) -> Comparison:
     if low <= 1 <= high:
         return Comparison(None, low, high, f"not distinguishable ({low:.3f} to {high:.3f})")
     return Comparison(ratio, low, high)
-
-
-FEWEST_ROUNDS = 6  # below it no interval of 95 % exists (see `ratio`)
 
 
 @dataclass
@@ -129,8 +119,8 @@ class Timings:
 
     def samples(self) -> dict[str, list[float]]:
         """What a result file keeps."""
-        kept = {"wall_s": self.wall_s, "cpu_s": self.cpu_s, "device_s": self.device_s}
-        return {clock: values for clock, values in kept.items() if values}
+        clocks = {"wall_s": self.wall_s, "cpu_s": self.cpu_s, "device_s": self.device_s}
+        return {clock: values for clock, values in clocks.items() if values}
 
 
 def alternate(
@@ -147,26 +137,25 @@ def alternate(
     Args:
         warm_up: rounds before, not kept.
         device: "cpu", or a CUDA device, on which a call counts until its work is done.
-        budget_s: no round begins after so many seconds, if there are `FEWEST_ROUNDS` by then.
-        tell: is called with (rounds done, rounds).
+        budget_s: no round begins after so many seconds, if there are `FEWEST_PAIRS` by then.
+        tell: called with (rounds done, rounds).
     """
-    found = {name: Timings(warm_up=warm_up) for name in calls}
+    timings = {name: Timings(warm_up=warm_up) for name in calls}
     since = time.perf_counter()
     for number in range(warm_up + rounds):
         done = number - warm_up
-        if budget_s is not None and done >= FEWEST_ROUNDS and time.perf_counter() - since > budget_s:
+        if budget_s is not None and done >= FEWEST_PAIRS and time.perf_counter() - since > budget_s:
             break
+        # whoever goes second finds warmer caches and a hotter chip: each is second as often as first
         for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
             wall_s, cpu_s, device_s = _time(calls[name], device)
-            if done < 0:
-                continue
-            found[name].wall_s.append(wall_s)
-            found[name].cpu_s.append(cpu_s)
-            if device_s is not None:
-                found[name].device_s.append(device_s)
+            if done >= 0:
+                timings[name].wall_s.append(wall_s)
+                timings[name].cpu_s.append(cpu_s)
+                timings[name].device_s += [] if device_s is None else [device_s]
         if tell is not None:
             tell(max(0, done + 1), rounds)
-    return found
+    return timings
 
 
 def _time(call: Callable[[], object], device: str) -> tuple[float, float, float | None]:
@@ -175,14 +164,15 @@ def _time(call: Callable[[], object], device: str) -> tuple[float, float, float 
         wall, cpu = time.perf_counter(), time.process_time()
         call()
         return time.perf_counter() - wall, time.process_time() - cpu, None
-    import torch
+    import torch  # here, so that comparing files does not wait for it
 
+    stream = torch.cuda.current_stream(torch.device(device))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)  # nothing queued before may count
     wall, cpu = time.perf_counter(), time.process_time()
-    begin.record(torch.cuda.current_stream(torch.device(device)))
+    begin.record(stream)
     call()
-    end.record(torch.cuda.current_stream(torch.device(device)))
+    end.record(stream)
     torch.cuda.synchronize(device)
     return time.perf_counter() - wall, time.process_time() - cpu, begin.elapsed_time(end) / 1e3
 

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +26,8 @@ from ddpm_lmk.system.machine import code_digest, hardware, versions
 
 FORMAT = "ddpm-lmk bench 1"
 PACKAGES = ("ddpm-lmk", "torch", "numpy")
-ANCHOR_SIDE, ANCHOR_ROUNDS = 512, 7
-DIGITS = 6
+ANCHOR_SIDE, ANCHOR_ROUNDS = 512, 7  # a few milliseconds a round: seven rounds cost nothing
+DIGITS = 6  # clocks are not better, and files stay small
 
 
 @dataclass
@@ -56,15 +57,13 @@ class Row:
 
     def facts(self) -> dict[str, Any]:
         """What a file keeps."""
-        medians = {clock: _short(median(values)) for clock, values in self.samples.items()}
-        spread = {clock: [_short(q) for q in quartiles(values)] for clock, values in self.samples.items()}
         return {
             "what": self.what,
             "conditions": self.conditions,
             "warm_up": self.warm_up,
             "measured": max(map(len, self.samples.values()), default=1),
-            "median": medians,
-            "quartiles": spread,
+            "median": {clock: _short(median(values)) for clock, values in self.samples.items()},
+            "quartiles": {clock: [_short(q) for q in quartiles(values)] for clock, values in self.samples.items()},
             "figures": {key: _short(value) for key, value in self.figures.items()},
             "samples": {clock: [_short(value) for value in values] for clock, values in self.samples.items()},
         }
@@ -82,6 +81,7 @@ class Result:
         self.benchmark, self.settings, self.device = benchmark, settings, device
         self.rows: list[Row] = []
         self.ratios: list[dict[str, Any]] = []
+        # other programs: a comparison by the clock is refused where there was more load than cores
         self._load = [round(os.getloadavg()[0], 2)]
         self._anchor = measure_anchor(device)
 
@@ -100,7 +100,7 @@ class Result:
 
     def facts(self) -> dict[str, Any]:
         """The content of the file."""
-        anchor = [*self._anchor, *measure_anchor(self.device)]
+        anchor = [*self._anchor, *measure_anchor(self.device)]  # before and after: a machine that slows down shows
         return {
             "format": FORMAT,
             "benchmark": self.benchmark,
@@ -141,10 +141,6 @@ class Stored:
         return str(self.facts["date"])
 
     @property
-    def is_on_cpu(self) -> bool:
-        return bool(self.facts["hardware"]["device"] == "cpu")
-
-    @property
     def machine(self) -> str:
         """The kind of device the figures are of."""
         hardware = self.facts["hardware"]
@@ -170,13 +166,11 @@ def read_result(path: Path) -> Stored:
 
 def read_results(folder: Path, benchmark: str = "*") -> list[Stored]:
     """All results of a benchmark (default: of all) in a folder, oldest first; other files are passed over."""
-    found = []
+    results = []
     for path in sorted(Path(folder).glob(f"{benchmark}-*.json")):
-        try:
-            found.append(read_result(path))
-        except ConfigError:
-            continue  # another kind of file, which has its own reader
-    return sorted((result for result in found if benchmark in ("*", result.benchmark)), key=lambda result: result.date)
+        with suppress(ConfigError):  # another kind of file, which has its own reader
+            results.append(read_result(path))
+    return sorted((result for result in results if benchmark in ("*", result.benchmark)), key=lambda each: each.date)
 
 
 def measure_anchor(device: str) -> list[float]:
@@ -184,11 +178,12 @@ def measure_anchor(device: str) -> list[float]:
     import torch
 
     is_cuda = device.startswith("cuda")
+    # of a smaller product a GPU would mostly measure how long kernels take to launch
     matrix = torch.ones(ANCHOR_SIDE * (8 if is_cuda else 1), ANCHOR_SIDE, device=device)
 
     def work() -> None:
-        torch.mm(matrix.mT, matrix)
-        matrix.repeat(8, 1)
+        torch.mm(matrix.mT, matrix)  # bound by arithmetic
+        matrix.repeat(8, 1)  # bound by memory
 
     return alternate({"anchor": work}, rounds=ANCHOR_ROUNDS, device=device)["anchor"].busy_s
 

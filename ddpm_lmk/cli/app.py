@@ -25,7 +25,7 @@ from ddpm_lmk.cli.shards import shards_app
 from ddpm_lmk.errors import ConfigError, LaunchError, LmkError
 from ddpm_lmk.system import environment, files
 from ddpm_lmk.system.console import accept_any_encoding, console, print_table, reader_width, say
-from ddpm_lmk.system.machine import want_floors
+from ddpm_lmk.system.machine import require_safe_versions
 from ddpm_lmk.system.signals import leaving_at_once
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _main_options(
 ) -> None:
     State.debug = debug
     if context.invoked_subcommand != "doctor":  # which says what is wrong with all of them
-        want_floors()
+        require_safe_versions()
 
 
 @app.command()
@@ -127,13 +127,8 @@ def doctor(
     nodes: Annotated[int, typer.Option(metavar="M", min=1, help="nodes that should meet")] = 2,
     node_rank: Annotated[int, typer.Option(metavar="R", min=0, help="number of this node, from 0")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False,
-    failpoints: Annotated[
-        bool, typer.Option("--failpoints", help="list the places LMK_FAILPOINT can break, and stop")
-    ] = False,
 ) -> None:
     """What this machine has, what will be used, what is missing and what to do."""
-    if failpoints:
-        _list_failpoints()
     from ddpm_lmk.cli.doctor import examine
     from ddpm_lmk.cli.doctor.hardware import check_rendezvous
     from ddpm_lmk.config.load import load_run
@@ -362,7 +357,7 @@ def _train(
     job["fork"] = None if fork is None else str(out)
     out = fork or out
     say(f"{cfg.name}: {placement}, {out}")
-    code = launch(job, **asdict(placement))
+    code = launch(job, placement)
     if code == 0:
         typer.echo(f"{out / 'results.json'}")
         say(f"next: {_next_step(cfg, out)}")
@@ -375,15 +370,6 @@ def _next_step(cfg: RunConfig, out: Path) -> str:
     if cfg.task.stage == "pretrain":
         return f"fine-tune from it: init.weights={run} in `ddpm-lmk finetune`, start.pretrained={run} in a sweep"
     return f"`ddpm-lmk predict {run} IMAGES --out found`, or `ddpm-lmk report {run}` for a page"
-
-
-def _list_failpoints() -> None:
-    from ddpm_lmk.system.failpoints import ACTIONS, POINTS, VARIABLE
-
-    print_table(("place", "when"), list(POINTS.items()))
-    print_table(("action", "what"), list(ACTIONS.items()))
-    typer.echo(f"{VARIABLE}=PLACE[:N][=ACTION],... acts the N-th time (1) a process gets there (kill)")
-    raise typer.Exit()
 
 
 def _explain(model: type[BaseModel], words: list[str | Path | None], *, kinds: dict[str, str] | None = None) -> None:

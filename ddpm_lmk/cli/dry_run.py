@@ -12,7 +12,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import config_hash
 from ddpm_lmk.data.loading.corpus import training_corpora
 from ddpm_lmk.data.loading.order import GroupPlan
-from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest, open_datasets
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.device_fit import Fitted, device_bytes, fit_to_device, memory_gib
 from ddpm_lmk.engine.forecast import LONG_S, Work, learnt, steps_done
@@ -29,7 +29,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     Args:
         instead: what to say where the run takes very long.
     """
-    manifests = [Manifest.open(path) for path in cfg.data.path]
+    manifests = open_datasets(cfg)
     counts = _images(cfg, manifests)
     num_images = sum(learnt(cfg, count) for count in counts)
     groups = GroupPlan.of(cfg, num_images)

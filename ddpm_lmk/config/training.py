@@ -128,7 +128,7 @@ class TrainConfig(Section):
     )
     channels_last: bool = Field(
         True,
-        description="lay out weights as maps are (NHWC; those of ddpm_unet are either way); the first step tells whether a layer loses it",
+        description="lay out weights as maps are (NHWC; those of ddpm_unet are either way)",
         json_schema_extra=ADVANCED,
     )
     weight_standardization: Literal["auto", "step", "pass"] = Field(

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     from ddpm_lmk.config import RunConfig
-    from ddpm_lmk.data.loading.backend import Name
-    from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
+    from ddpm_lmk.data.loading.loader import EvalLoader, Name, TrainLoader
 
 
 @overload

@@ -13,7 +13,7 @@ import numpy as np
 PREDICTED = (0, 140, 255)  # BGR: orange
 TRUE = (120, 220, 60)  # green
 INK = (20, 20, 20)
-SHIFT = 5  # fractional bits of OpenCV's coordinates
+SHIFT = 5  # fractional bits of OpenCV's coordinates: landmarks lie between pixels
 
 
 def draw_overlay(
@@ -37,10 +37,10 @@ def draw_overlay(
     size = (max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale)))
     resized = cv2.resize(grey, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     canvas = cv2.cvtColor(resized, cv2.COLOR_GRAY2BGR)
-    placed = (np.asarray(points, np.float64) + 0.5) * scale - 0.5
+    placed = (np.asarray(points, np.float64) + 0.5) * scale - 0.5  # the centre of a pixel is at an integer
     unit = side / 512  # line widths and sizes follow the picture
     if spread_px is not None:
-        layer = canvas.copy()
+        layer = canvas.copy()  # blended, so that large circles do not hide what is below
         for point, radius in zip(placed, np.asarray(spread_px) * scale):
             _circle(layer, point, radius, PREDICTED, max(1, round(0.6 * unit)))
         canvas = cv2.addWeighted(layer, 0.6, canvas, 0.4, 0)
@@ -51,21 +51,13 @@ def draw_overlay(
                 cv2.line(canvas, _fixed(point), _fixed(label), TRUE, max(1, round(unit)), cv2.LINE_AA, SHIFT)
                 _circle(canvas, label, 3.2 * unit, TRUE, max(1, round(1.2 * unit)))
     for point in placed:
-        for colour, width in ((INK, 2.6), (PREDICTED, 1.2)):
+        for colour, width in ((INK, 2.6), (PREDICTED, 1.2)):  # a dark edge, seen on bone too
             _cross(canvas, point, 3.6 * unit, colour, max(1, round(width * unit)))
     for point, name in zip(placed, names or ()):
         corner = (round(point[0] + 5 * unit), round(point[1] - 5 * unit))
         for ink, width in ((INK, 3), (PREDICTED, 1)):
-            cv2.putText(
-                canvas,
-                name,
-                corner,
-                cv2.FONT_HERSHEY_SIMPLEX,
-                0.34 * unit,
-                ink,
-                max(1, round(width * unit / 2)),
-                cv2.LINE_AA,
-            )
+            thickness = max(1, round(width * unit / 2))
+            cv2.putText(canvas, name, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.34 * unit, ink, thickness, cv2.LINE_AA)
     return canvas
 
 
@@ -78,14 +70,16 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 def encode_png(picture: np.ndarray) -> bytes:
     """PNG bytes of a BGR or grey picture."""
-    is_encoded, data = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 4])
-    assert is_encoded, "OpenCV encodes every picture drawn here"
-    return data.tobytes()
+    return _encode(".png", picture, cv2.IMWRITE_PNG_COMPRESSION, 4)
 
 
 def encode_jpeg(picture: np.ndarray, quality: int = 86) -> bytes:
     """JPEG bytes of a BGR picture, for pages that carry their pictures inside."""
-    is_encoded, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return _encode(".jpg", picture, cv2.IMWRITE_JPEG_QUALITY, quality)
+
+
+def _encode(suffix: str, picture: np.ndarray, option: int, value: int) -> bytes:
+    is_encoded, data = cv2.imencode(suffix, picture, [option, value])
     assert is_encoded, "OpenCV encodes every picture drawn here"
     return data.tobytes()
 

@@ -62,14 +62,14 @@ class Likelihoods:
     def temperatures(self) -> np.ndarray:
         """The most likely temperature of each landmark `[N]`, within the grid; 1 where there is no label."""
         best = self.sums.argmin(1)
-        inner = best.clip(1, len(GRID) - 2)
+        inner = best.clip(1, len(GRID) - 2)  # a parabola needs a neighbour on each side
         rows = np.arange(len(best))
         before, here, after = (self.sums[rows, inner + step] for step in (-1, 0, 1))
         curvature = before - 2 * here + after
+        # vertex of the parabola through three points of the grid, in steps of log T; none where it is flat
         shift = 0.5 * (before - after) / np.where(curvature > 0, curvature, np.inf)
-        found = GRID[inner] * (GRID[1] / GRID[0]) ** shift.clip(-1, 1)
-        found = np.where(best == inner, found, GRID[best])
-        return np.where(self.counts > 0, found, 1.0)
+        refined = GRID[inner] * (GRID[1] / GRID[0]) ** shift.clip(-1, 1)
+        return np.where(self.counts > 0, np.where(best == inner, refined, GRID[best]), 1.0)
 
 
 @torch.inference_mode()
@@ -88,7 +88,7 @@ def likelihoods(
     loader = open_loader(cfg, stage="evaluate", split=split, cache=cache, **place)
     was_training = model.training
     model.eval()
-    found = Likelihoods()
+    mine = Likelihoods()
     try:
         for batch in loader:
             beat("score")
@@ -97,18 +97,15 @@ def likelihoods(
             with parallel.autocast(cfg.train.precision):
                 maps = task.maps(model, batch)
             sums, counts = _of_batch(task.codec, maps, batch.points, batch.weight, frame_of(batch))
-            found += Likelihoods(sums.double().cpu().numpy(), counts.double().cpu().numpy())
+            mine += Likelihoods(sums.double().cpu().numpy(), counts.double().cpu().numpy())
     finally:
         model.train(was_training)
         loader.close()
-    total = Likelihoods()
-    for part in parallel.gather([found]):
-        total += part[0]
-    return total
+    return sum(parallel.gather(mine), Likelihoods())  # in the order of ranks: the same bits at every repetition
 
 
 def _of_batch(codec: ContourCodec, maps: Tensor, points: Tensor, weight: Tensor, frame: Any) -> tuple[Tensor, Tensor]:
-    counted = codec.counts(points, frame) * weight[:, None]  # [B, N]
+    counted = codec.counts(points, frame) * weight[:, None]  # [B, N]; 0 for images that only fill a batch
     columns = [codec.negative_log_likelihood(maps.float() / t, points, frame) for t in GRID.tolist()]
     return (torch.stack(columns, -1) * counted[..., None]).sum(0), counted.sum(0)
 
@@ -208,7 +205,7 @@ def summary(folder: Path) -> dict[str, Any] | None:
 
 PLOT_NAME = "calibration.png"
 BINS = 10
-PEAK_LIMIT = 0.15  # peaks of sharp maps of this size are rarely above it (paper.md, section 5)
+PEAK_LIMIT = 0.15  # peaks of sharp maps of this size are rarely above it (docs/method.md, section 5)
 INK, DOTS, LINE = "#1c2733", "#0b66b0", "#c4621b"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -237,7 +234,7 @@ def reliability(spread: np.ndarray, error: np.ndarray) -> dict[str, Any]:
         `bins` of equal counts in order of the expected error, each with both means; `correlation` of ranks
         (Spearman); `gap`, the mean distance of the two means, weighted by count: 0 for an honest model.
     """
-    order = np.argsort(spread, kind="stable")
+    order = np.argsort(spread, kind="stable")  # maps that are sure alike keep the order of the images
     bins = [
         {"count": len(part), "expected": float(spread[part].mean()), "error": float(error[part].mean())}
         for part in np.array_split(order, min(BINS, len(order)))
@@ -256,7 +253,7 @@ def calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> dict[str,
         `ece_pct`, the mean distance of confidence and accuracy in per cent, weighted by count, and its bins: ten of
         equal width up to 0.15, the last one open.
     """
-    edges = np.linspace(0, PEAK_LIMIT, BINS + 1)[1:-1]
+    edges = np.linspace(0, PEAK_LIMIT, BINS + 1)[1:-1]  # the last bin takes all above the ninth edge
     which = np.searchsorted(edges, confidence, side="right")
     bins = [
         {
@@ -289,7 +286,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def reliability_plot(spread: np.ndarray, error: np.ndarray, facts: dict[str, Any], *, unit: str, title: str) -> bytes:
     """PNG of expected `[K]` and real errors `[K]` in `unit`; `facts` is `reliability` of them."""
-    import matplotlib as mpl
+    import matplotlib as mpl  # here: only runs with contour-hugging maps draw
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
@@ -302,9 +299,8 @@ def reliability_plot(spread: np.ndarray, error: np.ndarray, facts: dict[str, Any
         low, high = float(positive.min()), float(positive.max())
         cloud.plot([low, high], [low, high], "--", lw=1, color=INK)
         rank = facts["correlation"]
-        told = "not defined" if rank is None else f"{rank:.2f}"
         cloud.set(xlabel=f"expected radial error, {unit}", ylabel=f"radial error, {unit}")
-        cloud.set_title(f"rank correlation {told}")
+        cloud.set_title(f"rank correlation {'not defined' if rank is None else f'{rank:.2f}'}")
         expected = [each["expected"] for each in facts["bins"]]
         real = [each["error"] for each in facts["bins"]]
         bars.plot(expected, real, "o-", color=LINE, label=f"{len(expected)} bins of equal count")
@@ -315,6 +311,7 @@ def reliability_plot(spread: np.ndarray, error: np.ndarray, facts: dict[str, Any
         bars.set_title(f"reliability: mean gap {facts['gap']:.2f} {unit}")
         bars.legend(loc="upper left")
         buffer = io.BytesIO()
+        # without the version of matplotlib, so that the same run gives the same bytes
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
 

@@ -58,7 +58,7 @@ def export_run(run: str | Path, *, format: Format = "safetensors", out: str | Pa
     if format not in ("safetensors", "onnx"):
         raise ConfigError(f"--format={format}: wanted safetensors or onnx")
     if format == "onnx":
-        _want_onnx()
+        _require_onnx()  # before weights of gigabytes are read
     loaded = open_run(run, device="cpu")
     path = loaded.path / "export" / f"{loaded.cfg.name}.{format}" if out is None else Path(out)
     want_writable(path.parent)
@@ -88,12 +88,12 @@ def _facts(loaded: LoadedRun) -> dict[str, str]:
     try:
         facts["pixels"] = loaded.pixel_settings()
     except DataError:
-        facts["pixels"] = None  # said by nothing that is left; whoever uses the file has to know
+        facts["pixels"] = None  # nothing is left that says it; whoever uses the file has to know
     return {key: json.dumps(value) for key, value in facts.items()}
 
 
 class _Maps(nn.Module):
-    """The network with the timestep the landmark task tells it: images in, maps out."""
+    """The network, conditioned on the timestep of the landmark task: images in, maps out."""
 
     def __init__(self, model: nn.Module, timestep: int | None) -> None:
         super().__init__()
@@ -106,9 +106,13 @@ class _Maps(nn.Module):
 
 
 def to_onnx(loaded: LoadedRun, facts: dict[str, str]) -> bytes:
-    """The network as an ONNX file with a free batch size: `images` (and `timesteps` for denoising) to `maps`."""
+    """The network as an ONNX file with a free batch size: `images` (and `timesteps` for denoising) to `maps`.
+
+    Raises:
+        ConfigError: more weights than one file holds, or a mixture of datasets.
+    """
     side = loaded.cfg.data.image_size
-    images = torch.zeros(2, 1, side, side)
+    images = torch.zeros(2, 1, side, side)  # of one image the exporter would take the batch size for a constant
     batch = torch.export.Dim("batch", min=1)
     model: nn.Module = loaded.model
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -136,13 +140,15 @@ def to_onnx(loaded: LoadedRun, facts: dict[str, str]) -> bytes:
         )
     assert program is not None
     program.model.metadata_props.update(facts)
+    # the program only writes files; the bytes then go where they belong at once, or not at all
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         program.save(path, external_data=False)
         return path.read_bytes()
 
 
-def _want_onnx() -> None:
+def _require_onnx() -> None:
+    """Raise LaunchError where a package that writes ONNX is missing."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise LaunchError(

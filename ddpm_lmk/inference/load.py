@@ -1,7 +1,4 @@
-"""A finished run, opened for use: its run file, dataset facts, task and network with the selected weights.
-
-What happens with it then is in `inference` (scores), `predict` (new pictures) and `export` (samples, weights).
-"""
+"""A finished run, opened for use: its run file, dataset facts, task and network with the selected weights."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch import nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import validate
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.spec import DatasetSpec, unlabelled
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.precision import is_emulated
@@ -29,12 +26,13 @@ from ddpm_lmk.tasks import LandmarkTask, Task, build_task
 
 log = logging.getLogger(__name__)
 
+# Not the encoding: PNG and raw pixels are the same pixels.
 PIXEL_SETTINGS = ("size", "aspect", "filter", "window", "bits")
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """Everything needed to use what a run has learnt."""
+    """Everything needed to use what a run has learnt; for a mixture of datasets, `spec` and `task` are of them all."""
 
     path: Path  # the run directory
     cfg: RunConfig
@@ -47,8 +45,8 @@ class LoadedRun:
     @property
     def results(self) -> dict[str, Any]:
         """The run's results.json, of a mixture the part about this dataset; empty where there is none."""
-        found = read_json(self.path / "results.json") or {}
-        return next((part for part in found.get("parts", ()) if part["spec"] == self.spec.name), found)
+        whole = read_json(self.path / "results.json") or {}
+        return next((part for part in whole.get("parts", ()) if part["spec"] == self.spec.name), whole)
 
     def for_dataset(self, name: str | None) -> LoadedRun:
         """The same for one of the datasets it has learnt, which has to be named where there are several.
@@ -115,21 +113,21 @@ def open_run(
     spec = unlabelled(cfg.name) if meta.get("spec") is None else DatasetSpec.model_validate(meta["spec"])
     task = build_task(cfg, spec)
     parallel = Parallel(device)
-    cfg = _in_a_fast_precision(cfg, parallel.device.type)
-    with torch.random.fork_rng(devices=[]):
+    cfg = _without_emulation(cfg, parallel.device.type)
+    with torch.random.fork_rng(devices=[]):  # the caller's draws stay what they were; weights are replaced anyway
         torch.manual_seed(cfg.seed)
-        model = task.wrap(
-            build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
-        )
+        network = build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
+        model = task.wrap(network)
     load_all(model, weights)
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model = model.to(parallel.device).to(memory_format=layout).eval()  # type: ignore[call-overload]
-    run = path if (path / "config.yaml").is_file() else Path(meta["path"]).parent.parent
+    run = path if (path / "config.yaml").is_file() else Path(meta["path"]).parent.parent  # of RUN/snapshots/STEP
+    # temperatures are no weights: they lie beside the snapshots, and every snapshot of the run uses them
     calibration.put(calibration.read(run), task)
     return LoadedRun(run, cfg, spec, task, model, parallel, meta)
 
 
-def _in_a_fast_precision(cfg: RunConfig, device: str) -> RunConfig:
+def _without_emulation(cfg: RunConfig, device: str) -> RunConfig:
     """The run in fp32 where it asked for a precision that this CPU only emulates: as good, and faster."""
     if not is_emulated(cfg.train.precision, device):
         return cfg

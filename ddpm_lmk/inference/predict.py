@@ -21,36 +21,23 @@ import torch
 
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.drawing import draw_overlay, encode_png, to_uint8
-from ddpm_lmk.data.images.decode import SUFFIXES, Film, ReadOptions, RefusedImageError
+from ddpm_lmk.data.images.decode import SUFFIXES
+from ddpm_lmk.data.images.image import DecodedImage, ReadOptions, RefusedImageError
 from ddpm_lmk.data.images.resize import to_square
-from ddpm_lmk.data.images.sandbox import Isolation
-from ddpm_lmk.data.images.sandbox_worker import Answer
+from ddpm_lmk.data.images.sandbox import decoders
 from ddpm_lmk.data.loading.augment import compose, invert, no_changes, resize_matrix
 from ddpm_lmk.data.loading.warp import develop
-from ddpm_lmk.data.shards.decoding import begins_as_dicom
 from ddpm_lmk.data.shards.records import to_stored_matrix
-from ddpm_lmk.data.sources.walk import walk
+from ddpm_lmk.data.sources.walk import begins_as_dicom, walk
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.inference.load import LoadedRun, open_run
-from ddpm_lmk.inference.predictions import Found, to_native
+from ddpm_lmk.inference.predictions import ImagePrediction, to_native
 from ddpm_lmk.rundir.lock import want_writable
 from ddpm_lmk.system import files as atomic
+from ddpm_lmk.system.sandbox import Answer
 from ddpm_lmk.tasks import LandmarkTask
 
-COLUMNS = (
-    "file",
-    "landmark_index",
-    "landmark_name",
-    "x",
-    "y",
-    "x_mm",
-    "y_mm",
-    "spread_px",
-    "spread_mm",
-    "failed",
-    "error",
-)
-
+COLUMNS = ("file", "landmark_index", "landmark_name", "x", "y", "x_mm", "y_mm", "spread_px", "spread_mm", "failed")
 IMAGES = SUFFIXES | {".dcm", ".dicom"}  # whose files are pictures, or reported as broken ones
 SMALLEST_OVERLAY, LARGEST_OVERLAY = 768, 2048  # longer side, pixels; in between an overlay has the size of its file
 
@@ -74,7 +61,7 @@ class PredictSummary:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A file, decoded and prepared."""
+    """A file, decoded and prepared for the network."""
 
     name: str
     grey: np.ndarray  # [H, W] uint8, for the overlay
@@ -117,21 +104,22 @@ def predict_images(
         raise ConfigError(f"--mm-per-px={mm_per_px}: wanted a positive number of millimetres")
     out = Path(out)
     want_writable(out)
-    paths, passed_over = list_images(files)
+    paths, passed_over = list_images(files)  # an empty folder is refused before the weights are read
     loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
     summary = PredictSummary(out, passed_over=passed_over)
     images: list[dict[str, Any]] = []
-    for name, result in _predict_all(loaded, paths, summary.errors, frame):
-        if result is None:
-            images.append({"file": name, "error": summary.errors[name]})
+    for name, picture, prediction in _predict_files(loaded, [str(path) for path in paths], frame):
+        if isinstance(picture, RefusedImageError):
+            summary.errors[name] = str(picture)
+            images.append({"file": name, "error": str(picture)})
             continue
-        picture, found = result
+        assert prediction is not None
         summary.predicted += 1
         overlay = _overlay_name(images, name)
-        images.append(_facts(loaded, picture, found, mm_per_px) | {"overlay": f"overlays/{overlay}"})
-        numbers = [str(index) for index in range(len(found.points))]
+        images.append(_facts(loaded, picture, prediction, mm_per_px) | {"overlay": f"overlays/{overlay}"})
+        numbers = [str(index) for index in range(len(prediction.points))]
         side = min(max(*picture.size, SMALLEST_OVERLAY), LARGEST_OVERLAY)
-        drawn = draw_overlay(picture.grey, found.points, spread_px=found.spread_px, names=numbers, side=side)
+        drawn = draw_overlay(picture.grey, prediction.points, spread_px=prediction.spread_px, names=numbers, side=side)
         atomic.write_bytes(out / "overlays" / overlay, encode_png(drawn))
     facts = {"run": str(loaded.path), "step": loaded.meta["step"], "dataset": loaded.spec.name, "mm_per_px": mm_per_px}
     atomic.write_json(out / "predictions.json", {**facts, "images": images})
@@ -159,42 +147,43 @@ def list_images(places: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]
     return list(files), others
 
 
-def _predict_all(
-    loaded: LoadedRun, files: list[Path], errors: dict[str, str], frame: int | None
-) -> Iterator[tuple[str, tuple[_Picture, Found] | None]]:
-    """Every file in order, in batches, with its picture and points, or None and an entry in `errors`."""
+def _predict_files(
+    loaded: LoadedRun, names: list[str], frame: int | None
+) -> Iterator[tuple[str, _Picture | RefusedImageError, ImagePrediction | None]]:
+    """Every file in order, computed in batches: prepared and with its points, or the reason why it is refused."""
     settings = loaded.pixel_settings()
     size = loaded.cfg.evaluate.batch
     # a patient's own picture is wanted, whatever is written in it; nothing of it but points is kept
     options = asdict(ReadOptions(frame=frame, voi=settings["window"] == "voi", allow_burned_in=True))
-    with Isolation(1) as isolation:
-        for begin in range(0, len(files), size):
-            names = [str(file) for file in files[begin : begin + size]]
-            pictures: dict[str, _Picture] = {}
-            answers = isolation.answers({"path": name, "options": options} for name in names)
-            for name, answer in zip(names, answers, strict=True):
+    with decoders(1) as processes:
+        for begin in range(0, len(names), size):
+            part = names[begin : begin + size]
+            pictures: dict[str, _Picture | RefusedImageError] = {}
+            answers = processes.answers({"path": name, "options": options} for name in part)
+            for name, answer in zip(part, answers, strict=True):
                 try:
                     pictures[name] = _prepare(name, _film(answer), settings, loaded.cfg.data.image_size)
                 except RefusedImageError as error:
-                    errors[name] = str(error)
-            found = dict(zip(pictures, _predict_batch(loaded, list(pictures.values())), strict=True))
-            for name in names:
-                yield name, (pictures[name], found[name]) if name in found else None
+                    pictures[name] = error
+            readable = [picture for picture in pictures.values() if isinstance(picture, _Picture)]
+            predictions = iter(_predict_batch(loaded, readable))
+            for name, picture in pictures.items():
+                yield name, picture, next(predictions) if isinstance(picture, _Picture) else None
 
 
-def _film(answer: Answer) -> Film:
-    """What a decoding process found; raises RefusedImageError."""
-    said, content = answer
-    if "io_error" in said:
-        raise RefusedImageError("UNREADABLE", said["io_error"])
-    if "refused" in said:
-        raise RefusedImageError(said["code"], said["refused"])
-    pixels = np.frombuffer(content, np.dtype(said["dtype"])).reshape(said["shape"])
-    full_range = None if said["full_range"] is None else tuple(said["full_range"])
-    return Film(pixels, said["facts"], full_range, said["is_windowed"], said["mm_per_px"])
+def _film(answer: Answer) -> DecodedImage:
+    """What a decoding process read; raises RefusedImageError."""
+    facts, content = answer
+    if "io_error" in facts:
+        raise RefusedImageError("UNREADABLE", facts["io_error"])
+    if "refused" in facts:
+        raise RefusedImageError(facts["code"], facts["refused"])
+    pixels = np.frombuffer(content, np.dtype(facts["dtype"])).reshape(facts["shape"])
+    full_range = None if facts["full_range"] is None else tuple(facts["full_range"])
+    return DecodedImage(pixels, facts["facts"], full_range, facts["is_windowed"], facts["mm_per_px"])
 
 
-def _prepare(name: str, film: Film, settings: dict[str, Any], image_size: int) -> _Picture:
+def _prepare(name: str, film: DecodedImage, settings: dict[str, Any], image_size: int) -> _Picture:
     """Resize a film as packing and loading do; raises RefusedImageError."""
     pixels = film.pixels
     native = (pixels.shape[1], pixels.shape[0])
@@ -208,6 +197,7 @@ def _prepare(name: str, film: Film, settings: dict[str, Any], image_size: int) -
         bits=settings["bits"],
         full_range=film.full_range,
     )
+    # twice, as a packed image is: once to the stored square, once from there to the network's
     network = stored
     if stored.shape != (image_size, image_size):
         method = cv2.INTER_AREA if image_size < len(stored) else cv2.INTER_LINEAR
@@ -218,12 +208,14 @@ def _prepare(name: str, film: Film, settings: dict[str, Any], image_size: int) -
 
 
 @torch.inference_mode()
-def _predict_batch(loaded: LoadedRun, pictures: list[_Picture]) -> list[Found]:
+def _predict_batch(loaded: LoadedRun, pictures: list[_Picture]) -> list[ImagePrediction]:
+    """Points of prepared pictures, as an evaluation of packed ones would compute them."""
     if not pictures:
         return []
     assert isinstance(loaded.task, LandmarkTask)
     device = loaded.parallel.device
     stacked = np.stack([picture.network for picture in pictures])
+    # torch computes little with uint16: its bits travel as int16, as the loader's do
     raw = torch.from_numpy(stacked if stacked.dtype == np.uint8 else stacked.view(np.int16)).to(device)
     positions = np.arange(len(pictures))
     images = develop(
@@ -243,15 +235,18 @@ def _predict_batch(loaded: LoadedRun, pictures: list[_Picture]) -> list[Found]:
         return to_native(loaded.task.predict(loaded.model, batch), batch)
 
 
-def _facts(loaded: LoadedRun, picture: _Picture, found: Found, mm_per_px: float | None) -> dict[str, Any]:
+def _facts(
+    loaded: LoadedRun, picture: _Picture, prediction: ImagePrediction, mm_per_px: float | None
+) -> dict[str, Any]:
     """One image of predictions.json; `mm_per_px` goes before what the file states."""
+    # millimetres are only as good as their spacing, so its source stands beside it
     spacing = picture.spacing if mm_per_px is None else "--mm-per-px"
     mm_per_px = mm_per_px or picture.mm_per_px
     points = []
     for index, name in enumerate(loaded.spec.landmark_names):
-        x, y = (round(float(value), 3) for value in found.points[index])
-        spread = round(float(found.spread_px[index]), 3)
-        point = {"name": name, "x": x, "y": y, "spread_px": spread, "failed": bool(found.failed[index])}
+        x, y = (round(float(value), 3) for value in prediction.points[index])
+        spread = round(float(prediction.spread_px[index]), 3)
+        point = {"name": name, "x": x, "y": y, "spread_px": spread, "failed": bool(prediction.failed[index])}
         if mm_per_px is not None:
             millimetres = {"x_mm": x, "y_mm": y, "spread_mm": spread}
             point |= {key: round(value * mm_per_px, 4) for key, value in millimetres.items()}
@@ -264,7 +259,7 @@ def _facts(loaded: LoadedRun, picture: _Picture, found: Found, mm_per_px: float 
 def _to_csv(images: list[dict[str, Any]]) -> str:
     """One row per landmark; a file that failed has one row with its error."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, (*COLUMNS, "error"), lineterminator="\n")
     writer.writeheader()
     for image in images:
         if "error" in image:

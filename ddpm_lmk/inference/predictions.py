@@ -1,10 +1,10 @@
-"""What a model found in images, in their own pixels, beside the labels, and as predictions.csv."""
+"""What a model predicted in images, in their own pixels, and as predictions.csv beside the labels."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,8 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a model found in one image, native px."""
+class ImagePrediction:
+    """What a model predicted in one image of N landmarks, native px."""
 
     points: np.ndarray  # [N, 2] float64
     spread_px: np.ndarray  # [N]
@@ -42,39 +42,39 @@ class Found:
     pixel_px: float = 1.0  # side of a network pixel
 
 
-def to_native(predictions: Decoded, batch: Batch) -> list[Found]:
-    """Predictions of a batch in native pixels, one `Found` per image; spreads grow with the mean of both scales."""
+def to_native(predictions: Decoded, batch: Batch) -> list[ImagePrediction]:
+    """Predictions of a batch in native pixels, one for each image; spreads grow with the mean of both scales."""
     matrix = batch.to_native.double().cpu().numpy()  # [B, 2, 3]
-    points = predictions.points.double().cpu().numpy()
+    points = predictions.points.double().cpu().numpy()  # [B, N, 2]
     native = points @ matrix[:, :, :2].swapaxes(1, 2) + matrix[:, None, :, 2]
-    scale = np.sqrt(np.abs(np.linalg.det(matrix[:, :, :2])))[:, None]
+    scale = np.sqrt(np.abs(np.linalg.det(matrix[:, :, :2])))[:, None]  # a squeezed image has two scales
     spread = predictions.spread_px.double().cpu().numpy() * scale
     failed = predictions.failed.cpu().numpy()
     peaks = [None] * len(native) if predictions.peak is None else predictions.peak.double().cpu().numpy()
-    return [Found(*row) for row in zip(native, spread, failed, peaks, scale[:, 0], strict=True)]
+    return [ImagePrediction(*row) for row in zip(native, spread, failed, peaks, scale[:, 0], strict=True)]
 
 
-def peak_error(found: list[Found], labels: Labels) -> dict[str, Any]:
-    """ECE of the peaks' probabilities; nothing where the maps claim none."""
-    peaks = [each.peak for each in found if each.peak is not None]
-    if len(peaks) < len(found):
+def peak_error(predictions: Sequence[ImagePrediction], labels: Labels) -> dict[str, Any]:
+    """ECE of the peaks' probabilities (`calibration_error`); empty where the maps claim none."""
+    peaks = [each.peak for each in predictions if each.peak is not None]
+    if len(peaks) < len(predictions):
         return {}
-    points = np.stack([each.points for each in found])
-    errors = np.linalg.norm(points - labels.points, axis=-1)
-    radius = np.array([each.pixel_px for each in found])[:, None] / np.pi**0.5
+    errors = np.linalg.norm(np.stack([each.points for each in predictions]) - labels.points, axis=-1)
+    # right: within the circle that has the area of one pixel of the map
+    radius = np.array([each.pixel_px for each in predictions])[:, None] / np.pi**0.5
     return calibration_error(np.stack(peaks).ravel(), (errors < radius).ravel())
 
 
-def predictions_csv(spec: DatasetSpec, found: Mapping[str, Found], labels: Labels) -> str:
-    """The text of predictions.csv: native px, errors in px, and in mm where the spacing is known."""
+def predictions_csv(spec: DatasetSpec, predictions: Sequence[ImagePrediction], labels: Labels) -> str:
+    """The text of predictions.csv, in the order of `labels`: native px, errors in px, in mm where that is known."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for name, true, spacing in zip(labels.ids, labels.points, labels.mm_per_px, strict=True):
-        here = found[name]
-        errors = np.linalg.norm(here.points - true, axis=-1)
+    for each, name, true, spacing in zip(predictions, labels.ids, labels.points, labels.mm_per_px, strict=True):
+        errors = np.linalg.norm(each.points - true, axis=-1)
         for index, landmark in enumerate(spec.landmark_names):
-            numbers = [*here.points[index], *true[index], errors[index], errors[index] * spacing, here.spread_px[index]]
+            numbers = [*each.points[index], *true[index], errors[index], errors[index] * spacing, each.spread_px[index]]
+            # without a spacing there are no millimetres, and an empty cell is no number by accident
             cells = ["" if np.isnan(number) else f"{number:.4f}" for number in numbers]
-            writer.writerow([name, index, landmark, *cells, int(here.failed[index])])
+            writer.writerow([name, index, landmark, *cells, int(each.failed[index])])
     return text.getvalue()

@@ -41,15 +41,16 @@ def draw_samples(
     """Draw images by DDIM, uint8 `[count, S, S]`, the same on every rank; call on every rank.
 
     Args:
-        show: is told how many of this rank's passes are done, and of how many.
+        num_steps: DDIM steps; at most as many as the model has timesteps.
+        show: called with how many of this rank's passes are done, and of how many.
     """
     was_training = model.training
     model.eval()
     mine = list(range(parallel.rank, count, parallel.world))
+    batches = [mine[start : start + cfg.evaluate.batch] for start in range(0, len(mine), cfg.evaluate.batch)]
     drawn: dict[int, np.ndarray] = {}
     steps, passes = min(num_steps, task.schedule.num_timesteps - 1), 0
-    for start in range(0, len(mine), cfg.evaluate.batch):
-        part = mine[start : start + cfg.evaluate.batch]
+    for part in batches:
         noise = torch.stack([_noise(cfg, number) for number in part]).to(parallel.device)
         with parallel.autocast(cfg.train.precision):
             for denoised in ddim_sample(model, task.schedule, noise, num_steps=steps, target=task.cfg.target):
@@ -57,11 +58,11 @@ def draw_samples(
                 images = denoised
                 passes += 1
                 if show is not None:
-                    show(passes, steps * -(-len(mine) // cfg.evaluate.batch))
+                    show(passes, steps * len(batches))
         drawn |= dict(zip(part, (images.float() * 255).round().byte().cpu().numpy()[:, 0], strict=True))
     model.train(was_training)
-    everyone = {number: image for part in parallel.gather(drawn) for number, image in part.items()}
-    return np.stack([everyone[number] for number in range(count)])
+    gathered = {number: image for part in parallel.gather(drawn) for number, image in part.items()}
+    return np.stack([gathered[number] for number in range(count)])
 
 
 def to_png(images: np.ndarray, path: Path) -> None:

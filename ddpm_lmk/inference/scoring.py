@@ -1,15 +1,10 @@
-"""Points against points: radial errors, MRE and SDR under two protocols, the mean shape, mean ± std over seeds.
+"""Radial errors of points, MRE and SDR under two protocols, the mean shape, mean and deviation over seeds.
 
-Plain numpy, so that reports never wait for torch; `metrics` holds the same sums as torchmetrics classes. Protocol
+Plain numpy, so that reports never wait for torch; `tasks.metrics` holds the same sums as torchmetrics classes. Protocol
 `original` measures annotated points in original pixels with the right spacing. Protocol `paper` measures what the
-paper's released code measures (paper.md, section 3, Metrics): on a squeezed integer grid, with labels read back from
-their masks and the millimetre factors of that code, mistakes included. Points are (x, y) native pixels, `[M, N, 2]` for
-M images and N landmarks; SDR counts errors at or below a threshold, in per cent.
-
-The labels of a split as arrays, and points scored against them.
-
-What scoring needs of labels (a spacing, a place for every landmark, a distance that is not zero) is known before
-anything is trained: `want_scorable` scores the labels themselves.
+paper's released code measures (docs/method.md, section 3): on a squeezed integer grid, with labels read back from their
+masks and the millimetre factors of that code, mistakes included. Points are (x, y) native pixels, `[M, N, 2]` for M
+images and N landmarks; SDR counts errors at or below a threshold, in per cent.
 """
 
 from __future__ import annotations
@@ -28,15 +23,16 @@ from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import DataError
 
-PAPER_GRID = 256
-PAPER_SIGMA_PX = 5.0
+PAPER_GRID = 256  # the released code resizes images, predictions and labels to it
+PAPER_SIGMA_PX = 5.0  # of its label discs
 DISC_REACH_PX = 6  # a disc of sigma 5 has radius 5.887: further than this from the border it is whole
 
 Scores = dict[str, Any]
+Spread = tuple[float, float | None, int]  # mean, sample standard deviation (None of one value), count
 
 
 def check_points(predicted: np.ndarray, true: np.ndarray, ids: Sequence[str]) -> None:
-    """Refuse what would otherwise vanish from a mean: wrong shapes, missing labels, predictions that are not finite."""
+    """Raise DataError for what would vanish from a mean: wrong shapes, missing labels, points that are not finite."""
     if predicted.shape != true.shape or predicted.ndim != 3 or len(ids) != len(predicted):
         raise DataError(
             f"predictions {predicted.shape} and labels {true.shape} for {len(ids)} images do not match; "
@@ -55,7 +51,7 @@ def check_points(predicted: np.ndarray, true: np.ndarray, ids: Sequence[str]) ->
 
 
 def check_ids(predicted: Sequence[str], labelled: Sequence[str]) -> None:
-    """Predictions and labels must name the same images, each once."""
+    """Raise DataError unless predictions and labels name the same images, each once."""
     if len(set(predicted)) != len(predicted):
         raise DataError(f"{len(predicted) - len(set(predicted))} images were predicted twice; wanted each once")
     difference = sorted(set(predicted) ^ set(labelled))
@@ -77,7 +73,8 @@ def score_original(
 ) -> Scores:
     """Errors in original pixels, in mm where the spec's unit is mm; `mm_per_px` is `[M]`, NaN where unknown.
 
-    A spec in mm with an unknown spacing raises DataError: a spacing is never guessed.
+    Raises:
+        DataError: as `check_points`, or a spec in mm with an unknown spacing, which is never guessed.
     """
     ids = ids if ids is not None else [str(index) for index in range(len(predicted))]
     check_points(predicted, true, ids)
@@ -117,10 +114,14 @@ def score_paper(
         mm_per_px: `[M]`, used where the spec has no fixed spacing of its own.
         ids: names of images for error messages.
         failed: `[M, N]`, landmarks the decoder gave up on.
+
+    Raises:
+        DataError: as `check_points`, or no factor from pixels to mm can be had.
     """
     ids = ids if ids is not None else [str(index) for index in range(len(predicted))]
     check_points(predicted, true, ids)
-    size = np.asarray(native_size, np.float64)[:, None, :]
+    size = np.asarray(native_size, np.float64)[:, None, :]  # [M, 1, 2]
+    # no half-pixel shift: the released code multiplies and rounds half to even
     on_grid = np.rint(np.asarray(predicted, np.float64) / size * grid)
     label = label_on_grid(true, native_size, grid)
     difference = (on_grid - label) * _paper_factors(label, size, spec, grid, mm_per_px)
@@ -130,7 +131,10 @@ def score_paper(
 
 
 def label_on_grid(true: np.ndarray, native_size: np.ndarray, grid: int = PAPER_GRID) -> np.ndarray:
-    """Labels as the released code sees them: share of the size, rounded half to even, then the mask centroid."""
+    """Labels as the released code sees them: share of the size, rounded half to even, then the mask centroid.
+
+    Away from the border that centroid is the rounded point itself, so only discs that the border cuts are drawn.
+    """
     rounded = np.rint(np.asarray(true, np.float64) / np.asarray(native_size, np.float64)[:, None, :] * grid)
     for index in np.argwhere(((rounded < DISC_REACH_PX) | (rounded > grid - 1 - DISC_REACH_PX)).any(-1)):
         x, y = rounded[tuple(index)]
@@ -146,6 +150,7 @@ def _centroid_of_disc(x: int, y: int, grid: int) -> tuple[float, float]:
         -((axis - x) ** 2)[None, :] / (2 * PAPER_SIGMA_PX**2) - ((axis - y) ** 2)[:, None] / (2 * PAPER_SIGMA_PX**2)
     )
     mask = (weight >= 0.5 * weight.max()).astype(np.uint8)
+    # the released code takes moments of the contour polygon, not of the mask: a cut disc has another centroid by it
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     moments = cv2.moments(max(contours, key=cv2.contourArea))
     if moments["m00"] == 0:
@@ -164,11 +169,12 @@ def _paper_factors(
         spacing = np.asarray(fixed if fixed is not None else mm_per_px, np.float64).reshape(-1, 1, 1)
         if not np.isfinite(spacing).all():
             raise DataError(f"{spec.name} needs mm_per_px for the paper's protocol, and some images have none")
-        return size[..., ::-1] / grid * spacing
+        return size[..., ::-1] / grid * spacing  # (height, width) on (x, y): the mistake is part of the protocol
     pair = spec.paper_pair or spec.spacing
     if pair.kind != "pair":
         raise DataError(f"{spec.name} has paper_factor pair_squeezed, which needs a landmark pair; none is given")
     i, j, mm = pair.i, pair.j, pair.mm
+    # the pair is measured on the squeezed grid, so one factor serves both axes, though their scales differ
     length = np.linalg.norm(label[:, i] - label[:, j], axis=-1)
     if not (length > 0).all():
         raise DataError(
@@ -212,6 +218,7 @@ def mean_shape(train_points: np.ndarray, train_sizes: np.ndarray) -> np.ndarray:
     seen = np.isfinite(points).all(-1).any(0)
     if not len(points) or not seen.all():
         raise DataError("the mean shape needs every landmark labelled in at least one training image")
+    # shares of the side, so that pictures of other sizes add; halves since pixel (0, 0) is centred at (0.5, 0.5)
     return np.nanmean((points + 0.5) / sizes[:, None, :], axis=0)
 
 
@@ -220,7 +227,7 @@ def place_shape(shape: np.ndarray, native_size: np.ndarray) -> np.ndarray:
     return shape[None] * np.asarray(native_size, np.float64)[:, None, :] - 0.5
 
 
-def mean_and_std(values: Sequence[float]) -> tuple[float, float | None, int]:
+def mean_and_std(values: Sequence[float]) -> Spread:
     """Mean, sample standard deviation (None for a single value) and count."""
     array = np.asarray(values, np.float64)
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, len(array)
@@ -237,7 +244,7 @@ class Labels:
 
 
 def read_labels(corpus: Corpus) -> Labels:
-    """The labels of a corpus' rows, float64 as packed."""
+    """The labels of a corpus' rows, float64 as packed; raises DataError where an image has none."""
     facts = [corpus.facts(int(row)) for row in corpus.rows]
     if any(fact.points is None for fact in facts):
         raise DataError(f"{corpus.manifest.root} has images without landmarks; evaluate a labelled split")
@@ -251,10 +258,9 @@ def read_labels(corpus: Corpus) -> Labels:
 
 def score_points(
     spec: DatasetSpec, points: np.ndarray, labels: Labels, failed: np.ndarray | None = None
-) -> dict[str, Any]:
-    """Both protocols for points `[M, N, 2]` native px."""
-    spacing, ids = labels.mm_per_px, labels.ids
-    size, true = labels.native_size, labels.points
+) -> dict[str, Scores]:
+    """Both protocols for points `[M, N, 2]` native px; raises DataError as they do."""
+    true, size, spacing, ids = labels.points, labels.native_size, labels.mm_per_px, labels.ids
     return {
         "original": score_original(points, true, spacing, spec, ids=ids, failed=failed),
         "paper": score_paper(points, size, true, spec, mm_per_px=spacing, ids=ids, failed=failed),
@@ -263,17 +269,12 @@ def score_points(
 
 def training_shape(shots: Corpus) -> np.ndarray:
     """Mean shape `[N, 2]` of labelled training images, as shares of the picture."""
-    records = [shots.records[row] for row in shots.rows.tolist()]
-    points = np.stack([np.asarray(record.points, np.float64) for record in records])
-    return mean_shape(points, np.array([record.native_size for record in records], np.float64))
+    labels = read_labels(shots)
+    return mean_shape(labels.points, labels.native_size)
 
 
-def want_scorable(scored: Corpus, shots: Corpus) -> None:
-    """Refuse what scoring would refuse after training: the labels are scored as if they had been found.
-
-    Raises:
-        DataError: a spacing is missing, or what else `scoring` cannot do without.
-    """
+def check_scorable(scored: Corpus, shots: Corpus) -> None:
+    """Raise before training the DataError that scoring would raise after it: the labels are scored as predictions."""
     labels, spec = read_labels(scored), scored.manifest.spec
     for points in (labels.points, place_shape(training_shape(shots), labels.native_size)):
         score_points(spec, points, labels)

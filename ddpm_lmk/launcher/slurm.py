@@ -1,10 +1,9 @@
 """The batch script of a Slurm cluster: one task per node, saved and queued again when it is preempted.
 
 The scheduler sends SIGUSR1 to the script some time before it takes the nodes away (`--signal=B:USR1@SECONDS`), or
-SIGTERM when it preempts; the script passes it on, the run saves and ends with 75, and the script puts itself back into
-the queue. Any other code ends the job: 76 above all, since a run without progress would only burn its allocation. For
-the same reason it is not queued again when it ends with 75 for the third time at the same checkpoint: `srun` tells the
-largest code of all nodes, which hides the reason that one of them had.
+SIGTERM when it preempts; the script passes it on, the run saves and ends with 75, and the script queues itself again.
+Any other code ends the job: a run without progress (76) would only burn its allocation. So does the third 75 at the
+same checkpoint: `srun` returns the largest code of all nodes, which hides the reason that one of them had.
 """
 
 from __future__ import annotations
@@ -79,18 +78,12 @@ class Job:
     name: str
     command: tuple[str, ...]  # of one node, without its place among the others
     nodes: int = 1
-    gpus_per_node: int = 0
+    gpus_per_node: int = 0  # 0: it trains on the CPU
     cpus_per_task: int = 8
     time: str = "24:00:00"
     grace_s: int = 120
     partition: str | None = None
     account: str | None = None
-    log: str = "%x-%j.log"
-
-    @property
-    def out(self) -> str:
-        """The run directory."""
-        return self.command[self.command.index("--out") + 1]
 
 
 def write_script(job: Job, path: Path) -> None:
@@ -102,11 +95,12 @@ def write_script(job: Job, path: Path) -> None:
     """
     if not re.fullmatch(r"(\d+-)?\d{1,3}(:\d{2}){0,2}", job.time):
         raise ConfigError(f"--time {job.time!r}; wanted MINUTES, HH:MM:SS or D-HH:MM:SS as Slurm reads them")
-    for option, word in (("--partition", job.partition), ("--account", job.account), ("--log", job.log)):
+    for option, word in (("--partition", job.partition), ("--account", job.account)):
         if word is not None and not re.fullmatch(r"[\w.,%/+=@-]+", word):
             raise ConfigError(f"{option} {word!r}; wanted a word without spaces and quotes")
+    devices = f"{job.gpus_per_node} GPUs" if job.gpus_per_node else f"{job.cpus_per_task} cores"
     script = SCRIPT.format(
-        title=f"{job.name}: {job.nodes} x {_devices(job)}",
+        title=f"{job.name}: {job.nodes} x {devices}",
         script=shlex.quote(str(path)),
         directives="\n".join(f"#SBATCH {line}" for line in _directives(job)),
         first_port=FIRST_PORT,
@@ -114,7 +108,7 @@ def write_script(job: Job, path: Path) -> None:
         cpus=job.cpus_per_task,
         ports=PORTS,
         task=shlex.quote(_task(job)),
-        out=shlex.quote(job.out),
+        out=shlex.quote(job.command[job.command.index("--out") + 1]),
     )
     files.write_text(path, script)
 
@@ -139,15 +133,11 @@ def _directives(job: Job) -> list[str]:
         f"--signal=B:USR1@{job.grace_s + SPARE_S}",
         "--requeue",
         "--open-mode=append",
-        f"--output={job.log}",
+        "--output=%x-%j.log",
     ]
     lines += [f"--gpus-per-node={job.gpus_per_node}"] * bool(job.gpus_per_node)
     lines += [f"--partition={job.partition}"] * bool(job.partition)
     return [*lines, *([f"--account={job.account}"] * bool(job.account))]
-
-
-def _devices(job: Job) -> str:
-    return f"{job.gpus_per_node} GPUs" if job.gpus_per_node else f"{job.cpus_per_task} cores"
 
 
 def _task(job: Job) -> str:
@@ -178,15 +168,15 @@ def program() -> tuple[str, ...]:
 
 
 def absolute_paths(cfg: RunConfig) -> dict[str, str | list[str] | None]:
-    """Settings that name files of this machine relative to the current folder, as they have to be said elsewhere."""
+    """Settings that name files relative to the current folder, made absolute: a batch job may start in another."""
     places: dict[str, str | list[str] | None] = {
         "data.path": list(cfg.data.path),
         "data.protect": list(cfg.data.protect),
         "runtime.cache_dir": cfg.runtime.cache_dir,
         "init.weights": cfg.init.weights,
     }
-    found = {key: _absolute(value) for key, value in places.items()}
-    return {key: value for key, value in found.items() if value != places[key]}
+    absolute = {key: _absolute(value) for key, value in places.items()}
+    return {key: value for key, value in absolute.items() if value != places[key]}
 
 
 def _absolute(value: str | list[str] | None) -> str | list[str] | None:

@@ -1,17 +1,15 @@
-"""The one door for foreign PyTorch files: a `.pt` or `.pth` becomes safetensors, without running what it may hold.
+"""Foreign PyTorch files to safetensors: a `.pt` or `.pth` is read without running what it may hold.
 
-A PyTorch file is a pickle, and a pickle is a program. So it is looked at from the outside first (a plain archive, no
-compression; or the older form, pickles one after the other, which torchvision's ImageNet files still have), then read
-by PyTorch's restricted reader in a process of its own with limits on memory, processor time, file size, and no network
-where the kernel allows that. Only dense tensors that are really in the file come out. Nothing else in this package
-opens such files (failures.md, D8).
+A PyTorch file is a pickle, and a pickle is a program. So its opcodes are listed first, without running them (of a plain
+archive, or of the form before PyTorch 1.6, which torchvision's ImageNet files still have). Then PyTorch's restricted
+reader reads it in a sandbox without network. Only dense tensors that are really in the file come out. Nothing else in
+this package opens such files (docs/faults.md, D8).
 
 Trainers write more than tensors: numpy numbers, settings, objects of their own. None of that is imported: wherever the
-file names a class that is not PyTorch's or Python's, an empty stand-in takes its place and is passed over. A name of
-Python or PyTorch itself that tensors do not need is no setting of anybody, and the file is refused unopened.
+file names a class that is not PyTorch's or Python's, an empty stand-in takes its place. A name of Python or PyTorch
+that tensors do not need is no setting of anybody, and the file is refused unopened.
 
-Which of several sets of weights in a file is meant is decided in `models.state_dicts`. Files of torchvision carry the
-beginning of their SHA-256 in their names, which is compared.
+Which of several sets of weights in a file is meant is decided in `state_dicts`.
 """
 
 from __future__ import annotations
@@ -19,12 +17,10 @@ from __future__ import annotations
 import _compat_pickle
 import hashlib
 import io
-import json
 import os
 import pickle
 import pickletools
 import re
-import subprocess
 import sys
 import uuid
 import zipfile
@@ -33,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
 from ddpm_lmk.system import files
-from ddpm_lmk.system.limits import confine, leave_network
-from ddpm_lmk.system.processes import die_with_parent
+from ddpm_lmk.system.sandbox import Answer, Limits, Sandbox, serve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +56,7 @@ REMEDY = "where it was written, save the weights alone: torch.save(model.state_d
 
 
 def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, Any]:
-    """Write the tensors of the PyTorch file `file` to the new safetensors file `out`; returns what was found.
+    """Write the tensors of the PyTorch file `file` to the new safetensors file `out`; returns facts about them.
 
     Args:
         take: which of several sets of weights, by its name in the file; None: as `state_dicts.choose` does.
@@ -74,41 +69,41 @@ def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, 
     if out.exists():
         raise RunConflictError(f"{out} exists and is kept; name another --out, or remove it")
     inspect(file)
-    temporary = out.with_name(f".tmp-{uuid.uuid4().hex[:12]}")
+    temporary = out.with_name(f".tmp-{uuid.uuid4().hex[:12]}")  # in the same folder: a rename is then atomic
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        found = _convert_apart(file, temporary, take)
+        answer = _convert_in_sandbox(file, temporary, take)
         temporary.chmod(0o600)
         temporary.rename(out)
-        files.flush_directory(out.parent)
+        files.flush(out.parent)
     except OSError as error:
         raise ResourceError(f"cannot write {out}: {error.strerror}; free or unlock the disk and run again") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return found
+    return answer
 
 
 def inspect(file: Path) -> None:
-    """Look at the file and list the names its pickles ask for, running nothing; raises `CheckpointError`."""
+    """Raise `CheckpointError` for names that its pickles ask for and tensors do not need; nothing is run."""
     if file.suffix == ".safetensors":
         raise CheckpointError(f"{file} is a safetensors file already; init.weights={file} takes it as it is")
     try:
-        _want_named_digest(file)
-        asked = _asked(file)
+        _check_named_digest(file)
+        requested = _requested_names(file)
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{file} is not a PyTorch file ({error}); wanted one written by torch.save, whole"
         ) from None
-    if refused := sorted(name for name in asked - ALLOWED if not _has_stand_in(name)):
+    if refused := sorted(name for name in requested - ALLOWED if not _has_stand_in(name)):
         raise CheckpointError(
             f"{file} asks for {', '.join(refused)}, which tensors do not need; it is not opened; {REMEDY}"
         )
 
 
-def _asked(file: Path) -> set[str]:
+def _requested_names(file: Path) -> set[str]:
     """What the pickles of a file would import."""
     if not zipfile.is_zipfile(file):
-        return _globals_of_old(file)
+        return _globals_of_old_form(file)
     with zipfile.ZipFile(file) as archive:
         return _globals(io.BytesIO(archive.read(_the_pickle(archive, file))))
 
@@ -122,10 +117,12 @@ def _has_stand_in(name: str) -> bool:
 def _the_pickle(archive: zipfile.ZipFile, file: Path) -> zipfile.ZipInfo:
     """The one small pickle of an archive that holds nothing but tensors."""
     members = archive.infolist()
+    # torch.save never compresses; what it would expand to cannot be larger than the file.
     packed = [info.filename for info in members if info.compress_type != zipfile.ZIP_STORED]
     size = sum(info.file_size for info in members)
     pickles = [info for info in members if PurePosixPath(info.filename).name == "data.pkl"]
     strange = [info.filename for info in members if info.filename.startswith("/") or ".." in info.filename]
+    # TorchScript keeps code beside its tensors.
     code = [info.filename for info in members if info.filename.endswith(".pkl") or "/code/" in info.filename]
     if packed or strange or len(pickles) != 1 or len(code) != 1 or size > file.stat().st_size:
         raise CheckpointError(
@@ -139,24 +136,25 @@ def _the_pickle(archive: zipfile.ZipFile, file: Path) -> zipfile.ZipInfo:
     return pickles[0]
 
 
-def _want_named_digest(file: Path) -> None:
+def _check_named_digest(file: Path) -> None:
     """Raise where a name ends with the beginning of a digest, as torchvision's do, and the file has another."""
     named = NAMED_DIGEST.search(file.name)
     if named is None:
         return
     with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if not found.startswith(named[1]):
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if not digest.startswith(named[1]):
         raise CheckpointError(
-            f"{file} is named after digest {named[1]}, but has {found[:8]}: it is not the file that was published; "
+            f"{file} is named after digest {named[1]}, but has {digest[:8]}: it is not the file that was published; "
             "fetch it again"
         )
 
 
-def _globals_of_old(file: Path) -> set[str]:
+def _globals_of_old_form(file: Path) -> set[str]:
     """What the pickles at the head of a file older than PyTorch 1.6 would import; numbers follow them."""
     with file.open("rb") as content:
         head = io.BytesIO(content.read(LARGEST_PICKLE))
+    # `genops` stops after one pickle and leaves the position behind it.
     first = [argument for _, argument, _ in pickletools.genops(head) if argument is not None]
     if OLD_MAGIC not in first:
         raise ValueError("neither an archive nor the older form")
@@ -165,67 +163,57 @@ def _globals_of_old(file: Path) -> set[str]:
 
 def _globals(data: io.BytesIO) -> set[str]:
     """What the next pickle would import, as `module name`; the opcodes are read, not run."""
-    found: set[str] = set()
+    names: set[str] = set()
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("GLOBAL", "INST"):
-            found.add(str(argument))
-        elif opcode.name == "STACK_GLOBAL":
-            found.add(" ".join(strings[-2:]) or "an unnamed object")
+            names.add(str(argument))
+        elif opcode.name == "STACK_GLOBAL":  # its module and name are the last two strings, if nobody hides them
+            names.add(" ".join(strings[-2:]) or "an unnamed object")
         elif opcode.name.startswith("EXT"):
-            found.add(f"extension {argument}")
+            names.add(f"extension {argument}")
         elif isinstance(argument, str):
             strings.append(argument)
-    return found
+    return names
 
 
-def _convert_apart(file: Path, out: Path, take: str | None) -> dict[str, Any]:
-    """Run `main` in a process of its own; what it cannot do in time and memory is a refusal."""
-    kept = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "HOME")
-    environment = {name: os.environ[name] for name in kept if name in os.environ} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ddpm_lmk.models.import_torch", str(file.absolute()), str(out.absolute())]
-    command += [] if take is None else [take]
-    try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
-        )
-        answer = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        raise CheckpointError(f"{file} was not read within {SECONDS} s and is refused") from None
-    except ValueError:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise CheckpointError(f"{file} could not be read within its limits ({last[0]}); it is refused") from None
+def _convert_in_sandbox(file: Path, out: Path, take: str | None) -> dict[str, Any]:
+    """Have `_convert` run under limits; what it cannot do in time and memory is a refusal."""
+    size = file.stat().st_size
+    limits = Limits(
+        memory_bytes=3 * size + (8 << 30),  # the file, its tensors, their copies; 8 GiB may PyTorch map for itself
+        file_bytes=2 * size + (16 << 20),
+        deadline_s=SECONDS,
+        cpu_s=SECONDS,
+        has_network=False,
+        tries=1,
+    )
+    with Sandbox("ddpm_lmk.models.import_torch", limits) as sandbox:
+        answer, _ = sandbox.ask({"file": str(file.absolute()), "out": str(out.absolute()), "take": take})
+    if "refused" in answer:
+        raise CheckpointError(f"{file} could not be read within its limits ({answer['refused']}); it is refused")
     if "error" in answer:
         raise CheckpointError(f"{file}: {answer['error']}")
     return answer
 
 
-def main() -> None:
-    """Inside the limits: read `argv[1]`, write `argv[2]`, and say what was found, or refused, as JSON."""
-    file, out = Path(sys.argv[1]), Path(sys.argv[2])
-    take = next(iter(sys.argv[3:]), None)
-    _confine(file.stat().st_size)
+def _convert(job: dict[str, Any]) -> Answer:
+    """In the sandbox: read `file`, write `out`, and answer with what it holds, or with an error."""
     import safetensors.torch
 
     from ddpm_lmk.models.state_dicts import choose, describe
 
+    file, out = Path(job["file"]), Path(job["out"])
     try:
-        chosen = choose(read(file), take)
+        chosen = choose(read(file), job["take"])
         tensors = dense(chosen.tensors, file)
-        answer: dict[str, Any] = describe(tensors) | chosen.told()
+        answer = describe(tensors) | chosen.summary()
         safetensors.torch.save_file(tensors, out, metadata={"source": file.name})
         with out.open("rb") as written:
             os.fsync(written.fileno())
-    except CheckpointError as error:
-        answer = {"error": str(error)}
-    sys.stdout.write(json.dumps(answer))
-
-
-def _confine(size: int) -> None:
-    """Limits for a file of `size` bytes; 8 GiB of addresses are what importing PyTorch may map."""
-    die_with_parent(os.getppid())
-    confine(memory_bytes=3 * size + (8 << 30), file_bytes=2 * size + (16 << 20), cpu_s=SECONDS)
-    leave_network()
+    except (CheckpointError, OSError, safetensors.SafetensorError) as error:  # the others: no room for `out`
+        return {"error": str(error)}, b""
+    return answer, b""
 
 
 class _PassedOver:
@@ -245,7 +233,7 @@ def read(file: Path) -> Any:
     """What is in a file, every object that is no tensor of PyTorch a stand-in; raises `CheckpointError`."""
     import torch
 
-    names = [name.replace(" ", ".", 1) for name in _asked(file) - ALLOWED if _has_stand_in(name)]
+    names = [name.replace(" ", ".", 1) for name in _requested_names(file) - ALLOWED if _has_stand_in(name)]
     try:
         is_archive = zipfile.is_zipfile(file)  # only these can be mapped
         with torch.serialization.safe_globals([(_PassedOver, name) for name in names]):
@@ -268,8 +256,9 @@ def dense(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     claimed = sum(value.numel() * value.element_size() for value in views.values())
     if claimed > file.stat().st_size:
         raise CheckpointError(f"its tensors claim {claimed} bytes, the file has {file.stat().st_size}")
+    # safetensors refuses tensors that share memory
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
 if __name__ == "__main__":
-    main()
+    serve(_convert)

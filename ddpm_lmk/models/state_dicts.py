@@ -1,9 +1,9 @@
-"""Which of the weights in a foreign checkpoint are meant, and whose network they are.
+"""Which of the state dicts in a foreign checkpoint is meant, and whose network it is.
 
-A file may hold several sets: raw weights and their average (ema), a student and a teacher, a network and a loss. One is
+A file may hold several: raw weights and their average (EMA), a student and a teacher, a network and a loss. One is
 taken, by the names trainers use, and the others are named, so that they can be asked for. The published checkpoints of
-the paper hold their network under `model_state_dict` (paper.md, section 1); its other baselines are plain state dicts
-in torchvision's names. Reading the file is `import_weights`'s.
+the paper hold their network under `model_state_dict` (docs/method.md, section 1); its other baselines are plain state
+dicts in torchvision's names.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Chosen:
     others: dict[str, int]  # number of tensors of the other sets, by name
     passed_over: list[str]  # what else is there, and is no weights
 
-    def told(self) -> dict[str, Any]:
-        """For the answer."""
+    def summary(self) -> dict[str, Any]:
+        """For the answer of the sandbox, as JSON."""
         return {"taken": self.name, "cut": self.cut, "others": self.others, "passed_over": self.passed_over}
 
 
@@ -59,13 +59,13 @@ def choose(content: Any, take: str | None = None) -> Chosen:
         )
     if take is not None and take not in sets:
         raise CheckpointError(f"it holds no weights called {take!r}; it has: {', '.join(filter(None, sets))}")
-    name = _usual(sets) if take is None else take
-    tensors, cut = _unwrapped(sets[name])
-    others = {other: len(found) for other, found in sets.items() if other != name}
-    left = [key for key in content if not isinstance(content[key], Tensor)] if name else []
-    whole = [key for key in left if not any(f"{other}.".startswith(f"{key}.") for other in sets)]
-    whole += [inner for inner in sets[name] if not inner.startswith(cut)]
-    return Chosen(name, tensors, cut, others, whole)
+    name = _default_name(sets) if take is None else take
+    tensors, cut = _without_wrappers(sets[name])
+    others = {other: len(weights) for other, weights in sets.items() if other != name}
+    beside = [key for key in content if not isinstance(content[key], Tensor)] if name else []
+    passed_over = [key for key in beside if not any(f"{other}.".startswith(f"{key}.") for other in sets)]
+    passed_over += [inner for inner in sets[name] if not inner.startswith(cut)]  # counters of an average
+    return Chosen(name, tensors, cut, others, passed_over)
 
 
 def _sets(content: Any, name: str, depth: int = DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -76,7 +76,7 @@ def _sets(content: Any, name: str, depth: int = DEPTH) -> Iterator[tuple[str, di
     if tensors:
         yield name, tensors
         heads = dict.fromkeys(key.partition(".")[0] for key in tensors)
-        for head in (head for head in heads if head in WRAPPERS and _unwrapped(tensors)[1] == ""):
+        for head in (head for head in heads if head in WRAPPERS and _without_wrappers(tensors)[1] == ""):
             part = {key: value for key, value in tensors.items() if key.startswith(f"{head}.")}
             yield f"{name}.{head}".lstrip("."), part
     for key, value in content.items():
@@ -84,23 +84,24 @@ def _sets(content: Any, name: str, depth: int = DEPTH) -> Iterator[tuple[str, di
             yield from _sets(value, f"{name}.{key}".lstrip("."), depth - 1)
 
 
-def _usual(sets: dict[str, dict[str, Tensor]]) -> str:
-    """The set that is meant where nobody says which."""
+def _default_name(sets: dict[str, dict[str, Tensor]]) -> str:
+    """The set that is meant where no name is given."""
     known = [key for key in STATE_KEYS if key in sets]
+    # The root goes first: where the file itself is a state dict, its parts are only views of it.
     by_size = sorted(sets, key=lambda name: (name != "", -sum(value.numel() for value in sets[name].values())))
     name = (known or by_size)[0]
     parts = [name, *(other for other in sets if other.rpartition(".")[0] == name and other != name)]
-    return next((part for part in parts if _is_known(_unwrapped(sets[part])[0])), name)
+    return next((part for part in parts if _is_known_network(_without_wrappers(sets[part])[0])), name)
 
 
-def _is_known(tensors: Mapping[str, Tensor]) -> bool:
+def _is_known_network(tensors: Mapping[str, Tensor]) -> bool:
     try:
         return _network(tensors) is not None
     except CheckpointError:  # names alike
         return False
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def _without_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Tensors without what a trainer put before all their names, and what that was; counters need not have it."""
     cut = ""
     while True:
@@ -136,11 +137,11 @@ def _network(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _published_encoder(tensors: Mapping[str, Tensor]) -> str | None:
     """Which of the baselines' encoders these are, exactly; their heads and counters do not matter."""
-    found = {name: value.shape for name, value in encoder_tensors(tensors).items() if not name.endswith("_tracked")}
+    shapes = {name: value.shape for name, value in encoder_tensors(tensors).items() if not name.endswith("_tracked")}
     for encoder in STAGES:
         for channels in (1, 3):
             with torch.device("meta"):
                 own = build_encoder(EncoderUNetConfig(encoder=encoder, in_channels=channels)).state_dict()
-            if found == {name: value.shape for name, value in own.items() if not name.endswith("_tracked")}:
+            if shapes == {name: value.shape for name, value in own.items() if not name.endswith("_tracked")}:
                 return encoder
     return None

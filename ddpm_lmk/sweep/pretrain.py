@@ -25,7 +25,7 @@ from ddpm_lmk.sweep.expand import StageRun, is_done
 from ddpm_lmk.sweep.progress import SweepView
 from ddpm_lmk.system import files, signals
 from ddpm_lmk.system.console import duration
-from ddpm_lmk.system.cores import THREADS, threads_per_process
+from ddpm_lmk.system.machine import THREADS, threads_per_process
 from ddpm_lmk.system.processes import die_with_parent, leave
 from ddpm_lmk.system.signals import MARGIN_S, InterruptedRunError, grace_s
 
@@ -123,11 +123,11 @@ def main() -> int:
 
 
 def _do(job: dict[str, Any]) -> int:
-    from ddpm_lmk.launcher import launch
+    from ddpm_lmk.launcher import Placement, launch
 
     try:
         run = {key: job[key] for key in ("config", "out", "is_foretold")}
-        return launch(run, processes=job["processes"], device=job["device"])
+        return launch(run, Placement(job["device"], job["processes"]))
     except LmkError as error:
         sys.stderr.write(f"error[{type(error).__name__}]: {error}\n")
         return error.exit_code

@@ -43,7 +43,7 @@ from ddpm_lmk.sweep.pretrain import Stages
 from ddpm_lmk.sweep.progress import Remaining, SweepView, stage_key, write_summary
 from ddpm_lmk.system import files, heartbeat
 from ddpm_lmk.system.console import Whole
-from ddpm_lmk.system.signals import MARGIN_S, InterruptedRunError, StopRequest, code_of, grace_s
+from ddpm_lmk.system.signals import MARGIN_S, InterruptedRunError, StopRequest, exit_code_of, grace_s
 
 
 class Vigil:
@@ -72,11 +72,11 @@ class Vigil:
         """A new worker is about to be started in this slot; returns what its environment needs."""
         (self._pulse / f"rank-{slot}").unlink(missing_ok=True)
         self._since[slot] = time.monotonic()
-        return {heartbeat.PULSE: str(self._pulse)}
+        return {heartbeat.FOLDER: str(self._pulse)}
 
     def end_if_stalled(self, slot: int, pid: int) -> str:
         """End the worker of a slot if it is overdue, keeping its stacks; what was seen of it, or nothing."""
-        beats = [beat for beat in heartbeat.read_beats(self._pulse) if (beat.rank, beat.pid) == (slot, pid)]
+        beats = [beat for beat in heartbeat.read_heartbeats(self._pulse) if (beat.rank, beat.pid) == (slot, pid)]
         if not beats:
             waited_s = time.monotonic() - self._since[slot]
             if waited_s <= supervise.TIMES_UNKNOWN * self._stall_s:
@@ -182,7 +182,7 @@ def run_sweep(
     write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
     view.summary(len(run.done), run.failed)
     if run.asked:
-        return code_of(run.asked)
+        return exit_code_of(run.asked)
     if run.failed:
         return SOME_FAILED
     return StoppedError.exit_code if _pending(run) else 0

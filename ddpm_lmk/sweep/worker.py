@@ -47,7 +47,7 @@ def main() -> int:
     os.dup2(2, 1)  # whatever prints goes to the log
     job = json.load(sys.stdin)
     die_with_parent(job["parent"])
-    heartbeat.start_pulse(job["slot"])
+    heartbeat.start_heartbeats(job["slot"])
     privacy.protect()
     with signals.leaving_at_once():
         return _pull(job, report)

@@ -1,7 +1,7 @@
-"""Words and tables for people: the command line and the demo write through these few functions.
+"""Text for people: tables, durations, progress. The command line and the demo write through these functions.
 
-Results go to standard output, everything said on the way to standard error. On a terminal there are colours and bars;
-elsewhere plain lines, whole tables and a line per tenth of the way.
+Results go to standard output, messages to standard error. On a terminal there are colours and bars; elsewhere plain
+lines, complete tables and a line per tenth of the way.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLOURS = {"problem": "bold red", "note": "yellow", "ok": "green"}
-PLAIN_WIDTH = 200
+PLAIN_WIDTH = 200  # of tables in a file or a pipe
 PAGE_WIDTH = 100
-LEAST_S = 0.95
+LEAST_S = 0.95  # below, "1 s" would be too much
 SPELT = {"×": "x", "±": "+/-", "–": "-", "−": "-", "²": "^2", "³": "^3", "…": "...", "µ": "u", "→": "->"}
 
 
 def accept_any_encoding() -> None:
-    """Make standard output take every character, whatever the encoding of the terminal or pipe: others are spelt."""
+    """Let standard output and error take every character: those that their encoding lacks are spelt out."""
     codecs.register_error("spelt", _spelt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -37,21 +37,20 @@ def accept_any_encoding() -> None:
 def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    text = error.object[error.start : error.end]
-    plain = (SPELT.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in text)
-    return "".join(plain), error.end
+    letters = error.object[error.start : error.end]
+    return "".join(SPELT.get(a) or a.encode("ascii", "backslashreplace").decode() for a in letters), error.end
 
 
 def say(text: str) -> None:
-    """One line on standard error. Where nobody can take it (a full disk, a closed pipe) work goes on without it."""
+    """One line on standard error."""
     from rich.console import Console
 
-    with suppress(OSError):
+    with suppress(OSError):  # a full disk or a closed pipe must not end a run
         Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def console() -> Console:
-    """Standard output; wide where it is no terminal, so that nothing is cut off in a file or a pipe."""
+    """Standard output; wide where it is no terminal, so that no cell is cut off."""
     from rich.console import Console
 
     terminal = Console()
@@ -59,7 +58,7 @@ def console() -> Console:
 
 
 def reader_width() -> int:
-    """`COLUMNS`, or those of the terminal that is read on, also through a pager; a page of text where there is none."""
+    """`COLUMNS`, or the width of the terminal, also behind a pager; a page of text where there is none."""
     given = os.environ.get("COLUMNS", "")
     if given.isdecimal() and int(given):
         return int(given)
@@ -84,13 +83,13 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @dataclass
 class Whole:
-    """Several stages of which one is under way, so that each tells how long it takes to the end of the last.
+    """Several stages of which one is running, so that each can show what is left of all of them.
 
     Attributes:
-        name: of the whole.
-        began: when, on the monotonic clock, which all processes of a machine share.
-        then_s: seconds of the stages that follow the one under way.
-        shown: the last tenth that was told.
+        name: of all of them.
+        began: when the first began, on the monotonic clock, which all processes of a machine share.
+        then_s: seconds of the stages after the running one.
+        shown: the last tenth that was shown.
     """
 
     name: str
@@ -99,14 +98,14 @@ class Whole:
     shown: int | None = None
 
     def words(self, left_s: float) -> str:
-        """What is left, in words, given what is left of the stage under way."""
+        """What is left, given what is left of the running stage."""
         return f"{remaining(left_s + self.then_s)} of {self.name}"
 
     def line(self, left_s: float, what: str = "", *, now: float | None = None) -> str | None:
-        """What to say where a tenth is reached, given what is left of the stage under way; else None.
+        """A line where another tenth is reached, given what is left of the running stage; else None.
 
         Args:
-            now: on the monotonic clock, where this is told later than it was.
+            now: on the monotonic clock, where the line is about a moment before.
         """
         left_s += self.then_s
         spent = (time.monotonic() if now is None else now) - self.began
@@ -128,7 +127,7 @@ def about(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words for people: two units at most, never more digits than are known."""
+    """Seconds in words: two units at most, never more digits than an estimate has."""
     if seconds < LEAST_S:
         return "less than a second"
     if seconds < 100:

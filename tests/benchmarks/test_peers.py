@@ -87,7 +87,7 @@ def test_a_process_tells_time_and_memory_of_its_steps_and_dies_with_its_words() 
         assert all(each["cpu_s"] > 0 and each["wall_s"] > 0 and each["peak_mib"] > 0 for each in found)
         assert found[0]["device_s"] is None
     with (
-        pytest.raises(ChildProcessError, match=r"KeyError: 'nobody' \(exit code 1\)"),
+        pytest.raises(ChildProcessError, match="KeyError: 'nobody'"),
         Process(contender("nobody").spec),
     ):
         pass

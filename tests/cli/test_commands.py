@@ -17,7 +17,6 @@ from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.engine import precision
 from ddpm_lmk.errors import RunConflictError
-from ddpm_lmk.system import failpoints
 from ddpm_lmk.system.machine import release
 from tests.cli.commands import CONFIGS, SMOKE, Lmk, rows_of
 
@@ -33,13 +32,6 @@ def test_help_names_every_command(lmk: Lmk) -> None:
 
 def test_version_is_the_package_version(lmk: Lmk) -> None:
     assert lmk("--version").out.strip() == __import__("ddpm_lmk").__version__
-
-
-def test_doctor_lists_the_fail_points(lmk: Lmk) -> None:
-    result = lmk("doctor", "--failpoints")
-    assert result.code == 0
-    assert [name for name in failpoints.POINTS if name not in result.out] == []
-    assert "LMK_FAILPOINT=PLACE[:N][=ACTION]" in result.out
 
 
 def test_doctor_looks_at_everything_and_says_what_would_be_used(lmk: Lmk, tmp_path: Path) -> None:

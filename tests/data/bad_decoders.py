@@ -9,14 +9,15 @@ import signal
 import subprocess
 import time
 
-from ddpm_lmk.data.images import sandbox_worker
-from ddpm_lmk.data.images.decode import film_from_bytes
+from ddpm_lmk.data.images import sandbox
+from ddpm_lmk.data.images.decode import decode_image
 from ddpm_lmk.data.images.resize import decode_square
+from ddpm_lmk.system.sandbox import serve
 
 
 def decode(data, options):
     act(data)
-    return film_from_bytes(data, options)
+    return decode_image(data, options)
 
 
 def decode_stored(data, **wanted):
@@ -48,7 +49,7 @@ def act(data):
         pickle.loads(pickle.dumps(decode))  # noqa: S301 - to see it refused
 
 
-def main():
-    sandbox_worker.film_from_bytes = decode
-    sandbox_worker.decode_square = decode_stored
-    sandbox_worker.main()
+if __name__ == "__main__":
+    sandbox.decode_image = decode
+    sandbox.decode_square = decode_stored
+    serve(sandbox.answer)

@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ddpm_lmk.data.images.decode import decode_image
+from ddpm_lmk.data.images.image import RefusedImageError
+
 HEIGHT, WIDTH = 40, 32
 # What no library here reads as it is written, and which is therefore refused whoever sends it.
 UNREAD = re.compile(
@@ -36,6 +39,24 @@ class Case:
     data: bytes
     grey: np.ndarray | None
     tolerance: float = 0.0
+
+    def fault(self) -> str:
+        """What is wrong with what the reader makes of it, or an empty text."""
+        try:
+            pixels = decode_image(self.data).pixels
+        except RefusedImageError as error:
+            may_be_refused = self.grey is None or UNREAD.search(self.name)
+            return "" if may_be_refused and is_one_line(error) else f"{self.name}: refused, {error}"
+        if self.grey is None:
+            return f"{self.name}: taken, though nobody can know its greys"
+        if pixels.shape != self.grey.shape:
+            return f"{self.name}: {pixels.shape}, wanted {self.grey.shape}"
+        off = np.abs(pixels.astype(np.float64) - self.grey).max()
+        return "" if off <= self.tolerance else f"{self.name}: off by {off:g}"
+
+
+def is_one_line(error: Exception) -> bool:
+    return bool(str(error).strip()) and "\n" not in str(error)
 
 
 def smooth(seed: int, bits: int) -> np.ndarray:

@@ -99,30 +99,20 @@ def test_an_image_is_the_same_alone_and_in_a_batch():
     raw, positions = texture(5, 48), np.array([3, 9, 1_000_000, 4, 7])
     kinds = {"seed": 1, "intensity": "per_image"}
     together = develop(raw, draw_changes(cfg, 1, positions, 48), positions=positions, **kinds)
-    for i in range(5):
-        one = positions[i : i + 1]
-        assert torch.equal(
-            together[i : i + 1], develop(raw[i : i + 1], draw_changes(cfg, 1, one, 48), positions=one, **kinds)
-        )
+    for i, one in enumerate(positions[:, None]):
+        alone = develop(raw[i : i + 1], draw_changes(cfg, 1, one, 48), positions=one, **kinds)
+        assert torch.equal(together[i : i + 1], alone)
 
 
 def test_every_image_is_scaled_by_its_own_range_after_it_moved():
-    images = develop(
-        texture(8, 64),
-        draw_changes(ALL_MOVES, 0, np.arange(8), 64),
-        seed=0,
-        positions=np.arange(8),
-        intensity="per_image",
-    )
+    changes = draw_changes(ALL_MOVES, 0, np.arange(8), 64)
+    images = develop(texture(8, 64), changes, seed=0, positions=np.arange(8), intensity="per_image")
     assert torch.equal(images.amin((1, 2, 3)), torch.zeros(8))
     assert torch.equal(images.amax((1, 2, 3)), torch.ones(8))
     assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_constant_image_becomes_zeros_and_never_nan():
-    raw = torch.full((2, 16, 16), 200, dtype=torch.uint8)
-    images = develop(raw, no_changes(2), seed=0, positions=np.arange(2), intensity="per_image")
-    assert torch.equal(images, torch.zeros(2, 1, 16, 16))
+    constant = torch.full((2, 16, 16), 200, dtype=torch.uint8)
+    zeros = develop(constant, no_changes(2), seed=0, positions=np.arange(2), intensity="per_image")
+    assert torch.equal(zeros, torch.zeros(2, 1, 16, 16))  # never NaN
 
 
 def test_sixteen_bit_pixels_keep_their_full_range():

@@ -1,4 +1,4 @@
-"""Bytes that changed, decoders that misbehave and file systems that stall (failures.md B3, B26, B27, A22)."""
+"""Bytes that changed, decoders that misbehave and file systems that stall (docs/faults.md B3, B26, B27, A22)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.loading import corpus
 from ddpm_lmk.data.loading.loader import TrainLoader
 from ddpm_lmk.data.shards import remote
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.errors import DataError, StoppedError
 from tests.data.dot_packs import corrupt, pack_dots, run_config
 

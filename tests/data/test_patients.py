@@ -13,9 +13,10 @@ pytest.importorskip("pydicom")
 
 from ddpm_lmk.cli.app import run
 from ddpm_lmk.data.duplicates import report
-from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, keep_prints, prints_of
+from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, ensure_fingerprints, read_fingerprints
 from ddpm_lmk.data.duplicates.leakage import Source, compare, exclusion, uncompared_patients
-from ddpm_lmk.data.images.decode import film_from_bytes
+from ddpm_lmk.data.images.decode import decode_image
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
@@ -56,12 +57,9 @@ def make(root: Path, what: str, which: str) -> Manifest:
         (source / "list.txt").write_text("".join(f"{number}.dcm\n" for number in range(4)))
     pack(
         source / "list.txt" if kind == "folder" else source,
-        kind,  # type: ignore[arg-type]
         root / "packs" / which / what.replace(" ", "-"),
-        name=which,
-        size=32,
+        PackSettings(kind=kind, name=which, size=32, split=split if kind != "table" else None),
         workers=1,
-        split=split if kind != "table" else None,
         id_key=root / key if key else None,
     )
     return Manifest.open(root / "packs" / which / what.replace(" ", "-"))
@@ -106,16 +104,16 @@ def test_the_spellings_of_an_id_are_one_patient() -> None:
 
 def test_films_without_a_patient_are_not_one_patient_because_they_have_one_issuer() -> None:
     film = dataset(pixels(0), PatientID="", IssuerOfPatientID="PACS")
-    assert film_from_bytes(to_bytes(film)).patient is None
+    assert decode_image(to_bytes(film)).patient is None
     film.PatientID = " 7"
-    assert film_from_bytes(to_bytes(film)).patient == "7"
+    assert decode_image(to_bytes(film)).patient == "7"
 
 
 def test_a_set_that_names_its_patients_by_short_ids_compares_them_within_itself_and_under_its_name(packs) -> None:
     manifest = packs["pool", "short table"]
-    patients = prints_of(manifest)["patient"]
+    patients = read_fingerprints(manifest)["patient"]
     assert (patients & np.uint64(1)).all()
-    assert not (prints_of(packs["pool", "table"])["patient"] & np.uint64(1)).any()
+    assert not (read_fingerprints(packs["pool", "table"])["patient"] & np.uint64(1)).any()
     assert compare([Source(manifest, ("train",))], [Source(manifest, ("train",))]).uncompared == []
 
 
@@ -135,7 +133,7 @@ def test_what_is_not_compared_is_said_by_the_commands_and_by_the_record_of_a_run
 def test_a_score_says_that_patients_were_not_compared(packs) -> None:
     tested = Source(packs["test", "table"], ("test",))
     trained = Source(packs["pool", "dicom"], ("train",))
-    verdict = report._verdict(tested, [trained])
+    verdict = report.verdict(tested, [trained])
     assert verdict["status"] == "clean"
     lines = report.refuse_seen([{"num_images": 4, "leakage": {"pretraining": verdict}}], acknowledged=False)
     assert lines[0].startswith("The patients of pool and test were not compared: ids are hashed in one of them only")
@@ -148,8 +146,8 @@ def test_prints_of_an_older_version_are_made_anew(packs, tmp_path: Path) -> None
     content = (made.root / FILE_NAME).read_bytes()
     old = content.replace(b"ddpm-lmk-prints 2", b"ddpm-lmk-prints 1", 1)
     (tmp_path / FILE_NAME).write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
-    assert np.array_equal(prints_of(Manifest.open(tmp_path)), prints_of(made))
-    keep_prints(Manifest.open(tmp_path))
+    assert np.array_equal(read_fingerprints(Manifest.open(tmp_path)), read_fingerprints(made))
+    ensure_fingerprints(Manifest.open(tmp_path))
     assert (tmp_path / FILE_NAME).read_bytes() == content
 
 
@@ -166,5 +164,5 @@ def test_of_hashed_packs_of_an_older_version_nobody_knows_the_key(packs, monkeyp
     old, new = packs["pool", "dicom"], packs["test", "dicom"]
     monkeypatch.setattr(old, "settings", {**old.settings, "key_id": None})
     for one, other in ((old, new), (new, old)):
-        (pair,) = uncompared_patients([Source(one, ("train",))], [Source(other, ("test",))])
+        (pair,) = uncompared_patients([Source(one, one.splits)], [Source(other, other.splits)])
         assert "an older version did not note with which key" in str(pair)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ddpm_lmk.data.phantom import LANDMARK_NAMES, Phantom, render
-from ddpm_lmk.data.phantom.canvas import MU, Canvas, Frame, Ripple, band, smooth
+from ddpm_lmk.data.phantom.canvas import MU, Canvas, Frame, band, loop, smooth
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.errors import ConfigError
 
@@ -34,16 +34,17 @@ def shapes() -> dict[str, np.ndarray]:
 
 def flat_frame(size: int = 64, height_mm: float = 32.0) -> Frame:
     """A frame that only scales: no warp, no ripple, no turn."""
-    still = Ripple(np.zeros((1, 2)), np.zeros(1), np.zeros((1, 2)))
-    return Frame(lambda points: points, still, np.eye(2), np.zeros(2), np.array([height_mm, height_mm]), (size, size))
+    return Frame(lambda points: points, np.eye(2), np.zeros(2), np.array([height_mm, height_mm]), (size, size))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_arguments_give_the_same_phantom(kind: str) -> None:
+def test_the_same_arguments_give_the_same_phantom_and_others_another(kind: str) -> None:
     first, again = render(kind, 5, 3, 96), render(kind, 5, 3, 96)
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.points, again.points)
     assert first.mm_per_px == again.mm_per_px
+    for other in (render(kind, 6, 3, 96), render(kind, 5, 4, 96)):
+        assert np.abs(normalised(other) - normalised(first)).max() > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,13 +57,6 @@ def test_the_number_of_threads_changes_nothing(kind: str) -> None:
         np.testing.assert_array_equal(one, render(kind, 5, 4, 128).image)
     finally:
         cv2.setNumThreads(before)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_seed_and_index_each_name_another_phantom(kind: str) -> None:
-    base = render(kind, 5, 3, 64)
-    for other in (render(kind, 6, 3, 64), render(kind, 5, 4, 64)):
-        assert np.abs(normalised(other) - normalised(base)).max() > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,15 +84,6 @@ def test_names_are_unique_and_those_of_the_spec(kind: str) -> None:
     assert SPECS[f"phantom-{kind}"].landmark_names == LANDMARK_NAMES[kind]
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("chest", 0.8, 1.2), ("skull", 0.75, 0.9), ("hand", 0.6, 0.8)])
-def test_pictures_have_the_shape_and_range_of_radiographs(kind: str, low: float, high: float) -> None:
-    for index in range(6):
-        image = render(kind, 2, index, 128).image
-        assert image.dtype == np.uint16
-        assert low < image.shape[1] / image.shape[0] < high
-        assert np.subtract(*np.percentile(image, [99, 1])) > 0.5 * 65535
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_shape_is_a_bad_guess(kind: str, shapes: dict[str, np.ndarray]) -> None:
     errors = np.linalg.norm(shapes[kind][50:] - shapes[kind][:50].mean(axis=0), axis=2)
@@ -106,33 +91,11 @@ def test_the_mean_shape_is_a_bad_guess(kind: str, shapes: dict[str, np.ndarray])
     assert errors.mean(axis=0).min() > 0.06  # no landmark stays in place
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_exposure_varies_between_films(kind: str) -> None:
-    shown = np.array(
-        [[image.mean(), image.std()] for image in (render(kind, 4, i, 64).image / 65535 for i in range(16))]
-    )
-    assert shown[:, 0].std() > 0.03
-    assert shown[:, 1].std() > 0.015
-
-
 def test_unknown_kinds_and_tiny_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="chest, skull, hand"):
         render("foot", 0, 0)
     with pytest.raises(ConfigError, match="at least 32"):
         render("hand", 0, 0, 16)
-
-
-def test_the_lung_is_dark_above_its_corners_and_the_belly_bright_below() -> None:
-    right = 0
-    for index in range(12):
-        phantom = render("chest", 7, index, 256)
-        for apex, corner, foot in phantom.points.reshape(2, 3, 2):
-            up, across = apex - corner, foot - corner
-            lung, belly = sample(
-                phantom, np.array([corner + 0.11 * up + 0.06 * across, corner + 0.45 * across - 0.02 * up])
-            )
-            right += int(lung < belly)
-    assert right >= 22  # of 24
 
 
 def test_bone_ends_at_finger_tips() -> None:
@@ -148,18 +111,6 @@ def test_bone_ends_at_finger_tips() -> None:
             misses.append(abs(offsets[np.argmin(np.gradient(profile))]))
     assert np.median(misses) < 0.8
     assert np.mean(np.array(misses) < 1.6) > 0.8
-
-
-def test_the_face_ends_at_its_soft_landmarks() -> None:
-    """Left of lips and chin there is flesh, right of them air, which is darker."""
-    names = [LANDMARK_NAMES["skull"].index(name) for name in ("upper_lip", "lower_lip", "soft_tissue_pogonion")]
-    right = 0
-    for index in range(12):
-        phantom = render("skull", 7, index, 256)
-        step = np.array([4.0 / phantom.mm_per_px, 0.0])
-        flesh, air = (sample(phantom, phantom.points[names] + sign * step) for sign in (-1, 1))
-        right += int((flesh > air).sum())
-    assert right >= 33  # of 36
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,19 +143,10 @@ def test_filled_edges_lie_where_the_outline_says() -> None:
     assert (cover.sum(axis=0) * x).sum() / cover.sum() == pytest.approx(2 * 15.6 - 0.5, abs=0.1)
 
 
-def test_a_wide_body_is_twice_its_radius_thick() -> None:
-    canvas = Canvas(flat_frame(), np.random.default_rng(0))
-    canvas.body([np.array([(4, 4), (28, 4), (28, 28), (4, 28)])], 6.0)
-    assert canvas.path[32, 32] == pytest.approx(12.0 * MU["soft"], rel=1e-3)
-    assert canvas.path[32, 2] == 0
-    depth = 3.0  # mm below the left edge, at pixel 2 * (4 + 3)
-    assert canvas.path[32, 14] == pytest.approx(2 * np.sqrt(depth * (12 - depth)) * MU["soft"], rel=0.05)
-
-
 def test_curves_pass_through_their_control_points() -> None:
     controls = np.random.default_rng(0).uniform(0, 10, (3, 5, 2))
     np.testing.assert_allclose(smooth(controls, steps=4)[:, ::4], controls, atol=1e-12)
-    np.testing.assert_allclose(smooth(controls, closed=True, steps=4)[:, ::4], controls, atol=1e-12)
+    np.testing.assert_allclose(loop(controls, steps=4)[:, ::4], controls, atol=1e-12)
     np.testing.assert_allclose(smooth(controls[1], steps=4), smooth(controls, steps=4)[1], atol=1e-12)
 
 

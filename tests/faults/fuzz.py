@@ -1,6 +1,6 @@
 """Mutated input of every kind under a limit of 2 GiB: `make fuzz`, or `python -m tests.faults.fuzz [--count N]`.
 
-Pictures and DICOM films go through the decoding processes of packing, tars through the reader of foreign tars, shards,
+Pictures and DICOM files go through the decoding processes of packing, tars through the reader of foreign tars, shards,
 manifests and indexes through `Manifest` and `verify`. Each must be read as it was, or give one typed error; a picture
 without a checksum of its own (JPEG has none, PNG for its pixels only, DICOM none) may also decode to another picture,
 which is counted. Nothing may be lost, run code, write outside its folder, or hang. It stops at the first thing that is
@@ -22,18 +22,20 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.data.images.sandbox import DEADLINE_S, MEMORY_BYTES, Isolation
+from ddpm_lmk.data.images.image import ReadOptions
+from ddpm_lmk.data.images.sandbox import LIMITS, decoders
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, verify
+from ddpm_lmk.data.shards.records import CorruptSampleError
+from ddpm_lmk.data.shards.verify import verify
 from ddpm_lmk.data.sources.tar import DamagedTarError, members
 from ddpm_lmk.errors import LmkError
-from ddpm_lmk.system.machine import hardware, versions
-from tests.faults.fuzz_seeds import picture, seeds
-from tests.faults.mutations import mutated
+from tests.faults.fuzz_inputs import mutated, picture, seeds, write_outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "fuzz.json"
@@ -47,7 +49,7 @@ def campaign(folder: Path, count: int, *, seed: int = 0, workers: int = 1) -> di
     """Read `count` mutated inputs, working in `folder`; returns how many ended how, by kind."""
     guard = Guard(folder)
     numbers = {kind: max(4, round(share * count)) for kind, share in SHARES.items()}
-    outcomes = {kind: films(seeds(kind), numbers[kind], folder, seed, workers) for kind in ("png", "jpeg", "dicom")}
+    outcomes = {kind: images(seeds(kind), numbers[kind], folder, seed, workers) for kind in ("png", "jpeg", "dicom")}
     outcomes["foreign tar"] = foreign_tars(numbers["foreign tar"], folder, seed)
     packs = [packed(folder / f"pack-{encoding}-{bits}", encoding, bits) for encoding, bits in _PACKS]
     for kind in ("shard", "manifest", "index"):
@@ -85,21 +87,14 @@ class Guard:
         assert self._seen == []
 
 
-_STORE = {
-    "size": 32,
-    "aspect": "squeeze",
-    "filter": "area",
-    "window": "voi",
-    "bits": 8,
-    "encoding": "raw",
-    "quality": 95,
-}
-_OPTIONS = {"frame": None, "voi": True, "allow_burned_in": False, "only_dicom": False}
+_STORE: dict[str, Any] = {"size": 32, "aspect": "squeeze", "filter": "area", "window": "voi", "bits": 8}
+_STORE |= {"encoding": "raw", "quality": 95}
+_OPTIONS = asdict(ReadOptions(voi=True))
 
 
-def films(originals: list[bytes], count: int, folder: Path, seed: int, workers: int) -> Outcomes:
+def images(originals: list[bytes], count: int, folder: Path, seed: int, workers: int) -> Outcomes:
     """Mutated pictures through decoding processes; one answer each, in time."""
-    work = folder / "films"
+    work = folder / "images"
     work.mkdir(exist_ok=True)
     before = sorted(path.name for path in folder.iterdir())
     outcomes: Outcomes = Counter()
@@ -114,12 +109,12 @@ def films(originals: list[bytes], count: int, folder: Path, seed: int, workers: 
             data = mutated(originals[number % len(originals)], rng.choice(originals), rng)
             yield job(f"{number % 256}", data)  # names come again long after their file was read
 
-    with Isolation(workers) as isolation:
-        wanted = [content for _, content in isolation.answers([job(f"o{n}", data) for n, data in enumerate(originals)])]
+    with decoders(workers) as processes:
+        wanted = [content for _, content in processes.answers([job(f"o{n}", data) for n, data in enumerate(originals)])]
         began = time.monotonic()
-        for number, (said, content) in enumerate(isolation.answers(jobs())):
+        for number, (said, content) in enumerate(processes.answers(jobs())):
             assert "io_error" not in said
-            assert time.monotonic() - began < SLOWEST_S + 2 * DEADLINE_S
+            assert time.monotonic() - began < SLOWEST_S + 2 * LIMITS.deadline_s
             began = time.monotonic()
             is_same = content == wanted[number % len(originals)]
             outcomes[said.get("code") or ("identical" if is_same else "another picture")] += 1
@@ -174,7 +169,7 @@ _PACKS = (("raw", 8), ("png", 16), ("jpeg", 8))
 def packed(folder: Path, encoding: str, bits: int) -> tuple[Path, list[tuple[bytes, bytes]]]:
     """A small pack, and the pixels and record of each sample."""
     counts = {"train": 3, "test": 1}
-    pack("hand", "phantom", folder, size=32, counts=counts, encoding=encoding, bits=bits, workers=1)  # type: ignore[arg-type]
+    pack("hand", folder, PackSettings(kind="phantom", size=32, counts=counts, encoding=encoding, bits=bits), workers=1)  # type: ignore[arg-type]
     manifest = Manifest.open(folder)
     rows = [_row(manifest, row) for row in range(len(manifest))]
     manifest.close()
@@ -249,26 +244,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="decoding processes")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (LIMITS.memory_bytes, LIMITS.memory_bytes))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcomes = campaign(Path(folder), options.count, seed=options.seed, workers=options.workers)
-    result = {
-        "benchmark": "fuzz",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": options.seed,
-        "limit_bytes": MEMORY_BYTES,
-        "deadline_s": DEADLINE_S,
-        "wall_s": round(time.monotonic() - began, 1),
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "peak_rss_of_decoding_bytes": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
-        "inputs": sum(found.total() for found in outcomes.values()),
-        "outcomes": {kind: dict(found.most_common()) for kind, found in outcomes.items()},
-        "hardware": hardware(),
-        "versions": versions("pillow", "pydicom", "pylibjpeg-openjpeg", "opencv-python-headless", "numpy"),
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(f"{json.dumps(result['outcomes'], indent=1)}\n{options.out}\n")
+    write_outcomes(
+        options.out,
+        "fuzz",
+        outcomes,
+        began,
+        seed=options.seed,
+        limit_bytes=LIMITS.memory_bytes,
+        deadline_s=LIMITS.deadline_s,
+        peak_rss_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        peak_rss_of_decoding_bytes=1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
+    )
 
 
 if __name__ == "__main__":

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import yaml
+
+from ddpm_lmk.system import machine
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "smoke"
@@ -61,12 +67,10 @@ class Started:
 
     def ranks(self) -> list[psutil.Process]:
         """Processes of the ranks that have set themselves up, by process number."""
-        try:
+        with suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.process.pid).children()
-        except psutil.NoSuchProcess:
-            return []
-        found = [child for child in children if _is_rank(child)]
-        return sorted(found, key=lambda child: child.pid)
+            return sorted((child for child in children if _is_rank(child)), key=lambda rank: rank.pid)
+        return []
 
     def wait(self, timeout: float = 240) -> int:
         """Its exit code; a tree that does not end in time is killed and the test fails."""
@@ -78,12 +82,9 @@ class Started:
 
     def kill_everything(self) -> None:
         """End the tree, whatever state it is in."""
-        tree = [self.process.pid, *(rank.pid for rank in self.ranks())]
-        for pid in tree:
-            try:
+        for pid in [self.process.pid, *(rank.pid for rank in self.ranks())]:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self.process.wait(30)
 
     def until(self, condition: Callable[[], Any], *, timeout: float = 120) -> None:
@@ -98,11 +99,18 @@ class Started:
             time.sleep(0.02)
 
 
+def tree_of(pid: int) -> list[psutil.Process]:
+    """A process and its descendants; empty where it is gone."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
 def _is_rank(process: psutil.Process) -> bool:
-    try:
+    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return "ddpm_lmk.launcher.rank" in process.cmdline()
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return False
+    return False
 
 
 def events(out: Path, name: str | None = None) -> list[dict[str, Any]]:
@@ -152,3 +160,32 @@ def write_run(
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def run_tool(
+    description: str | None,
+    work: Callable[[Path, argparse.Namespace], dict[str, Any]],
+    verdict: str,
+    **options: dict[str, Any],
+) -> NoReturn:
+    """The command line of a tool: does the work in a folder of its own, writes the result, exits with 0 where it is
+    right.
+
+    Args:
+        verdict: key of the result that says whether all is as it should be.
+        options: of the command line, as `argparse` takes them.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, settings in options.items():
+        parser.add_argument(f"--{name}", **settings)
+    parser.add_argument("--out", type=Path, help="result file")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-", ignore_cleanup_errors=True) as folder:
+        result = work(Path(folder), given)
+    result |= {"day": datetime.now(UTC).date().isoformat(), "hardware": machine.hardware()}
+    result["versions"] = machine.versions("ddpm-lmk", "torch")
+    text = json.dumps(result, indent=1) + "\n"
+    if given.out is not None:
+        given.out.write_text(text)
+    sys.stdout.write(text)
+    sys.exit(0 if result[verdict] else 1)

@@ -1,7 +1,7 @@
 """Input of every kind that people have, whole but unusual: its value comes out right, or it is refused in words.
 
-Where `fuzz` damages files, this varies what is legal or usual: containers, colour types and bit depths of pictures,
-pixel encodings of DICOM, tags of spacing in every combination, encodings of tables, words for "not seen", and ids of
+Where `fuzz` damages files, this varies what is legal or usual (pictures: `tests.data.pictures`): pixel encodings of
+DICOM, tags of spacing in every combination, encodings of tables, words for "not seen", and ids of
 patients over packs of every pair of kinds. Each input is made together with the value that it stands for, by code that
 knows nothing of the readers; a wrong value is a fault, however good it looks, and so is an error of several lines.
 `make fuzz` runs all of it; the suite runs a sample that a seed chooses.
@@ -16,13 +16,11 @@ import itertools
 import json
 import random
 import re
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +28,19 @@ import numpy as np
 from PIL import Image
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, film_from_bytes
 from ddpm_lmk.data.images.dicom import read_spacing
+from ddpm_lmk.data.images.image import ReadOptions
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import PackSummary, pack
 from ddpm_lmk.errors import ConfigError, DataError
-from ddpm_lmk.system.machine import hardware, versions
 from tests.data.dicoms import dataset, malformed, to_bytes
-from tests.data.pictures import HEIGHT, UNREAD, WIDTH, picture_cases, smooth
+from tests.data.pictures import HEIGHT, WIDTH, Case, is_one_line, smooth
+from tests.faults.fuzz_inputs import write_outcomes
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "kinds.json"
 RIGHT, REFUSED, WARNED = "right", "refused", "right, with a warning"
-SAMPLE = {"pictures": 250, "dicom": 150, "spacing": 400, "tables": 4, "sentinels": 4, "patients": 2}
+SAMPLE = {"dicom": 238, "spacing": 400, "tables": 4, "sentinels": 4, "patients": 2}
 
 
 class WrongError(AssertionError):
@@ -78,46 +77,7 @@ def campaign(folder: Path, *, seed: int = 0, sample: dict[str, int] | None = Non
     return outcomes
 
 
-def _require_one_line(error: Exception) -> str:
-    text = str(error)
-    if not text.strip() or "\n" in text:
-        raise WrongError(f"a refusal that is not one line: {text!r}")
-    return text
-
-
-# --- pixels
-
-
-def pictures(seed: int) -> list[Trial]:
-    """Every container, colour type and bit depth of `tests.data.pictures`."""
-
-    def trial(case: Any) -> Trial:
-        def check(_: Path) -> str:
-            may_be_refused = case.grey is None or UNREAD.search(case.name) is not None
-            return _check_greys(case.data, case.grey, case.tolerance, may_be_refused=may_be_refused)
-
-        return Trial(case.name, check)
-
-    return [trial(case) for case in picture_cases(seed)]
-
-
-def _check_greys(data: bytes, grey: np.ndarray | None, tolerance: float, *, may_be_refused: bool) -> str:
-    try:
-        found = film_from_bytes(data).pixels
-    except RefusedImageError as error:
-        _require_one_line(error)
-        if not may_be_refused:
-            raise WrongError(f"refused: {error}") from None
-        return REFUSED
-    if grey is None:
-        raise WrongError("taken, though nobody can know its greys")
-    if found.shape != grey.shape:
-        raise WrongError(f"{found.shape}, wanted {grey.shape}")
-    off = float(np.abs(found.astype(np.float64) - grey).max())
-    if off > tolerance:
-        raise WrongError(f"off by {off:g}")
-    return RIGHT
-
+# --- pixels of DICOM
 
 _SYNTAXES = {
     "implicit": "1.2.840.10008.1.2",
@@ -175,7 +135,10 @@ def _dicom_trial(seed: int, syntax: str, bits: int, is_signed: bool, photometric
     low = int(value.min()) if is_signed else 0
     ends = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if is_signed else (low, (1 << bits) - 1)
     seen = ends[0] + ends[1] - value if photometric == "MONOCHROME1" else value
-    return _check_greys(to_bytes(made), None if above == 2 else seen, 0.0, may_be_refused=above == 2)
+    fault = Case("", to_bytes(made), None if above == 2 else seen).fault()
+    if fault:
+        raise WrongError(fault)
+    return REFUSED if above == 2 else RIGHT
 
 
 # --- spacing
@@ -219,7 +182,7 @@ def _spacing_trial(tags: dict[str, Any]) -> str:
 def _millimetres(tags: dict[str, Any]) -> float | None:
     """The size of a pixel in the patient by PS3.3 10.7.1, from values whose meaning is known here.
 
-    The film behind them: 0.2 mm at the detector, magnified 1.25 times, so 0.16 mm in the patient.
+    The x-ray behind them: 0.2 mm at the detector, magnified 1.25 times, so 0.16 mm in the patient.
     """
     spacings = {name: tags.get(f"{name}Spacing") for name in ("Pixel", "ImagerPixel", "NominalScannedPixel")}
     read = {name: pair for name, pair in spacings.items() if isinstance(pair, list) and min(pair) > 0}
@@ -259,7 +222,7 @@ _TRUTH = np.array([[6.5, 11.25], [20.0, 30.5], [25.75, 8.0]])
 _TITLES = ("Sella", "Nasenrücken", "Größe ñ")
 
 
-def _films(folder: Path, names: list[str]) -> None:
+def _save_images(folder: Path, names: list[str]) -> None:
     for number, name in enumerate(names):
         Image.fromarray(smooth(number, 8)).save(folder / name)
 
@@ -267,9 +230,10 @@ def _films(folder: Path, names: list[str]) -> None:
 def _outcome(source: Path, out: Path, **settings: Any) -> PackSummary | None:
     """What packing a table comes to; None where it is refused, in one line."""
     try:
-        return pack(source, "table", out, size=32, workers=1, **settings)
+        return pack(source, out, PackSettings(kind="table", size=32, **settings), workers=1)
     except (DataError, ConfigError) as error:
-        _require_one_line(error)
+        if not is_one_line(error):
+            raise WrongError(f"a refusal that is not one line: {error}") from None
         return None
 
 
@@ -304,7 +268,7 @@ def _table_trial(folder: Path, encoding: str, separator: str, line_end: str, is_
         for index, point in enumerate(_TRUTH):
             x, y = (str(value).replace(".", decimal_mark) for value in point)
             marks.append([name, str(index), titles[index], x, y])
-    _films(folder, [f"{number}.png" for number in range(len(ids))])
+    _save_images(folder, [f"{number}.png" for number in range(len(ids))])
     for name, rows in (("images.csv", images), ("landmarks.csv", marks)):
         cells = ([f'"{cell}"' if is_quoted else cell for cell in row] for row in rows)
         text = line_end.join(separator.join(row) for row in cells) + line_end
@@ -349,7 +313,7 @@ def _sentinel_trial(folder: Path, word: tuple[str, str], where: str, is_clipped:
             }[where]
             x, y = word if unseen else point
             marks.append(f"{number},{index},Lm{index},{x},{y}")
-    _films(folder, [f"{number}.png" for number in range(count)])
+    _save_images(folder, [f"{number}.png" for number in range(count)])
     (folder / "images.csv").write_text("\n".join(images) + "\n")
     (folder / "landmarks.csv").write_text("\n".join(marks) + "\n")
     summary = _outcome(folder, folder / "out", clip_landmarks=is_clipped)
@@ -425,15 +389,21 @@ def _patients_pack(folder: Path, name: str, kind: str, persons: list[str], first
             rows.append(f"{name}{number},{number}.png,{'train' if name == 'pool' else 'test'},{person}")
         if kind != "folder":
             (source / "images.csv").write_text("\n".join(rows) + "\n")
-    settings: dict[str, Any] = {"id_key": key} if kind in ("dicom", "keyed table") else {}
+    settings: dict[str, Any] = {}
+    id_key = key if kind in ("dicom", "keyed table") else None
     if kind in ("dicom", "folder") and name == "set":
         settings["split"] = "test"
     known: Any = kind.rsplit(maxsplit=1)[-1]
-    pack(source, known, folder / f"{name}.pack", name=name, size=32, workers=1, **settings)
+    pack(
+        source,
+        folder / f"{name}.pack",
+        PackSettings(kind=known, name=name, size=32, **settings),
+        workers=1,
+        id_key=id_key,
+    )
 
 
 FAMILIES: dict[str, Callable[[int], list[Trial]]] = {
-    "pictures": pictures,
     "dicom": dicom,
     "spacing": spacing,
     "tables": tables,
@@ -452,19 +422,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcomes = campaign(Path(folder), seed=options.seed, sample=SAMPLE if options.sample else None)
-    result = {
-        "benchmark": "kinds",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": options.seed,
-        "wall_s": round(time.monotonic() - began, 1),
-        "inputs": sum(found.total() for found in outcomes.values()),
-        "outcomes": {family: dict(found.most_common()) for family, found in outcomes.items()},
-        "hardware": hardware(),
-        "versions": versions("pillow", "pydicom", "pylibjpeg-openjpeg", "opencv-python-headless", "numpy"),
-    }
-    if not options.sample:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(f"{json.dumps(result['outcomes'], indent=1)}\n")
+    write_outcomes(None if options.sample else options.out, "kinds", outcomes, began, seed=options.seed)
 
 
 if __name__ == "__main__":

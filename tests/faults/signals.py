@@ -10,23 +10,22 @@ launcher is killed (no rank left after 5 s). Ends with 0 where all that holds.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.system import heartbeat, machine
-from tests.faults.harness import Started, are_gone, events, newest_checkpoint, steps_done, write_run
+from ddpm_lmk.system import heartbeat
+from tests.faults import breaking
+from tests.faults.breaking import Break
+from tests.faults.harness import Started, are_gone, events, newest_checkpoint, run_tool, steps_done, write_run
 
 GRACE_S, LOST_S, STALLED_S, ORPHAN_S = 25.0, 30.0, 90.0, 5.0
 LAUNCH = {"device": "cpu", "processes": 2}
@@ -39,7 +38,7 @@ def campaign(folder: Path, *, targets: tuple[str, ...] = TARGETS, phases: tuple[
     """All of it; the result says what was seen and whether every limit was kept."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the run would inherit that it is ignored
     data, out = folder / "data", folder / "run"
-    pack("skull", "phantom", data, size=32, counts={"train": 12, "val": 60}, seed=7, workers=1)
+    pack("skull", data, PackSettings(kind="phantom", size=32, counts={"train": 12, "val": 60}, seed=7), workers=1)
     run_file = write_run(
         folder,
         data,
@@ -61,14 +60,11 @@ def campaign(folder: Path, *, targets: tuple[str, ...] = TARGETS, phases: tuple[
     limits = {"rank_killed": LOST_S, "rank_stopped": STALLED_S, "launcher_killed": ORPHAN_S}
     return {
         "what": "seconds from a request to the end of the last process, and from a loss to all ranks in training again",
-        "day": datetime.now(UTC).date().isoformat(),
         "all_within_limits": kept and all(losses[f"{name}_s"] <= limit for name, limit in limits.items()),
         "limits_s": {"stop": GRACE_S, **limits},
         "stop_s_max": max(stop["seconds"] for stop in stops),
         "stops": stops,
         **losses,
-        "hardware": machine.hardware(),
-        "versions": machine.versions("ddpm-lmk", "torch"),
     }
 
 
@@ -76,7 +72,8 @@ def _stop(
     start: Callable[..., Started], out: Path, target: str, phase: str, number: signal.Signals, code: int
 ) -> dict[str, Any]:
     """Start, wait for the phase, ask, and see how it ends."""
-    environment = {"LMK_FAILPOINT": "directory.made:2=pause"} if phase == "save" else {}
+    slow: list[Break] = [{"call": "os.fsync", "save": 2, "how": "pause"}]
+    environment = breaking.environment(*slow) if phase == "save" else {}
     run = start(**environment)
     _wait_for(run, out, phase)
     ranks = run.ranks()
@@ -95,7 +92,7 @@ def _stop(
 
 def _insist(start: Callable[..., Started], out: Path) -> dict[str, Any]:
     """A second request, later than the first: at once, nothing is saved."""
-    run = start(LMK_FAILPOINT="directory.made:2=pause,directory.flushed:2=pause,directory.fenced:2=pause")
+    run = start(**breaking.environment({"call": "os.fsync", "save": 2, "at": None, "how": "pause"}))
     _wait_for(run, out, "save")
     ranks = run.ranks()
     run.process.send_signal(signal.SIGTERM)
@@ -147,27 +144,13 @@ def _wait_for(run: Started, out: Path, phase: str) -> None:
     # A resumed run repeats lines up to where it was asked to stop: wait for new ones.
     run.until(lambda: steps_done(out) > before + 3 or (steps_done(out) < before and steps_done(out) > 3))
     if phase == "save":
-        run.until(lambda: "fail-point directory.made" in run.said.read_text())  # the one before it is durable
+        run.until(lambda: "broken at os.fsync" in run.said.read_text())  # the one before it is durable
     if phase == "step":
         run.until(lambda: all(steps_done(out) % every in range(2, every - 5) for every in (15, 20)))
     if phase == "evaluate":
-        [pulse] = {Path(rank.environ()[heartbeat.PULSE]) for rank in run.ranks()}
-        run.until(lambda: any(beat.phase == "evaluate" for beat in heartbeat.read_beats(pulse)))
-
-
-def main(arguments: list[str]) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="result file")
-    given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-signals-") as folder:
-        result = campaign(Path(folder))
-    text = json.dumps(result, indent=1) + "\n"
-    if given.out is not None:
-        given.out.write_text(text)
-    sys.stdout.write(text)
-    return 0 if result["all_within_limits"] else 1
+        [folder] = {Path(rank.environ()[heartbeat.FOLDER]) for rank in run.ranks()}
+        run.until(lambda: any(last.phase == "evaluate" for last in heartbeat.read_heartbeats(folder)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(__doc__, lambda folder, given: campaign(folder), "all_within_limits")

@@ -11,21 +11,17 @@ Random choices follow from `--seed`; what a moment hits follows from the machine
 
 from __future__ import annotations
 
-import argparse
 import fcntl
-import json
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +31,10 @@ import torch
 import yaml
 from PIL import Image
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.system import machine
 from tests.data.web import serve
-from tests.faults.harness import ROOT, SMOKE
+from tests.faults.harness import ROOT, SMOKE, run_tool, tree_of
 
 LIMIT_S = 25.0
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
@@ -60,7 +56,12 @@ class Place:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder, self.pool, self.films = folder, folder / "pool", folder / "films"
         self.cache = folder / "cache"
-        pack("skull", "phantom", self.pool, size=32, counts={"train": 12, "val": 4, "test": 6}, seed=7, workers=1)
+        pack(
+            "skull",
+            self.pool,
+            PackSettings(kind="phantom", size=32, counts={"train": 12, "val": 4, "test": 6}, seed=7),
+            workers=1,
+        )
         self.films.mkdir()
         dice = np.random.default_rng(0)
         for number in range(400):
@@ -184,7 +185,6 @@ def campaign(folder: Path, *, signals: int, seed: int, only: Sequence[str] | Non
             sys.stderr.write(f"{number + 1}: {rows[-1]}\n")
     return {
         "what": "seconds from a signal, at a random moment from the start of a command, to the end of its last process",
-        "day": datetime.now(UTC).date().isoformat(),
         "all_right": all(row["is_right"] for row in rows),
         "limit_s": LIMIT_S,
         "signals": len(rows),
@@ -193,8 +193,6 @@ def campaign(folder: Path, *, signals: int, seed: int, only: Sequence[str] | Non
         "ends": {end: sum(row["end"] == end for row in rows) for end in sorted({row["end"] for row in rows})},
         "rows": rows,
         "seed": seed,
-        "hardware": machine.hardware(),
-        "versions": machine.versions("ddpm-lmk", "torch"),
     }
 
 
@@ -214,7 +212,7 @@ def _ask(
     process = place.start(command.words(at), said, **more)
     with suppress(subprocess.TimeoutExpired):
         process.wait(after_s)
-    tree = _tree(process.pid)
+    tree = tree_of(process.pid)
     began = time.monotonic()
     if process.poll() is None:
         (os.killpg if to == "group" else os.kill)(process.pid, sent)
@@ -225,7 +223,7 @@ def _ask(
     left_s = max(0.0, began + LIMIT_S - time.monotonic())
     _, alive = psutil.wait_procs([each for each in tree if each.pid != process.pid], timeout=left_s)
     seconds = time.monotonic() - began
-    for each in [*alive, *_tree(process.pid)]:
+    for each in [*alive, *tree_of(process.pid)]:
         with suppress(psutil.NoSuchProcess):
             each.kill()
     process.wait()
@@ -246,36 +244,12 @@ def _end(code: int | None, sent: signal.Signals, said: str) -> str:
     return "finished" if code == 0 else "wrong"
 
 
-def _tree(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-anywhere-", ignore_cleanup_errors=True) as name:
-        yield Path(name)
-
-
-def main(arguments: list[str]) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--signals", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", help="names of commands")
-    parser.add_argument("--out", type=Path, help="result file")
-    given = parser.parse_args(arguments)
-    with _folder() as folder:
-        result = campaign(folder, signals=given.signals, seed=given.seed, only=given.only)
-    text = json.dumps(result, indent=1) + "\n"
-    if given.out is not None:
-        given.out.write_text(text)
-    sys.stdout.write(text)
-    return 0 if result["all_right"] else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(
+        __doc__,
+        lambda folder, given: campaign(folder, signals=given.signals, seed=given.seed, only=given.only),
+        "all_right",
+        signals={"type": int, "default": 60},
+        seed={"type": int, "default": 0},
+        only={"nargs": "*", "help": "names of commands"},
+    )

@@ -11,23 +11,19 @@ process is hit follows from the machine.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import signal
 import sys
-import tempfile
 import time
 from collections import Counter
-from datetime import UTC, datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.system import machine
-from tests.faults.harness import Started, digests, events, steps_done, write_run
+from tests.faults.harness import Started, digests, events, run_tool, steps_done, tree_of, write_run
 
 TARGETS = ("rank", "launcher", "all")
 START_LIMIT_S = 300.0
@@ -40,7 +36,7 @@ def soak(
     draw = random.Random(seed)
     if run_file is None:
         data = folder / "data"
-        pack("skull", "phantom", data, size=32, counts={"train": 12}, seed=7, workers=1)
+        pack("skull", data, PackSettings(kind="phantom", size=32, counts={"train": 12}, seed=7), workers=1)
         exactness = {} if len(set(worlds)) == 1 else {"exactness": "exact", "micro_batch": 1}
         run_file = write_run(folder, data, duration=f"{steps} steps", checkpoint_every="4 steps", **exactness)
     began = time.monotonic()
@@ -53,7 +49,6 @@ def soak(
     lost = [event["seconds"] for event in events(folder / "hurt", "ranks.recovered")]
     return {
         "what": "digests of a run killed at random moments against the undisturbed one",
-        "day": datetime.now(UTC).date().isoformat(),
         "equal": found == wanted,
         "kills": sum(hurt["kills"].values()),
         "kills_by_target": dict(hurt["kills"]),
@@ -65,8 +60,6 @@ def soak(
         "sha256": found,
         "sha256_undisturbed": wanted,
         "seed": seed,
-        "hardware": machine.hardware(),
-        "versions": machine.versions("ddpm-lmk", "torch"),
     }
 
 
@@ -104,7 +97,7 @@ def _kill(run: Started, out: Path, world: int, draw: random.Random, *, is_early:
         time.sleep(0.02)
     time.sleep(draw.random() * (3.0 if is_early else 1.0))
     target = draw.choice(TARGETS if world > 1 else ("launcher",))
-    run.tree = _tree(run)
+    run.tree = tree_of(run.process.pid)[:1] + run.ranks()
     victims = {
         "rank": run.tree[1:] and [draw.choice(run.tree[1:])],
         "launcher": run.tree[:1],
@@ -113,23 +106,13 @@ def _kill(run: Started, out: Path, world: int, draw: random.Random, *, is_early:
     if run.process.poll() is not None or not victims:
         return None if run.process.poll() is not None else _kill(run, out, world, draw, is_early=False)
     for victim in victims:
-        try:
-            victim.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
     return target
 
 
-def _tree(run: Started) -> list[psutil.Process]:
-    """The launcher and its ranks."""
-    try:
-        return [psutil.Process(run.process.pid), *run.ranks()]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def _wait_for_orphans(run: Started) -> None:
-    """Nothing of a launcher that is gone may be left after five seconds (failures.md C10)."""
+    """Nothing of a launcher that is gone may be left after five seconds (docs/faults.md, C10)."""
     _, alive = psutil.wait_procs(run.tree[1:], timeout=5)
     assert not alive, f"still there after their launcher: {alive}"
 
@@ -139,31 +122,16 @@ def _start(run_file: Path, out: Path, world: int) -> Started:
     return Started([run_file], out, launch={"device": "cpu", "processes": world, "restarts": 1000})
 
 
-def main(arguments: list[str]) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=400, help="length of the run; it must outlast the kills")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run", type=Path, help="a pre-training run file of your own instead of phantoms")
-    parser.add_argument("--out", type=Path, help="result file")
-    given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-soak-") as folder:
-        result = soak(
-            Path(folder),
-            kills=given.kills,
-            worlds=given.worlds,
-            seed=given.seed,
-            steps=given.steps,
-            run_file=given.run,
-        )
-    text = json.dumps(result, indent=1) + "\n"
-    if given.out is not None:
-        given.out.write_text(text)
-    sys.stdout.write(text)
-    return 0 if result["equal"] else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(
+        __doc__,
+        lambda folder, given: soak(
+            folder, kills=given.kills, worlds=given.worlds, seed=given.seed, steps=given.steps, run_file=given.run
+        ),
+        "equal",
+        kills={"type": int, "default": 30},
+        worlds={"type": int, "nargs": "+", "default": [1, 2, 4]},
+        steps={"type": int, "default": 400, "help": "length of the run; it must outlast the kills"},
+        seed={"type": int, "default": 0},
+        run={"type": Path, "help": "a pre-training run file of your own instead of phantoms"},
+    )

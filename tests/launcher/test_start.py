@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,20 +28,14 @@ sys.exit(int(sys.argv[2]) if facts["RANK"] == "1" else 0)
 """
 
 
-@pytest.fixture
-def rank_script(tmp_path: Path) -> Path:
-    path = tmp_path / "rank.py"
-    path.write_text(RANK)
-    return path
-
-
 @pytest.mark.distributed
 def test_two_processes_meet_and_the_failing_rank_gives_the_exit_code(
-    rank_script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    handler = signal.getsignal(signal.SIGINT)
-    assert run_ranks([str(rank_script), str(tmp_path), "3"], Placement("cpu", 2)) == 3
+    handler, script = signal.getsignal(signal.SIGINT), tmp_path / "rank.py"
+    script.write_text(RANK)
+    assert run_ranks([str(script), str(tmp_path), "3"], Placement("cpu", 2)) == 3
     facts = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [fact["total"] for fact in facts] == [3.0, 3.0]
     assert [fact["RANK"] for fact in facts] == ["0", "1"]
@@ -55,38 +50,41 @@ def test_more_gpus_than_visible_is_refused_with_both_counts(monkeypatch: pytest.
     with pytest.raises(LaunchError, match=r"asked for 64 GPUs, visible 0 \(CUDA_VISIBLE_DEVICES: "):
         place(gpus=64)
     with pytest.raises(LaunchError, match="asked for 64 GPUs"):
-        launch({}, processes=64, device="cuda")
+        launch({"out": "run"}, Placement("cuda", 64))
 
 
-def test_without_wishes_one_gpu_or_one_cpu_process_is_used() -> None:
-    assert place() == Placement("cuda" if visible_gpus() else "cpu", 1)
+@pytest.mark.parametrize(
+    ("file", "words", "placement"),
+    [
+        (None, {}, Placement("cuda" if visible_gpus() else "cpu", 1)),
+        ("device: cpu", {}, Placement("cpu", 1)),
+        ("{device: cpu, processes: 3, zero: 2}", {}, Placement("cpu", 3, zero=2)),
+        ("{device: cpu, processes: 3, zero: 2}", {"cpu": 2}, Placement("cpu", 2, zero=2)),
+        ("{device: cpu, nodes: 2, stall_s: 7}", {"rdzv": "a:1"}, Placement("cpu", 1, 2, rdzv="a:1", stall_s=7)),
+        ("{device: cpu, nodes: 2}", {"nodes": 1, "cpu": 1}, Placement("cpu", 1)),
+    ],
+)
+def test_the_command_line_wins_over_the_launch_file(
+    tmp_path: Path, file: str | None, words: dict[str, Any], placement: Placement
+) -> None:
+    path = None if file is None else tmp_path / "launch.yaml"
+    if path is not None:
+        path.write_text(file or "")
+    assert place(launch_file=path, **words) == placement
 
 
-def test_launch_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
-    path = tmp_path / "launch.yaml"
-    path.write_text("device: cpu\nprocesses: 3\n")
-    assert place(launch_file=path) == Placement("cpu", 3)
-    assert place(launch_file=path, cpu=2) == Placement("cpu", 2)
-
-
-def test_a_launch_file_shares_out_the_optimizer(tmp_path: Path) -> None:
-    path = tmp_path / "launch.yaml"
-    path.write_text("device: cpu\nprocesses: 2\nzero: 2\n")
-    assert place(launch_file=path, cpu=4) == Placement("cpu", 4, zero=2)
-    assert str(place(launch_file=path)) == "2 CPU processes, ZeRO-2"
-    path.write_text("device: cpu\nzero: 3\n")
-    with pytest.raises(ConfigError, match="no moving average of them can be kept; use 2"):
-        place(launch_file=path)
-
-
-def test_launch_file_holds_nothing_of_a_run(tmp_path: Path) -> None:
-    path = tmp_path / "launch.yaml"
-    path.write_text("device: cpu\nseed: 3\n")
-    with pytest.raises(ConfigError, match="unknown key seed"):
-        place(launch_file=path)
-    path.write_text("device: tpu\n")
-    with pytest.raises(ConfigError, match="device='tpu'"):
-        place(launch_file=path)
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("{device: cpu, seed: 3}", "unknown key seed"),  # of a run file
+        ("device: tpu", "device='tpu'"),
+        ("{device: cpu, zero: 3}", "no moving average of them can be kept; use 2"),
+    ],
+)
+def test_a_launch_file_that_cannot_be_honoured_is_refused(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / "launch.yaml").write_text(file)
+    with pytest.raises(ConfigError, match=message):
+        place(launch_file=tmp_path / "launch.yaml")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +96,7 @@ def test_launch_file_holds_nothing_of_a_run(tmp_path: Path) -> None:
         ({"cpu": 1, "nodes": 2, "node_rank": 2, "rdzv": "a:1"}, "must be in 0..1"),
     ],
 )
-def test_contradictory_wishes_are_refused(wishes: dict, message: str) -> None:
+def test_contradictory_wishes_are_refused(wishes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         place(**wishes)
 
@@ -114,9 +112,13 @@ def test_rendezvous_port_in_use_is_named() -> None:
         run_ranks(["-c", "pass"], Placement("cpu", 1, nodes=2, rdzv="localhost"))
 
 
-def test_placement_reads_as_a_sentence() -> None:
-    assert [str(p) for p in (Placement("cpu", 1), Placement("cpu", 2), Placement("cuda", 8, nodes=2))] == [
-        "1 CPU process",
-        "2 CPU processes",
-        "8 GPUs on each of 2 nodes",
-    ]
+@pytest.mark.parametrize(
+    ("placement", "words"),
+    [
+        (Placement("cpu", 1), "1 CPU process"),
+        (Placement("cpu", 2, zero=2), "2 CPU processes, ZeRO-2"),
+        (Placement("cuda", 8, nodes=2), "8 GPUs on each of 2 nodes"),
+    ],
+)
+def test_placement_reads_as_a_sentence(placement: Placement, words: str) -> None:
+    assert str(placement) == words

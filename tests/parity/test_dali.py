@@ -13,8 +13,10 @@ import torch
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.batch import Batch, Group
-from ddpm_lmk.data.loading.backend import choose_backend, measured_backend
-from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest
+from ddpm_lmk.data.loading.backend import choose_backend, measure_backends
+from ddpm_lmk.data.loading.corpus import training_corpora
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.errors import ConfigError
 from tests.data.dot_packs import corrupt, pack_dots, run_config
 from tests.extras import needs_extra
@@ -153,7 +155,7 @@ def test_auto_measures_where_it_matters_and_keeps_to_what_the_run_began_with(pac
     cfg = config(packs["raw8"], "auto")
     assert choose_backend(cfg, device="cpu").name == "torch"
     assert choose_backend(cfg, device="cpu", before={"name": "dali"}).name == "dali"
-    measured = measured_backend(cfg, device=torch.device("cpu"))
+    measured = measure_backends(cfg, training_corpora(cfg), device=torch.device("cpu"))
     assert measured.images_per_s is not None
     assert measured.name == max(measured.images_per_s, key=measured.images_per_s.__getitem__)
     with pytest.raises(ConfigError, match=r"residency=ram.*beforehand"):

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.report.collect import collect, paper_rows
+from ddpm_lmk.report.figures import mre_by_pre_training, snapshots_by_step
 from ddpm_lmk.report.page import write_report
-from ddpm_lmk.report.pictures import featured_shots
 from ddpm_lmk.report.tables import update_between_markers
 from tests.known_runs import put, write_run, write_sweep
 
@@ -112,7 +113,7 @@ def test_the_page_stands_alone_and_shows_the_numbers(known_sweep: Path, tmp_path
         assert words in text, words
     for title in ("Cumulative error", "Pre-training", "Fine-tuning", "Landmark by landmark", "1. sella", "x86_64"):
         assert title in text, title
-    assert "The pictures are not at hand" in text
+    assert "The packed images could not be read" in text
     with table.open() as file:
         rows = list(csv.DictReader(file))
     found = [
@@ -128,7 +129,7 @@ def test_reports_are_the_same_bytes_every_time(known_sweep: Path, tmp_path: Path
 
 
 def test_overlays_show_best_median_and_worst_picture_from_the_packed_data(tmp_path: Path) -> None:
-    pack("skull", "phantom", tmp_path / "data", counts={"train": 2, "test": 5}, size=64, workers=1)
+    pack("skull", tmp_path / "data", PackSettings(kind="phantom", counts={"train": 2, "test": 5}, size=64), workers=1)
     manifest = Manifest.open(tmp_path / "data")
     records = [manifest.read_record(int(row)) for row in manifest.rows(["test"])]
     truth = {r.id: (r.points, r.native_size, r.mm_per_px) for r in records}
@@ -178,6 +179,15 @@ def test_a_table_is_put_between_its_markers_and_nowhere_else(tmp_path: Path) -> 
         update_between_markers(readme, "other", "x")
 
 
-def test_three_numbers_of_labels_are_featured() -> None:
-    assert featured_shots([1, 5, 10, 25, 50]) == [1, 10, 50]
-    assert featured_shots([5, 10]) == [5, 10]
+def test_snapshots_of_one_run_make_the_curve_of_figure_2(tmp_path: Path) -> None:
+    cells = {(start, labels, 0): error for start, error in (("early", 30.0), ("late", 20.0)) for labels in (1, 5)}
+    write_sweep(tmp_path, cells, {"early": "runs/p", "late": "runs/p"})
+    for start, step in (("early", 4000), ("late", 8000)):
+        for labels in (1, 5):
+            parent = {"path": f"runs/p/snapshots/step-{step:08}", "step": step, "use": "ema"}
+            put(tmp_path / "cells" / f"{start}-k{labels}-s0" / "run.json", {"parent": parent})
+    (found,) = collect([tmp_path])
+    assert snapshots_by_step(found) == {("runs/p", "ema"): {4000: "early", 8000: "late"}}
+    svg = mre_by_pre_training(found, [1, 5])
+    assert svg is not None
+    assert "pre-training, optimizer steps" in svg

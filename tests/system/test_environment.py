@@ -77,12 +77,12 @@ def put(monkeypatch: pytest.MonkeyPatch, words: dict[str, str]) -> None:
 def test_nothing_of_another_launcher_stays(monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, str]) -> None:
     words = KINDS[kinds[0]] | KINDS[kinds[1]]
     put(monkeypatch, words)
-    told = environment.stand_alone()
+    remarks = environment.stand_alone()
     assert not words.keys() & os.environ.keys()
-    assert environment.stand_alone() == [], "it is told once"
+    assert environment.stand_alone() == [], "it is said once"
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "ACCELERATE_USE_FSDP"):
         steers = words.get(name, "") in ("2", "4", "true")
-        assert any(re.search(rf"(^|, ){name}=", line) for line in told) == steers
+        assert any(re.search(rf"(^|, ){name}=", line) for line in remarks) == steers
 
 
 def test_ranks_of_our_launcher_keep_theirs_and_others_that_say_so_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

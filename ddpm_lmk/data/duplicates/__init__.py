@@ -1,1 +1,1 @@
-"""Images that come twice, and what pre-training must not see: fingerprints, search, leakage."""
+"""Near-duplicate search and data leakage: image fingerprints, the search, what a run leaves out, what a score says."""

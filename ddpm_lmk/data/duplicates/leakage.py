@@ -1,86 +1,34 @@
-"""What a pool must not learn from: films that are also in a test set, and copies of films it already has.
+"""Data leakage: images a pool must not learn from, because a test set has them too, and duplicates inside the pool.
 
-Protected are the splits that are not trained on: those of the pool's own sets, and those of the labelled sets named in
-`data.protect`. A training film leaks when it has the pixels of a protected one, is a near copy of it, or shows the same
-patient. What is left out follows from the packs and the settings alone, so every process of a run finds the same.
-
-Keeps what is costly to find and follows from its inputs alone, in the cache of this machine, for the next process.
-
-Comparing the films of a pool takes 2 s for 200,000 chests, but in a crowded pool the time grows with the square of
-their number: ten million are compared once, not once per process and restart. Processes that want the same thing wait
-for the first of them. What is damaged, or cannot be kept, is found again.
+Protected are the splits that are not trained on: those of the pool's own datasets, and those of the labelled datasets
+in `data.protect`. A training image leaks when it has the pixels of a protected one, is a near-duplicate of it, or shows
+the same patient. What is left out follows from the datasets and the settings alone, so every process finds the same.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddpm_lmk.config import DataConfig
-from ddpm_lmk.data.duplicates.fingerprints import PRINT_DTYPE, prints_of
-from ddpm_lmk.data.duplicates.search import MOST_DETAIL_BITS, RADIUS, copies_of, first_of_its_kind
+from ddpm_lmk.data.duplicates.fingerprints import FINGERPRINT_DTYPE, read_fingerprints
+from ddpm_lmk.data.duplicates.search import find_matches, find_originals
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.remote import CacheSettings
-from ddpm_lmk.errors import ConfigError, ResourceError
-from ddpm_lmk.system import files
-
-log = logging.getLogger(__name__)
-
-
-def remembered(folder: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returned for this `key` before, or returns now; both are plain JSON."""
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    path = folder / f"{name}.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = open(folder / f"{name}.lock", "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        log.info("%s cannot be written (%s): what is found is not kept", folder, error.strerror)
-        return make()
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        known = _read(path)
-        if known is not None:
-            return known
-        made = make()
-        try:
-            files.write_json(path, {"digest": _digest(made), "content": made})
-        except ResourceError as error:
-            log.info("%s", error)
-        return made
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        kept = json.loads(path.read_bytes())
-        return kept["content"] if kept["digest"] == _digest(kept["content"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
+from ddpm_lmk.errors import ConfigError
 
 KINDS = ("same pixels", "near copy", "same patient")
-_AT_ONCE = 1 << 20  # prints in memory at a time
-_MOST_LISTED = 1000
-_REMEMBER_FROM = 100_000  # films; fewer are compared again in a second
+SAME_PIXELS, NEAR_COPY, SAME_PATIENT = KINDS
+_MOST_LISTED = 1000  # leakage.json is read by people; the counts are complete
 
 Place = tuple[int, int]  # source, row
 
 
 class Source:
-    """Some films of a packed set: those of some splits, less some rows, or a list of rows."""
+    """Some images of a dataset: `rows` `[R]`, or those of some splits but for the rows in `without`."""
 
     def __init__(
         self,
@@ -91,30 +39,26 @@ class Source:
         rows: np.ndarray | None = None,
     ) -> None:
         self.manifest, self.splits = manifest, splits
-        self._without, self._rows = without, rows
-
-    def rows(self) -> np.ndarray:
-        """Their rows, `[R]`."""
-        return np.asarray(self.manifest.rows(self.splits, without=self._without)) if self._rows is None else self._rows
+        self.rows = np.asarray(manifest.rows(splits, without=without)) if rows is None else rows
 
     def facts(self) -> dict[str, Any]:
-        """Which set this is, for a run's record; no names of samples."""
+        """Which dataset this is, for a run's record; no names of samples."""
         known = {"dataset": self.manifest.dataset, "fingerprint": self.manifest.fingerprint}
-        return {**known, "path": str(self.manifest.root), "splits": list(self.splits), "images": len(self.rows())}
+        return {**known, "path": str(self.manifest.root), "splits": list(self.splits), "images": len(self.rows)}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A film and the earlier or protected one it repeats, each as (source, row)."""
+    """An image, and the earlier or protected one it repeats, each as (source, row)."""
 
     kind: str
-    film: Place
+    image: Place
     of: Place
 
 
 @dataclass(frozen=True)
 class Uncompared:
-    """Two sets whose patients cannot be compared, by name, and why."""
+    """Two datasets whose patients cannot be compared, by name, and why."""
 
     trained_on: str
     protected: str
@@ -126,7 +70,7 @@ class Uncompared:
 
 @dataclass
 class Leakage:
-    """What was compared and found. Sources are numbered: first the sets trained on, then the protected ones."""
+    """What a comparison found. Sources are numbered: first those trained on, then the protected ones."""
 
     trained: list[Source]
     protected: list[Source]
@@ -134,80 +78,59 @@ class Leakage:
     copies: list[Finding] = field(default_factory=list)
     uncompared: list[Uncompared] = field(default_factory=list)
 
-    def rows_of(self, findings: Sequence[Finding], source: int) -> np.ndarray:
-        """Rows of one source among the findings."""
-        return np.array(sorted(each.film[1] for each in findings if each.film[0] == source), dtype=np.int64)
-
 
 @dataclass(frozen=True)
 class Exclusion:
-    """What a run leaves out: `rows[m]` of the m-th set trained on; `record` is the content of leakage.json."""
+    """What a run leaves out: `rows[m]` of the m-th dataset trained on; `record` is the content of leakage.json."""
 
     rows: tuple[np.ndarray, ...]
     record: dict[str, Any]
 
 
+# A process asks again for the same datasets: to check a run, to open its loader, to write its record, for every score.
+_KNOWN: dict[tuple[Any, ...], Exclusion] = {}
+
+
 def exclusion(manifests: Sequence[Manifest], data: DataConfig, cache: CacheSettings | None = None) -> Exclusion:
-    """The films of a pool that are not trained on. Found once per process, for large pools once per machine.
+    """The images of a pool that are not trained on; compared once per process (14 s of one core for a million).
+
+    `cache`: where copies of remote datasets lie.
 
     Raises:
-        ConfigError: a set in `data.protect` has no split to protect.
-        DataError: a folder is not a pack, or its prints are damaged.
+        ConfigError: a dataset in `data.protect` has no split to protect.
+        DataError: a folder is not a dataset, or its fingerprints are damaged.
     """
-    cache = cache or CacheSettings()
-    guards = tuple(Manifest.open(path, cache) for path in data.protect)
-    packs = tuple(map(_Opened, manifests)), tuple(map(_Opened, guards))
-    settings = data.splits, data.dedup.leakage, data.dedup.duplicates
-    if sum(map(len, manifests)) < _REMEMBER_FROM:
-        return _exclusion(*packs, *settings)
-    names = [[(str(each.manifest.root), each.manifest.fingerprint) for each in part] for part in packs]
-    key = {"version": 2, "radius": RADIUS, "detail": MOST_DETAIL_BITS, "packs": names, "settings": settings}
-
-    def make() -> dict[str, Any]:
-        found = _exclusion(*packs, *settings)
-        return {"rows": [rows.tolist() for rows in found.rows], "record": found.record}
-
-    kept = remembered(cache.root / "compared", key, make)
-    return Exclusion(tuple(np.array(rows, dtype=np.int64) for rows in kept["rows"]), kept["record"])
+    guards = [Manifest.open(path, cache) for path in data.protect]
+    digests = [tuple(manifest.fingerprint for manifest in part) for part in (manifests, guards)]
+    key = (*digests, data.splits, data.dedup.leakage, data.dedup.duplicates)
+    if key not in _KNOWN:
+        _KNOWN[key] = _compare_pool(manifests, guards, data)
+    return _KNOWN[key]
 
 
-class _Opened:
-    """A manifest as a key of the cache: equal where the packed data is."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Opened) and other.manifest.fingerprint == self.manifest.fingerprint
-
-    def __hash__(self) -> int:
-        return hash(self.manifest.fingerprint)
-
-
-@lru_cache(maxsize=8)
-def _exclusion(
-    pool: tuple[_Opened, ...], guards: tuple[_Opened, ...], splits: tuple[str, ...], leaks: str, copies: str
-) -> Exclusion:
-    trained = [Source(each.manifest, tuple(s for s in splits if s in each.manifest.splits)) for each in pool]
-    protected = [Source(source.manifest, _rest(source.manifest, splits)) for source in trained]
-    protected = [source for source in protected if source.splits] + [_guarded(each.manifest, splits) for each in guards]
-    if copies == "keep" and not protected:
-        return Exclusion(tuple(np.zeros(0, np.int64) for _ in pool), _record(Leakage(trained, []), leaks, copies, 0))
+def _compare_pool(manifests: Sequence[Manifest], guards: Sequence[Manifest], data: DataConfig) -> Exclusion:
+    splits = [tuple(split for split in data.splits if split in manifest.splits) for manifest in manifests]
+    trained = [Source(manifest, names) for manifest, names in zip(manifests, splits, strict=True)]
+    rest = [tuple(split for split in manifest.splits if split not in data.splits) for manifest in manifests]
+    protected = [Source(manifest, names) for manifest, names in zip(manifests, rest, strict=True) if names]
+    protected += [_protected_splits(manifest, data.splits) for manifest in guards]
+    if (
+        data.dedup.duplicates == "keep" and not protected
+    ):  # else a dataset without fingerprints would be decoded for nothing
+        nothing = tuple(np.zeros(0, np.int64) for _ in manifests)
+        return Exclusion(nothing, _record(Leakage(trained, []), data, left_out=0))
     found = compare(trained, protected)
-    if leaks == "leave_out":
-        gone = {finding.film for finding in found.leaks}
-        found.copies = [each for each in found.copies if each.film not in gone]
-    out = [*(found.leaks if leaks == "leave_out" else ()), *(found.copies if copies == "leave_out" else ())]
-    rows = tuple(np.unique(found.rows_of(out, number)) for number in range(len(trained)))
-    return Exclusion(rows, _record(found, leaks, copies, sum(map(len, rows))))
+    if data.dedup.leakage == "leave_out":  # what leaks is counted once, not also as a duplicate
+        leaking = {finding.image for finding in found.leaks}
+        found.copies = [each for each in found.copies if each.image not in leaking]
+    out = {each.image for each in found.leaks} if data.dedup.leakage == "leave_out" else set()
+    out |= {each.image for each in found.copies} if data.dedup.duplicates == "leave_out" else set()
+    rows = [np.array(sorted(row for s, row in out if s == number), dtype=np.int64) for number in range(len(trained))]
+    return Exclusion(tuple(rows), _record(found, data, left_out=len(out)))
 
 
-def _rest(manifest: Manifest, splits: Sequence[str]) -> tuple[str, ...]:
-    return tuple(split for split in manifest.splits if split not in splits)
-
-
-def _guarded(manifest: Manifest, splits: Sequence[str]) -> Source:
-    """The splits of a labelled set to protect: those not trained on, and any test split whatever is trained on."""
+def _protected_splits(manifest: Manifest, splits: Sequence[str]) -> Source:
+    """Of a dataset in `data.protect`: the splits not trained on, and any test split whatever is trained on."""
     names = tuple(s for s in manifest.splits if s not in splits or s.startswith("test"))
     if not names:
         raise ConfigError(
@@ -218,62 +141,105 @@ def _guarded(manifest: Manifest, splits: Sequence[str]) -> Source:
 
 
 def compare(trained: Sequence[Source], protected: Sequence[Source]) -> Leakage:
-    """Leaks from `protected` into `trained`, and copies inside `trained`: the first film, in order, is the original.
+    """Leaks from `protected` into `trained`, and duplicates inside `trained`, where the first in order is the original.
 
-    A copy of a film that leaks by its picture leaks too, even where the two ends of such a chain are not alike enough.
+    A duplicate of an image that leaks by its pixels leaks too, even where the ends of such a chain are not near.
     """
-    found = Leakage(list(trained), list(protected), uncompared=uncompared_patients(trained, protected))
-    guard, places = _gathered(protected, first=len(trained))
-    leaks: dict[Place, Finding] = {}
-    if len(guard):
-        for number, source in enumerate(trained):
-            leaks |= {finding.film: finding for finding in _leaks(source, number, guard, places)}
-    prints, places = _gathered(trained, first=0)
-    first, is_exact = first_of_its_kind(prints)
-    repeated = np.flatnonzero(first != np.arange(len(first)))
-    for place in repeated.tolist():
-        kind = KINDS[0] if is_exact[place] else KINDS[1]
-        found.copies.append(Finding(kind, _place(places, place), _place(places, int(first[place]))))
-    _spread(leaks, found.copies)
-    found.leaks = [leaks[film] for film in sorted(leaks)]
-    return found
+    images = _Images.of(trained, first_source=0)
+    leaks = _find_leaks(images, _Images.of(protected, first_source=len(trained)))
+    first, is_exact = find_originals(images.fingerprints)
+    copies = [
+        Finding(SAME_PIXELS if is_exact[place] else NEAR_COPY, images.place(place), images.place(first[place]))
+        for place in np.flatnonzero(first != np.arange(len(first))).tolist()
+    ]
+    _spread(leaks, copies)
+    listed = [leaks[image] for image in sorted(leaks)]
+    return Leakage(list(trained), list(protected), listed, copies, uncompared_patients(trained, protected))
 
 
-def seen(tested: Source, trained: Sequence[Source]) -> list[Finding]:
-    """The films of `tested` that have a copy, or their patient, in `trained`; one finding for each of them."""
-    guard, places = _gathered(trained, first=1)
-    return _leaks(tested, 0, guard, places) if len(guard) else []
+def find_seen(tested: Source, trained: Sequence[Source]) -> list[Finding]:
+    """The images of `tested` that have a duplicate, or their patient, in `trained`; one finding for each of them."""
+    seen = _find_leaks(_Images.of([tested], first_source=0), _Images.of(trained, first_source=1))
+    return [seen[image] for image in sorted(seen)]
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Fingerprints `[N]` of the images of several sources, and where each lies: source and row, `[N, 2]`."""
+
+    fingerprints: np.ndarray
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], *, first_source: int) -> _Images:
+        fingerprints, places = [np.zeros(0, FINGERPRINT_DTYPE)], [np.zeros((0, 2), np.int64)]
+        for number, source in enumerate(sources, first_source):
+            fingerprints.append(read_fingerprints(source.manifest)[source.rows])
+            places.append(np.stack([np.full_like(source.rows, number), source.rows], axis=1))
+        return cls(np.concatenate(fingerprints), np.concatenate(places))
+
+    def place(self, number: int) -> Place:
+        return int(self.places[number, 0]), int(self.places[number, 1])
+
+
+def _find_leaks(images: _Images, protected: _Images) -> dict[Place, Finding]:
+    """The images that repeat a protected one. Pixels weigh more than looks, and looks more than a patient in common."""
+    if not len(protected.fingerprints):
+        return {}
+    ours, theirs = images.fingerprints, protected.fingerprints
+    patients, where = np.unique(theirs["patient"], return_index=True)
+    nearest = np.minimum(np.searchsorted(patients, ours["patient"]), len(patients) - 1)
+    same = np.flatnonzero((patients[nearest] == ours["patient"]) & (ours["patient"] != 0))
+    found = {a: (SAME_PATIENT, b) for a, b in zip(same.tolist(), where[nearest[same]].tolist(), strict=True)}
+    for a, b in zip(*(each.tolist() for each in find_matches(ours, theirs)), strict=True):
+        is_exact = np.array_equal(ours["pixels"][a], theirs["pixels"][b])
+        found[a] = (SAME_PIXELS if is_exact else NEAR_COPY, b)
+    return {images.place(a): Finding(kind, images.place(a), protected.place(b)) for a, (kind, b) in found.items()}
+
+
+def _spread(leaks: dict[Place, Finding], copies: Sequence[Finding]) -> None:
+    """Add the duplicates of leaking images to `leaks`."""
+    members: dict[Place, list[Place]] = {}
+    for copy in copies:
+        members.setdefault(copy.of, [copy.of]).append(copy.image)
+    for images in members.values():
+        by_pixels = [leaks[image] for image in images if image in leaks and leaks[image].kind != SAME_PATIENT]
+        for image in images if by_pixels else ():
+            if image not in leaks or leaks[image].kind == SAME_PATIENT:
+                leaks[image] = Finding(NEAR_COPY, image, by_pixels[0].of)
 
 
 def uncompared_patients(trained: Sequence[Source], protected: Sequence[Source]) -> list[Uncompared]:
-    """The pairs of sets between which a patient would not be found again, though one of them names patients."""
-    sets = {source.manifest.fingerprint: source.manifest for source in (*trained, *protected)}
-    naming = {fingerprint: _naming(manifest) for fingerprint, manifest in sets.items()} if len(sets) > 1 else {}
+    """The pairs of datasets between which a patient would not be found again, though one of them names patients."""
+    datasets = {source.manifest.fingerprint: source.manifest for source in (*trained, *protected)}
+    if len(datasets) == 1:  # ids of one dataset are comparable
+        return []
+    naming = {fingerprint: _Naming.of(manifest) for fingerprint, manifest in datasets.items()}
     pairs = dict.fromkeys(
         (one.manifest.fingerprint, other.manifest.fingerprint) for one in trained for other in protected
     )
-    found = []
-    for one, other in pairs:
-        reason = None if one == other else _why_not_compared(naming[one], naming[other])
-        if reason is not None:
-            found.append(Uncompared(sets[one].dataset, sets[other].dataset, reason))
-    return found
+    reasons = {(one, other): _why_not_compared(naming[one], naming[other]) for one, other in pairs if one != other}
+    return [
+        Uncompared(datasets[one].dataset, datasets[other].dataset, reason)
+        for (one, other), reason in reasons.items()
+        if reason is not None
+    ]
 
 
 @dataclass(frozen=True)
 class _Naming:
-    """How a set names its patients."""
+    """How a dataset names its patients."""
 
     dataset: str
     key: str | None  # which key made the ids; None: they are not hashed, empty: packed before it was noted
     any: bool
-    any_short: bool  # mean somebody inside this set only
+    any_short: bool  # unique inside this dataset only
 
-
-def _naming(manifest: Manifest) -> _Naming:
-    patients = prints_of(manifest)["patient"]
-    key = (manifest.settings.get("key_id") or "") if manifest.settings.get("hashed_ids") else None
-    return _Naming(manifest.dataset, key, bool(patients.any()), bool((patients & 1).any()))
+    @classmethod
+    def of(cls, manifest: Manifest) -> _Naming:
+        patients = read_fingerprints(manifest)["patient"]
+        key = (manifest.settings.get("key_id") or "") if manifest.settings.get("hashed_ids") else None
+        return cls(manifest.dataset, key, bool(patients.any()), bool((patients & 1).any()))
 
 
 def _why_not_compared(one: _Naming, other: _Naming) -> str | None:
@@ -292,68 +258,22 @@ def _why_not_compared(one: _Naming, other: _Naming) -> str | None:
     return None
 
 
-def _spread(leaks: dict[Place, Finding], copies: Sequence[Finding]) -> None:
-    """Add the copies of leaking films to `leaks`."""
-    groups: dict[Place, list[Place]] = {}
-    for copy in copies:
-        groups.setdefault(copy.of, [copy.of]).append(copy.film)
-    for films in groups.values():
-        known = [leaks[film] for film in films if film in leaks and leaks[film].kind != KINDS[2]]
-        for film in films if known else ():
-            if film not in leaks or leaks[film].kind == KINDS[2]:
-                leaks[film] = Finding(KINDS[1], film, known[0].of)
-
-
-def _leaks(source: Source, number: int, guard: np.ndarray, places: np.ndarray) -> list[Finding]:
-    rows, prints, found = source.rows(), prints_of(source.manifest), {}
-    patients, where = np.unique(guard["patient"], return_index=True)
-    for start in range(0, len(rows), _AT_ONCE):
-        part = rows[start : start + _AT_ONCE]
-        here = prints[part]
-        place = np.minimum(np.searchsorted(patients, here["patient"]), len(patients) - 1)
-        same_patient = np.flatnonzero((patients[place] == here["patient"]) & (here["patient"] != 0))
-        for a, b in zip(same_patient.tolist(), where[place[same_patient]].tolist()):
-            found[int(part[a])] = (KINDS[2], b)
-        for a, b in zip(*(each.tolist() for each in copies_of(here, guard))):
-            is_exact = np.array_equal(here["pixels"][a], guard["pixels"][b])
-            found[int(part[a])] = (KINDS[0] if is_exact else KINDS[1], b)
-    return [Finding(kind, (number, row), _place(places, of)) for row, (kind, of) in sorted(found.items())]
-
-
-def _gathered(sources: Sequence[Source], *, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prints of all sources `[N]`, and the (source, row) of each `[N, 2]`; sources count from `first`."""
-    prints, places = [np.zeros(0, PRINT_DTYPE)], [np.zeros((0, 2), np.int64)]
-    for number, source in enumerate(sources, first):
-        rows = source.rows()
-        prints.append(prints_of(source.manifest)[rows])
-        places.append(np.stack([np.full(len(rows), number), rows], axis=1))
-    return np.concatenate(prints), np.concatenate(places)
-
-
-def _place(places: np.ndarray, number: int) -> Place:
-    return int(places[number, 0]), int(places[number, 1])
-
-
-def _record(found: Leakage, leaks: str, copies: str, left_out: int) -> dict[str, Any]:
-    """The content of leakage.json. Films are named by set and row: ids may hold what must not leave the packs."""
+def _record(found: Leakage, data: DataConfig, *, left_out: int) -> dict[str, Any]:
+    """The content of leakage.json. Images are named by dataset and row: ids may hold what must not leave the shards."""
     sources = [*found.trained, *found.protected]
 
     def line(finding: Finding) -> dict[str, Any]:
-        named = {
-            key: {"dataset": sources[s].manifest.dataset, "row": r}
-            for key, (s, r) in (("film", finding.film), ("of", finding.of))
-        }
-        return {"kind": finding.kind, **named}
+        image, of = ({"dataset": sources[s].manifest.dataset, "row": row} for s, row in (finding.image, finding.of))
+        return {"kind": finding.kind, "film": image, "of": of}
 
-    overlap = [] if leaks == "leave_out" else found.leaks
     return {
-        "settings": {"leaks": leaks, "copies": copies},
+        "settings": {"leaks": data.dedup.leakage, "copies": data.dedup.duplicates},
         "trained_on": [source.facts() for source in found.trained],
         "protected": [source.facts() for source in found.protected],
         "leaks": count_kinds(found.leaks),
         "copies": count_kinds(found.copies),
         "left_out": left_out,
-        "overlap": len(overlap),
+        "overlap": 0 if data.dedup.leakage == "leave_out" else len(found.leaks),
         "patients_not_compared": [asdict(pair) for pair in found.uncompared],
         "listed": {
             "leaks": [line(finding) for finding in found.leaks[:_MOST_LISTED]],

@@ -1,4 +1,4 @@
-"""Millimetres per pixel in the patient, as the tags of a radiograph tell them, and what they are when they are not.
+"""Millimetres per pixel in the patient, from the attributes of a DICOM radiograph, or None where they are unknown.
 
 An x-ray source is a point, so what lies before the detector is magnified on it: a spacing at the detector is not one in
 the patient, by 5 to 50 %. What is trusted, from the top (PS3.3 sections 10.7.1.1 to 10.7.1.3, C.8.11.4, C.8.7.5;
@@ -27,85 +27,23 @@ count as absent. A result is unknown as well where pixels are not square (the tw
 over 0.1 %), and where the longer side of the picture would measure less than 1 mm or more than 2 m: then the unit was
 another. Never used: SpatialResolution (the finest detail that is resolved), DetectorElementSpacing (before binning),
 and PixelSpacingCalibrationDescription, which is free text.
-
-Optional attributes of DICOM files, any of which may be malformed beside good pixels.
-
-What does not read is passed over by name, never guessed: a decimal comma could as well separate two values. Only names
-of the standard are kept, no value of a file. Reading files is `dicom`'s.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
-
-
-def pass_over_malformed(dataset: Dataset, names: Iterable[str], passed_over: list[str]) -> None:
-    """Remove each of the attributes `names` whose value cannot even be converted, so that no reader meets it later."""
-    for name in names:
-        try:
-            dataset.get(name)
-        except MemoryError:
-            raise
-        except Exception:  # pydicom converts when asked, and raises what the conversion raises
-            del dataset[name]
-            pass_over(name, passed_over)
-
-
-def numbers(dataset: Dataset, name: str, passed_over: list[str]) -> list[float]:
-    """Values of a numeric attribute; none where it is absent or empty. What is no finite number is NaN, and named."""
-    found = dataset.get(name)
-    if found is None or found == "":
-        return []
-    is_several = isinstance(found, Sequence) and not isinstance(found, str | bytes)
-    values = [_number(value) for value in (found if is_several else [found])]
-    if any(math.isnan(value) for value in values):
-        pass_over(name, passed_over)
-    return values
-
-
-def number(dataset: Dataset, name: str, passed_over: list[str]) -> float | None:
-    """The one value of a numeric attribute; None where it is absent, or passed over."""
-    values = numbers(dataset, name, passed_over)
-    if len(values) > 1:
-        pass_over(name, passed_over)
-    return values[0] if len(values) == 1 and not math.isnan(values[0]) else None
-
-
-def code(dataset: Dataset, name: str) -> str:
-    """A code string in capitals; empty where it is absent."""
-    return str(dataset.get(name) or "").strip().upper()
-
-
-def pass_over(name: str, passed_over: list[str]) -> None:
-    """Name an attribute once as one that does not read."""
-    if name not in passed_over:
-        passed_over.append(name)
-
-
-def _number(value: object) -> float:
-    try:
-        read = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return math.nan
-    return read if math.isfinite(read) else math.nan
-
+from ddpm_lmk.data.images.dicom_attributes import Attributes
 
 _RECEPTOR = ("ImagerPixelSpacing", "NominalScannedPixelSpacing")
 _FACTOR = "EstimatedRadiographicMagnificationFactor"
 _DISTANCES = ("DistanceSourceToDetector", "DistanceSourceToPatient")
 SPACING_TAGS = ("PixelSpacing", "PixelSpacingCalibrationType", "PixelAspectRatio", *_RECEPTOR, _FACTOR, *_DISTANCES)
-AT_DETECTOR, UNKNOWN = ", at the detector", "unknown: "  # how what is said ends, and begins
+AT_DETECTOR, UNKNOWN = ", at the detector", "unknown: "  # how the text about a spacing ends, and begins
 
-_MAX_MAGNIFICATION = 5.0  # contact films have 1.0 to 1.3, magnified mammograms 2
+_MAX_MAGNIFICATION = 5.0  # contact images have 1.0 to 1.3, magnified mammograms 2
 _SAME = 0.01  # values written with two or three digits
 _SQUARE = 0.001
 _DISAGREE = 0.1
-_SIDES_MM = (1.0, 2000.0)  # a tooth film has 30 mm, a whole body 1800
+_SIDES_MM = (1.0, 2000.0)  # an image of a tooth has 30 mm, a whole body 1800
 
 Pair = tuple[float, float]
 
@@ -114,76 +52,81 @@ class _UnknownError(Exception):
     """The tags contradict one another; the message says how."""
 
 
-def spacing(dataset: Dataset, passed_over: list[str]) -> tuple[float | None, str | None]:
+def spacing(attributes: Attributes) -> tuple[float | None, str | None]:
     """Millimetres per pixel, None where unknown; and from which tags, or why not (None: no tag says anything)."""
     try:
-        (rows, columns), said, is_at_detector = _trusted(dataset, passed_over)
-        _require_square(rows, columns, dataset, passed_over)
-        side_mm = max(rows * dataset.Rows, columns * dataset.Columns)
-        if not _SIDES_MM[0] <= side_mm <= _SIDES_MM[1]:
-            raise _UnknownError(f"{said} makes a picture of less than 1 mm or more than 2 m")
+        (rows, columns), source = _trusted_pair(attributes)
+        _require_square(rows, columns, attributes)
+        longer_mm = max(rows * attributes.dataset.Rows, columns * attributes.dataset.Columns)
+        if not _SIDES_MM[0] <= longer_mm <= _SIDES_MM[1]:
+            source = source.removesuffix(AT_DETECTOR)
+            raise _UnknownError(f"{source} makes a picture of less than 1 mm or more than 2 m")
     except _UnknownError as reason:
         return None, UNKNOWN + str(reason) if str(reason) else None
-    return rows, said + AT_DETECTOR * is_at_detector
+    return rows, source
 
 
-def _trusted(dataset: Dataset, passed_over: list[str]) -> tuple[Pair, str, bool]:
-    """The table above: row and column spacing, their source, and whether they are at the detector."""
-    patient = _pair(dataset, "PixelSpacing", passed_over)
-    receptors = {name: pair for name in _RECEPTOR if (pair := _pair(dataset, name, passed_over)) is not None}
+def _trusted_pair(attributes: Attributes) -> tuple[Pair, str]:
+    """The table above: row and column spacing, and their source."""
+    patient = _pair(attributes, "PixelSpacing")
+    receptors = {name: pair for name in _RECEPTOR if (pair := _pair(attributes, name)) is not None}
     if patient is not None:
-        if not receptors or code(dataset, "PixelSpacingCalibrationType") in ("GEOMETRY", "FIDUCIAL"):
-            return patient, "PixelSpacing", False
+        if not receptors or attributes.code("PixelSpacingCalibrationType") in ("GEOMETRY", "FIDUCIAL"):
+            return patient, "PixelSpacing"
         ratios = [pair[0] / patient[0] for pair in receptors.values()]
         if all(abs(ratio - 1) > _SAME for ratio in ratios):
             if not all(1 < ratio <= _MAX_MAGNIFICATION for ratio in ratios):
                 raise _UnknownError(f"PixelSpacing and {' and '.join(receptors)} contradict each other")
-            return patient, "PixelSpacing", False
+            return patient, "PixelSpacing"
     if not receptors:
         raise _UnknownError
     first, last = next(iter(receptors.values())), list(receptors.values())[-1]
     if any(abs(one / other - 1) > _SAME for one, other in zip(first, last)):
         raise _UnknownError(f"{' and '.join(receptors)} contradict each other")
+    # From here on the spacing is one at the detector, also where PixelSpacing repeats it.
+    at_detector = patient or first
     name = "PixelSpacing" if patient is not None else next(iter(receptors))
-    magnification, by = _magnification(dataset, passed_over)
+    magnification, source = _magnification(attributes)
     if magnification is None:
-        return patient or first, name, True
-    rows, columns = patient or first
-    return (rows / magnification, columns / magnification), f"{name} / {by}", False
+        return at_detector, name + AT_DETECTOR
+    return (at_detector[0] / magnification, at_detector[1] / magnification), f"{name} / {source}"
 
 
-def _magnification(dataset: Dataset, passed_over: list[str]) -> tuple[float | None, str]:
-    """How much larger things are at the detector than in the patient, None where the file does not say; and by what."""
-    factor = _positive(dataset, _FACTOR, passed_over)
-    detector, patient = (_positive(dataset, name, passed_over) for name in _DISTANCES)
+def _magnification(attributes: Attributes) -> tuple[float | None, str]:
+    """How much larger things are at the detector than in the patient, None where unknown; and the source of that."""
+    factor, detector, patient = (_positive(attributes, name) for name in (_FACTOR, *_DISTANCES))
     ratio = detector / patient if detector is not None and patient is not None else None
-    is_usable = [value is not None and 1 <= value <= _MAX_MAGNIFICATION for value in (factor, ratio)]
-    if factor is not None and not is_usable[0]:
+    ratio_name = " / ".join(_DISTANCES)
+    has_ratio = ratio is not None and 1 <= ratio <= _MAX_MAGNIFICATION
+    if factor is None:
+        if ratio is not None and not has_ratio:
+            raise _UnknownError(f"{ratio_name} is not between 1 and {_MAX_MAGNIFICATION:g}")
+        return ratio, f"({ratio_name})"
+    if not 1 <= factor <= _MAX_MAGNIFICATION:
         raise _UnknownError(f"{_FACTOR} is not between 1 and {_MAX_MAGNIFICATION:g}")
-    if factor is None and ratio is not None and not is_usable[1]:
-        raise _UnknownError(f"{' / '.join(_DISTANCES)} is not between 1 and {_MAX_MAGNIFICATION:g}")
-    if factor is not None and ratio is not None and is_usable[1] and abs(ratio / factor - 1) > _DISAGREE:
-        raise _UnknownError(f"{_FACTOR} and {' / '.join(_DISTANCES)} contradict each other")
-    return (factor, _FACTOR) if factor is not None else (ratio, f"({' / '.join(_DISTANCES)})")
+    # A ratio that no geometry allows is no evidence against a factor that one does.
+    if ratio is not None and has_ratio and abs(ratio / factor - 1) > _DISAGREE:
+        raise _UnknownError(f"{_FACTOR} and {ratio_name} contradict each other")
+    return factor, _FACTOR
 
 
-def _require_square(rows: float, columns: float, dataset: Dataset, passed_over: list[str]) -> None:
+def _require_square(rows: float, columns: float, attributes: Attributes) -> None:
     if abs(rows - columns) > _SQUARE * rows:
         raise _UnknownError("pixels are not square")
-    aspect = numbers(dataset, "PixelAspectRatio", passed_over)
+    aspect = attributes.numbers("PixelAspectRatio")
     if len(aspect) == 2 and all(side > 0 for side in aspect) and abs(aspect[0] - aspect[1]) > _SQUARE * aspect[0]:
         raise _UnknownError("PixelAspectRatio says that pixels are not square, the spacing that they are")
 
 
-def _pair(dataset: Dataset, name: str, passed_over: list[str]) -> Pair | None:
-    values = numbers(dataset, name, passed_over)
+def _pair(attributes: Attributes, name: str) -> Pair | None:
+    values = attributes.numbers(name)
     if values and (len(values) != 2 or min(values) < 0):
-        pass_over(name, passed_over)
+        attributes.pass_over(name)
     return (values[0], values[1]) if len(values) == 2 and all(value > 0 for value in values) else None
 
 
-def _positive(dataset: Dataset, name: str, passed_over: list[str]) -> float | None:
-    value = number(dataset, name, passed_over)
+def _positive(attributes: Attributes, name: str) -> float | None:
+    value = attributes.number(name)
     if value is not None and value < 0:
-        pass_over(name, passed_over)
+        attributes.pass_over(name)
     return value if value is not None and value > 0 else None

@@ -1,6 +1,6 @@
 """From decoded pixels to the stored square, and back from its bytes: grey window, one anti-aliased resize, encoding.
 
-A picture is resized here once, at packing; loaders and `predict` do the same arithmetic. Files are `decode`'s.
+An image is resized here once, at packing; `predict` does the same arithmetic.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.images.decode import RefusedImageError
+from ddpm_lmk.data.images.image import RefusedImageError
 from ddpm_lmk.data.shards.records import Aspect, Encoding, content_box
 
 Window = Literal["percentile", "minmax", "full", "voi"]
 Filter = Literal["area", "linear", "gaussian"]
 
-_WINDOW_PERCENTILES = (0.1, 99.9)
+_WINDOW_PERCENTILES = (0.1, 99.9)  # markers and collimators are a few pixels at the extremes
 
 
 def to_square(
@@ -41,6 +41,7 @@ def to_square(
         full_range: what black and white are to the file itself; None: the range of an integer type.
     """
     left, top, width, height = content_box(native, size, aspect)
+    # Resized before the window is applied: percentiles are then those of what is stored.
     content = resized(pixels.astype(np.float32), width, height, resize)
     content = _windowed(content, pixels.dtype, window, full_range) * (255.0 if bits == 8 else 65535.0)
     content = np.rint(content).astype(np.uint8 if bits == 8 else np.uint16)
@@ -58,13 +59,14 @@ def resized(pixels: np.ndarray, width: int, height: int, resize: Filter) -> np.n
     anti-aliasing (the paper's pre-training), `gaussian` blurs with sigma (f - 1) / 2 first (the paper's fine-tuning).
     """
     if resize == "area":
+        # INTER_AREA enlarges by repeating pixels, so a side that grows is left to INTER_LINEAR below.
         inner = (min(width, pixels.shape[1]), min(height, pixels.shape[0]))
         if inner != pixels.shape[::-1]:
             pixels = cv2.resize(pixels, inner, interpolation=cv2.INTER_AREA)
     elif resize == "gaussian":
-        sigmas = [max(0.0, (old / new - 1) / 2) for old, new in ((pixels.shape[1], width), (pixels.shape[0], height))]
-        kernels = [2 * int(4 * sigma + 0.5) + 1 for sigma in sigmas]
-        for axis, (kernel, sigma) in enumerate(zip(kernels, sigmas)):
+        for axis, (old, new) in enumerate(((pixels.shape[1], width), (pixels.shape[0], height))):
+            sigma = max(0.0, (old / new - 1) / 2)
+            kernel = 2 * int(4 * sigma + 0.5) + 1  # cut at 4 sigma, as scipy and scikit-image do
             if kernel > 1:
                 ksize = (kernel, 1) if axis == 0 else (1, kernel)
                 pixels = cv2.GaussianBlur(pixels, ksize, sigma, sigmaY=sigma, borderType=cv2.BORDER_REFLECT_101)
@@ -98,6 +100,7 @@ def encode(pixels: np.ndarray, encoding: Encoding, quality: int) -> bytes:
     """The bytes of a shard member: a version 1 .npy file, a PNG, or a JPEG of this quality."""
     if encoding == "raw":
         buffer = io.BytesIO()
+        # The version is pinned: digests of shards must not depend on which one numpy prefers.
         np.lib.format.write_array(buffer, pixels, version=(1, 0), allow_pickle=False)
         return buffer.getvalue()
     if encoding == "png":

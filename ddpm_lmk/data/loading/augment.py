@@ -1,7 +1,7 @@
-"""What augmentation does to each image of the stream, drawn from `(seed, position)`; and the geometry it needs.
+"""Augmentation drawn from `(seed, position)`, and the affine geometry of pixels and points.
 
-This module only decides; `warp` executes on pixels. One 2x3 matrix per image, acting on the column (x, y, 1), moves the
-pixels and the points alike. Pixel centres are at integers, so a square of side S has its centre at (S - 1) / 2.
+Only decides; `warp` executes on pixels. One 2x3 matrix per image, acting on the column (x, y, 1), moves pixels and
+points alike. Pixel centres are at integers, so a square of side S has its centre at (S - 1) / 2.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def draw_changes(cfg: AugmentConfig, seed: int, positions: np.ndarray, size: int
     """
     u = keyed_uniform(seed, "augment", positions, _COLUMNS)
     chosen = u[:, 0] < cfg.probability
+    # An image that is not chosen draws zeros, which make the identity: one path, no branches.
     signed = np.where(chosen[:, None], 2 * u - 1, 0.0)
     second = 4 if cfg.scale_axes == "shared" else 5
     matrix = about_centre(
@@ -101,11 +102,9 @@ def about_centre(size: int, *, shift_px: Floats, angle: Floats, factors: Floats)
 
 
 def snapped(matrix: Floats, size: int) -> Floats:
-    """`matrix` `[P, 2, 3]`, moved by less than 0.01 px inside `size` px so that its inverse lies on a binary grid.
-
-    DALI adds up the coordinates of a row in float32. On this grid every sum is exact, and the largest difference
-    between the backends falls from 0.17 to 0.0001 grey levels of 255 (noise at 256 px); torch gains a digit, too.
-    """
+    """`matrix` `[P, 2, 3]`, moved by less than 0.01 px inside `size` px so that its inverse lies on a binary grid."""
+    # DALI adds up the coordinates of a row in float32. On this grid every sum is exact, and the largest difference
+    # between the backends falls from 0.17 to 0.0001 grey levels of 255 (noise at 256 px); torch gains a digit, too.
     back = invert(matrix)
     quantum = 2.0 ** (math.ceil(math.log2(2 * size)) - 24)  # float32 keeps 24 bits; coordinates stay below 2 * size
     linear = np.round(back[..., :2] / (2 * quantum)) * (2 * quantum)

@@ -1,31 +1,29 @@
-"""Which backend works on the pixels of a run, torch or DALI, decided once, before the loader opens, and for good.
+"""Which library works on the pixels of a run, torch or DALI: chosen once, before the loaders open.
 
-The two agree to a ten-thousandth of a grey level, not to the bit, so a run that is continued keeps what it began with,
-and all ranks take what one decides.
+The two agree to a ten-thousandth of a grey level, not to the bit, so a resumed run keeps what it began with, and all
+ranks take what one decides.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.loading.corpus import training_corpora
+from ddpm_lmk.data.loading.corpus import Corpus, training_corpora
+from ddpm_lmk.data.loading.dali import require_dali
+from ddpm_lmk.data.loading.loader import Name, Seat, open_training
 from ddpm_lmk.data.loading.pixels import choose_residency
 from ddpm_lmk.errors import ConfigError
 
-log = logging.getLogger(__name__)
-
-Name = Literal["torch", "dali"]
-
-_MEASURED_S = 1.0
-_WARM_UP = 2  # groups before the clock starts
+_MEASURED_S = 1.0  # of each: a choice that costs more than it brings is none
+_WARM_UP = 2  # global batches before the clock starts: they start threads and build the pipelines of DALI
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Backend:
 def choose_backend(
     cfg: RunConfig, *, device: torch.device | str, world: int = 1, before: dict[str, Any] | None = None
 ) -> Backend:
-    """The backend of a run; `before` is what the run that is continued recorded.
+    """The backend of a run; `before` is what the run that is resumed recorded.
 
     Raises:
         ConfigError: DALI was asked for, and pixels that are decoded beforehand.
@@ -50,7 +48,7 @@ def choose_backend(
     if cfg.runtime.loader == "torch":
         return Backend("torch", "runtime.loader=torch")
     if cfg.runtime.loader == "dali":
-        want_dali(cfg)
+        check_dali(cfg)
         return Backend("dali", "runtime.loader=dali")
     if before is not None:
         return Backend(before["name"], "as this run began", before.get("images_per_s"))
@@ -58,23 +56,22 @@ def choose_backend(
         return Backend("torch", "DALI is not installed (extra dali)")
     if device.type != "cuda":
         return Backend("torch", "without a GPU the torch loader is the faster one (benchmarks/README.md, Loading)")
-    if choose_residency(training_corpora(cfg), cfg.runtime.cache_pixels, device, world) != "stream":
+    corpora = training_corpora(cfg)
+    if choose_residency(corpora, cfg.runtime.cache_pixels, device, world) != "stream":
         return Backend("torch", "pixels are decoded beforehand")
-    return measured_backend(cfg, device=device)
+    return measure_backends(cfg, corpora, device=device)
 
 
-def measured_backend(cfg: RunConfig, *, device: torch.device) -> Backend:
+def measure_backends(cfg: RunConfig, corpora: Sequence[Corpus], *, device: torch.device) -> Backend:
     """The faster of the two, each measured for a second on the run's own data."""
     names: tuple[Name, Name] = ("torch", "dali")
-    speed: dict[str, float] = {name: round(_images_per_s(cfg, name, device), 1) for name in names}
+    speed: dict[str, float] = {name: round(_images_per_s(cfg, corpora, name, device), 1) for name in names}
     best: Name = "dali" if speed["dali"] > speed["torch"] else "torch"
     return Backend(best, f"the faster in {_MEASURED_S:g} s of loading", speed)
 
 
-def want_dali(cfg: RunConfig) -> None:
+def check_dali(cfg: RunConfig) -> None:
     """Refuse DALI where it is not installed, or pixels are to be decoded beforehand; raises as `choose_backend`."""
-    from ddpm_lmk.data.loading.dali import require_dali
-
     if cfg.runtime.cache_pixels in ("ram", "device"):
         raise ConfigError(
             f"runtime.loader=dali decodes as it streams, but runtime.cache_pixels={cfg.runtime.cache_pixels} decodes "
@@ -83,10 +80,8 @@ def want_dali(cfg: RunConfig) -> None:
     require_dali()
 
 
-def _images_per_s(cfg: RunConfig, name: Name, device: torch.device) -> float:
-    from ddpm_lmk.data import open_loader
-
-    loader = open_loader(cfg, stage="train", device=device, backend=name)
+def _images_per_s(cfg: RunConfig, corpora: Sequence[Corpus], name: Name, device: torch.device) -> float:
+    loader = open_training(cfg, Seat(0, 1, device, name), cache=None, corpora=corpora)
     groups = loader.groups(0)
     for _ in itertools.islice(groups, _WARM_UP):
         pass
@@ -94,7 +89,7 @@ def _images_per_s(cfg: RunConfig, name: Name, device: torch.device) -> float:
     while time.perf_counter() - began < _MEASURED_S:
         images += next(groups).size
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)  # copies and tone changes may still be under way
     elapsed = time.perf_counter() - began
     groups.close()
     loader.close()

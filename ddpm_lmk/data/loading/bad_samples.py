@@ -1,8 +1,8 @@
-"""Samples that are left out because they cannot be read: which, listed once over all ranks, and when it is too much.
+"""Unreadable samples of a run: listed once over all ranks, and the end of the run where there are too many.
 
-Whether a sample is bad follows from its bytes, and what stands in for it from its position, so a run that is killed and
-continued finds the same ones at the same steps. The list is a report and a count; nothing is decided by reading it. A
-file system that fails makes no sample bad (`retries`).
+Whether a sample is bad follows from its bytes, and what stands in for it from its position, so a resumed run meets the
+same ones at the same steps. The list is a report and a count; nothing is decided by reading it. A file system that
+fails makes no sample bad: its reads are tried again (`shards.remote.with_retries`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_lmk.data.loading.corpus import Corpus
-from ddpm_lmk.data.shards.rows import SplitRows
+from ddpm_lmk.data.shards.index import SplitRows
 from ddpm_lmk.errors import DataError
 
 log = logging.getLogger(__name__)
 
-BUDGET_FLOOR = 10  # bad samples that are always tolerated (failures.md, B26)
+# Always tolerated, so that a small dataset survives a few (docs/faults.md, B26); a shard may be all bad below it.
+BUDGET_FLOOR = 10
 
 
 class BadSample(NamedTuple):
@@ -45,7 +46,7 @@ class Quarantine:
         self._seen: set[tuple[int, int]] = set()
 
     def recall(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Take up the list of the run that is continued here."""
+        """Take up the list of the run that is resumed here."""
         for entry in entries:
             self._seen.add((entry["pack"], entry["row"]))
             self.entries.append(entry)
@@ -57,11 +58,12 @@ class Quarantine:
     def merge(self, met: Iterable[BadSample], *, step: int) -> list[dict[str, Any]]:
         """List what the ranks met up to `step`, each sample once; returns the new entries, the same on every rank."""
         fresh = []
-        for bad in sorted(set(met)):
+        for bad in sorted(set(met)):  # ranks meet them in any order, and all have to write the same list
             if (bad.corpus, bad.row) in self._seen:
                 continue
             self._seen.add((bad.corpus, bad.row))
             manifest = self._corpora[bad.corpus].manifest
+            # Names may be those of patients; the digest of the packed image finds the sample again.
             digest = manifest.index[bad.row]["sha256"].tobytes().hex()
             place = {"pack": bad.corpus, "dataset": manifest.dataset, "row": bad.row, "id": digest}
             fresh.append({"step": step, **place, "reason": bad.reason})

@@ -1,7 +1,7 @@
-"""The packed sets a run reads: which of their rows, with which labels, and what to do when one cannot be read.
+"""The datasets of a run: which of their rows it uses, with which labels and geometry, and decoding one of them.
 
-Knows configuration and manifests, neither pixels in memory nor torch. Labels are read when a loader opens; without
-labels only the index is touched, so a pool of a million images opens in no time.
+Knows configuration and manifests, neither the memory pixels live in nor torch. Labels are read when a corpus opens;
+without labels only the index is touched, so a pool of a million images opens in no time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.duplicates.leakage import exclusion
 from ddpm_lmk.data.loading.augment import Floats, compose, resize_matrix
 from ddpm_lmk.data.loading.order import few_shot_rows
+from ddpm_lmk.data.shards.index import ByShard, ListedRows, SplitRows
+from ddpm_lmk.data.shards.manifest import Manifest, open_datasets
+from ddpm_lmk.data.shards.records import CorruptSampleError, SampleRecord, to_stored_matrix
 from ddpm_lmk.data.shards.remote import CacheSettings, with_retries
-from ddpm_lmk.data.shards.rows import ByShard, ListedRows, SplitRows
-from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, SampleRecord, to_stored_matrix
 from ddpm_lmk.errors import ConfigError, DataError
 
 HELD_OUT = "held_out"
@@ -40,7 +41,7 @@ class Facts:
 
 
 class Corpus:
-    """Some rows of one packed set, at the network's image size. With `labelled`, only rows that have points."""
+    """Some rows of one dataset, at the network's image size. With `labelled`, only rows that have points."""
 
     def __init__(self, manifest: Manifest, rows: SplitRows, image_size: int, *, labelled: bool) -> None:
         self.manifest, self.image_size = manifest, image_size
@@ -48,6 +49,7 @@ class Corpus:
         self.records: dict[int, SampleRecord] = {}
         self.rows: SplitRows | np.ndarray = rows
         if labelled:
+            # Few, unlike a pool's: all labels are read now, so that a missing one is known before training.
             read = ((row, with_retries(manifest.read_record, row)) for row in rows)
             self.records = {row: record for row, record in read if record.points is not None}
             self.rows = np.array(list(self.records), dtype=np.int64)
@@ -67,7 +69,7 @@ class Corpus:
     def facts(self, row: int) -> Facts:
         """Label, spacing and geometry of a row; without labels the name is dataset:row."""
         record = self.records.get(row)
-        if record is None:
+        if record is None:  # the index alone: a pool's records would be a read from the shards for every sample
             entry = self.manifest.index[row]
             size = (int(entry["width"]), int(entry["height"]))
             to_stored = to_stored_matrix(size, self.manifest.stored_size, self.manifest.aspect)
@@ -94,7 +96,7 @@ class Corpus:
             raise CorruptSampleError(f"row {row}: {error}") from error
         except DataError:
             raise
-        except Exception as error:  # a decoder may leak anything, StopIteration included (failures.md, B27)
+        except Exception as error:  # a decoder may leak anything, StopIteration included (docs/faults.md, B27)
             raise CorruptSampleError(f"row {row} of {self.manifest.root}: {type(error).__name__}: {error}") from error
         return pixels
 
@@ -104,7 +106,7 @@ def training_corpora(cfg: RunConfig) -> list[Corpus]:
 
     Raises:
         ConfigError: a split is trained on and scored, more shots than images.
-        DataError: a folder is not a pack, a split does not exist or is empty, there are no labels.
+        DataError: a folder is not a dataset, a split does not exist or is empty, there are no labels.
     """
     data, labelled = cfg.data, cfg.task.kind == "landmarks"
     for key, split in (("data.validation_split", data.validation_split), ("evaluate.split", cfg.evaluate.split)):
@@ -139,7 +141,7 @@ def _shots(cfg: RunConfig, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
         raise ConfigError(
             f"data.hold_out.of={hold_out.of}, but there are {len(rows)} shots; use at most as many parts as shots"
         )
-    is_out = np.arange(len(rows)) % hold_out.of == hold_out.fold
+    is_out = np.arange(len(rows)) % hold_out.of == hold_out.fold  # in turn, so every fold has early and late shots
     return rows[~is_out], rows[is_out]
 
 
@@ -148,41 +150,39 @@ def fingerprint(corpora: Sequence[Corpus]) -> str:
     return joined([corpus.manifest.fingerprint for corpus in corpora])
 
 
-def joined(prints: Sequence[str]) -> str:
+def joined(fingerprints: Sequence[str]) -> str:
     """One fingerprint for several, in their order."""
-    return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
+    return fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
 
 
 def fingerprints_of(cfg: RunConfig, paths: Sequence[str]) -> list[str]:
-    """What packs are, wherever they lie. Raises as `Manifest.open`."""
+    """What datasets are, wherever they lie. Raises as `Manifest.open`."""
     return [Manifest.open(path, CacheSettings.of(cfg)).fingerprint for path in paths]
 
 
 def _open_splits(cfg: RunConfig, splits: Sequence[str], *, labelled: bool, is_pool: bool = False) -> list[Corpus]:
-    """In a pool, a set may lack some of the splits, but each split must be in one of the sets.
+    """In a pool, a dataset may lack some of the splits, but each split must be in one of the datasets.
 
-    `is_pool`: images are learnt from without labels, so leaks and copies are left out (see `leaks`).
+    `is_pool`: images are learnt from without labels, so leaks and duplicates are left out (see `duplicates.leakage`).
     """
-    data, cache = cfg.data, CacheSettings.of(cfg)
-    manifests = [Manifest.open(path, cache) for path in data.path]
+    data, manifests = cfg.data, open_datasets(cfg)
     for manifest in manifests:
-        _want_packed(manifest, data.require_dataset)
-    prints = [manifest.fingerprint for manifest in manifests]
-    if len(set(prints)) < len(prints):
+        _check_settings(manifest, data.require_dataset)
+    if len({manifest.fingerprint for manifest in manifests}) < len(manifests):
         raise ConfigError("data.path names the same packed set twice; use data.weights to draw more from one")
     for split in splits:
         if not any(split in manifest.splits for manifest in manifests):
             there = "; ".join(f"{manifest.root}: {', '.join(manifest.splits)}" for manifest in manifests)
             raise DataError(f"there is no split {split!r} (there are {there}); change data.splits or evaluate.split")
-    left_out = exclusion(manifests, data, cache).rows if is_pool else [None] * len(manifests)
+    left_out = exclusion(manifests, data, CacheSettings.of(cfg)).rows if is_pool else [None] * len(manifests)
     return [
         _open_one(manifest, splits, data.image_size, labelled=labelled, without=rows)
         for manifest, rows in zip(manifests, left_out, strict=True)
     ]
 
 
-def _want_packed(manifest: Manifest, wanted: Mapping[str, str | int | None]) -> None:
-    """Refuse a pack that was made with other settings than the run file asks for."""
+def _check_settings(manifest: Manifest, wanted: Mapping[str, str | int | None]) -> None:
+    """Refuse a dataset that was packed with other settings than the run file asks for."""
     for key, value in wanted.items():
         if key not in manifest.settings:
             known = ", ".join(sorted(manifest.settings))
@@ -197,16 +197,16 @@ def _want_packed(manifest: Manifest, wanted: Mapping[str, str | int | None]) -> 
 def _open_one(
     manifest: Manifest, splits: Sequence[str], image_size: int, *, labelled: bool, without: np.ndarray | None
 ) -> Corpus:
-    wanted = [split for split in splits if split in manifest.splits]
+    present = [split for split in splits if split in manifest.splits]
     names = ", ".join(splits)
-    if not wanted:
+    if not present:
         raise DataError(f"{manifest.root} has none of the splits {names}; it has {', '.join(manifest.splits)}")
     if labelled and manifest.spec.num_landmarks == 0:
         raise DataError(f"{manifest.root} is packed without landmarks; task landmarks needs a labelled set")
-    corpus = Corpus(manifest, manifest.rows(wanted, without=without), image_size, labelled=labelled)
+    corpus = Corpus(manifest, manifest.rows(present, without=without), image_size, labelled=labelled)
     if len(corpus.rows) == 0 and without is not None and len(without):
         raise DataError(
-            f"{manifest.root}: all {len(without)} images of {names} are in protected splits or other packs too; "
+            f"{manifest.root}: all {len(without)} images of {names} are in protected splits or other datasets too; "
             "take it out of data.path, or see data.dedup.leakage and data.dedup.duplicates"
         )
     if len(corpus.rows) == 0:

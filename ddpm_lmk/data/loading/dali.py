@@ -3,8 +3,8 @@
 Bytes are read and verified here, in our order, and handed to pipelines as external sources: DALI draws nothing, keeps
 no position, and never meets bytes that changed. It decodes (JPEG on the GPU, PNG on the CPU, raw arrays not at all),
 warps with our matrices and scales. What is left, the tone of a few images, is the torch code, because its noise is
-keyed by position. Its decoders run in this process: one that crashes or hangs is a rank that does, which the launcher
-replaces, and that ends with exit 76 where it comes back; the torch loader sets such a sample aside.
+keyed by position. Its decoders run in this process: a crash or hang is that of a rank, which the launcher replaces, and
+the run ends with exit 76 where it comes back; the torch loader sets such a sample aside.
 
 A set stored at another size than `data.image_size` is decoded and resized on the host, by the code of the torch loader:
 DALI has no area filter. Its antialiased triangle is up to 50 grey levels away from it at edges, 0.4 on average, and
@@ -28,10 +28,10 @@ from torch import Tensor
 
 from ddpm_lmk.data.loading.augment import Changes, Floats, invert
 from ddpm_lmk.data.loading.corpus import Corpus
-from ddpm_lmk.data.loading.pixels import needs_16_bits
+from ddpm_lmk.data.loading.pixels import Residency, needs_16_bits
 from ddpm_lmk.data.loading.warp import Intensity, tone
+from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.data.shards.remote import with_retries
-from ddpm_lmk.data.shards.verify import CorruptSampleError
 from ddpm_lmk.errors import DataError, LaunchError
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class Kind(NamedTuple):
 
 class DaliPixels:
     """Fetches verified bytes and turns them into network input; the counterpart of `StreamPixels`."""
+
+    residency: Residency = "stream"
 
     def __init__(self, corpora: Sequence[Corpus], device: torch.device, *, workers: int, largest: int) -> None:
         """`largest`: most images of one call of `images`. Raises LaunchError where DALI is missing."""
@@ -86,8 +88,7 @@ class DaliPixels:
             images = torch.empty(len(fetched), self._size, self._size, 1, device=self._device).permute(0, 3, 1, 2)
             for kind in dict.fromkeys(kind for kind, _ in fetched):
                 members = [i for i, (other, _) in enumerate(fetched) if other == kind]
-                found = self._run(kind, intensity, [fetched[i][1] for i in members], matrices[members])
-                images[members] = found
+                images[members] = self._run(kind, intensity, [fetched[i][1] for i in members], matrices[members])
             tone(images, changes, seed=seed, positions=positions)
             if self._stream is not None:
                 self._stream.synchronize()  # in the prefetching thread: who takes the batch need not wait
@@ -204,7 +205,7 @@ def _check_header(data: bytes, kind: Kind, size: int) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=(_FORMATS[kind.encoding],)) as image:
             found = (image.size, image.mode)
-    except Exception as error:  # a parser may leak anything (failures.md, B27)
+    except Exception as error:  # a parser may leak anything (docs/faults.md, B27)
         raise CorruptSampleError(f"a {kind.encoding} image has no readable header ({type(error).__name__})") from error
     if found[0] != (size, size) or found[1] not in wanted:
         raise CorruptSampleError(f"a {kind.encoding} image is {found[0]} {found[1]}, {size} px {kind.bits} bit wanted")

@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.shards.rows import ByShard, Ints
+from ddpm_lmk.data.shards.index import ByShard, Ints
 from ddpm_lmk.errors import ConfigError
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: SplitMix64's step between counters
 _QUOTA_SCALE = 2**20  # weights are honoured to one part in a million
 _POOL_BLOCK = 256  # positions whose corpora are shuffled among one another
 
 
 def keyed_uniform(seed: int, stream: str, positions: np.ndarray, count: int) -> NDArray[np.float64]:
     """`[P, count]` numbers in [0, 1), fixed by `(seed, stream, position, column)`; `stream` names their purpose."""
-    bits = _keyed_bits(seed, stream, positions, count)
+    bits = _keyed_bits(seed, stream, positions, count)  # 53 of the 64 bits: what a float64 in [0, 1) can hold
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -40,7 +40,7 @@ class GroupPlan:
 
     With windows "straddle" every group is full and may reach over the end of an epoch. With "epoch" none does: an epoch
     starts at a multiple of `num_images` and its last group is short; with `drop_last` the images that do not fill a
-    micro-batch are left out (paper.md, section 2). Positions left out are never used, so epochs stay aligned.
+    micro-batch are left out (docs/method.md, section 2). Positions left out are never used, so epochs stay aligned.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GroupPlan:
     def of(cls, cfg: RunConfig, num_images: int) -> GroupPlan:
         """The groups of a run that learns from so many images; raises ConfigError as the constructor."""
         train = cfg.train
-        # The paper leaves out a part of a micro-batch in pre-training, but uses every labelled image (paper.md, 2, 3).
+        # The paper drops an unfilled micro-batch in pre-training, and uses every labelled image (docs/method.md, 2, 3)
         drop_last = cfg.task.stage == "pretrain"
         return cls(
             num_images, train.global_batch_size, train.given_micro_batch, train.epoch_boundary, drop_last=drop_last
@@ -107,7 +107,7 @@ class GroupPlan:
         return [w for w in range(1, self.group_size + 1) if self.group_size % (w * unit) == 0]
 
     def check_world(self, world: int) -> None:
-        """Raise ConfigError if the group cannot be shared out evenly among `world` processes (failures.md, A4)."""
+        """Raise ConfigError if the group cannot be shared out evenly among `world` processes (docs/faults.md, A4)."""
         if world not in self.worlds():
             each = f" x micro_batch {self.micro_batch}" if self.micro_batch else ""
             allowed = ", ".join(map(str, self.worlds()))
@@ -156,6 +156,7 @@ class SampleOrder:
             if shares is None
             else [max(1, round(q)) for q in shares / shares.sum() * _QUOTA_SCALE]
         )
+        # Positions are asked for in ascending order, so few blocks (below: epochs, windows) are in use at once.
         self._block = lru_cache(maxsize=64)(lambda start, size: _permutation(seed, f"pool/{start}", size))
 
     def at(self, positions: np.ndarray) -> tuple[Ints, Ints]:
@@ -178,7 +179,7 @@ class SampleOrder:
         left = self._shuffled(cycle, left, total)
         undecided = np.ones(len(positions), dtype=bool)
         for c, quota in enumerate(self._quotas):
-            before = left * quota // total
+            before = left * quota // total  # integers: the same turns on every machine
             taken = undecided & ((left + 1) * quota // total > before)
             corpus[taken], counter[taken] = c, cycle[taken] * quota + before[taken]
             undecided &= ~taken

@@ -1,8 +1,7 @@
-"""Where the pixels of a run live: decoded as they are needed, or once, in memory or on the device.
+"""Where decoded pixels live: nowhere (each sample is decoded when it is due), in memory, or on the device.
 
-Both kinds answer the same two calls, as `DaliPixels` does: `fetch` names a sample's pixels or says that they are
-corrupt, `images` turns what was fetched into network input on the device. So the loader does not know which kind it
-has, and the batches are the same. 16-bit pixels travel as int16 bits.
+All kinds, and `DaliPixels`, have the same two calls: `fetch` gets a sample's pixels or raises CorruptSampleError,
+`images` turns what was fetched into network input on the device. The batches are the same to the bit.
 """
 
 from __future__ import annotations
@@ -20,59 +19,57 @@ from torch import Tensor
 from ddpm_lmk.data.loading.augment import Changes
 from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.loading.warp import Intensity, develop
-from ddpm_lmk.data.shards.verify import CorruptSampleError
+from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.errors import ResourceError
-from ddpm_lmk.system.memory import available_bytes
+from ddpm_lmk.system.machine import available_bytes
 
 log = logging.getLogger(__name__)
 
 Residency = Literal["stream", "ram", "device"]
 
 _SHARE_OF_DEVICE = 0.25  # the model, its gradients and activations need the rest
-_SHARE_OF_MEMORY = 0.5
+_SHARE_OF_MEMORY = 0.5  # the page cache of the shards and the other programs of the machine need the rest
 _CHUNK = 4096  # images decoded between copies to a device
 
 
-class _TorchPixels:
-    """What both kinds do with the pixels they stacked."""
-
-    def stack(self, fetched: Sequence[Any]) -> Tensor:
-        """`[B, S, S]` uint8 or int16 on the device."""
-        raise NotImplementedError
-
-    def images(
-        self, fetched: Sequence[Any], changes: Changes, *, seed: int, positions: np.ndarray, intensity: Intensity
-    ) -> Tensor:
-        """Network input `[B, 1, S, S]` float32 in [0, 1], channels-last, on the device."""
-        return develop(self.stack(fetched), changes, seed=seed, positions=positions, intensity=intensity)
-
-    def close(self) -> None:
-        """Nothing is held that another loader of the same data would not want."""
-
-
-class StreamPixels(_TorchPixels):
+class StreamPixels:
     """Reads and decodes every sample when it is due."""
+
+    residency: Residency = "stream"
 
     def __init__(self, corpora: Sequence[Corpus], device: torch.device) -> None:
         self._corpora, self._device = corpora, device
         self._wide = needs_16_bits(corpora)
 
-    def fetch(self, corpus: int, row: int) -> np.ndarray:
-        """Pixels `[S, S]`. Raises CorruptSampleError."""
+    def fetch(self, corpus: int, row: int) -> Any:
+        """What `images` takes of a sample: here its pixels `[S, S]`. Raises CorruptSampleError."""
         return _as_stored(self._corpora[corpus].decode(row), wide=self._wide)
 
-    def stack(self, fetched: Sequence[np.ndarray]) -> Tensor:
+    def images(
+        self, fetched: Sequence[Any], changes: Changes, *, seed: int, positions: np.ndarray, intensity: Intensity
+    ) -> Tensor:
+        """Network input `[B, 1, S, S]` float32 in [0, 1], channels-last, on the device."""
+        return develop(self._stack(fetched), changes, seed=seed, positions=positions, intensity=intensity)
+
+    def close(self) -> None:
+        """Nothing is held that another loader of the same data would not want."""
+
+    def _stack(self, fetched: Sequence[Any]) -> Tensor:
         """`[B, S, S]` uint8 or int16 on the device."""
-        pixels = torch.from_numpy(np.stack(fetched))
+        return self._to_device(torch.from_numpy(np.stack(fetched)))
+
+    def _to_device(self, pixels: Tensor) -> Tensor:
+        # Only pinned memory is copied beside the computation.
         return pixels.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else pixels
 
 
-class ResidentPixels(_TorchPixels):
+class ResidentPixels(StreamPixels):
     """Decoded once, kept as one tensor in memory or on the device; rows can be added, for the next run of a sweep."""
 
-    def __init__(self, corpora: Sequence[Corpus], home: torch.device, device: torch.device) -> None:
-        self._home, self._device = home, device
-        self._wide = needs_16_bits(corpora)
+    def __init__(self, corpora: Sequence[Corpus], residency: Residency, device: torch.device) -> None:
+        super().__init__(corpora, device)
+        self.residency = residency
+        home = device if residency == "device" else torch.device("cpu")
         self._slots = [np.full(len(corpus.manifest), -1, dtype=np.int64) for corpus in corpora]
         self._bad: dict[tuple[int, int], str] = {}
         size = corpora[0].image_size
@@ -92,14 +89,13 @@ class ResidentPixels(_TorchPixels):
             for begin in range(0, len(missing), _CHUNK):
                 chunk = missing[begin : begin + _CHUNK]
                 decoded = list(pool.map(lambda key: self._decode(corpora[key[0]], *key), chunk))
-                self._store[first + begin : first + begin + len(chunk)] = torch.from_numpy(np.stack(decoded)).to(
-                    self._home
-                )
-                for slot, (c, row) in enumerate(chunk, first + begin):
+                begin += first
+                self._store[begin : begin + len(chunk)] = torch.from_numpy(np.stack(decoded)).to(self._store.device)
+                for slot, (c, row) in enumerate(chunk, begin):
                     self._slots[c][row] = slot
 
-    def fetch(self, corpus: int, row: int) -> int:
-        """Place of a sample in the store. Raises CorruptSampleError."""
+    def fetch(self, corpus: int, row: int) -> Any:
+        """The place of a sample in the store. Raises CorruptSampleError."""
         if (corpus, row) in self._bad:
             raise CorruptSampleError(self._bad[corpus, row])
         return int(self._slots[corpus][row])
@@ -109,12 +105,9 @@ class ResidentPixels(_TorchPixels):
         used = [set(corpus.rows.tolist()) for corpus in corpora]
         return sorted((c, row, reason) for (c, row), reason in self._bad.items() if row in used[c])
 
-    def stack(self, fetched: Sequence[int]) -> Tensor:
-        """`[B, S, S]` uint8 or int16 on the device."""
-        pixels = self._store.index_select(0, torch.tensor(fetched).to(self._home))
-        if self._device.type == "cuda" and self._home.type == "cpu":
-            return pixels.pin_memory().to(self._device, non_blocking=True)
-        return pixels
+    def _stack(self, fetched: Sequence[Any]) -> Tensor:
+        pixels = self._store.index_select(0, torch.tensor(fetched).to(self._store.device))
+        return pixels if self.residency == "device" else self._to_device(pixels)
 
     def _decode(self, corpus: Corpus, c: int, row: int) -> np.ndarray:
         try:
@@ -126,35 +119,32 @@ class ResidentPixels(_TorchPixels):
 
 def open_pixels(
     corpora: Sequence[Corpus],
-    residency: Literal["auto", "stream", "ram", "device"],
+    wanted: Literal["auto", "stream", "ram", "device"],
     *,
     device: torch.device,
     workers: int,
     world: int,
     cache: dict[Any, Any] | None,
-) -> tuple[StreamPixels | ResidentPixels, Residency]:
-    """The pixels of a run and where they live; `cache` keeps resident ones for the next run of the same sets.
+) -> StreamPixels:
+    """The pixels of a run; `cache` keeps resident ones for the next run of the same datasets.
 
     Raises:
         ResourceError: they do not fit where they were asked to be.
     """
-    chosen = choose_residency(corpora, residency, device, world)
-    log.info("pixels: %s (runtime.cache_pixels=%s, %.2f GiB decoded)", chosen, residency, _bytes(corpora) / 2**30)
-    if chosen == "stream":
-        return StreamPixels(corpora, device), chosen
-    home = device if chosen == "device" else torch.device("cpu")
-    key = ("pixels", tuple(c.manifest.fingerprint for c in corpora), corpora[0].image_size, str(home), str(device))
-    pixels = None if cache is None else cache.get(key)
-    if pixels is None:
-        pixels = ResidentPixels(corpora, home, device)
-        if cache is not None:
-            cache[key] = pixels
+    residency = choose_residency(corpora, wanted, device, world)
+    log.info("pixels: %s (runtime.cache_pixels=%s, %.2f GiB decoded)", residency, wanted, _bytes(corpora) / 2**30)
+    if residency == "stream":
+        return StreamPixels(corpora, device)
+    cache = {} if cache is None else cache
+    digests = tuple(corpus.manifest.fingerprint for corpus in corpora)
+    key = ("pixels", digests, corpora[0].image_size, residency, str(device))
+    pixels = cache[key] = cache.get(key) or ResidentPixels(corpora, residency, device)
     pixels.add(corpora, workers)
-    return pixels, chosen
+    return pixels
 
 
 def needs_16_bits(corpora: Sequence[Corpus]) -> bool:
-    """Whether any set is 16-bit; 8-bit pixels of such a pool are then multiplied by 257, a like share of the range."""
+    """Whether any dataset is 16-bit; 8-bit pixels of such a pool are then multiplied by 257: 255 becomes 65535."""
     return any(corpus.manifest.bits == 16 for corpus in corpora)
 
 
@@ -163,19 +153,20 @@ def choose_residency(corpora: Sequence[Corpus], wanted: str, device: torch.devic
     if wanted == "stream":
         return "stream"
     need = _bytes(corpora)
+    # Each process of this machine keeps its own copy.
     memory = available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", world))
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
     if wanted == "auto":
         if device.type == "cuda" and need <= _SHARE_OF_DEVICE * on_device:
             return "device"
         return "ram" if need <= _SHARE_OF_MEMORY * memory else "stream"
-    place, free = ("device", on_device) if wanted == "device" else ("ram", memory)
+    free = on_device if wanted == "device" else memory
     if need > free:
         raise ResourceError(
             f"runtime.cache_pixels={wanted} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB is free for this "
             "process; use runtime.cache_pixels=stream or auto"
         )
-    return "device" if place == "device" else "ram"
+    return "device" if wanted == "device" else "ram"
 
 
 def _bytes(corpora: Sequence[Corpus]) -> int:
@@ -188,4 +179,5 @@ def _as_stored(pixels: np.ndarray, *, wide: bool) -> np.ndarray:
         return pixels
     if pixels.dtype == np.uint8:
         pixels = pixels.astype(np.uint16) * np.uint16(257)
+    # torch has few kernels for uint16: 16-bit pixels travel as the same bits in int16 until `warp` makes floats.
     return np.ascontiguousarray(pixels, dtype=np.uint16).view(np.int16)

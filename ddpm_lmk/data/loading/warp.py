@@ -1,8 +1,6 @@
-"""Executes drawn changes on pixels, with torch, on the device the pixels are on.
+"""Augmentation of pixels: executes the changes that `augment` drew, with torch, on the device the pixels are on.
 
-One implementation for CPU and GPU: bilinear sampling at half-pixel centres with a replicated border. On the CPU images
-are done one by one: one image stays in the cache (at 256 px, 16 at once took 2.4 times as long) and its bits cannot
-depend on the batch it is in. What to change is decided in `augment`.
+One implementation for CPU and GPU: bilinear sampling at half-pixel centres with a replicated border.
 """
 
 from __future__ import annotations
@@ -58,7 +56,8 @@ def tone(images: Tensor, changes: Changes, *, seed: int, positions: np.ndarray) 
 
 
 def _parts(images: Tensor) -> list[slice]:
-    """One by one on the CPU, all at once elsewhere."""
+    # On the CPU one by one: an image stays in the cache (at 256 px, 16 at once took 2.4 times as long), and its bits
+    # cannot depend on the batch it is in.
     return [slice(i, i + 1) for i in range(len(images))] if images.device.type == "cpu" else [slice(None)]
 
 
@@ -66,8 +65,7 @@ def _sampling_axes(matrix: np.ndarray, size: int, device: torch.device) -> tuple
     """Where output pixels look, in grid_sample's coordinates: the part of each column and of each row, `[M, S]`.
 
     With x = ((u + 1) S - 1) / 2 the centred coordinate is u S / 2: the linear part stays, only the offset changes.
-    A position is the sum of its column's and its row's part; as complex numbers x + iy that is one contiguous addition,
-    a tenth of the time of filling x and y in turn.
+    A position is the sum of its column's and its row's part, both complex numbers x + iy.
     """
     back = invert(matrix)
     centre = np.full(2, (size - 1) / 2)
@@ -81,19 +79,20 @@ def _sampling_axes(matrix: np.ndarray, size: int, device: torch.device) -> tuple
 
 
 def _sample(images: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    # One contiguous addition of complex numbers takes a tenth of the time of filling x and y in turn.
     grid = torch.view_as_real(columns[:, None, :] + rows[:, :, None])  # [M, S, S, 2]
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _as_float(raw: Tensor) -> Tensor:
-    """A fresh float32 copy; torch has few kernels for uint16, so 16-bit pixels travel as int16 bits."""
+    """A fresh float32 copy of uint8, or of uint16 bits in int16 (see `pixels`)."""
     if raw.dtype == torch.int16:
         return (raw.to(torch.int32) & 0xFFFF).to(torch.float32)
     return raw.to(torch.float32)
 
 
 def _stretch(images: Tensor) -> None:
-    """(x - min) / (max - min) per image (paper.md, section 2), in place; an image of one value becomes 0, never NaN."""
+    """(x - min) / (max - min) per image (docs/method.md, section 2), in place; a constant image becomes 0."""
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     span = high - low
     images.sub_(low).div_(span + (span == 0))

@@ -1,42 +1,23 @@
 """Phantoms: x-ray-like pictures drawn from rules, with exact landmarks, for the demo and the tests.
 
 Three kinds: `chest` (6 landmarks, the places of the Shenzhen set), `skull` (19, the cephalometric set) and `hand` (37,
-the order of Payer's hand atlas). Each is a stack of attenuating layers (`chest`, `skull`, `hand`) in a random pose
-(`pose`), added up on a `canvas` and developed like a film (`film`). They have the look and the difficulty of
+the order of Payer's hand atlas). Each is a stack of attenuating layers (`chest`, `skull`, `hand`) in a random pose,
+added up on a `canvas` and turned into a radiograph (`exposure`). They have the look and the difficulty of
 radiographs, not their statistics: numbers measured on them say nothing about patients.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from ddpm_lmk.data.phantom.canvas import Canvas, PoseRange, pose
+from ddpm_lmk.data.phantom.canvas import Canvas, pose
 from ddpm_lmk.data.phantom.chest import Chest
-from ddpm_lmk.data.phantom.film import FilmStyle, develop
+from ddpm_lmk.data.phantom.exposure import Anatomy, develop
 from ddpm_lmk.data.phantom.hand import Hand
 from ddpm_lmk.data.phantom.skull import Skull
 from ddpm_lmk.errors import ConfigError
-
-
-class Anatomy(Protocol):
-    """One person's geometry in mm, drawn from a generator, that can paint itself."""
-
-    names: tuple[str, ...]
-    pose_range: PoseRange
-    film: FilmStyle
-    landmarks: np.ndarray  # [N, 2], before `warp`
-
-    def __init__(self, rng: np.random.Generator) -> None: ...
-
-    def warp(self, points: np.ndarray) -> np.ndarray:
-        """Proportions: points `[..., 2]` in mm to points in mm."""
-
-    def paint(self, canvas: Canvas, rng: np.random.Generator) -> None:
-        """Add every layer to the canvas."""
-
 
 ANATOMIES: dict[str, type[Anatomy]] = {"chest": Chest, "skull": Skull, "hand": Hand}
 LANDMARK_NAMES: dict[str, tuple[str, ...]] = {kind: anatomy.names for kind, anatomy in ANATOMIES.items()}
@@ -61,12 +42,13 @@ def render(kind: str, seed: int, index: int, size: int = 256) -> Phantom:
         raise ConfigError(f"unknown phantom kind {kind!r}; use one of {', '.join(ANATOMIES)}")
     if size < 32:
         raise ConfigError(f"phantom size is {size} pixels, wanted at least 32")
+    # One generator for each stage: a draw more in one of them does not change the others.
     root = np.random.SeedSequence([list(ANATOMIES).index(kind), seed, index])
-    shape, place, texture, paint, film, grain = (np.random.default_rng(child) for child in root.spawn(6))
+    shape, place, texture, paint, exposure, grain = (np.random.default_rng(child) for child in root.spawn(6))
     anatomy = ANATOMIES[kind](shape)
     frame = pose(anatomy.landmarks, anatomy.warp, anatomy.pose_range, place, size=size)
     canvas = Canvas(frame, texture)
     anatomy.paint(canvas, paint)
     points = frame.px(anatomy.landmarks)
-    image = develop(canvas, points, anatomy.film, rng=film, grain=grain)
+    image = develop(canvas, points, anatomy.exposure, rng=exposure, grain=grain)
     return Phantom(image, points, 1 / frame.px_per_mm)

@@ -1,14 +1,11 @@
-"""Adding up attenuation: outlines in millimetres become a map of the line integral of mu along each ray.
-
-Materials carry linear attenuation coefficients at roughly 60 keV. Shapes are filled at four (large pictures: two)
-times the resolution and averaged, so edges are anti-aliased and lie where the outline says. Random textures come from
-lattices of a fixed number of cells, so a picture shows the same anatomy at every size.
-
-Where a drawn anatomy lies in its picture: one map from millimetres to pixels, used for outlines and landmarks alike.
+"""Drawing an anatomy: where it lies in the picture, curves through its points, and the attenuation that they add up to.
 
 An anatomy is described in millimetres, x to the right and y down. `Frame.px` gives it the proportions of this person
-(`warp`), bends it with a smooth low-frequency ripple, turns and shifts it. Because the same function moves what is
-drawn and what is labelled, landmarks are exact. `pose` draws the map so that every landmark stays inside with a margin.
+(`warp`), bends it with a smooth low-frequency ripple, turns and shifts it. The same function moves what is drawn and
+what is labelled, so landmarks are exact. `pose` draws the frame so that every landmark stays inside with a margin.
+
+A canvas holds the line integral of mu along each ray; materials carry attenuation coefficients at roughly 60 keV.
+Random textures come from lattices of a fixed number of cells, so an image shows the same anatomy at every size.
 """
 
 from __future__ import annotations
@@ -20,8 +17,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-Warp = Callable[[np.ndarray], np.ndarray]  # points `[N, 2]` in mm to points in mm
+Move = Callable[[np.ndarray], np.ndarray]  # points `[N, 2]` in mm to points in mm
+Points = Sequence[Any] | np.ndarray  # (x, y) in mm, `[N, 2]` or `[2]`: an array, or sequences of that shape
+Region = tuple[slice, slice]
+
 MARGIN = 0.04  # least distance of a landmark from the border, as a share of that side
+MU = {"soft": 0.020, "air": -0.015, "bone": 0.048, "metal": 0.700}  # 1/mm; air: lung in place of soft tissue
+SUBPIXEL_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -41,29 +43,10 @@ class PoseRange:
 
 
 @dataclass(frozen=True)
-class Ripple:
-    """A smooth displacement field: a sum of plane waves, each `[waves, 2]` with its own direction and phase."""
-
-    waves: np.ndarray  # radians per mm
-    phases: np.ndarray
-    push: np.ndarray  # mm
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator, amplitude_mm: float, count: int = 3) -> Ripple:
-        angles, lengths = rng.uniform(0, 2 * np.pi, count), rng.uniform(140, 320, count)
-        waves = (2 * np.pi / lengths)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        return cls(waves, rng.uniform(0, 2 * np.pi, count), rng.uniform(-amplitude_mm, amplitude_mm, (count, 2)))
-
-    def __call__(self, points: np.ndarray) -> np.ndarray:
-        return points + np.sin(points @ self.waves.T + self.phases) @ self.push
-
-
-@dataclass(frozen=True)
 class Frame:
     """Map from anatomy (mm) to a picture of `shape` (rows, columns), pixel centres at integers."""
 
-    warp: Warp
-    ripple: Ripple
+    bend: Move  # proportions and ripple
     turn: np.ndarray  # [2, 2] rotation
     offset_mm: np.ndarray  # [2] added after rotation: picture coordinates in mm from its top-left corner
     size_mm: np.ndarray  # [2] width and height of the picture
@@ -75,35 +58,42 @@ class Frame:
 
     def px(self, points: np.ndarray) -> np.ndarray:
         """Pixels `[N, 2]` of anatomical points `[N, 2]` in mm."""
-        inside = self.ripple(self.warp(np.asarray(points, dtype=np.float64))) @ self.turn.T + self.offset_mm
+        inside = self.bend(np.asarray(points, dtype=np.float64)) @ self.turn.T + self.offset_mm
         return inside / self.size_mm * np.array([self.shape[1], self.shape[0]]) - 0.5
 
 
-def picture_shape(aspect: float, size: int) -> tuple[int, int]:
-    """Rows and columns of a picture whose long side is `size`."""
-    return (size, max(1, round(size * aspect))) if aspect <= 1 else (max(1, round(size / aspect)), size)
-
-
-def pose(landmarks: np.ndarray, warp: Warp, bounds: PoseRange, rng: np.random.Generator, *, size: int) -> Frame:
+def pose(landmarks: np.ndarray, warp: Move, bounds: PoseRange, rng: np.random.Generator, *, size: int) -> Frame:
     """Draw a frame that keeps all `landmarks` (mm, before `warp`) inside; the draws do not depend on `size`."""
-    ripple = Ripple.draw(rng, bounds.ripple_mm)
-    angle = np.deg2rad(rng.uniform(-bounds.turn_deg, bounds.turn_deg))
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    ripple = _draw_ripple(rng, bounds.ripple_mm)
+
+    def bend(points: np.ndarray) -> np.ndarray:
+        return ripple(warp(points))
+
+    turn = rotation(rng.uniform(-bounds.turn_deg, bounds.turn_deg))
     aspect, height = rng.uniform(*bounds.aspect), rng.uniform(*bounds.height_mm)
-    placed = ripple(warp(landmarks)) @ turn.T
+    placed = bend(landmarks) @ turn.T
     low, high = placed.min(axis=0), placed.max(axis=0)
     room = (high - low) / (1 - 2 * MARGIN)
     height = max(height, room[1], room[0] / aspect)
     sides = np.array([height * aspect, height])
     middle = sides * (np.array(bounds.centre) + rng.uniform(-1, 1, 2) * np.array(bounds.shift))
     start = np.clip(middle - (high - low) / 2, MARGIN * sides, (1 - MARGIN) * sides - (high - low))
-    return Frame(warp, ripple, turn, start - low, sides, picture_shape(aspect, size))
+    shape = (size, max(1, round(size * aspect))) if aspect <= 1 else (max(1, round(size / aspect)), size)
+    return Frame(bend, turn, start - low, sides, shape)
 
 
-MU = {"soft": 0.020, "air": -0.015, "bone": 0.048, "metal": 0.700}  # 1/mm; air: lung in place of soft tissue
-SUBPIXEL_BITS = 4
-Region = tuple[slice, slice]
-Points = Sequence[Any] | np.ndarray  # (x, y) in mm, `[N, 2]` or `[2]`: an array, or sequences of that shape
+def _draw_ripple(rng: np.random.Generator, amplitude_mm: float, count: int = 3) -> Move:
+    """A smooth displacement field: a sum of plane waves, each with its own direction and phase."""
+    angles, lengths = rng.uniform(0, 2 * np.pi, count), rng.uniform(140, 320, count)
+    waves = (2 * np.pi / lengths)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)  # radians per mm
+    phases, push = rng.uniform(0, 2 * np.pi, count), rng.uniform(-amplitude_mm, amplitude_mm, (count, 2))
+    return lambda points: points + np.sin(points @ waves.T + phases) @ push
+
+
+def rotation(degrees: float) -> np.ndarray:
+    """Matrix `[2, 2]` that turns column vectors clockwise, as seen: y points down."""
+    angle = np.deg2rad(degrees)
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
 def smooth(controls: Points, *, closed: bool = False, steps: int = 8) -> np.ndarray:
@@ -132,6 +122,17 @@ def band(line: Points, half_width: float | np.ndarray) -> np.ndarray:
     return np.concatenate([line + offset, (line - offset)[..., ::-1, :]], axis=-2)
 
 
+def loop(controls: Points, steps: int = 8) -> np.ndarray:
+    """As `smooth`, back to the first point."""
+    return smooth(controls, closed=True, steps=steps)
+
+
+def ring(centre: Points, radius: float, half_width: float) -> np.ndarray:
+    """Outline of a circular stroke."""
+    circle = ellipse(centre, (radius, radius))
+    return band(np.concatenate([circle, circle[:2]]), half_width)  # a second point gives the last one its tangent
+
+
 def ellipse(centre: Points, radii: Points, turn_deg: float = 0.0, count: int = 40) -> np.ndarray:
     """Outline `[count, 2]` of a turned ellipse."""
     t, a = np.linspace(0, 2 * np.pi, count, endpoint=False), np.deg2rad(turn_deg)
@@ -156,22 +157,22 @@ class Canvas:
         method = cv2.INTER_AREA if cells > height else cv2.INTER_CUBIC
         return cv2.resize(lattice, (width, height), interpolation=method)
 
-    def mask(self, outlines: Sequence[np.ndarray], pad_mm: float = 0.0) -> tuple[Region, np.ndarray] | None:
-        """Union of outlines as coverage in [0, 1] on the region they touch, `pad_mm` larger; None when out of sight."""
+    def _add(
+        self, outlines: Sequence[np.ndarray], pad_mm: float, path: Callable[[np.ndarray, Region], np.ndarray]
+    ) -> None:
+        """Add `path` of the outlines' coverage in [0, 1], on the region they touch, `pad_mm` larger, if it is in sight.
+
+        Outlines of one call are one body: where they overlap, they are not twice as thick.
+        """
         corners = self.frame.px(np.concatenate(list(outlines)))
         pad = 2 + int(np.ceil(pad_mm * self.frame.px_per_mm))
         height, width = self.frame.shape
         left, top = (int(v) for v in np.clip(np.floor(corners.min(axis=0)) - pad, 0, (width, height)))
         right, bottom = (int(v) for v in np.clip(np.ceil(corners.max(axis=0)) + pad + 1, 0, (width, height)))
-        if left >= right or top >= bottom:
-            return None
-        ends = np.cumsum([len(outline) for outline in outlines])[:-1]
-        region = (slice(top, bottom), slice(left, right))
-        return region, self._coverage(np.split(corners, ends), region)
-
-    def mask_at(self, region: Region, outline: np.ndarray) -> np.ndarray:
-        """Coverage of one outline on a region chosen before."""
-        return self._coverage([self.frame.px(outline)], region)
+        if left < right and top < bottom:
+            region = (slice(top, bottom), slice(left, right))
+            coverage = self._coverage(np.split(corners, np.cumsum([len(outline) for outline in outlines])[:-1]), region)
+            self.path[region] += path(coverage, region)
 
     def _coverage(self, outlines_px: Sequence[np.ndarray], region: Region) -> np.ndarray:
         """Fill at `samples` times the resolution, then average."""
@@ -204,40 +205,41 @@ class Canvas:
         within: np.ndarray | None = None,
     ) -> None:
         """Add `mm` of a material inside the outlines (negative: take away); edges may be soft, or cut by `within`."""
-        found = self.mask(outlines, 3 * soften_mm)
-        if found is None:
-            return
-        region, coverage = found
-        if soften_mm:
-            coverage = self.blur(coverage, soften_mm)
-        if within is not None:
-            coverage = coverage * self.mask_at(region, within)
-        self.path[region] += np.float32(MU[material] * mm) * coverage
+
+        def path(coverage: np.ndarray, region: Region) -> np.ndarray:
+            if soften_mm:
+                coverage = self.blur(coverage, soften_mm)
+            if within is not None:
+                coverage = coverage * self._coverage([self.frame.px(within)], region)
+            return np.float32(MU[material] * mm) * coverage
+
+        self._add(outlines, 3 * soften_mm, path)
 
     def cloud(self, outlines: Sequence[np.ndarray], material: str, mm: float, *, soften_mm: float) -> None:
         """Add about `mm` of a material, in flakes."""
-        found, flakes = self.mask(outlines, 3 * soften_mm), np.maximum(0.6 + 0.5 * self.noise(24), 0)
-        if found is not None:
-            region, coverage = found
-            self.path[region] += np.float32(MU[material] * mm) * self.blur(coverage, soften_mm) * flakes[region]
+        flakes = np.maximum(0.6 + 0.5 * self.noise(24), 0)  # drawn out of sight too: the next texture is the same
+        amount = np.float32(MU[material] * mm)
+        self._add(outlines, 3 * soften_mm, lambda cover, region: amount * self.blur(cover, soften_mm) * flakes[region])
 
     def bone(self, outlines: Sequence[np.ndarray], inside_mm: float, shell_mm: float, *, wall_mm: float = 1.2) -> None:
         """Add bones: a spongy inside with trabecular texture and a shell, seen edge-on, of about `wall_mm`."""
-        found = self.mask(outlines, 3 * wall_mm)
-        if found is not None:
-            region, coverage = found
+
+        def path(coverage: np.ndarray, region: Region) -> np.ndarray:
             rim = 2 * (1 - self.blur(coverage, wall_mm))
-            self.path[region] += MU["bone"] * coverage * (inside_mm * self.trabeculae[region] + shell_mm * rim)
+            return MU["bone"] * coverage * (inside_mm * self.trabeculae[region] + shell_mm * rim)
+
+        self._add(outlines, 3 * wall_mm, path)
 
     def body(self, outlines: Sequence[np.ndarray], radius_mm: float, *, material: str = "soft") -> None:
         """Add a rounded body: 2 sqrt(d (2R - d)) thick at depth d < R from its edge, 2R beyond."""
-        found = self.mask(outlines)
-        if found is None:
-            return
-        region, coverage = found
-        framed = cv2.copyMakeBorder((coverage > 0.5).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-        depth_px = np.minimum(cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1], sum(framed.shape))
-        depth = cv2.GaussianBlur(depth_px, (0, 0), 0.6, borderType=cv2.BORDER_REPLICATE) / self.frame.px_per_mm
-        depth = np.minimum(depth, radius_mm)
-        thickness = self.blur(2 * np.sqrt(depth * (2 * radius_mm - depth)), 0.8)
-        self.path[region] += np.float32(MU[material]) * coverage * thickness
+
+        def path(coverage: np.ndarray, region: Region) -> np.ndarray:
+            # Framed, so that what goes on outside of the picture is not thin at its border.
+            framed = cv2.copyMakeBorder((coverage > 0.5).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+            depth_px = np.minimum(cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1], sum(framed.shape))
+            depth = cv2.GaussianBlur(depth_px, (0, 0), 0.6, borderType=cv2.BORDER_REPLICATE) / self.frame.px_per_mm
+            depth = np.minimum(depth, radius_mm)
+            thickness = self.blur(2 * np.sqrt(depth * (2 * radius_mm - depth)), 0.8)
+            return np.float32(MU[material]) * coverage * thickness
+
+        self._add(outlines, 0.0, path)

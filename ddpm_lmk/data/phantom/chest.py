@@ -1,20 +1,17 @@
-"""A frontal chest: lungs with their corners, and the proportions of one person.
+"""A frontal chest: the geometry of one person, and what its x-ray shows, layer by layer.
 
-The 6 landmarks are those labelled on the Shenzhen set (paper.md, section 4), in its order: apex, costophrenic angle
-and cardiophrenic angle of the lung on the picture's left, then of the other. Millimetres, origin at the middle of the
-thorax. `chest_layers` draws it.
-
-What a frontal chest film shows, layer by layer; the lungs' outlines, and with them the landmarks, come from `chest`.
-
-Numbers are mm: positions in the thorax before its proportions are applied, or thicknesses along the ray.
+The 6 landmarks are those labelled on the Shenzhen set (docs/method.md, section 4), in its order: apex, costophrenic
+angle and cardiophrenic angle of the lung on the picture's left, then of the other. Numbers are mm: positions before
+the person's proportions are applied, origin at the middle of the thorax, or thicknesses along the ray.
 """
+# ruff: noqa: RUF005  (points are arrays: + adds, it does not join)
 
 from __future__ import annotations
 
 import numpy as np
 
-from ddpm_lmk.data.phantom.canvas import Canvas, PoseRange, band, ellipse, smooth
-from ddpm_lmk.data.phantom.film import FilmStyle
+from ddpm_lmk.data.phantom.canvas import Canvas, PoseRange, band, ellipse, loop, smooth
+from ddpm_lmk.data.phantom.exposure import Anatomy, ExposureRange
 
 MIRROR = np.array([-1.0, 1.0])
 
@@ -48,11 +45,10 @@ def air(chest: Chest, canvas: Canvas, rng: np.random.Generator) -> None:
 def mediastinum(chest: Chest, canvas: Canvas, rng: np.random.Generator) -> None:
     """Heart, great vessels, aortic knob, and the roots of the lungs."""
     swell = chest.heart
-    heart = smooth([(-42, 30), (-30, -20), (0, -40), (38, -20), (66 * swell, 30), (72 * swell, 68), (30, 96),
-                    (-30, 80)], closed=True)  # fmt: skip
+    heart = loop([(-42, 30), (-30, -20), (0, -40), (38, -20), (66 * swell, 30), (72 * swell, 68), (30, 96),
+                    (-30, 80)])  # fmt: skip
     canvas.fill([heart], "soft", rng.uniform(5, 14), soften_mm=4)
-    column = smooth([(-24, -130), (-28, -60), (-32, 0), (-28, 120), (28, 120), (34, 0), (31, -60), (22, -130)],
-                    closed=True)  # fmt: skip
+    column = loop([(-24, -130), (-28, -60), (-32, 0), (-28, 120), (28, 120), (34, 0), (31, -60), (22, -130)])
     canvas.fill([column], "soft", rng.uniform(4, 12), soften_mm=3)
     canvas.fill([ellipse((24, -62), (14, 17))], "soft", rng.uniform(8, 18), soften_mm=1.2)
     for side in (-1, 1):
@@ -81,7 +77,7 @@ def ribs(chest: Chest, canvas: Canvas, rng: np.random.Generator) -> None:
 
 def spine(chest: Chest, canvas: Canvas, rng: np.random.Generator) -> None:
     """Vertebral bodies, wider further down, and their spinous processes."""
-    box = smooth([(-1, 0), (0, 0.07), (1, 0), (0.88, 0.5), (1, 1), (0, 0.93), (-1, 1), (-0.88, 0.5)], closed=True)
+    box = loop([(-1, 0), (0, 0.07), (1, 0), (0.88, 0.5), (1, 1), (0, 0.93), (-1, 1), (-0.88, 0.5)])
     levels = [(-260 + 25.5 * number, 12.5 + 0.4 * number) for number in range(26)]
     density = rng.uniform(0.5, 1.0)
     canvas.bone([box * (half, 23.0) + (0, y) for y, half in levels], 9 * density, 9 * density, wall_mm=1.6)
@@ -97,10 +93,9 @@ def shoulders(chest: Chest, canvas: Canvas, rng: np.random.Generator) -> None:
         collar = smooth([(side * 14, -112), (side * 50, -124 + 0.3 * lift), (side * 100 * spread, -142 + lift),
                          (side * 160 * spread, -146 + lift)])  # fmt: skip
         canvas.bone([band(collar, np.linspace(8.5, 5.5, len(collar)))], 6, 8, wall_mm=1.5)
-        blade = smooth([(128, -128), (176, -140), (182, -112), (168, -60), (150, 8), (139, 6), (132, -60)], closed=True)
+        blade = loop([(128, -128), (176, -140), (182, -112), (168, -60), (150, 8), (139, 6), (132, -60)])
         canvas.bone([blade * place + (0, lift)], 4, 7, wall_mm=1.6)
-        arm = smooth([(196, -136), (222, -128), (224, -100), (232, 60), (236, 240), (216, 240), (208, 60), (196, -98)],
-                     closed=True)  # fmt: skip
+        arm = loop([(196, -136), (222, -128), (224, -100), (232, 60), (236, 240), (216, 240), (208, 60), (196, -98)])
         canvas.bone([arm * place + (0, lift)], 12, 12, wall_mm=2.2)
 
 
@@ -139,29 +134,26 @@ def tubes(chest: Chest, canvas: Canvas, rng: np.random.Generator) -> None:
         points = np.stack([np.sort(rng.uniform(-170, 170, 5)), rng.uniform(-200, 190, 5)], axis=1)
         canvas.fill([band(smooth(points, steps=10), 0.7), ellipse(points[0], (5, 5))], "metal", 0.5)
     if has_pacemaker:
-        case = smooth([(80, -100), (115, -105), (122, -75), (100, -58), (78, -72)], closed=True)
+        case = loop([(80, -100), (115, -105), (122, -75), (100, -58), (78, -72)])
         canvas.fill([case], "metal", 2)
         canvas.fill([band(smooth([(82, -90), (30, -105), (-14, -70), (-20, 30), (40, 66)]), 0.9)], "metal", 1)
 
 
 LAYERS = (trunk, air, mediastinum, ribs, spine, shoulders, vessels, disease, tubes)
 
-# ruff: noqa: RUF005  (points are arrays: + adds, it does not join)
-
-
 NAMES: tuple[str, ...] = (
     "right_apex", "right_costophrenic", "right_cardiophrenic", "left_apex", "left_costophrenic", "left_cardiophrenic",
 )  # fmt: skip
 
 
-class Chest:
+class Chest(Anatomy):
     """Geometry of one thorax in mm; `landmarks [6, 2]`; `lungs` are two outlines with sharp lower corners."""
 
-    names = NAMES
+    names, layers = NAMES, LAYERS
     pose_range = PoseRange(
         height_mm=(345, 455), turn_deg=9, aspect=(0.84, 1.14), centre=(0.5, 0.46), shift=(0.1, 0.09), ripple_mm=3.0
     )
-    film = FilmStyle(
+    exposure = ExposureRange(
         texts=("L", "R", "L pa", "R AP", "PORTABLE", "PA 12"),
         scatter=(0.15, 0.5),
         dark_pct=(0.5, 8),
@@ -189,11 +181,6 @@ class Chest:
         x, y = points[..., 0], points[..., 1]
         bent = self.width * x + self.scoliosis * np.sin(y / 110)
         return np.stack([bent, self.height * y + self.sag * x], axis=-1)
-
-    def paint(self, canvas: Canvas, rng: np.random.Generator) -> None:
-        """Draw every layer, the trunk first."""
-        for layer in LAYERS:
-            layer(self, canvas, rng)
 
 
 def _lung(marks: np.ndarray, medial: np.ndarray, *, rise: float) -> np.ndarray:

@@ -10,8 +10,8 @@ import itertools
 
 import numpy as np
 
-from ddpm_lmk.data.phantom.canvas import Canvas, Points, PoseRange, band, ellipse, smooth
-from ddpm_lmk.data.phantom.film import FilmStyle
+from ddpm_lmk.data.phantom.canvas import Canvas, Points, PoseRange, band, ellipse, loop, rotation, smooth
+from ddpm_lmk.data.phantom.exposure import Anatomy, ExposureRange
 
 NAMES: tuple[str, ...] = (
     "ulna_outer_corner", "ulna_styloid", "ulna_inner_corner", "radius_inner_corner", "radius_outer_corner",
@@ -55,14 +55,14 @@ FOREARM = np.array([(-34.5, 32.6), (-31, 21.8), (-16.3, 34), (-12.3, 31.5), (18.
 WRIST = np.array([0.0, 12.0])  # what the forearm turns about
 
 
-class Hand:
+class Hand(Anatomy):
     """Geometry of one hand in mm; `landmarks [37, 2]`."""
 
     names = NAMES
     pose_range = PoseRange(
         height_mm=(255, 330), turn_deg=13, aspect=(0.64, 0.76), centre=(0.5, 0.5), shift=(0.13, 0.1), ripple_mm=1.5
     )
-    film = FilmStyle(
+    exposure = ExposureRange(
         texts=("L", "R", "L 07", "PA", "28 OCT"),
         scatter=(0.03, 0.25),
         dark_pct=(0.5, 30),
@@ -125,7 +125,7 @@ class Hand:
             middle = outline.mean(axis=0)
             outline = middle + (outline - middle) * swell * rng.uniform(0.95, 1.05) + rng.uniform(-1.0, 1.0, 2)
             self.landmarks[6 + number] = outline[0]
-            self.wrist.append(smooth(outline, closed=True, steps=6))
+            self.wrist.append(loop(outline, steps=6))
 
     def _build_forearm(self, rng: np.random.Generator) -> None:
         """Ulna and radius, each a shaft with two labelled corners and a cap beyond its growth plate; flesh."""
@@ -152,19 +152,19 @@ class Hand:
     def _build_palm(self) -> None:
         """Flesh from the wrist to the knuckles, with the web of the thumb."""
         marks = self.landmarks
-        self.palm = smooth([
+        self.palm = loop([
             self.arm[0], marks[13] + (-12, -8), (marks[13] + marks[33]) / 2 + (-13, 0), marks[33] + (-9, 3),
             marks[29] + (0, -4), marks[25] + (0, -4), marks[21] + (9, 3), (2 * marks[21] + marks[16]) / 3 + (13, 0),
             (marks[18] + marks[16]) / 2 + (8, -8), marks[18] + (6, 6), (marks[17] + marks[18]) / 2 + (10, 7),
             marks[17] + (11, 6), self.arm[-1],
-        ], closed=True, steps=6)  # fmt: skip
+        ], steps=6)  # fmt: skip
 
     def warp(self, points: np.ndarray) -> np.ndarray:
         """Size of this hand."""
         return points * self.growth
 
     def paint(self, canvas: Canvas, rng: np.random.Generator) -> None:
-        """Flesh first, then bone by bone, so that overlaps add up as they do in a radiograph."""
+        """Add up attenuation. Bones are drawn one by one, so that overlaps add up as they do in a radiograph."""
         canvas.body([*self.flesh, self.palm, self.arm], 9.0)
         canvas.fill([self.palm], "soft", rng.uniform(4, 9), soften_mm=7)
         canvas.fill([self.arm], "soft", rng.uniform(8, 16), soften_mm=8)
@@ -194,9 +194,7 @@ class Hand:
 
 def _turned(points: Points, degrees: float, about: Points = (0.0, 0.0)) -> np.ndarray:
     """Points `[N, 2]` turned clockwise, as seen, about a point."""
-    a = np.deg2rad(degrees)
-    turn = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
-    return (np.asarray(points, dtype=np.float64) - about) @ turn + about
+    return (np.asarray(points, dtype=np.float64) - about) @ rotation(degrees).T + about
 
 
 def _long_bone(length: float, widths: np.ndarray, *, is_tip: bool) -> np.ndarray:
@@ -206,4 +204,4 @@ def _long_bone(length: float, widths: np.ndarray, *, is_tip: bool) -> np.ndarray
             (1.12 * shaft, -0.74 * length), (head, -(0.90 if is_tip else 0.92) * length),
             (0.7 * head, -0.985 * length)]  # fmt: skip
     mirrored = [(-x, y) for x, y in reversed(side)]
-    return smooth([(0, 0), *side, (0, -length), *mirrored], closed=True, steps=5)
+    return loop([(0, 0), *side, (0, -length), *mirrored], steps=5)

@@ -1,13 +1,11 @@
-"""A head from the side, looking right: where the bones and the soft profile of one person are.
+"""A head from the side, looking right: the geometry of one person, and what its x-ray shows, layer by layer.
 
-The 19 landmarks are the cephalometric ones, in the order of the ISBI 2015 set; mean positions are those of its films,
-in mm from a film's top-left corner. Three groups move apart from one another (cranial base, upper jaw, lower jaw, which
-also turns about its joint), and the soft profile follows the bones. `skull_layers` draws it.
-
-What a lateral skull shows, layer by layer; every landmark is a control point of a curve drawn here.
-
-Numbers are mm: offsets from landmarks, or thicknesses along the ray.
+The 19 landmarks are the cephalometric ones, in the order of the ISBI 2015 set; mean positions are those of its images,
+in mm from their top-left corner. Three parts move apart from one another (cranial base, upper jaw, lower jaw, which
+also turns about its joint), and the soft profile follows the bones. Every landmark is a control point of a curve drawn
+here. Numbers are mm: offsets from landmarks, or thicknesses along the ray.
 """
+# ruff: noqa: RUF005  (points are arrays: + adds, it does not join)
 
 from __future__ import annotations
 
@@ -15,10 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ddpm_lmk.data.phantom.canvas import Canvas, Points, PoseRange, band, ellipse, smooth
-from ddpm_lmk.data.phantom.film import FilmStyle
-
-# ruff: noqa: RUF005  (points are arrays: + adds, it does not join)
+from ddpm_lmk.data.phantom.canvas import Canvas, Points, PoseRange, band, ellipse, loop, ring, rotation, smooth
+from ddpm_lmk.data.phantom.exposure import Anatomy, ExposureRange
 
 
 def flesh(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
@@ -26,7 +22,7 @@ def flesh(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
     nape = smooth([(-40, 470), (-12, 300), (2, 236), (2, 190), (-19, 150), (-34, 96), (-17, 42),
                    (32, 8) + 0.5 * head.crown, (86, 5) + head.crown])  # fmt: skip
     canvas.body([np.concatenate([profile(head), nape[:-1]])], rng.uniform(32, 42))
-    shoulder = smooth([(-140, 262), (-60, 244), (0, 262), (50, 300), (60, 470), (-140, 470)], closed=True)
+    shoulder = loop([(-140, 262), (-60, 244), (0, 262), (50, 300), (60, 470), (-140, 470)])
     canvas.body([shoulder + (0, rng.uniform(-25, 25))], 60)
 
 
@@ -48,16 +44,16 @@ def profile(head: Skull) -> np.ndarray:
 def vault(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
     """The two tables of the skull and what they hold, frontal sinus, grooves of vessels."""
     nasion, crown = head.at["nasion"], head.crown
-    outer = smooth([nasion, nasion + (-0.5, -12), (138 + head.forehead, 62), (122, 31) + 0.5 * crown, (84, 10) + crown,
+    outer = loop([nasion, nasion + (-0.5, -12), (138 + head.forehead, 62), (122, 31) + 0.5 * crown, (84, 10) + crown,
                     (34, 13) + 0.5 * crown, (-10, 46), (-25, 98), (-9, 141), (24, 150), (50, 140), (66, 126), (82, 116),
-                    (112, 102)], closed=True)  # fmt: skip
+                    (112, 102)])  # fmt: skip
     inward = outer.mean(axis=0) - outer
     inner = outer + inward / np.linalg.norm(inward, axis=1, keepdims=True) * rng.uniform(5.0, 8.0)
     density = rng.uniform(0.8, 1.2)
     canvas.bone([outer], 5 * density, 17 * density, wall_mm=1.6)
     canvas.bone([inner], 0, 7 * density, wall_mm=1.2)
     canvas.fill([inner], "soft", rng.uniform(12, 26), soften_mm=6)
-    sinus = smooth([nasion + (-4, -6), nasion + (-1.5, -16), nasion + (-4, -25), nasion + (-9, -14)], closed=True)
+    sinus = loop([nasion + (-4, -6), nasion + (-1.5, -16), nasion + (-4, -25), nasion + (-9, -14)])
     canvas.fill([sinus], "bone", -rng.uniform(5, 11), soften_mm=0.8)
     starts = rng.uniform((0, 30), (90, 110), (5, 1, 2))
     grooves = smooth(starts + np.cumsum(rng.uniform((-4, -14), (14, 4), (5, 5, 2)), axis=1))
@@ -74,17 +70,17 @@ def base(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
                    sella + (-22, 34)])  # fmt: skip
     canvas.fill([band(line, 0.95)], "bone", 13 * strength, soften_mm=0.3)
     sinus = [sella + (r + 2, r), sella + (22, 12), sella + (14, 24), sella + (-5, 16), sella + (-r, r + 2)]
-    canvas.fill([smooth(sinus, closed=True)], "soft", -rng.uniform(6, 16), soften_mm=1.5)
-    midface = smooth([nasion + (-4, 1), orbitale + (3, 0), head.at["ANS"] + (-6, -1), head.at["PNS"] + (0, -1),
-                      sella + (10, 18), sella + (8, 8)], closed=True)  # fmt: skip
+    canvas.fill([loop(sinus)], "soft", -rng.uniform(6, 16), soften_mm=1.5)
+    midface = loop([nasion + (-4, 1), orbitale + (3, 0), head.at["ANS"] + (-6, -1), head.at["PNS"] + (0, -1),
+                      sella + (10, 18), sella + (8, 8)])  # fmt: skip
     canvas.bone([midface], 2.5, 4, wall_mm=1.5)
     rim = smooth([nasion + (-6, 7), nasion + (-15, 10), orbitale + (-13, -8), orbitale + (-9, -2), orbitale,
                   orbitale + (4.5, -3), orbitale + (6.5, -7)])  # fmt: skip
     canvas.fill([band(rim, 1.0)], "bone", 14 * strength, soften_mm=0.3)
     socket = [orbitale + (-26, -20), nasion + (-10, 6), orbitale + (2, -6), orbitale + (-10, -4)]
-    canvas.fill([smooth(socket, closed=True)], "soft", -rng.uniform(4, 12), soften_mm=2)
+    canvas.fill([loop(socket)], "soft", -rng.uniform(4, 12), soften_mm=2)
     nasal = [nasion + (-3, 0), nasion, nasion + (3.5, 9), nasion + (7.5, 18), nasion + (4.5, 17), nasion + (-1, 8)]
-    canvas.bone([smooth(nasal, closed=True)], 7, 6)
+    canvas.bone([loop(nasal)], 7, 6)
     walls = smooth(rng.uniform((88, 104), (128, 138), (6, 1, 2)) + rng.uniform(-11, 11, (6, 5, 2)))
     for wall in band(walls, 0.5):
         canvas.fill([wall], "bone", rng.uniform(3, 8), soften_mm=0.4)
@@ -99,9 +95,9 @@ def temporal(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
     for _ in range(8):
         cell = ellipse(porion + rng.uniform((-26, -4), (-8, 18)), rng.uniform(1.5, 4, 2), count=12)
         canvas.fill([cell], "bone", rng.uniform(-6, 4), soften_mm=0.7)
-    ring = ellipse(porion + (0, canal), (canal, canal))
-    canvas.fill([ring], "bone", -13 * strength, soften_mm=0.3)
-    canvas.fill([band(np.concatenate([ring, ring[:2]]), 0.7)], "bone", 20 * strength, soften_mm=0.2)
+    middle = porion + (0, canal)
+    canvas.fill([ellipse(middle, (canal, canal))], "bone", -13 * strength, soften_mm=0.3)
+    canvas.fill([ring(middle, canal, 0.7)], "bone", 20 * strength, soften_mm=0.2)
     arch = smooth([porion + (8, -1), (80, 122), (104, 123), head.at["orbitale"] + (-7, 4)])
     canvas.fill([band(arch, 2.4)], "bone", 5 * strength, soften_mm=0.8)
 
@@ -111,8 +107,8 @@ def neck(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
     bend, density = rng.uniform(-10, 10), rng.uniform(0.8, 1.3)
     airway = smooth([(91, 128), (83, 150), (79, 172), (77 + 0.4 * bend, 200), (78 + bend, 260), (78 + bend, 420)])
     canvas.fill([band(airway, rng.uniform(4, 7))], "soft", -rng.uniform(10, 22), soften_mm=1.2)
-    box = smooth([(-9, -7.5), (0, -6.8), (8.5, -6), (8, 0), (9, 7.5), (0, 6.6), (-8.5, 6.5), (-8, 0)], closed=True)
-    spine = smooth([(-9, -5), (-20, 0), (-33, 9), (-31, 12), (-18, 6), (-9, 5)], closed=True)
+    box = loop([(-9, -7.5), (0, -6.8), (8.5, -6), (8, 0), (9, 7.5), (0, 6.6), (-8.5, 6.5), (-8, 0)])
+    spine = loop([(-9, -5), (-20, 0), (-33, 9), (-31, 12), (-18, 6), (-9, 5)])
     centres = [np.array([46 + bend * (number / 4) ** 2 - 1.2 * number, 158 + 18.5 * number]) for number in range(9)]
     canvas.bone([box + centre for centre in centres], 6 * density, 6 * density, wall_mm=1.4)
     canvas.bone([spine + centre for centre in centres], 3.5 * density, 4.5 * density)
@@ -124,7 +120,7 @@ def upper_jaw(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
     """Maxillary sinus; alveolar bone with the hollow at A; the palate, a plate from PNS to the spike of ANS."""
     ans, pns, a, incisal = (head.at[name] for name in ("ANS", "PNS", "subspinale_A", "upper_incisal"))
     cavity = head.upper([(104, 121), (127, 123), (131, 134), (128, 141), (104, 140), (99, 131)])
-    canvas.fill([smooth(cavity, closed=True)], "soft", -rng.uniform(12, 28), soften_mm=1.6)
+    canvas.fill([loop(cavity)], "soft", -rng.uniform(12, 28), soften_mm=1.6)
     gum = incisal + (-3.5, -10)
     front = smooth([ans, (ans + a) / 2 + (-1.2, 0), a, 0.55 * gum + 0.45 * a + (0.4, 0), gum])
     back = smooth([gum, *head.upper([(128, 164), (108, 163), (97, 158)]), pns + (3, 4), pns], steps=5)
@@ -133,7 +129,7 @@ def upper_jaw(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
     plate = band(floor, np.interp(np.arange(len(floor)), [0, 3, 16, 22, 24], [0.3, 1.3, 1.5, 1.3, 0.2]))
     canvas.bone([plate], 9, 8, wall_mm=0.6)
     fissure = [pns + (-3, -16), pns + (1.5, -20), pns + (0.5, -8), pns + (-0.8, -1.5), pns + (-2, -7)]
-    canvas.fill([smooth(fissure, closed=True)], "soft", -14, soften_mm=0.5)
+    canvas.fill([loop(fissure)], "soft", -14, soften_mm=0.5)
 
 
 def lower_jaw(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
@@ -148,20 +144,18 @@ def lower_jaw(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
     chin = smooth([menton, gnathion, pogonion, b, gum])
     canvas.bone([np.concatenate([rear[8:-1], chin, smooth(top[:-1])])], 6.5 * density, 10 * density, wall_mm=1.5)
     symphysis = [gum, b, pogonion, gnathion, menton, menton + (-6, -3), b + (-9, 3), gum + (-5, 4)]
-    canvas.bone([smooth(symphysis, closed=True)], 3 * density, 9 * density, wall_mm=1.0)
+    canvas.bone([loop(symphysis)], 3 * density, 9 * density, wall_mm=1.0)
     canal = band(smooth([(84, 156), (96, 180), (124, 190)]), 1.2)
     canvas.fill([head.lower(canal)], "bone", -3, soften_mm=0.5)
 
 
 def teeth(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
     """Incisors whose tips are landmarks, then two rows of premolars and molars, some missing, some filled."""
-    incisor = smooth([(0, 0), (2.0, -4), (3.6, -9.5), (2.4, -17), (0.3, -23), (-2.0, -17), (-3.3, -9.5), (-1.3, -4)],
-                     closed=True)  # fmt: skip
-    molar = smooth([(-4.5, 0), (-2, 0.8), (0, 0.2), (2, 0.8), (4.5, 0), (4.4, -6), (3.2, -9), (3.2, -18), (0.8, -12),
-                    (-0.8, -12), (-3.2, -18), (-3.2, -9), (-4.4, -6)], closed=True, steps=4)  # fmt: skip
+    incisor = loop([(0, 0), (2.0, -4), (3.6, -9.5), (2.4, -17), (0.3, -23), (-2.0, -17), (-3.3, -9.5), (-1.3, -4)])
+    molar = loop([(-4.5, 0), (-2, 0.8), (0, 0.2), (2, 0.8), (4.5, 0), (4.4, -6), (3.2, -9), (3.2, -18), (0.8, -12),
+                    (-0.8, -12), (-3.2, -18), (-3.2, -9), (-4.4, -6)], steps=4)  # fmt: skip
     for name, up, move in (("upper_incisal", 1, head.upper), ("lower_incisal", -1, head.lower)):
-        tilt = -up * np.deg2rad(rng.uniform(8, 28))
-        turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
+        turn = rotation(-up * rng.uniform(8, 28)).T
         canvas.bone([(incisor * (1, up)) @ turn + head.at[name]], 9, 11, wall_mm=0.9)
         crowns = []
         for number in range(5):
@@ -189,8 +183,7 @@ def holder(head: Skull, canvas: Canvas, rng: np.random.Generator) -> None:
     if has_rods:
         middle = head.at["porion"] + rng.uniform((-4, 3), (4, 10))
         for radius in rng.uniform(4, 9, 2):
-            ring = ellipse(middle, (radius, radius))
-            canvas.fill([band(np.concatenate([ring, ring[:2]]), 0.6)], "metal", 0.5)
+            canvas.fill([ring(middle, radius, 0.6)], "metal", 0.5)
 
 
 LAYERS = (flesh, vault, base, temporal, neck, upper_jaw, lower_jaw, teeth, holder)
@@ -208,18 +201,18 @@ UPPER = ("subspinale_A", "upper_incisal", "PNS", "ANS", "subnasale", "upper_lip"
 LOWER = ("supramentale_B", "pogonion", "menton", "gnathion", "gonion", "lower_incisal", "lower_lip",
          "soft_tissue_pogonion", "articulare")  # fmt: skip
 PALATE, JOINT = np.array([100.0, 140.0]), np.array([66.0, 126.0])  # what the jaws turn about
-CENTRE = np.array([90.0, 120.0])  # what proportions stretch about
 Move = Callable[[Points], np.ndarray]
+CENTRE = np.array([90.0, 120.0])  # what proportions stretch about
 
 
-class Skull:
+class Skull(Anatomy):
     """Geometry of one head in mm; `at[name]` is a landmark, `landmarks [19, 2]` all of them in ISBI order."""
 
-    names = NAMES
+    names, layers = NAMES, LAYERS
     pose_range = PoseRange(
         height_mm=(205, 285), turn_deg=11, aspect=(0.76, 0.88), centre=(0.56, 0.6), shift=(0.12, 0.1), ripple_mm=1.2
     )
-    film = FilmStyle(
+    exposure = ExposureRange(
         texts=("SN 4711", "L", "R", "CEPH 07", "12 MAR"),
         scatter=(0.05, 0.35),
         dark_pct=(1, 16),
@@ -255,11 +248,6 @@ class Skull:
         """Length and height of this head."""
         return (points - CENTRE) * self.proportions + CENTRE
 
-    def paint(self, canvas: Canvas, rng: np.random.Generator) -> None:
-        """Draw every layer, flesh first."""
-        for layer in LAYERS:
-            layer(self, canvas, rng)
-
 
 def _similarity(
     rng: np.random.Generator,
@@ -270,7 +258,7 @@ def _similarity(
     size: float,
 ) -> Move:
     """A random turn and scaling about a point, then a shift, as a function of points `[N, 2]`."""
-    angle, scale = np.deg2rad(rng.uniform(*turn_deg)), rng.uniform(1 - size, 1 + size)
-    matrix = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    turn = rotation(rng.uniform(*turn_deg))
+    matrix = rng.uniform(1 - size, 1 + size) * turn
     target = about + rng.uniform(-1, 1, 2) * shift_mm
     return lambda points: (np.array(points, dtype=np.float64) - about) @ matrix.T + target

@@ -1,4 +1,4 @@
-"""A look at packed shards: contact sheets with landmarks, statistics, copies and leaks, refused files.
+"""`shards show`: contact sheets with landmarks, statistics, duplicates, leakage and refused files of datasets.
 
 For people, not for programs. Large sets are sampled evenly, and the page says so. The page is one file and loads
 nothing from elsewhere; it shows patients' images, so keep it where they may be.
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_lmk.data.duplicates.leakage import Leakage, Source, compare
-from ddpm_lmk.data.preview import charts, page, sheet
-from ddpm_lmk.data.preview.samples import look_at
+from ddpm_lmk.data.preview import page, pictures
+from ddpm_lmk.data.preview.samples import sample_dataset
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.system.files import write_bytes, write_text
 
 
 @dataclass(frozen=True)
 class Shown:
-    """The files written, and the statistics of each pack as (label, value) lines."""
+    """The files written, and the statistics of each dataset as (label, value) lines."""
 
     sheet: Path
     page: Path
@@ -27,7 +27,7 @@ class Shown:
 
 
 def show(paths: str | Path | Sequence[str | Path], out: str | Path, *, count: int = 24) -> Shown:
-    """Write into the folder `out`: `contact_sheet.png` (with `count` images of each pack), `statistics.png`, and
+    """Write into the folder `out`: `contact_sheet.png` (with `count` images of each dataset), `statistics.png`, and
     `copies.png` where there are any; `index.html` holds all of them.
 
     Raises:
@@ -35,25 +35,25 @@ def show(paths: str | Path | Sequence[str | Path], out: str | Path, *, count: in
         ResourceError: `out` cannot be written.
     """
     manifests = [Manifest.open(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    looks = [look_at(manifest) for manifest in manifests]
-    found = compared(manifests)
-    pictures = {
-        "contact_sheet.png": sheet.contact_sheet(manifests, count),
-        "statistics.png": charts.statistics(looks),
-        "copies.png": sheet.pair_sheet(found) if found.leaks or found.copies else None,
+    samples = [sample_dataset(manifest) for manifest in manifests]
+    leakage = compared(manifests)
+    drawn = {
+        "contact_sheet.png": pictures.contact_sheet(manifests, count),
+        "statistics.png": pictures.statistics(samples),
+        "copies.png": pictures.pair_sheet(leakage) if leakage.leaks or leakage.copies else None,
     }
-    drawn = {name: content for name, content in pictures.items() if content is not None}
-    for name, content in drawn.items():
+    written = {name: content for name, content in drawn.items() if content is not None}
+    for name, content in written.items():
         write_bytes(Path(out) / name, content)
-    write_text(Path(out) / "index.html", page.render(looks, found, drawn))
+    write_text(Path(out) / "index.html", page.render(samples, leakage, written))
     for manifest in manifests:
         manifest.close()
-    lines = [line for look in looks for line in look.lines()] + page.found_lines(found)
+    lines = [line for sample in samples for line in sample.lines()] + page.duplicate_lines(leakage)
     return Shown(Path(out) / "contact_sheet.png", Path(out) / "index.html", lines)
 
 
 def compared(manifests: Sequence[Manifest]) -> Leakage:
-    """What pre-training on the split train of these packs would leave out, every other split being protected."""
+    """What pre-training on the split train of these datasets would leave out, every other split being protected."""
     parts = [
         tuple(tuple(s for s in m.splits if (s == "train") is wanted) for wanted in (True, False)) for m in manifests
     ]

@@ -1,4 +1,4 @@
-"""What statistics need of a pack: an even sample of its films, and what was refused when it was packed."""
+"""An even sample of a dataset for its statistics, and what was refused when it was packed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.records import SampleRecord
 
 BINS = 64
-_MOST_SAMPLED = 512
-_MOST_LISTED = 200
+_MOST_SAMPLED = 512  # enough for shares to a few percent, and read in seconds
+_MOST_LISTED = 200  # refused files in full, on a page that a browser opens at once
 
 
 @dataclass(frozen=True)
-class Look:
-    """One pack, looked at; points in stored px.
+class DatasetSample:
+    """A dataset and an even sample of its images.
 
     Attributes:
-        records: of the sampled films.
-        points: `[K, N, 2]`, of those with labels.
+        records: of the sampled images.
+        points: in stored px, `[K, N, 2]`, of those with labels.
         histogram: `[64]` shares of pixels, over the full range of the type.
         mean_image: `[S, S]` in [0, 1].
         refusals: how many files were refused, by code.
@@ -48,12 +48,12 @@ class Look:
         return [record.mm_per_px for record in self.records if record.mm_per_px is not None]
 
     def lines(self) -> list[tuple[str, str]]:
-        """The facts of the pack, as (label, value)."""
+        """The facts of the dataset, as (label, value)."""
         manifest, spec = self.manifest, self.manifest.spec
         index, splits = manifest.index, manifest.count_per_split()
         megabytes = sum(shard["size"] for shard in manifest.shards) / 1e6
-        groups = {record.group for record in self.records if record.group is not None}
-        sampled = f"{len(self.records)} images, {len(self.points)} with labels, {len(groups)} patients named"
+        patients = {record.group for record in self.records if record.group is not None}
+        sampled = f"{len(self.records)} images, {len(self.points)} with labels, {len(patients)} patients named"
         return [
             ("dataset", manifest.dataset),
             ("images", f"{len(manifest)} ({', '.join(f'{name} {number}' for name, number in splits.items())})"),
@@ -75,21 +75,21 @@ class Look:
         return f"{spread} mm per native px" + (f", known for {len(known)}" if len(known) < len(self.records) else "")
 
 
-def look_at(manifest: Manifest) -> Look:
-    """Sample up to 512 films evenly. Raises CorruptSampleError where one is damaged."""
+def sample_dataset(manifest: Manifest) -> DatasetSample:
+    """Sample up to 512 images evenly. Raises CorruptSampleError where one is damaged."""
     records, points = [], []
     counts = np.zeros(BINS)
     total = np.zeros((manifest.stored_size, manifest.stored_size))
-    rows = evenly(len(manifest), _MOST_SAMPLED)
+    rows = evenly_spaced(len(manifest), _MOST_SAMPLED)
     for row in rows.tolist():
-        record, pixels = manifest.read_record(row), unit(manifest.decode(row))
+        record, pixels = manifest.read_record(row), to_unit_range(manifest.decode(row))
         records.append(record)
         if record.points is not None:
             points.append(stored_points(record))
         counts += np.histogram(pixels, bins=BINS, range=(0, 1))[0]
         total += pixels
     shapes = np.array(points).reshape(len(points), manifest.spec.num_landmarks, 2)
-    return Look(manifest, records, shapes, counts / counts.sum(), total / len(rows), *_refused(manifest))
+    return DatasetSample(manifest, records, shapes, counts / counts.sum(), total / len(rows), *_refused(manifest))
 
 
 def _refused(manifest: Manifest) -> tuple[Counter[str], list[dict[str, str]]]:
@@ -99,7 +99,7 @@ def _refused(manifest: Manifest) -> tuple[Counter[str], list[dict[str, str]]]:
     if path is not None:
         with path.open(encoding="ascii") as file:
             for line in map(json.loads, file):
-                line.setdefault("code", "REFUSED")  # packs of the first version gave a reason only
+                line.setdefault("code", "REFUSED")  # datasets of the first version gave a reason only
                 refusals[line["code"]] += 1
                 if len(listed) < _MOST_LISTED:
                     listed.append(line)
@@ -117,11 +117,11 @@ def stored_points(record: SampleRecord) -> np.ndarray:
     return record.points @ record.to_stored[:, :2].T + record.to_stored[:, 2]
 
 
-def unit(pixels: np.ndarray) -> np.ndarray:
+def to_unit_range(pixels: np.ndarray) -> np.ndarray:
     """Pixels as float32 in [0, 1] of the range of their type."""
     return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
 
 
-def evenly(total: int, count: int) -> np.ndarray:
+def evenly_spaced(total: int, count: int) -> np.ndarray:
     """At most `count` numbers below `total`, as far apart as they can be."""
     return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(int))

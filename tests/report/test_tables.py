@@ -1,4 +1,4 @@
-"""Recipes in a report: which settings each row was trained with, and which of them depend on the number of labels."""
+"""Tables of a report: recipes and where they differ within a row, the runs and their pre-training, compute."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk.config.load import dump_run, load_run
-from ddpm_lmk.report import recipes, runs
-from ddpm_lmk.report.collect import Study, collect
-from ddpm_lmk.report.differences import less_scratch
+from ddpm_lmk.report.collect import SCRATCH, Study, collect
 from ddpm_lmk.report.page import write_report
+from ddpm_lmk.report.statistics import difference
+from ddpm_lmk.report.tables import compute_table, recipes_table, runs_table, unlike_runs
 from tests.known_runs import put, write_sweep
 
 FEW = ["task.codec.sigma_px=3", "train.duration=100 steps", "optim.lr=1e-3"]
@@ -40,47 +40,57 @@ def study(tmp_path: Path) -> Study:
     return found
 
 
-def test_numbers_of_labels_with_the_same_recipe_stand_together(study: Study) -> None:
-    lines = [(line[0], line[1], line[3], line[5]) for line in recipes.rows(study)]
+def test_numbers_of_labels_with_one_recipe_share_a_line_and_what_another_changes_is_said(study: Study) -> None:
+    table = recipes_table(study)
+    lines = [(line[0], line[1], line[3], line[5]) for line in table.rows]
     assert lines[1:] == [
         ("ours", "1, 5", "100 steps × 32", "spatial, σ 3 px of 256"),
         ("ours", "10", "300 steps × 32", "spatial, σ 1.5 px of 256"),
     ]
     assert lines[0][:2] == ("scratch", "1, 5, 10")
-
-
-def test_settings_that_differ_within_a_row_are_told_with_their_numbers_of_labels(study: Study) -> None:
-    (told,) = recipes.differing(study)
-    assert told.startswith("ours: ")
-    assert "task.codec.sigma_px: 3.0 with 1 or 5 labels, 1.5 with 10 labels" in told
-    assert "train.duration: 100 steps with 1 or 5 labels, 300 steps with 10 labels" in told
-    assert "seed" not in told
-    assert "optim.lr" not in told
+    changes = "task.codec.sigma_px 1.5 instead of 3.0, train.duration 300 steps instead of 100 steps"
+    assert f"ours with 10 labels: {changes}." in table.remark
+    assert not any(key in table.remark for key in ("scratch", "seed", "optim.lr"))
 
 
 def test_weights_from_several_pre_trainings_are_all_named_and_paid_for(study: Study, tmp_path: Path) -> None:
-    lines = runs.rows(study)
+    lines = runs_table(study).rows
     assert [line[0] for line in lines] == ["scratch", "ours", "↳ pre-training", "↳ pre-training"]
     assert lines[1][1] == f"{tmp_path / 'small'} (ema), {tmp_path / 'large'} (ema)"
     page = write_report([tmp_path / "sweep"], tmp_path / "report.html")[0].read_text()
     text = " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
     assert "Recipes method labels network" in text
     assert "ours 150 2 –" in text  # images and TFLOP of both, hours not known
-    seeds, _ = less_scratch(study, "ours", 10)
+    seeds, _ = difference(study, "ours", SCRATCH, 10)
     assert seeds is not None
     assert (seeds.mean, seeds.count) == (pytest.approx(-2.0), 2)
 
 
 def test_runs_of_one_row_that_were_not_trained_alike_are_told_before_any_number(study: Study, tmp_path: Path) -> None:
-    assert recipes.mixed(study) == []
+    assert unlike_runs(study) == []
     home = tmp_path / "sweep" / "cells" / "ours-k5-s1"
     put(home / "config.yaml", dump_run(load_run(home / "config.yaml", ["optim.lr=0.5", "runtime.workers=7"])))
     for seed, name in enumerate(("one pack", "another")):
         put(tmp_path / "sweep" / "cells" / f"scratch-k1-s{seed}" / "run.json", {"fingerprint": name})
     (found,) = collect([tmp_path / "sweep"])
-    packs, settings = recipes.mixed(found)
+    packs, settings = unlike_runs(found)
     assert "with 1 label differ in packed data one pack and another (seed 1)" in packs
     assert "the 2 runs of “ours” with 5 labels differ in optim.lr 0.001 and 0.5 (seed 1)" in settings
     page, _, markdown = write_report([tmp_path / "sweep"], tmp_path / "report.html")
     assert f'<p class="stamp">{settings}</p>' in page.read_text()
     assert settings in markdown.read_text()
+
+
+def test_compute_is_pre_training_once_and_fine_tuning_per_run(tmp_path: Path) -> None:
+    train = {"steps": 59, "images": 1888, "tflop": 12.0, "wall_s": 7200.0}
+    put(tmp_path / "parent" / "metrics.jsonl", "")
+    put(tmp_path / "parent" / "results.json", {"kind": "denoise", "seed": 7, "train": train})
+    put(tmp_path / "parent" / "run.json", {"hardware": {"device": "x86_64", "processes": 2, "threads": 1}})
+    cells = {("discs", 5, seed): 20.0 for seed in range(3)}
+    write_sweep(tmp_path / "sweep", cells, {"discs": str(tmp_path / "parent")})
+    (found,) = collect([tmp_path / "sweep"])
+    ((name, *row),) = compute_table(found).rows
+    assert name == "discs"
+    assert row[:3] == ["1,888", "12", "4"]  # two hours on two processes of a thread
+    assert row[3:7] == ["1,500", "–", "0.00347", "0.0104"]
+    assert row[7] == "one thread of x86_64"

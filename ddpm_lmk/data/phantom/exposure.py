@@ -1,25 +1,27 @@
-"""From attenuation to a developed radiograph: beam, scatter, quantum noise, blur, window, collimation, marker.
+"""From attenuation to a radiograph: beam, scatter, quantum noise, blur, window, collimation, marker.
 
 Beer-Lambert: the primary beam behind the patient is I_0 exp(-path). The picture is bright where little arrives, as bone
-is on a clinical film. Everything but the photon noise is the same at every picture size; photons go with pixel area.
+is in clinical use. Everything but the photon noise is the same at every picture size; photons go with pixel area.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.phantom.canvas import Canvas
+from ddpm_lmk.data.phantom.canvas import Canvas, PoseRange
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 MARKER_GRID = 512  # markers are written on a grid with this long side, then resized
 
 
 @dataclass(frozen=True)
-class FilmStyle:
-    """How films of one kind are taken and shown; pairs are bounds of uniform draws."""
+class ExposureRange:
+    """How x-rays of one kind are taken and shown; pairs are bounds of uniform draws."""
 
     texts: tuple[str, ...]  # one is burned in
     scatter: tuple[float, float]  # share of what arrives
@@ -28,8 +30,34 @@ class FilmStyle:
     gamma: tuple[float, float]
 
 
+class Anatomy:
+    """One person's geometry in mm, drawn from the generator given to the constructor."""
+
+    names: tuple[str, ...]
+    pose_range: PoseRange
+    exposure: ExposureRange
+    layers: tuple[Callable[[Any, Canvas, np.random.Generator], None], ...] = ()
+    landmarks: np.ndarray  # [N, 2], before `warp`
+
+    def __init__(self, rng: np.random.Generator) -> None: ...
+
+    def warp(self, points: np.ndarray) -> np.ndarray:
+        """Proportions: points `[..., 2]` in mm to points in mm."""
+        raise NotImplementedError
+
+    def paint(self, canvas: Canvas, rng: np.random.Generator) -> None:
+        """Add every layer to the canvas."""
+        for layer in self.layers:
+            layer(self, canvas, rng)
+
+
 def develop(
-    canvas: Canvas, landmarks_px: np.ndarray, style: FilmStyle, *, rng: np.random.Generator, grain: np.random.Generator
+    canvas: Canvas,
+    landmarks_px: np.ndarray,
+    style: ExposureRange,
+    *,
+    rng: np.random.Generator,
+    grain: np.random.Generator,
 ) -> np.ndarray:
     """Turn the path of `canvas` into a picture uint16 `[H, W]` over the full range; `grain` draws per pixel."""
     signal = _expose(canvas, style, rng, grain)
@@ -47,7 +75,7 @@ def _grid(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return x[None, :], y[:, None]
 
 
-def _expose(canvas: Canvas, style: FilmStyle, rng: np.random.Generator, grain: np.random.Generator) -> np.ndarray:
+def _expose(canvas: Canvas, style: ExposureRange, rng: np.random.Generator, grain: np.random.Generator) -> np.ndarray:
     """Log signal -ln(I / I_0) after heel effect, scatter, photon noise and detector blur."""
     x, y = _grid(canvas.frame.shape)
     tilt, dome, share = rng.uniform(-0.16, 0.16, 2), rng.uniform(0, 0.25), rng.uniform(*style.scatter)
@@ -62,8 +90,8 @@ def _expose(canvas: Canvas, style: FilmStyle, rng: np.random.Generator, grain: n
     return -np.log(np.maximum(arriving, 2e-4))
 
 
-def _window(signal: np.ndarray, style: FilmStyle, rng: np.random.Generator) -> np.ndarray:
-    """Choose what is black and white from the film's own percentiles, then bend by gamma and a film curve."""
+def _window(signal: np.ndarray, style: ExposureRange, rng: np.random.Generator) -> np.ndarray:
+    """Choose what is black and white from the image's own percentiles, then bend by gamma and a film curve."""
     dark, bright = rng.uniform(*style.dark_pct), rng.uniform(*style.bright_pct)
     gamma, curve = rng.uniform(*style.gamma), rng.uniform(0, 0.6)
     low, high = np.percentile(cv2.resize(signal, (64, 64), interpolation=cv2.INTER_AREA), [dark, bright])
@@ -90,7 +118,7 @@ def _collimate(shown: np.ndarray, landmarks_px: np.ndarray, rng: np.random.Gener
     return (level + (shown - level) * open_share).astype(np.float32)
 
 
-def _mark(shown: np.ndarray, landmarks_px: np.ndarray, style: FilmStyle, rng: np.random.Generator) -> np.ndarray:
+def _mark(shown: np.ndarray, landmarks_px: np.ndarray, style: ExposureRange, rng: np.random.Generator) -> np.ndarray:
     """Burn a letter or a text in, at the one of several places that is farthest from every landmark."""
     height, width = shown.shape
     ratio = MARKER_GRID / max(height, width)

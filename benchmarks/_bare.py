@@ -80,11 +80,13 @@ class TurnTaking:
         cfg = subject.cfg
         self.spec, self.fingerprint = spec_of(cfg), "benchmark"
         self.num_images = 4 * subject.batch_images
-        self.plan = GroupPlan(self.num_images, cfg.train.group_size, cfg.train.given_micro_batch, cfg.train.windows)
+        self.plan = GroupPlan(
+            self.num_images, cfg.train.global_batch_size, cfg.train.given_micro_batch, cfg.train.epoch_boundary
+        )
         self.quarantine = Quarantine([], 0.0)
         self.turns = Turns(Timings(warm_up=warm_up), Timings(warm_up=warm_up))
         self._batches: Sequence[Batch] = [subject.random_batch(seed=seed) for seed in range(4)]
-        self._micro_batches = cfg.train.group_size // subject.batch_images
+        self._micro_batches = cfg.train.global_batch_size // subject.batch_images
         self._other, self._device, self._warm_up = other, subject.device, warm_up
 
     def groups(self, start_step: int = 0) -> Generator[Group, None, None]:

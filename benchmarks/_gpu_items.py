@@ -108,8 +108,17 @@ def _films(packs: Path, runs: Path, pretrain: tuple[str, ...], sweep: tuple[str,
         str(runs / "pretrain"),
         *one,
         data,
-        f"train.length={lengths[0]} steps",
-        "train.checkpoint_every=100 steps",
+        f"train.duration={lengths[0]} steps",
+        "runtime.checkpoint_every=100 steps",
     )
-    then = (*sweep, str(files[1]), "--out", str(runs / "sweep"), *one, data, f"train.length={lengths[1]} steps", *more)
+    then = (
+        *sweep,
+        str(files[1]),
+        "--out",
+        str(runs / "sweep"),
+        *one,
+        data,
+        f"train.duration={lengths[1]} steps",
+        *more,
+    )
     return Item("films", (first, then), 900, pack=pack, goes_on=True)

@@ -82,7 +82,11 @@ def device_of(options: argparse.Namespace) -> str:
 
 def run_config(options: argparse.Namespace) -> RunConfig:
     """The run file, or one around the preset, with what the command line says."""
-    named = {"data.image_size": options.size, "train.precision": options.precision, "train.group_size": options.batch}
+    named = {
+        "data.image_size": options.size,
+        "train.precision": options.precision,
+        "train.global_batch_size": options.batch,
+    }
     words = [f"{key}={value}" for key, value in named.items() if value is not None]
     words += ["train.micro_batch=null"] if options.batch is not None else []
     if options.run is not None:
@@ -91,7 +95,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     is_cuda = device_of(options) == "cuda"
     preset = options.model or ("base" if is_cuda else "tiny")
     run: dict[str, Any] = {"name": preset, "data": {"path": "."}, "task": {"kind": "denoise"}}
-    run |= {"train": {"group_size": 32 if is_cuda else 8}, **load_yaml(CONFIGS / "model" / f"{preset}.yaml")}
+    run |= {"train": {"global_batch_size": 32 if is_cuda else 8}, **load_yaml(CONFIGS / "model" / f"{preset}.yaml")}
     run["data"] |= {} if is_cuda else {"image_size": 128}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{preset}.yaml"
@@ -115,7 +119,9 @@ class Subject:
         self.parallel.auto_precision = self.precision
         self.task = build_task(self.cfg, spec_of(self.cfg))
         self.batch_images = (
-            (self.cfg.train.given_micro_batch or self.cfg.train.group_size) if options.batch is None else options.batch
+            (self.cfg.train.given_micro_batch or self.cfg.train.global_batch_size)
+            if options.batch is None
+            else options.batch
         )
         model = Session().model(self.cfg, self.task, self.parallel.device)
         self.state = TrainState.fresh(self.cfg, model)

@@ -34,7 +34,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "average of the weights": ("train.ema",),
     "target: σ, read within (px)": ("task.codec.sigma_px", "task.codec.decode_radius_px"),
     "moves: shift, degrees, scale": ("data.augment.shift", "data.augment.rotate_deg", "data.augment.scale"),
-    "length, decay of the average": ("train.length", "train.ema.decay"),
+    "length, decay of the average": ("train.duration", "train.ema.decay"),
 }
 PREFIXES = ("task.codec.", "task.", "data.augment.", "data.", "optim.", "train.")
 

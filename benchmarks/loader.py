@@ -76,10 +76,9 @@ def measure(
     cfg = run_config(
         data,
         options,
-        image_size=size,
-        residency=residency,
+        {"image_size": size, "augment": {"probability": 1.0 if augmented else 0.0}},
+        cache_pixels=residency,
         loader="torch",
-        augment={"probability": 1.0 if augmented else 0.0},
     )
     conditions = {"image_size_px": size, "residency": residency, "augmented_share": float(augmented)}
     _add(result, "loading", conditions, *_loading(cfg, options))
@@ -92,7 +91,7 @@ def measure_ways(result: Result, data: Path, url: str | None, scratch: Path, opt
     def ours(way: str, where: str, path: Path | str, *, first: bool = False, **settings: Any) -> None:
         if first:
             shutil.rmtree(cache, ignore_errors=True)
-        cfg = run_config(path, options, residency="stream", cache_dir=str(cache), **settings)
+        cfg = run_config(path, options, cache_dir=str(cache), **settings)
         _add(result, "way", {"way": way, "from": where}, *_loading(cfg, options))
 
     ours("ours, torch", "local shards", data, loader="torch")
@@ -127,8 +126,8 @@ def measure_training(
         if result.rows[-1].what == "training" and time.perf_counter() > until:
             say(f"training from {where} with {loader}: left out, --budget-s {options.budget_s:.0f} is spent")
             continue
-        settings = {"residency": "stream", "loader": loader, "cache_dir": str(scratch / f"training-{where}-{loader}")}
-        cfg = run_config(path, options, image_size=min(SIZES), **settings)
+        cache = str(scratch / f"training-{where}-{loader}")
+        cfg = run_config(path, options, {"image_size": min(SIZES)}, loader=loader, cache_dir=cache)
         out = scratch / f"run-{where}-{loader}"
         with GpuWatch(options.device) as gpu:
             execute(cfg, out, parallel=parallel)
@@ -140,12 +139,17 @@ def measure_training(
         )
 
 
-def run_config(path: Path | str, options: argparse.Namespace, **data: Any) -> RunConfig:
-    """A run that streams the pack; `data` are settings of its section."""
-    settings = {"path": str(path), "image_size": max(SIZES), "workers": options.workers, **data}
-    train = {"group_size": GROUP_SIZE, "length": TRAINED_STEPS, "log_every": 1, "checkpoint_every": 10_000}
-    model = {"width": 8, "multipliers": [1, 2, 2], "patch": 4, "head_dim": 8}
-    return RunConfig.model_validate({"data": settings, "task": {"kind": "denoise"}, "train": train, "model": model})
+def run_config(
+    path: Path | str, options: argparse.Namespace, data: dict[str, Any] | None = None, **runtime: Any
+) -> RunConfig:
+    """A run that streams the pack; `data` and `runtime` are settings of those sections."""
+    runtime = {"workers": options.workers, "cache_pixels": "stream", **runtime}
+    runtime |= {"log_every": 1, "checkpoint_every": 10_000}
+    settings = {"path": str(path), "image_size": max(SIZES), **(data or {})}
+    train = {"global_batch_size": GROUP_SIZE, "duration": TRAINED_STEPS}
+    model = {"width": 8, "multipliers": [1, 2, 2], "pixel_unshuffle": 4, "head_dim": 8}
+    fields = {"data": settings, "task": {"kind": "denoise"}, "train": train, "model": model, "runtime": runtime}
+    return RunConfig.model_validate(fields)
 
 
 def _loading(cfg: RunConfig, options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:

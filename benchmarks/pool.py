@@ -186,7 +186,7 @@ def pre_train(packs: list[Path], out: Path) -> dict[str, Any]:
     """Twenty steps on the pool, through the command line, on one CPU process."""
     words = [
         f"data.path=[{','.join(map(str, packs))}]",
-        "train.length=20 steps",
+        "train.duration=20 steps",
         "data.image_size=32",
         "evaluate.samples=0",
     ]

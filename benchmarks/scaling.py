@@ -55,7 +55,7 @@ def main() -> None:
         say(f"bench scaling: one {'GPU' if device == 'cuda' else 'core'} here, so there is nothing to measure")
         return
     result = Result("scaling", settings=cfg.model_dump(mode="json"), device=device)
-    batch = options.batch or cfg.train.given_micro_batch or cfg.train.group_size
+    batch = options.batch or cfg.train.given_micro_batch or cfg.train.global_batch_size
     counts = process_counts(options.processes or available(device), batch)
     for count in counts:
         found = run_on(count, options, device, budget_s=options.budget_s / len(counts))

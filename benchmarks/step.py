@@ -245,7 +245,7 @@ def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ResourceError(f"a step of {options.batch or cfg.train.group_size} images does not fit") from error
+        raise ResourceError(f"a step of {options.batch or cfg.train.global_batch_size} images does not fit") from error
     estimate = memory_gib(cfg, subject.task, device=subject.device, micro_batch=subject.batch_images)
     is_cuda = subject.device == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else _highest_rss_gib() - before

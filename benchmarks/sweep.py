@@ -124,7 +124,7 @@ def _report(
     result: Result, timings: dict[str, Timings], options: argparse.Namespace, words: list[str], checked: dict[int, bool]
 ) -> None:
     cfg = load_run(options.run, words)
-    images = len(SHOTS) * cfg.train.length.steps(cfg.train.group_size, 1, 1) * cfg.train.group_size
+    images = len(SHOTS) * cfg.train.duration.steps(cfg.train.global_batch_size, 1, 1) * cfg.train.global_batch_size
     conditions = {"run": options.run.stem, "words": options.settings, "cells_a_round": len(SHOTS)}
     for arm, times in timings.items():
         rate = images * len(times.wall_s) / sum(times.wall_s)
@@ -141,7 +141,7 @@ def _report(
 
 def _words(options: argparse.Namespace, folder: Path) -> list[str]:
     """Settings of every cell; without data, some are made."""
-    words = [f"train.length={options.steps} steps", f"train.log_every={options.steps} steps", *options.settings]
+    words = [f"train.duration={options.steps} steps", f"runtime.log_every={options.steps} steps", *options.settings]
     if not any(word.startswith("data.path=") for word in words):
         pack("skull", folder / "skulls", PackSettings(kind="phantom", size=128, counts=FILMS))
         words += [f"data.path={folder / 'skulls'}", "evaluate.split=test"]

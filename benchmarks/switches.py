@@ -24,17 +24,17 @@ from ddpm_lmk.system.console import progress
 MICRO_BATCHES = 4
 WARM_UP = 3  # a graph is recorded in the second pass, and replayed from the third on
 PLAIN = "plain"
-TRAIN: dict[str, Any] = {"standardise": "pass", "group_norm": "native", "precision": "fp32"}
+TRAIN: dict[str, Any] = {"weight_standardization": "pass", "group_norm": "native", "precision": "fp32"}
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
-    "train.standardise=step": {"standardise": "step"},
+    "train.weight_standardization=step": {"weight_standardization": "step"},
     "train.group_norm=fused": {"group_norm": "fused"},
     "train.precision=bf16": {"precision": "bf16"},
-    "all three": {"standardise": "step", "group_norm": "fused", "precision": "bf16"},
+    "all three": {"weight_standardization": "step", "group_norm": "fused", "precision": "bf16"},
     "model.checkpointing=[true, false, ...]": {"checkpointing": "first"},
     "model.checkpointing=true": {"checkpointing": True},
 }
-FAST: dict[str, Any] = {"standardise": "step", "precision": "bf16"}
+FAST: dict[str, Any] = {"weight_standardization": "step", "precision": "bf16"}
 LAUNCHES: dict[str, dict[str, Any]] = {
     "one micro-batch": {**FAST, "group_norm": "fused"},
     "train.compile=true": {**FAST, "compile": True},

@@ -56,7 +56,7 @@ def affordable(subject: Subject, options: argparse.Namespace) -> int:
     subject.step()
     begin = time.perf_counter()
     subject.step()
-    passes = subject.cfg.train.group_size // subject.batch_images
+    passes = subject.cfg.train.global_batch_size // subject.batch_images
     step_s = passes * (time.perf_counter() - begin)
     return max(FEWEST_STEPS, min(options.steps, int(options.budget_s / (3 * step_s))))
 
@@ -64,8 +64,9 @@ def affordable(subject: Subject, options: argparse.Namespace) -> int:
 def shortened(cfg: RunConfig, steps: int) -> RunConfig:
     """The same run, `steps` long, with nothing saved or scored on the way."""
     fields = cfg.model_dump(mode="json")
-    fields["train"] |= {"length": steps, "checkpoint_every": steps + 1, "snapshot_every": None}
-    fields["train"] |= {"evaluate_every": None, "patience": None, "select": "last", "keep_every": None}
+    fields["runtime"] |= {"checkpoint_every": steps + 1, "keep_every": None}
+    fields["train"] |= {"duration": steps, "snapshot_every": None}
+    fields["train"] |= {"evaluate_every": None, "patience": None, "select": "last"}
     fields["data"] |= {"validation_split": None}
     fields["optim"] |= {"plateau": None}
     fields["evaluate"] |= {"split": None, "samples": 0}
@@ -85,19 +86,23 @@ def measure_training(result: Result, subject: Subject, folder: Path, options: ar
         data = [str(folder / "chests")]
     fields = cfg.model_dump(mode="json")
     fields["data"] |= {"path": data}
-    fields["train"] |= {"log_every": 1}
+    fields["runtime"] |= {"log_every": 1}
     cpu = time.process_time()
     execute(RunConfig.model_validate(fields), folder / "run", parallel=subject.parallel)
     cpu = time.process_time() - cpu
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
-    seconds = [cfg.train.group_size / line["images_per_s"] for line in lines]
+    seconds = [cfg.train.global_batch_size / line["images_per_s"] for line in lines]
     waited = [line["data_wait"] * wall_s for line, wall_s in zip(lines, seconds)]
     figures: dict[str, Any] = {"data_wait_share_pct": 100 * sum(waited) / sum(seconds)}
     figures |= {"largest_data_wait_share_pct": 100 * max(line["data_wait"] for line in lines)}
     figures |= {"cpu_s_per_step_start_included": cpu / (len(lines) + WARM_UP)}
     if subject.device == "cuda":
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    conditions = {**subject.conditions(), "group_images": cfg.train.group_size, "data": "phantoms, prepared shards"}
+    conditions = {
+        **subject.conditions(),
+        "group_images": cfg.train.global_batch_size,
+        "data": "phantoms, prepared shards",
+    }
     if data != [str(folder / "chests")]:
         conditions["data"] = "given"
     samples = {"wall_s": seconds, "images_per_s": [line["images_per_s"] for line in lines]}

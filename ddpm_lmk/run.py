@@ -37,7 +37,7 @@ from ddpm_lmk.inference import calibration
 from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split
 from ddpm_lmk.inference.sample import draw_samples, to_png
 from ddpm_lmk.inference.scoring import check_temperatures
-from ddpm_lmk.models.encoder_unet import want_file
+from ddpm_lmk.models.encoder_unet import require_file
 from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.rundir.checkpoint import load_checkpoint
 from ddpm_lmk.rundir.directory import RunDir, copy_checkpoint
@@ -46,7 +46,7 @@ from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.system.machine import code_digest, granted_cores, versions
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
 from ddpm_lmk.tasks.starting_weights import put_weights
-from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.tasks.task import OneRank
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +125,8 @@ def execute(
             _check_same_everywhere(here, loaders, state, parallel)
             facts = _facts(cfg, loaders, parallel, devices, past.forked or parent) | {"fit": fitted.facts()}
             parallel.on_main(lambda: _begin(cfg, run, corpora, facts, step=state.step))
-            collectives = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else Everyone()
-            task.meet(collectives, total=pace.total)
+            collectives = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else OneRank()
+            task.prepare(collectives, total_steps=pace.total)
             # Not for the score, which is computed in what `auto` means to everybody.
             with parallel.training_in(fitted.precision):
                 fit(here, task, state, loaders, parallel, run, is_strict=is_strict, forecast=forecast, whole=whole)
@@ -165,7 +165,7 @@ def _fit(cfg: RunConfig, task: Task, corpora: Sequence[Corpus], past: Past, para
     else:
         images = sum(len(corpus.rows) for corpus in corpora)
         # About: only whether compilation pays depends on it.
-        steps = cfg.train.length.steps(cfg.train.group_size, images)
+        steps = cfg.train.duration.steps(cfg.train.global_batch_size, images)
         fitted = fit_to_device(cfg, task, parallel, steps=steps)
         if parallel.is_main:
             say(str(fitted))
@@ -235,7 +235,7 @@ def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, session: Session)
     """Put `init.weights` into `model`; returns what is worth knowing about them later."""
     assert cfg.init.weights is not None
     if cfg.model.kind == "encoder_unet":
-        want_file(cfg.init.weights)
+        require_file(cfg.init.weights)
     weights, meta = session.weights(cfg.init)
     part = put_weights(cfg, task, model, weights, meta)
     facts: dict[str, Any] = {key: meta[key] for key in ("path", "use", "step", "fingerprint", "files") if key in meta}
@@ -286,7 +286,7 @@ def _begin(cfg: RunConfig, run: RunDir, corpora: Sequence[Corpus], facts: dict[s
     # Datasets by the keys that name their places, to know them again elsewhere.
     packs = {
         "data.path": [corpus.manifest.fingerprint for corpus in corpora],
-        "data.protect": fingerprints_of(cfg.data, cfg.data.protect),
+        "data.protect": fingerprints_of(cfg, cfg.data.protect),
     }
     run.begin(cfg, facts | {"packs": packs})
     run.log.rewind_metrics(step)

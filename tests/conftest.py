@@ -88,9 +88,10 @@ def pretraining(packed_phantoms: Path) -> Callable[..., RunConfig]:
     """Makes the run file of a tiny pre-training; sections given overlay its own."""
 
     def make(**sections: Any) -> RunConfig:
-        train = {"length": 3, "group_size": 4, "log_every": 1, "checkpoint_every": 2, **sections.pop("train", {})}
-        data = {"path": str(packed_phantoms), "image_size": 32, "workers": 0, **sections.pop("data", {})}
-        task = {"kind": "denoise", "num_timesteps": 20}
-        return RunConfig.model_validate({"data": data, "model": NETWORK, "task": task, "train": train, **sections})
+        train = {"duration": 3, "global_batch_size": 4, **sections.pop("train", {})}
+        data = {"path": str(packed_phantoms), "image_size": 32, **sections.pop("data", {})}
+        runtime = {"workers": 0, "log_every": 1, "checkpoint_every": 2, **sections.pop("runtime", {})}
+        own = {"data": data, "model": NETWORK, "train": train, "runtime": runtime}
+        return RunConfig.model_validate({**own, "task": {"kind": "denoise", "num_timesteps": 20}, **sections})
 
     return make

@@ -63,7 +63,7 @@ def test_the_same_packs_elsewhere_are_the_same_run_and_others_are_not(
         key: [copied(Path(path), tmp_path / f"scratch-{Path(path).parent.name}") for path in paths]
         for key, paths in pool.items()
     }
-    results = execute(pretraining(data=moved, train={"length": 5}), tmp_path / "run", parallel=parallel)
+    results = execute(pretraining(data=moved, train={"duration": 5}), tmp_path / "run", parallel=parallel)
     assert results["train"]["steps"] == 5
     assert moves(tmp_path / "run") == [(f"data.{key}", pool[key], moved[key]) for key in ("path", "protect")]
     for wrong in (
@@ -73,10 +73,10 @@ def test_the_same_packs_elsewhere_are_the_same_run_and_others_are_not(
         moved | {"protect": [str(packed_phantoms)]},
     ):
         with pytest.raises(RunConflictError, match=r"another run: data\.(path|protect): there \["):
-            execute(pretraining(data=wrong, train={"length": 6}), tmp_path / "run", parallel=parallel)
+            execute(pretraining(data=wrong, train={"duration": 6}), tmp_path / "run", parallel=parallel)
     gone = moved | {"path": [str(tmp_path / "gone")]}
     with pytest.raises(DataError, match=r"gone is not there \(no manifest\.json\)"):
-        execute(pretraining(data=gone, train={"length": 6}), tmp_path / "run", parallel=parallel)
+        execute(pretraining(data=gone, train={"duration": 6}), tmp_path / "run", parallel=parallel)
 
 
 def test_a_run_begun_before_packs_were_noted_one_by_one_goes_on_too(
@@ -86,7 +86,7 @@ def test_a_run_begun_before_packs_were_noted_one_by_one_goes_on_too(
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({key: facts[key] for key in facts if key != "packs"}))
     there = copied(packed_phantoms, tmp_path)
-    cfg = pretraining(data={"path": there}, train={"length": 4})
+    cfg = pretraining(data={"path": there}, train={"duration": 4})
     assert execute(cfg, tmp_path / "run", parallel=parallel)["train"]["steps"] == 4
 
 
@@ -95,12 +95,12 @@ def test_starting_weights_are_known_by_what_they_are(
     tmp_path: Path, pretraining: Maker, parallel: Parallel, kind: str
 ) -> None:
     for seed, name in ((0, "parent"), (1, "other")):
-        execute(pretraining(train={"length": 1}, seed=seed), tmp_path / name, parallel=parallel)
+        execute(pretraining(train={"duration": 1}, seed=seed), tmp_path / name, parallel=parallel)
         safetensors.torch.save_file(load_weights(tmp_path / name, "ema")[0], tmp_path / f"{name}.safetensors")
     suffix = "" if kind == "run" else ".safetensors"
 
     def cfg(weights: str, length: int) -> RunConfig:
-        return pretraining(init={"weights": str(tmp_path / f"{weights}{suffix}")}, train={"length": length})
+        return pretraining(init={"weights": str(tmp_path / f"{weights}{suffix}")}, train={"duration": length})
 
     execute(cfg("parent", 2), tmp_path / "run", parallel=parallel)
     (tmp_path / f"parent{suffix}").rename(tmp_path / f"renamed{suffix}")
@@ -115,7 +115,7 @@ def test_starting_weights_are_known_by_what_they_are(
 def test_a_sweep_whose_packs_and_folder_moved_repeats_no_cell(
     tmp_path: Path, packed_phantoms: Path, pretraining: Maker, parallel: Parallel
 ) -> None:
-    execute(pretraining(train={"length": 1}), tmp_path / "old" / "parent", parallel=parallel)
+    execute(pretraining(train={"duration": 1}), tmp_path / "old" / "parent", parallel=parallel)
     start = {"scratch": None, "ddpm": str(tmp_path / "old" / "parent")}
     file = write_sweep(tmp_path, packed_phantoms, shots=[1], seeds=[0], start=start)
     out = tmp_path / "old" / "sweep"

@@ -92,7 +92,11 @@ def test_ranks_compare_code_run_file_data_and_start(
     seen: list[dict[str, str]] = []
     monkeypatch.setattr(runs, "check_same_facts", lambda mine, parallel: seen.append(mine))
     for length in (1, 2):
-        execute(pretraining(train={"length": length, "checkpoint_every": 1}), tmp_path / "run", parallel=parallel)
+        execute(
+            pretraining(train={"duration": length}, runtime={"checkpoint_every": 1}),
+            tmp_path / "run",
+            parallel=parallel,
+        )
     first, second = seen
     assert first.keys() == {"code", "torch", "run file", "data", "start"}
     assert first["start"].startswith("step 0, weights ")
@@ -104,7 +108,7 @@ def test_ranks_compare_code_run_file_data_and_start(
 def test_finetuning_takes_the_trunk_and_leaves_the_output_layer_to_the_seed(
     tmp_path: Path, pretrained: Path, tuning: Maker, parallel: Parallel
 ) -> None:
-    cfg = tuning(init={"weights": str(pretrained)}, train={"length": 0, "ema": None})
+    cfg = tuning(init={"weights": str(pretrained)}, train={"duration": 0, "ema": None})
     results = execute(cfg, tmp_path / "run", parallel=parallel)
     found, _ = load_weights(tmp_path / "run", "model")
     parent, _ = load_weights(pretrained, "ema")
@@ -127,7 +131,7 @@ def build(cfg: RunConfig) -> Any:
 def test_the_same_task_continues_with_all_weights(
     tmp_path: Path, pretrained: Path, pretraining: Maker, parallel: Parallel
 ) -> None:
-    cfg = pretraining(init={"weights": str(pretrained), "use": "model"}, train={"length": 0, "ema": None})
+    cfg = pretraining(init={"weights": str(pretrained), "use": "model"}, train={"duration": 0, "ema": None})
     execute(cfg, tmp_path / "run", parallel=parallel)
     found, parent = load_weights(tmp_path / "run", "model")[0], load_weights(pretrained, "model")[0]
     assert all(torch.equal(found[name], value) for name, value in parent.items())
@@ -155,15 +159,15 @@ def test_a_warm_workbench_gives_the_same_weights_as_a_cold_one(
     assert all(torch.equal(warm[name], value) for name, value in cold.items())
     rows = [(tmp_path / name / "predictions.csv").read_text() for name in ("warm-second", "cold")]
     assert rows[0] == rows[1]
-    assert session.cache or first.data.residency == "stream"
+    assert session.cache or first.runtime.cache_pixels == "stream"
 
 
 def test_a_longer_run_continues_and_ends_as_if_it_had_been_long_from_the_start(
     tmp_path: Path, pretraining: Maker, parallel: Parallel
 ) -> None:
     execute(pretraining(), tmp_path / "grown", parallel=parallel)
-    execute(pretraining(train={"length": 5}), tmp_path / "grown", parallel=parallel)
-    execute(pretraining(train={"length": 5}), tmp_path / "long", parallel=parallel)
+    execute(pretraining(train={"duration": 5}), tmp_path / "grown", parallel=parallel)
+    execute(pretraining(train={"duration": 5}), tmp_path / "long", parallel=parallel)
     grown, long = (load_weights(tmp_path / name, "ema") for name in ("grown", "long"))
     assert grown[1]["step"] == 5
     assert all(torch.equal(grown[0][name], value) for name, value in long[0].items())
@@ -174,11 +178,11 @@ def test_a_damaged_checkpoint_costs_steps_and_not_the_run(
     tmp_path: Path, pretraining: Maker, parallel: Parallel
 ) -> None:
     out = tmp_path / "run"
-    execute(pretraining(train={"checkpoint_every": 1}), out, parallel=parallel)
+    execute(pretraining(runtime={"checkpoint_every": 1}), out, parallel=parallel)
     newest = out / "checkpoints" / "step-00000003"
     os.truncate(newest / "optim.safetensors", 100)
-    execute(pretraining(train={"checkpoint_every": 1, "length": 4}), out, parallel=parallel)
-    execute(pretraining(train={"length": 4}), tmp_path / "plain", parallel=parallel)
+    execute(pretraining(train={"duration": 4}, runtime={"checkpoint_every": 1}), out, parallel=parallel)
+    execute(pretraining(train={"duration": 4}), tmp_path / "plain", parallel=parallel)
     found, wanted = load_weights(out, "ema")[0], load_weights(tmp_path / "plain", "ema")[0]
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert "checkpoint.bad" in events(out)
@@ -188,7 +192,7 @@ def test_another_run_in_the_same_place_is_refused_key_by_key(
     tmp_path: Path, pretraining: Maker, parallel: Parallel
 ) -> None:
     execute(pretraining(), tmp_path / "run", parallel=parallel)
-    other = pretraining(seed=1, optim={"lr": 0.5}, data={"workers": 1}, train={"log_every": 2})
+    other = pretraining(seed=1, optim={"lr": 0.5}, runtime={"workers": 1, "log_every": 2})
     with pytest.raises(RunConflictError) as error:
         execute(other, tmp_path / "run", parallel=parallel)
     assert "seed: there 0, here 1" in str(error.value)
@@ -199,13 +203,13 @@ def test_another_run_in_the_same_place_is_refused_key_by_key(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"length": 2}, {"length": "9 epochs"}, {"keep_checkpoints": 3, "length": 1}],
+    [{"duration": 2}, {"duration": "9 epochs"}, {"snapshot_every": 3, "duration": 1}],
     ids=["shorter", "unit", "both"],
 )
 def test_only_a_longer_length_may_change(tmp_path: Path, pretraining: Maker, changes: dict[str, Any]) -> None:
     with RunDir.lock(tmp_path / "run", pretraining()) as run:
         run.begin(pretraining(), {"fingerprint": "x"})
-    with pytest.raises(RunConflictError, match=r"train\.length"):
+    with pytest.raises(RunConflictError, match=r"train\.duration"):
         RunDir.lock(tmp_path / "run", pretraining(train=changes))
 
 
@@ -213,8 +217,8 @@ def test_a_schedule_that_depends_on_the_length_forbids_another_length(tmp_path: 
     cosine = {"schedule": "cosine"}
     with RunDir.lock(tmp_path / "run", pretraining(optim=cosine)) as run:
         run.begin(pretraining(optim=cosine), {"fingerprint": "x"})
-    with pytest.raises(RunConflictError, match=r"train\.length"):
-        RunDir.lock(tmp_path / "run", pretraining(optim=cosine, train={"length": 9}))
+    with pytest.raises(RunConflictError, match=r"train\.duration"):
+        RunDir.lock(tmp_path / "run", pretraining(optim=cosine, train={"duration": 9}))
 
 
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path, pretraining: Maker) -> None:
@@ -274,7 +278,7 @@ def worker(folder: Path, cfg: RunConfig, out: Path, *, rank: int = 0) -> subproc
 
 
 def test_a_worker_process_runs_a_job_and_tells_an_error_in_one_line(tmp_path: Path, pretraining: Maker) -> None:
-    done = worker(tmp_path, pretraining(train={"length": 1}), tmp_path / "run")
+    done = worker(tmp_path, pretraining(train={"duration": 1}), tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "step=1/1 loss=" in done.stderr
     refused = worker(tmp_path, pretraining(seed=4), tmp_path / "run")

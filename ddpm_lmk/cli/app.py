@@ -184,9 +184,12 @@ def _add_training_command(name: Stage, text: str) -> None:
         fork: ForkOption = None,
         share_group: ShareGroupOption = False,
         strict: Annotated[bool, typer.Option("--strict", help="refuse mixed devices and failed validations")] = False,
-        loader: Annotated[str | None, typer.Option(metavar="auto|torch|dali", help="short for data.loader=")] = None,
+        loader: Annotated[str | None, typer.Option(metavar="auto|torch|dali", help="short for runtime.loader=")] = None,
         dry_run: DryRunOption = False,
         explain: ExplainOption = False,
+        show_all: Annotated[
+            bool, typer.Option("--all", help="with --explain: every setting, rarely set ones too")
+        ] = False,
         diff: Annotated[
             Path | None, typer.Option(metavar="OTHER.yaml", help="compare with another run file", callback=found)
         ] = None,
@@ -199,10 +202,11 @@ def _add_training_command(name: Stage, text: str) -> None:
             from ddpm_lmk.rundir.lock import check_unlocked
 
             if explain:
-                _explain(RunConfig, [run_file, *(overrides or [])])
+                task = {"task": "denoise" if name == "pretrain" else "landmarks"}
+                _explain(RunConfig, [run_file, *(overrides or [])], kinds=None if show_all else task)
             if share_group:
                 files.protect(share_group=True)
-            short = [] if loader is None else [f"data.loader={loader}"]
+            short = [] if loader is None else [f"runtime.loader={loader}"]
             words = [*(overrides or []), *short]
             run_file = _given(run_file, "RUN.yaml")
             if diff is not None:
@@ -368,10 +372,14 @@ def _next_step(cfg: RunConfig, out: Path) -> str:
     return f"`ddpm-lmk predict {run} IMAGES --out found`, or `ddpm-lmk report {run}` for a page"
 
 
-def _explain(model: type[BaseModel], words: list[str | Path | None]) -> None:
-    """Words are beginnings of keys; a run file among them has the same settings as any other."""
+def _explain(model: type[BaseModel], words: list[str | Path | None], *, kinds: dict[str, str] | None = None) -> None:
+    """Words are beginnings of keys; a run file among them says which kinds of sections are shown in an overview."""
     from ddpm_lmk.config.explain import page
+    from ddpm_lmk.config.load import kinds_of
 
-    wanted = [str(word) for word in words if word is not None and Path(word).suffix not in (".yaml", ".yml")]
-    typer.echo(page(model, wanted, width=reader_width()))
+    files = [word for word in words if word is not None and Path(word).suffix in (".yaml", ".yml")]
+    wanted = [str(word) for word in words if word is not None and word not in files]
+    if kinds is not None and files:
+        kinds |= kinds_of(files[0])
+    typer.echo(page(model, wanted, width=reader_width(), kinds=kinds))
     raise typer.Exit()

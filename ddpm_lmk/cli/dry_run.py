@@ -28,11 +28,11 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     Args:
         instead: what to say where the run takes very long.
     """
-    manifests = open_datasets(cfg.data)
+    manifests = open_datasets(cfg)
     counts = _images(cfg, manifests)
     num_images = sum(images_trained_on(cfg, count) for count in counts)
     groups = GroupPlan.of(cfg, num_images)
-    steps = cfg.train.length.steps(cfg.train.group_size, num_images, groups.steps_per_epoch)
+    steps = cfg.train.duration.steps(cfg.train.global_batch_size, num_images, groups.steps_per_epoch)
     images = groups.images(steps)
     rows = [
         ("run", f"{cfg.name}: {cfg.task.kind}, seed {cfg.seed}, config {config_hash(cfg)}"),
@@ -60,8 +60,8 @@ def _fitted(cfg: RunConfig, task: Task, placement: Placement, steps: int) -> tup
     """What `auto` becomes, by the estimate of memory alone; a run on a GPU also tries a step."""
     parallel = Parallel("cuda" if placement.device == "cuda" else "cpu")
     room = device_bytes(parallel) // (placement.processes if placement.device == "cpu" else 1)
-    share = cfg.train.group_size // (placement.processes * placement.nodes)
-    one = cfg.model_copy(update={"train": cfg.train.model_copy(update={"group_size": share})})
+    share = cfg.train.global_batch_size // (placement.processes * placement.nodes)
+    one = cfg.model_copy(update={"train": cfg.train.model_copy(update={"global_batch_size": share})})
     fitted = fit_to_device(one, task, parallel, steps=steps, room=room, probe=lambda run: True)
     return fitted.applied(cfg), fitted
 
@@ -75,7 +75,7 @@ def _images(cfg: RunConfig, manifests: list[Manifest]) -> list[int]:
 
 def _model_rows(cfg: RunConfig, task: Task, placement: Placement) -> list[tuple[str, str]]:
     cost = task.cost(cfg.model, cfg.data.image_size)
-    group = cfg.train.group_size
+    group = cfg.train.global_batch_size
     micro_batch = cfg.train.given_micro_batch or group // (placement.processes * placement.nodes)
     world = placement.processes * placement.nodes
     memory = memory_gib(cfg, task, device=placement.device, micro_batch=micro_batch, world=world, zero=placement.zero)

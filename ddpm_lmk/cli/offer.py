@@ -26,7 +26,7 @@ def for_run(cfg: RunConfig, command: Stage, run_file: Path, device: Device) -> s
     if device != "cpu":
         return None
     if run_file.name == FITTING:
-        return f"{TOO_LONG}; a smaller train.length takes less"
+        return f"{TOO_LONG}; a smaller train.duration takes less"
     paths = cfg.data.path
     words = [f"data.path={paths[0] if len(paths) == 1 else '[' + ', '.join(paths) + ']'}"]
     if cfg.init.weights is None:

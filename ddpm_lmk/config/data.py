@@ -1,4 +1,4 @@
-"""`data`: where images come from, which of them are used, and how they reach the device."""
+"""`data`: where images come from, and which of them are used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ddpm_lmk.config.values import Fraction, NonNegative, Positive, Section
+from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Section
 
 
 class AugmentConfig(Section):
@@ -42,8 +42,19 @@ class HoldOutConfig(Section):
         return self
 
 
+class DedupConfig(Section):
+    """What becomes of pre-training images that are found twice, by pixels, as a near copy, or by patient."""
+
+    leakage: Literal["leave_out", "keep"] = Field(
+        "leave_out", description="images that are in a protected split too: same pixels, near copy, or same patient"
+    )
+    duplicates: Literal["leave_out", "keep"] = Field(
+        "leave_out", description="images that repeat an earlier one of the pool: same pixels or near copy"
+    )
+
+
 class DataConfig(Section):
-    """Where images come from, which of them are used, and how they reach the device."""
+    """Where images come from, and which of them are used."""
 
     path: tuple[str, ...] = Field(
         min_length=1,
@@ -56,15 +67,9 @@ class DataConfig(Section):
         ("train",), min_length=1, description="splits trained on (the paper pre-trains on train and val)"
     )
     protect: tuple[str, ...] = Field(
-        (), description="labelled packs whose held-out splits pre-training must not see, beside those of its own packs"
+        (), description="labelled sets whose held-out splits pre-training must not see, beside those of data.path"
     )
-    leaks: Literal["leave_out", "keep"] = Field(
-        "leave_out",
-        description="pre-training images that are in a protected split too: same pixels, near copy, or same patient",
-    )
-    copies: Literal["leave_out", "keep"] = Field(
-        "leave_out", description="pre-training images that repeat an earlier one of the pool: same pixels or near copy"
-    )
+    dedup: DedupConfig = Field(default_factory=DedupConfig, description="pre-training images that are found twice")
     validation_split: str | None = Field(
         None, description="labelled split for early stopping and choice of weights; null: no validation labels are used"
     )
@@ -73,36 +78,29 @@ class DataConfig(Section):
         "first", description="which images the shots are: first by name (paper), or drawn from the seed"
     )
     hold_out: HoldOutConfig | None = Field(
-        None, description="part of the shots kept from training; it is split `held_out`, to validate or score on"
+        None,
+        description="part of the shots kept from training; it is split `held_out`, to validate or score on",
+        json_schema_extra=ADVANCED,
     )
     image_size: Annotated[int, Field(ge=16, le=4096)] = Field(
         256, description="side of the square network input, pixels"
     )
-    packed: dict[str, str | int | None] = Field(
-        {}, description="settings the packs must have been made with, e.g. {filter: gaussian}; null: any"
+    require_dataset: dict[str, str | int | None] = Field(
+        {}, description="settings the shards must have been packed with, e.g. {filter: gaussian}; null: any"
     )
     intensity: Literal["per_image", "full_range"] = Field(
         "per_image",
         description="scale to [0, 1] by each image's own minimum and maximum (paper), or by the range of its type",
     )
-    residency: Literal["auto", "stream", "ram", "device"] = Field(
-        "auto", description="where pixels live: encoded shards, decoded in memory, or decoded on the device"
-    )
-    loader: Literal["auto", "torch", "dali"] = Field(
-        "auto",
-        description="what decodes and warps; auto: torch on the CPU, on a GPU the faster in a second of streaming",
-    )
-    workers: Annotated[int, Field(ge=0, le=256)] = Field(
-        2, description="decoding threads per process; 0 decodes in the training thread"
-    )
+    # Not in `runtime`: it decides the order of samples, and so what is learnt.
     shuffle_window: Annotated[int, Field(ge=1)] = Field(
-        16, description="shards whose samples are mixed with one another; reads stay inside the window"
+        16,
+        description="shards whose samples are mixed with one another; reads stay inside the window",
+        json_schema_extra=ADVANCED,
     )
-    cache_gib: NonNegative = Field(
-        64.0, description="copies of remote shards kept on this machine, GiB; under two shuffle windows: read by range"
+    max_bad_fraction: Fraction = Field(
+        0.001, description="share of undecodable samples after which the run stops", json_schema_extra=ADVANCED
     )
-    cache_dir: str | None = Field(None, description="folder of those copies; null: LMK_CACHE, or ~/.cache/ddpm-lmk")
-    max_bad_fraction: Fraction = Field(0.001, description="share of undecodable samples after which the run stops")
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 
     @field_validator("path", "splits", "protect", mode="before")

@@ -6,13 +6,14 @@ Derived from the pydantic models alone, so that `--explain`, the error messages 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from ddpm_lmk.config.renamed import RENAMED
 from ddpm_lmk.errors import ConfigError
 
 ExplainRow = tuple[str, str, str, str, str]
@@ -34,28 +35,52 @@ def explain(model: type[BaseModel], prefix: str = "") -> list[ExplainRow]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         sections = sections_of(field.annotation)
-        if not sections or _default_text(field) == "null":
-            rows.append((key, _type_text(field), _default_text(field), _bound_text(field), field.description or ""))
+        rows += _own_row(key, field, sections)
         for section in sections:
             label = f"[{kind_of(section)}] " if len(sections) > 1 else ""
             rows += [(*row[:4], label + row[4]) for row in explain(section, f"{key}.")]
     return rows
 
 
-def page(model: type[BaseModel], wanted: Sequence[str], *, width: int) -> str:
+def overview(model: type[BaseModel], kinds: Mapping[str, str], prefix: str = "") -> list[ExplainRow]:
+    """The rows of one kind of each section, by dotted key in `kinds` or else the default one, less rarely set fields."""
+    rows: list[ExplainRow] = []
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("advanced"):
+            continue
+        key = f"{prefix}{name}"
+        sections = sections_of(field.annotation)
+        rows += _own_row(key, field, sections)
+        wanted = kinds.get(key, default_kind(field))
+        # A key that is new in one kind only has no business in an overview of another.
+        for section in [each for each in sections if kind_of(each) == wanted] or sections[:1]:
+            inner = overview(section, kinds, f"{key}.")
+            if len(sections) > 1:  # the others are named where they are chosen
+                names = " | ".join(repr(kind_of(each)) for each in sections)
+                inner = [(row[0], names, *row[2:]) if row[0] == f"{key}.kind" else row for row in inner]
+            rows += inner
+    return rows
+
+
+def page(model: type[BaseModel], wanted: Sequence[str], *, width: int, kinds: Mapping[str, str] | None = None) -> str:
     """The settings as text, a heading per section: key = default, type and bound; below it what it is.
 
     Args:
-        wanted: beginnings of dotted keys, e.g. `train` or `optim.clip`; empty: all.
+        wanted: beginnings of dotted keys, e.g. `train` or `optim.clip`, of which all is shown; empty: no choice.
         width: columns of a line.
+        kinds: without a choice, an overview with these kinds; None: everything.
 
     Raises:
         ConfigError: nothing begins with one of them.
     """
-    rows = explain(model)
+    everything = explain(model)
     for word in wanted:
-        if not any(row[0].startswith(word) for row in rows):
-            raise ConfigError(f"no setting begins with {word!r}; there are {', '.join(model.model_fields)}")
+        if not any(row[0].startswith(word) for row in everything):
+            now = RENAMED.get(word)
+            known = f"it is now {now}" if now else f"there are {', '.join(model.model_fields)}"
+            raise ConfigError(f"no setting begins with {word!r}; {known}")
+    rows = everything if wanted or kinds is None else overview(model, kinds)
     lines: list[str] = []
     heading = None
     for key, kind, default, bound, text in rows:
@@ -69,7 +94,18 @@ def page(model: type[BaseModel], wanted: Sequence[str], *, width: int) -> str:
         facts = f"{key} = {default}{INDENT}{kind}{f'; {bound}' if bound else ''}"
         lines += textwrap.wrap(facts, width, subsequent_indent=2 * INDENT, break_long_words=False)
         lines += textwrap.wrap(text, width, initial_indent=INDENT, subsequent_indent=INDENT)
+    if len(rows) < len(everything):
+        more = f"Rarely set keys and other kinds are left out: `--explain --all` shows {len(everything)} settings, "
+        more += "`--explain SECTION` all of a section, e.g. `--explain task`."
+        lines += ["", *textwrap.wrap(more, width)]
     return "\n".join(lines).strip("\n")
+
+
+def _own_row(key: str, field: FieldInfo, sections: Sequence[type[BaseModel]]) -> list[ExplainRow]:
+    """The row of a field that is a value, or a section that may be null."""
+    if sections and _default_text(field) != "null":
+        return []
+    return [(key, _type_text(field), _default_text(field), _bound_text(field), field.description or "")]
 
 
 def descriptions(section: BaseModel, prefix: str = "") -> dict[str, str]:
@@ -138,7 +174,7 @@ def _default_text(field: FieldInfo) -> str:
 
 def _bound_text(field: FieldInfo) -> str:
     """Bounds of a field, also of those inside unions, e.g. ">= 0, < 1"."""
-    bounds: dict[str, None] = {}
+    bounds: dict[str, None] = {}  # a dict keeps the order, and each bound once
 
     def collect(metadata: Any, annotation: Any) -> None:
         for item in metadata:

@@ -21,11 +21,22 @@ from pydantic_core import ErrorDetails
 
 from ddpm_lmk.config import RunConfig, yaml
 from ddpm_lmk.config.explain import default_kind, explain, kind_of, sections_of
+from ddpm_lmk.config.renamed import moved_origins, under_new_names, under_old_names, warn_of
 from ddpm_lmk.config.yaml import KeyPath, Origins
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.system.shipped import find
 
-__all__ = ["config_hash", "diff_runs", "dump_run", "explain", "load_run", "load_yaml", "validate"]
+__all__ = [
+    "config_hash",
+    "diff_runs",
+    "dump_run",
+    "explain",
+    "is_hash_of",
+    "load_run",
+    "load_stored",
+    "load_yaml",
+    "validate",
+]
 
 COMMAND_LINE = "command line"
 ABSENT = "(absent)"
@@ -40,8 +51,20 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
         ConfigError: anything the user can mend in the file or on the command line (exit code 2).
         CheckpointError: a file refused for safety (exit code 4).
     """
-    data, origins = _compose(Path(path), RunConfig, ())
-    words, word_origins = _read_overrides(overrides or [])
+    renamed: dict[str, str] = {}
+    cfg = _load(path, overrides or [], renamed)
+    warn_of(renamed, str(path))
+    return cfg
+
+
+def load_stored(folder: Path) -> RunConfig:
+    """The run file that a run directory holds. No warning of old names: this program wrote them. Raises as `load_run`."""
+    return _load(folder / "config.yaml", [], {})
+
+
+def _load(path: str | Path, overrides: list[str], renamed: dict[str, str]) -> RunConfig:
+    data, origins = _compose(Path(path), RunConfig, (), renamed)
+    words, word_origins = _read_overrides(overrides, renamed)
     _merge(data, words, RunConfig)
     origins.update(word_origins)
     return validate(RunConfig, data, source=str(path), origins=origins)
@@ -49,7 +72,13 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read any YAML mapping (sweep and launch files) with its `extends`, unchecked."""
-    return _compose(Path(path), None, ())[0]
+    return _compose(Path(path), None, (), {})[0]
+
+
+def kinds_of(path: str | Path) -> dict[str, str]:
+    """The kind of each section that names one, by dotted key; the rest of the file is not checked."""
+    data = _compose(Path(path), RunConfig, (), {})[0]
+    return {".".join(key[:-1]): str(value) for key, value in _leaves(data, ()) if key[-1] == "kind"}
 
 
 def validate(model: type[Model], data: dict[str, Any], *, source: str, origins: Origins | None = None) -> Model:
@@ -57,11 +86,11 @@ def validate(model: type[Model], data: dict[str, Any], *, source: str, origins: 
     try:
         checked = model.model_validate(data)
     except ValidationError as error:
-        # A typo often leaves something missing: say the typo.
+        # A typo often leaves something missing: name the typo first.
         details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] == "missing")
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
         raise ConfigError(_describe(model, details[0], data, source, origins or {}) + more) from None
-    _refuse_odd_values(checked, data, source, origins or {})
+    _refuse_odd_values(checked, data, source, origins or {})  # after the schema, whose messages are better
     return checked
 
 
@@ -72,8 +101,18 @@ def dump_run(config: RunConfig) -> str:
 
 def config_hash(config: BaseModel) -> str:
     """64 bits of SHA-256 over all resolved values, as hexadecimal."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, ensure_ascii=True)
+    return _hash(config.model_dump(mode="json"))
+
+
+def _hash(settings: dict[str, Any]) -> str:
+    # Sorted: moving a field within the schema must not make a run directory another run's.
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_hash_of(text: str | None, config: RunConfig) -> bool:
+    """Is this the hash of a run, made by this version or by the one before, whose settings had other names?"""
+    return text in (config_hash(config), _hash(under_old_names(config.model_dump(mode="json"))))
 
 
 def diff_runs(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -83,6 +122,7 @@ def diff_runs(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
     for key in right:
         if key not in left:
             keys.insert(_beside(key, keys), key)
+    # 1 and 1.0 are equal in Python, true and 1 too: types are compared as well.
     rows = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys]
     return [row for row in rows if row[1] != row[2] or type(row[1]) is not type(row[2])]
 
@@ -98,31 +138,39 @@ def _beside(key: str, keys: list[str]) -> int:
     return len(keys)
 
 
-def _compose(path: Path, model: type[BaseModel] | None, open_files: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
-    """The file at `path` laid over everything it extends."""
+def _compose(
+    path: Path, model: type[BaseModel] | None, open_files: tuple[Path, ...], renamed: dict[str, str]
+) -> tuple[dict[str, Any], Origins]:
+    """The file at `path` laid over everything it extends; old names of a run file are collected in `renamed`."""
     here = path.resolve()
     if here in open_files:
         raise ConfigError(f"{path}: `extends` goes in a circle: {' -> '.join(p.name for p in (*open_files, here))}")
     own, own_origins = yaml.parse_mapping(yaml.read_text(path), str(path))
+    if model is RunConfig:  # before anything is merged: a file and what it extends may use different names
+        old_names: dict[str, str] = {}
+        own = under_new_names(own, old_names, str(path))
+        own_origins = moved_origins(own_origins, old_names)
+        renamed.update(old_names)
     parents = own.pop("extends", None) or []
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise ConfigError(f"{own_origins[('extends',)]}: extends: {parents!r}; wanted a path or a list of paths")
     data: dict[str, Any] = {}
     origins: Origins = {}
+    # Parents first, in their order, this file last: what is read later wins.
     for parent in parents:
         file = find(parent, path.parent)
         if not file.is_file():
             raise ConfigError(f"{own_origins[('extends',)]}: extends {parent!r}, but there is no file {file}")
-        base, base_origins = _compose(file, model, (*open_files, here))
+        base, base_origins = _compose(file, model, (*open_files, here), renamed)
         _merge(data, base, model)
         origins.update(base_origins)
     _merge(data, own, model)
     return data, {**origins, **own_origins}
 
 
-def _read_overrides(words: list[str]) -> tuple[dict[str, Any], Origins]:
-    """`a.b=value` words as one nested mapping; the value is as `yamlfile.parse_word` reads it."""
+def _read_overrides(words: list[str], renamed: dict[str, str]) -> tuple[dict[str, Any], Origins]:
+    """`a.b=value` words as one nested mapping; the value is as `yaml.parse_word` reads it."""
     data: dict[str, Any] = {}
     origins: Origins = {}
     for word in words:
@@ -134,13 +182,18 @@ def _read_overrides(words: list[str]) -> tuple[dict[str, Any], Origins]:
         nested = value
         for part in reversed(path):
             nested = {part: nested}
+        old_names: dict[str, str] = {}
+        nested = under_new_names(nested, old_names)
+        renamed.update(old_names)
         _merge(data, nested, None)
-        origins.update({path[: i + 1]: COMMAND_LINE for i in range(len(path))})
+        placed = {path[: i + 1]: COMMAND_LINE for i in range(len(path))}
+        origins.update(moved_origins(placed, old_names))
     return data, origins
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel] | None) -> None:
     """Lay `over` on `base`, in place. A changed `kind` of a tagged section drops what the old kind had set."""
+    # Else `task.kind=denoise` over a landmark run would be refused for the codec that its file set.
     for key, value in over.items():
         old = base.get(key)
         field = model.model_fields.get(key) if model else None
@@ -155,6 +208,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel] | 
         if not isinstance(value, dict) or not isinstance(old, dict) or switched:
             base[key] = _copied(value)
         else:
+            # Inner sections are looked up in the class of the chosen kind: `codec` means something in `landmarks` only.
             kind = value.get("kind", old.get("kind"))
             chosen = [section for section in sections if len(sections) == 1 or kind_of(section) == kind]
             _merge(old, value, chosen[0] if chosen else None)
@@ -193,7 +247,7 @@ def _data_path(detail: ErrorDetails, data: Any) -> KeyPath:
     for i, part in enumerate(detail["loc"]):
         last_word = i == len(detail["loc"]) - 1 and detail["type"] == "missing"
         if isinstance(part, str) and not last_word and not (isinstance(data, dict) and part in data):
-            continue
+            continue  # the name of a union's member
         path.append(str(part))
         if not last_word:
             data = data[part]
@@ -213,6 +267,7 @@ def _nearest(model: type[BaseModel], key: str) -> str:
     beside = {name.rpartition(".")[2]: name for name in reversed(known) if name.rpartition(".")[0] == section}
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
     full = {name: name for name in known}
+    # `sigma` for `sigma_px` is likelier than any name of the same number of different letters.
     akin = {name: path for name, path in beside.items() if leaf.startswith(name) or name.startswith(leaf)}
     for names, word, cutoff in ((akin, leaf, 0.3), (beside, leaf, 0.6), (leaves, leaf, 0.8), (full, key, 0.6)):
         found = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
@@ -230,7 +285,9 @@ def _refuse_odd_values(checked: BaseModel, data: dict[str, Any], source: str, or
                 given.get(part) if isinstance(given, dict) else given[int(part)] if isinstance(given, list) else given
             )
         key = f"{_origin(path, source, origins)}: {'.'.join(path)}"
-        if isinstance(given, bool) and not isinstance(value, bool):
+        if isinstance(given, bool) and not isinstance(
+            value, bool
+        ):  # pydantic takes true for 1, YAML gives true for yes
             raise ConfigError(f"{key}={str(given).lower()}: wanted a number, not true or false")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: wanted a finite number")

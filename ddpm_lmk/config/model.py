@@ -1,6 +1,6 @@
 """`model`: networks.
 
-`model` of kind encoder_unet: the baselines' U-Net around an image classifier (paper.md, section 5).
+`model` of kind encoder_unet: the baselines' U-Net around an image classifier (docs/method.md, section 5).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class EncoderUNetConfig(Section):
 
 
 class UNetConfig(Section):
-    """The DDPM U-Net of the paper (paper.md, section 1) and its smaller relatives."""
+    """The DDPM U-Net of the paper (docs/method.md, section 1) and its smaller relatives."""
 
     takes_time: ClassVar[bool] = True
     couples_images: ClassVar[bool] = False
@@ -72,8 +72,8 @@ class UNetConfig(Section):
     linear_attention: tuple[bool, ...] | bool = Field(
         True, description="linear attention per level; one value for all (the paper: all)"
     )
-    patch: Literal[1, 2, 4, 8] = Field(
-        1, description="pixel-unshuffle factor before the first level: the network works at 1/patch of the image side"
+    pixel_unshuffle: Literal[1, 2, 4, 8] = Field(
+        1, description="the first level works on blocks of so many pixels a side, at 1/pixel_unshuffle of the image's"
     )
     checkpointing: Literal["auto"] | tuple[bool, ...] | bool = Field(
         False,
@@ -99,16 +99,16 @@ class UNetConfig(Section):
     @property
     def side_multiple(self) -> int:
         """What the side of the images has to be a multiple of, pixels."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
+        return self.pixel_unshuffle * 2 ** (len(self.multipliers) - 1)
 
     def describe(self, image_size: int) -> str:
         """The network in a few words, for reports."""
         levels = ", ".join(map(str, self.multipliers))
-        return f"width {self.width} × ({levels}), {image_size}² at {image_size // self.patch}²"
+        return f"width {self.width} × ({levels}), {image_size}² at {image_size // self.pixel_unshuffle}²"
 
 
 class GU2NetConfig(Section):
-    """The universal detector the paper calls YOLO+ (paper.md, section 5): one network for one or several datasets."""
+    """The universal detector the paper calls YOLO+ (docs/method.md, section 5): one network for one or several datasets."""
 
     takes_time: ClassVar[bool] = False
     couples_images: ClassVar[bool] = True  # BatchNorm
@@ -126,6 +126,7 @@ class GU2NetConfig(Section):
 
 def _kind(section: Any) -> str:
     """A section without a kind is the paper's network."""
+    # Not pydantic's own discriminator, which wants the kind to be given: most files set `width` and no more.
     return section.get("kind", "ddpm_unet") if isinstance(section, dict) else getattr(section, "kind", "ddpm_unet")
 
 

@@ -1,6 +1,6 @@
 """`task`: what is learnt.
 
-`task` of kinds mocov3, simclrv2 and dino: self-supervised pre-training of an encoder (paper.md, section 5).
+`task` of kinds mocov3, simclrv2 and dino: self-supervised pre-training of an encoder (docs/method.md, section 5).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ddpm_lmk.config.values import Fraction, NonNegative, Positive, Section, Stage
+from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Section, Stage
 
 
 class DenoiseConfig(Section):
-    """Noise prediction, the pre-training task (paper.md, section 2)."""
+    """Noise prediction, the pre-training task (docs/method.md, section 2)."""
 
     stage: ClassVar[Stage] = "pretrain"
 
@@ -41,7 +41,7 @@ class DenoiseConfig(Section):
 
 
 class DiscCodecConfig(Section):
-    """The paper's heatmaps: a binary disc per landmark, softmax over landmarks, contour centroid (paper.md, section 3)."""
+    """The paper's heatmaps: a binary disc per landmark, softmax over landmarks, contour centroid (docs/method.md, section 3)."""
 
     kind: Literal["disc"] = "disc"
     sigma_px: Positive = Field(
@@ -64,7 +64,7 @@ class SpatialCodecConfig(Section):
 
 
 class ContourCodecConfig(Section):
-    """Contour-hugging heatmaps, the paper's [20]: softmax over pixels, likelihood of one, peak (paper.md, 3 and 5)."""
+    """Contour-hugging heatmaps, the paper's [20]: softmax over pixels, likelihood of one, peak (docs/method.md, 3 and 5)."""
 
     kind: Literal["contour"] = "contour"
     pixel: Literal["nearest", "floor"] = Field(
@@ -86,7 +86,7 @@ class ContourCodecConfig(Section):
 
 
 class GaussianCodecConfig(Section):
-    """Gaussian heatmaps of independent pixels, as GU2Net is trained on (paper.md, section 5)."""
+    """Gaussian heatmaps of independent pixels, as GU2Net is trained on (docs/method.md, section 5)."""
 
     kind: Literal["gaussian"] = "gaussian"
     sigma_px: Positive = Field(3.0, description="width of the Gaussian target, network pixels (GU2Net: 3)")
@@ -109,7 +109,7 @@ class LandmarksConfig(Section):
     kind: Literal["landmarks"] = "landmarks"
     codec: Codec = Field(default_factory=SpatialCodecConfig)
     timestep: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="timestep the network is told; null: no time conditioning at all (paper)"
+        None, description="timestep the network is conditioned on; null: no time conditioning at all (paper)"
     )
     views: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="slightly moved views averaged at evaluation; 1: the image as it is (paper)"
@@ -135,7 +135,9 @@ class ViewConfig(Section):
     contrast: NonNegative = Field(0.4, description="factor around the mean, drawn from [1 - c, 1 + c]")
     blur: Fraction = Field(0.5, description="share of views that are blurred")
     blur_sigma: tuple[Positive, Positive] = Field((0.1, 2.0), description="smallest and largest Gaussian width, pixels")
-    solarize: Fraction = Field(0.0, description="share of views whose bright half is inverted")
+    solarize: Fraction = Field(
+        0.0, description="share of views whose bright half is inverted", json_schema_extra=ADVANCED
+    )
 
     @field_validator("crop", "blur_sigma")
     @classmethod
@@ -152,10 +154,18 @@ class EncoderTaskConfig(Section):
 
     views: tuple[ViewConfig, ...] = Field((ViewConfig(count=2),), min_length=1, description="views of each image")
     drawn: Literal["image", "micro_batch"] = Field(
-        "image", description="one draw per image, or one for all of a micro-batch (released code)"
+        "image",
+        description="one draw per image, or one for all of a micro-batch (released code)",
+        json_schema_extra=ADVANCED,
     )
-    mean: float = Field(0.0, description="subtracted from views in [0, 1] (released code: 0.5; fine-tuning does not)")
-    std: tuple[Positive, ...] = Field((1.0,), description="divisor, one or one per channel of model.in_channels")
+    mean: float = Field(
+        0.0,
+        description="subtracted from views in [0, 1] (released code: 0.5; fine-tuning does not)",
+        json_schema_extra=ADVANCED,
+    )
+    std: tuple[Positive, ...] = Field(
+        (1.0,), description="divisor, one or one per channel of model.in_channels", json_schema_extra=ADVANCED
+    )
 
     @property
     def num_views(self) -> int:
@@ -174,15 +184,17 @@ class MocoV3Config(EncoderTaskConfig):
     temperature: Positive = Field(0.2, description="of the softmax over keys (the method: 0.2; released code: 0.5)")
     momentum: Momentum = Field(0.99, description="of the momentum encoder (the method: 0.99; released code: 0.999)")
     momentum_schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="towards 1 over the run, or as it is"
+        "cosine", description="towards 1 over the run, or as it is", json_schema_extra=ADVANCED
     )
     loss_scale: Literal["two_tau", "one"] = Field(
-        "two_tau", description="the loss is multiplied by 2 x temperature (the method), or not (released code)"
+        "two_tau",
+        description="the loss is multiplied by 2 x temperature (the method), or not (released code)",
+        json_schema_extra=ADVANCED,
     )
 
     @model_validator(mode="after")
     def _two_views(self) -> MocoV3Config:
-        want_two_views(self)
+        _check_two_views(self)
         if self.projector[-1] != self.predictor[-1]:
             raise ValueError(
                 f"projector ends with {self.projector[-1]}, predictor with {self.predictor[-1]}; wanted equal"
@@ -201,7 +213,7 @@ class SimclrV2Config(EncoderTaskConfig):
 
     @model_validator(mode="after")
     def _two_views(self) -> SimclrV2Config:
-        want_two_views(self)
+        _check_two_views(self)
         return self
 
 
@@ -217,7 +229,9 @@ class DinoConfig(EncoderTaskConfig):
     num_global: Annotated[int, Field(ge=1)] = Field(2, description="first views, which the teacher sees too")
     head: tuple[Width, ...] = Field((2048, 2048, 256), min_length=1, description="widths of the head's layers")
     head_norm: bool = Field(
-        False, description="BatchNorm in the head, an option of the method; keeps images apart that look alike"
+        False,
+        description="BatchNorm in the head, an option of the method; keeps images apart that look alike",
+        json_schema_extra=ADVANCED,
     )
     prototypes: Annotated[int, Field(ge=2)] = Field(
         4096, description="outputs of the last, weight-normed layer (the method: 65536; released code: 256)"
@@ -226,13 +240,19 @@ class DinoConfig(EncoderTaskConfig):
     teacher_temperature: tuple[Positive, Positive] = Field(
         (0.04, 0.07), description="of the teacher's softmax, first and after the warm-up (released code: 0.5, 0.5)"
     )
-    temperature_warmup: Fraction = Field(0.3, description="share of the run in which it rises")
+    temperature_warmup: Fraction = Field(
+        0.3, description="share of the run in which it rises", json_schema_extra=ADVANCED
+    )
     momentum: Momentum = Field(0.996, description="of the teacher")
     momentum_schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="towards 1 over the run, or as it is"
+        "cosine", description="towards 1 over the run, or as it is", json_schema_extra=ADVANCED
     )
-    center_momentum: Momentum = Field(0.9, description="of the teacher's mean output (released code: 0.5)")
-    frozen: Fraction = Field(0.01, description="share of the run in which the last layer stays as it is")
+    center_momentum: Momentum = Field(
+        0.9, description="of the teacher's mean output (released code: 0.5)", json_schema_extra=ADVANCED
+    )
+    frozen: Fraction = Field(
+        0.01, description="share of the run in which the last layer stays as it is", json_schema_extra=ADVANCED
+    )
 
     @model_validator(mode="after")
     def _global_views(self) -> DinoConfig:
@@ -244,7 +264,6 @@ class DinoConfig(EncoderTaskConfig):
 EncoderTask = MocoV3Config | SimclrV2Config | DinoConfig
 
 
-def want_two_views(cfg: MocoV3Config | SimclrV2Config) -> None:
-    """Raise ValueError unless there are two views of one size."""
+def _check_two_views(cfg: MocoV3Config | SimclrV2Config) -> None:
     if cfg.num_views != 2 or len({view.size for view in cfg.views}) > 1:
         raise ValueError(f"task {cfg.kind} compares two views of one size; found {cfg.num_views}")

@@ -1,4 +1,4 @@
-"""`optim`, `train`, `init` and `evaluate`: how a run learns, what it keeps, where it starts, what is scored."""
+"""`optim`, `train`, `init`, `evaluate` and `runtime`: how a run learns, where it starts, what is scored, on what machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ddpm_lmk.config.values import Duration, NonNegative, Positive, Section
+from ddpm_lmk.config.values import ADVANCED, Duration, NonNegative, Positive, Section
 
 
 class EmaConfig(Section):
@@ -26,7 +26,7 @@ class ClipConfig(Section):
 
 
 class PlateauConfig(Section):
-    """Lower the learning rate when the validation score stands still (paper.md, section 3)."""
+    """Lower the learning rate when the validation score stands still (docs/method.md, section 3)."""
 
     factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="multiplies the learning rate")
     patience: Annotated[int, Field(ge=0)] = Field(
@@ -42,29 +42,41 @@ class OptimConfig(Section):
         "adamw", description="optimizer (adam: decay is part of the gradient, GU2Net; sgd: plain, for tests of scale)"
     )
     lr: Positive = Field(1e-4, description="learning rate (paper: 1e-4 pre-training, 1e-5 fine-tuning)")
-    head_lr: Positive | None = Field(None, description="learning rate of the output layer; null: lr")
+    head_lr: Positive | None = Field(
+        None, description="learning rate of the output layer; null: lr", json_schema_extra=ADVANCED
+    )
     freeze: Literal["trunk"] | None = Field(
-        None, description="weights that stay as they start; trunk: all but the output layer"
+        None,
+        description="weights that stay as they start; trunk: all but the output layer",
+        json_schema_extra=ADVANCED,
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="AdamW betas"
     )
-    eps: Positive = Field(1e-8, description="AdamW epsilon")
+    eps: Positive = Field(1e-8, description="AdamW epsilon", json_schema_extra=ADVANCED)
     weight_decay: NonNegative = Field(0.01, description="AdamW weight decay")
     decay_all: bool = Field(
-        True, description="decay norms and biases too (paper), or only weights of two and more dimensions"
+        True,
+        description="decay norms and biases too (paper), or only weights of two and more dimensions",
+        json_schema_extra=ADVANCED,
     )
     schedule: Literal["constant", "cosine", "linear", "triangular2"] = Field(
         "constant",
         description="shape of the learning rate after the warm-up (paper: constant; GU2Net: triangular2, see cycle)",
     )
     cycle: Duration | None = Field(
-        None, description="triangular2: length of a way up and down; each peak is half as high as the one before"
+        None,
+        description="triangular2: length of a way up and down; each peak is half as high as the one before",
+        json_schema_extra=ADVANCED,
     )
-    lr_low: NonNegative = Field(0.0, description="triangular2: learning rate between the peaks")
+    lr_low: NonNegative = Field(
+        0.0, description="triangular2: learning rate between the peaks", json_schema_extra=ADVANCED
+    )
     warmup: Duration = Field(Duration(0), description="linear warm-up of the learning rate")
     clip: ClipConfig | None = Field(None, description="gradient clipping; null: none")
-    plateau: PlateauConfig | None = Field(None, description="plateau rule; needs data.validation_split")
+    plateau: PlateauConfig | None = Field(
+        None, description="plateau rule; needs data.validation_split", json_schema_extra=ADVANCED
+    )
 
     @model_validator(mode="after")
     def _cycles_belong_together(self) -> OptimConfig:
@@ -86,23 +98,25 @@ class SpikeConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length, batches, precision, and what is kept on the way."""
+    """How long, in what batches and precision, and which weights are kept."""
 
-    length: Duration = Field(Duration(1000), description="length of training: steps, epochs or images")
-    group_size: Annotated[int, Field(ge=1)] = Field(
+    duration: Duration = Field(Duration(1000), description="length of training: steps, epochs or images")
+    global_batch_size: Annotated[int, Field(ge=1)] = Field(
         32, description="images per optimizer step, over all processes (paper: 4 x 8 and 2 x 8)"
     )
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        description="images a device computes at once; null: its whole share of the group; auto: as many as fit this device",
+        description="images a device computes at once; null: its whole share of the batch; auto: as many as fit this device",
     )
-    windows: Literal["straddle", "epoch"] = Field(
-        "straddle", description="may a group reach over the end of an epoch, or is the last one short (paper)"
+    epoch_boundary: Literal["straddle", "epoch"] = Field(
+        "straddle",
+        description="may a batch reach over the end of an epoch (straddle), or is the last of an epoch short (paper)",
     )
     gradient: Literal["mean", "sum", "nominal"] = Field(
         "mean",
-        description="mean over the group; or the sum of micro-batch means (released pre-training code), or that sum "
-        "over the number of micro-batches of a full group, also in a short one (released fine-tuning code)",
+        description="mean over the batch; or the sum of micro-batch means (released pre-training code), or that sum "
+        "over the number of micro-batches of a full batch, also in a short one (released fine-tuning code)",
+        json_schema_extra=ADVANCED,
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
@@ -115,14 +129,17 @@ class TrainConfig(Section):
     channels_last: bool = Field(
         True,
         description="lay out weights as maps are (NHWC; those of ddpm_unet are either way)",
+        json_schema_extra=ADVANCED,
     )
-    standardise: Literal["auto", "step", "pass"] = Field(
+    weight_standardization: Literal["auto", "step", "pass"] = Field(
         "auto",
-        description="standardise 3x3 weights once per optimizer step (equal but for rounding), or in every forward pass; auto: step, with ZeRO pass",
+        description="standardize 3x3 weights once per optimizer step (equal but for rounding), or in every forward pass; auto: step, with ZeRO pass",
+        json_schema_extra=ADVANCED,
     )
     group_norm: Literal["auto", "native", "fused"] = Field(
         "auto",
         description="GroupNorm, scale and shift, SiLU: PyTorch's three operations, or one that keeps less (Triton on CUDA); auto: one on CUDA, unless compiled",
+        json_schema_extra=ADVANCED,
     )
     compile: bool | Literal["auto"] = Field(
         False,
@@ -132,22 +149,15 @@ class TrainConfig(Section):
         False,
         description="launch the compiled passes as CUDA graphs, for networks so small that launching takes longer than "
         "computing; needs compile=true and one micro-batch per process (off: not measured yet)",
+        json_schema_extra=ADVANCED,
     )
     ema: EmaConfig | None = Field(default_factory=EmaConfig, description="moving average of weights; null: none")
     spikes: SpikeConfig | None = Field(
-        default_factory=SpikeConfig, description="leave out updates of loss spikes; null: take all that are finite"
+        default_factory=SpikeConfig,
+        description="leave out updates of loss spikes; null: take all that are finite",
+        json_schema_extra=ADVANCED,
     )
-    compare_every: Duration = Field(
-        Duration(100), description="between comparisons of the weights of all processes, a checksum"
-    )
-    log_every: Duration = Field(Duration(10), description="between lines in metrics.jsonl")
-    checkpoint_every: Duration = Field(Duration(500), description="between resumable checkpoints")
-    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
-        3, description="newest checkpoints kept, beside the best and the one resumed from"
-    )
-    keep_every: Duration | None = Field(
-        None, description="checkpoints at multiples of this are kept for good; null: none"
-    )
+    # Beside what is learnt and not in `runtime`: a sweep starts from snapshots of a stage (`stage:NAME@STEP`).
     snapshot_every: Duration | None = Field(None, description="between snapshots of weights; null: only at the end")
     evaluate_every: Duration | None = Field(
         None, description="between evaluations on data.validation_split; null: only at the end"
@@ -161,22 +171,56 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _graphs_are_compiled(self) -> TrainConfig:
-        if self.cuda_graphs and self.compile is not True:
+        if self.cuda_graphs and self.compile is not True:  # auto may decide against it
             raise ValueError("cuda_graphs=true records what the compiler makes; set compile=true too")
         return self
 
     @model_validator(mode="after")
     def _intervals_have_steps(self) -> TrainConfig:
-        for name in ("compare", "log", "checkpoint", "keep", "snapshot", "evaluate"):
-            interval = getattr(self, f"{name}_every")
-            if interval is not None and not interval.count:
-                raise ValueError(f"train.{name}_every={interval} is no interval; wanted at least 1 step")
+        check_intervals("train", self)
         return self
 
     @property
     def given_micro_batch(self) -> int | None:
         """The micro-batch, where the run file says one."""
         return None if self.micro_batch == "auto" else self.micro_batch
+
+
+class RuntimeConfig(Section):
+    """Facts of the machine and of this session. None of them changes what is learnt, so a resumed run may change any."""
+
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        2, description="decoding threads per process; 0 decodes in the training thread"
+    )
+    loader: Literal["auto", "torch", "dali"] = Field(
+        "auto",
+        description="what decodes and warps; auto: torch on the CPU, on a GPU the faster in a second of streaming",
+    )
+    cache_pixels: Literal["auto", "stream", "ram", "device"] = Field(
+        "auto", description="where decoded pixels are kept: nowhere (stream), in memory, or on the device"
+    )
+    cache_gib: NonNegative = Field(
+        64.0, description="copies of remote shards kept on this machine, GiB; under two shuffle windows: read by range"
+    )
+    cache_dir: str | None = Field(None, description="folder of those copies; null: LMK_CACHE, or ~/.cache/ddpm-lmk")
+    log_every: Duration = Field(Duration(10), description="between lines in metrics.jsonl")
+    checkpoint_every: Duration = Field(Duration(500), description="between resumable checkpoints")
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
+        3, description="newest checkpoints kept, beside the best and the one resumed from"
+    )
+    keep_every: Duration | None = Field(
+        None, description="checkpoints at multiples of this are kept for good; null: none", json_schema_extra=ADVANCED
+    )
+    compare_every: Duration = Field(
+        Duration(100),
+        description="between comparisons of the weights of all processes, a checksum",
+        json_schema_extra=ADVANCED,
+    )
+
+    @model_validator(mode="after")
+    def _intervals_have_steps(self) -> RuntimeConfig:
+        check_intervals("runtime", self)
+        return self
 
 
 class InitConfig(Section):
@@ -199,3 +243,10 @@ class EvaluateConfig(Section):
     samples: Annotated[int, Field(ge=0, le=256)] = Field(
         0, description="images drawn from the model after pre-training"
     )
+
+
+def check_intervals(name: str, section: Section) -> None:
+    """Raise ValueError where an interval is zero: saving every 0 steps is a division by zero in the loop."""
+    for key, value in section:
+        if key.endswith("_every") and value is not None and not value.count:
+            raise ValueError(f"{name}.{key}={value} is no interval; wanted at least 1 step")

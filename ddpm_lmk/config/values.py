@@ -11,6 +11,8 @@ from pydantic_core import CoreSchema, core_schema
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# A key that is rarely set: `--explain` shows it only with --all, or where its section is asked for by name.
+ADVANCED: dict[str, Any] = {"advanced": True}
 Stage = Literal["pretrain", "finetune"]  # the command a task belongs to: without labels, or with them
 
 
@@ -22,7 +24,7 @@ class Duration:
     def __init__(self, count: float, unit: str = "steps") -> None:
         if unit not in self.UNITS:
             raise ValueError(f"unknown unit {unit!r}, wanted one of {', '.join(self.UNITS)}")
-        if not 0 <= count < 1e15:
+        if not 0 <= count < 1e15:  # above, a float no longer counts single steps; not a number fails too
             raise ValueError(f"a duration must be finite and not negative, found {count}")
         self.count, self.unit = count, unit
 
@@ -40,15 +42,15 @@ class Duration:
             raise ValueError(f"{value!r} is not a duration; write e.g. '6000 steps', '200 epochs' or '171000 images'")
         return cls(float(match[1].replace("_", "")), (match[2] or "step") + "s")
 
-    def steps(self, group_size: int, num_images: int, steps_per_epoch: int | None = None) -> int:
-        """Length in optimizer steps, at least 1 unless zero; epochs use `steps_per_epoch` when windows end with them."""
+    def steps(self, batch: int, num_images: int, steps_per_epoch: int | None = None) -> int:
+        """Optimizer steps of global batches of `batch`, at least 1 unless zero; epochs of `steps_per_epoch` if given."""
         if self.unit == "steps":
             count = self.count
         elif self.unit == "images":
-            count = self.count / group_size
+            count = self.count / batch
         else:
-            count = self.count * (steps_per_epoch or num_images / group_size)
-        return 0 if count == 0 else max(1, round(count))
+            count = self.count * (steps_per_epoch or num_images / batch)
+        return 0 if count == 0 else max(1, round(count))  # half an epoch of a tiny set is still a step
 
     def __str__(self) -> str:
         return f"{self.count:g} {self.unit}" if self.count != int(self.count) else f"{int(self.count)} {self.unit}"
@@ -69,4 +71,5 @@ class Duration:
 class Section(BaseModel):
     """A part of a run file: frozen, unknown keys refused, a number taken as text where the field is text."""
 
+    # Numbers become text where text is wanted: folders and splits are often called 2024 or 0.
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)

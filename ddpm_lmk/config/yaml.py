@@ -18,6 +18,7 @@ import yaml
 from ddpm_lmk.errors import CheckpointError, ConfigError
 from ddpm_lmk.system.shipped import advice
 
+# The largest file that ships has 90 lines; these stop a mistake (a checkpoint named as a run file) and an attack alike.
 MAX_BYTES = 2**20
 MAX_EVENTS = 20_000
 MAX_DEPTH = 32
@@ -26,6 +27,7 @@ YAML_BEGINS = tuple("[{'\"&*!|>")  # a list, a mapping, a quote; or what is refu
 AMBIGUOUS = {"y", "n", "yes", "no", "on", "off"}
 NULLS = {"", "~", "null", "Null", "NULL"}
 CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")} | {"!"}
+# No octal, no underscores, no sexagesimals: YAML 1.1 reads 010 as 8 and 12:30 as 750.
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -40,7 +42,7 @@ Origins = dict[KeyPath, str]
 def read_text(path: Path) -> str:
     """Text of a YAML file of at most 1 MiB; `ConfigError` when it cannot be read, `CheckpointError` when too large."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # one byte more than allowed: its size is known without reading all of it
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise CheckpointError(f"{path}: refused for safety: larger than 1 MiB, which no run file is")
@@ -183,5 +185,7 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath, origin: str) -> Any:
         return text.lower() == "true"
     if NOT_FINITE.fullmatch(text):
         return float(text.replace(".", ""))
+    # Text that a number would not give back (2024.10, 1e-5) stays text: it may name a folder, and pydantic parses it
+    # where a number is wanted.
     number = int(text) if INTEGER.fullmatch(text) else float(text) if DECIMAL.fullmatch(text) else text
     return number if str(number) == text else text

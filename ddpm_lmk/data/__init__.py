@@ -71,7 +71,7 @@ def open_loader(
         ConfigError: the run cannot be honoured (world size, shots, overlapping splits).
         DataError: the data is missing, empty or without labels.
         LaunchError: DALI is asked for and not installed.
-        ResourceError: the pixels do not fit where `data.residency` wants them.
+        ResourceError: the pixels do not fit where `runtime.cache_pixels` wants them.
         StoppedError: the file system does not answer.
     """
     import torch

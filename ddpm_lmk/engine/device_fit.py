@@ -141,7 +141,7 @@ def fit_to_device(
 
 def _candidates(cfg: RunConfig, task: Task, parallel: Parallel, fixed: Fitted) -> Iterator[Fitted]:
     """Every way to do the run, the fastest first, by operations and what each pass loses; memory is traced in turn."""
-    share = max(1, cfg.train.group_size // parallel.world)
+    share = max(1, cfg.train.global_batch_size // parallel.world)
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     if cfg.train.micro_batch != "auto":
         sizes = [cfg.train.micro_batch or share]
@@ -184,7 +184,7 @@ class _Step:
 
     def __call__(self, cfg: RunConfig) -> bool:
         device = self._parallel.device
-        images = cfg.train.given_micro_batch or cfg.train.group_size // self._parallel.world
+        images = cfg.train.given_micro_batch or cfg.train.global_batch_size // self._parallel.world
         try:
             model = _network(cfg, self._task).to(device)
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -209,7 +209,7 @@ def _network(cfg: RunConfig, task: Task) -> nn.Module:
 
 
 def _inputs(cfg: RunConfig, images: int, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
-    side, is_told = cfg.data.image_size, isinstance(cfg.model, UNetConfig) and cfg.is_told_time
+    side, is_told = cfg.data.image_size, isinstance(cfg.model, UNetConfig) and cfg.is_time_conditioned
     x = torch.rand(images, 1, side, side, device=device).contiguous(memory_format=torch.channels_last)
     return x, torch.ones(images, dtype=torch.long, device=device) if is_told else None
 
@@ -228,7 +228,7 @@ class Memory:
         is_half = (precision or choose_precision(cfg, device).name) != "fp32"
         chosen = choose_norm(cfg.train.group_norm, torch.device(device), is_compiled=cfg.train.compile is True).name
         norm: Literal["native", "folded"] = "native" if chosen == "native" else "folded"  # keeps what Triton's keeps
-        most = min(cfg.train.given_micro_batch or cfg.train.group_size, TRACED_IMAGES)
+        most = min(cfg.train.given_micro_batch or cfg.train.global_batch_size, TRACED_IMAGES)
         self._sizes = (1, max(2, most))
         with torch.device("meta"):
             network = _network(cfg, task)
@@ -319,7 +319,7 @@ def copies_of_weights(cfg: RunConfig, *, world: int, zero: int) -> float:
     moments, average = 2 * (cfg.optim.kind != "sgd"), cfg.train.ema is not None
     if zero:
         return 1 + average + (moments + 1) / world + (1 if zero == 1 else 1 / world)
-    leaves = cfg.train.group_size // ((cfg.train.given_micro_batch or cfg.train.group_size) * world)
+    leaves = cfg.train.global_batch_size // ((cfg.train.given_micro_batch or cfg.train.global_batch_size) * world)
     sums = leaves.bit_length() + 1 if cfg.train.exactness == "exact" else 0
     return 2 + moments + average + sums
 
@@ -365,7 +365,7 @@ def explained_out_of_memory(cfg: RunConfig, task: Task, state: TrainState, paral
 
 
 def _smaller_micro_batch(cfg: RunConfig, task: Task, parallel: Parallel) -> str:
-    share = cfg.train.group_size // parallel.world
+    share = cfg.train.global_batch_size // parallel.world
     tried = cfg.train.given_micro_batch or share
     sizes = [size for size in range(1, tried) if share % size == 0]
     if not sizes:

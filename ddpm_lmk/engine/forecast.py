@@ -64,21 +64,21 @@ class Work:
             steps: all of the run, where more is known of them than its run file and packs say.
             counts: images by split of data that is not packed yet; raises what opening its packs raises without.
         """
-        manifests = [] if counts is not None else open_datasets(cfg.data)
+        manifests = [] if counts is not None else open_datasets(cfg)
         of_each = [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
         images = sum(images_trained_on(cfg, count) for count in of_each or [(counts or {}).get("train", 0)])
         train, is_pretraining = cfg.train, cfg.task.stage == "pretrain"
         plan = GroupPlan.of(cfg, max(1, images))
 
         def in_steps(length: Any) -> int:
-            return length.steps(train.group_size, max(1, images), plan.steps_per_epoch)
+            return length.steps(train.global_batch_size, max(1, images), plan.steps_per_epoch)
 
         def count(split: str | None) -> int:
             if split is None:
                 return 0
             return (counts or {}).get(split, 0) + sum(len(manifest.rows([split])) for manifest in manifests)
 
-        total = in_steps(train.length) if steps is None else steps
+        total = in_steps(train.duration) if steps is None else steps
         every = total if train.evaluate_every is None else max(1, in_steps(train.evaluate_every))
         evaluations = -(-total // every) - done // every if cfg.data.validation_split and total > done else 0
         return cls(
@@ -230,7 +230,7 @@ def time_steps(
     with torch.random.fork_rng(devices=cuda), kernels(cfg.train.exactness, device):
         model = session.model(cfg, task, device)
         state = TrainState.fresh(cfg, model)
-        share = -(-cfg.train.group_size // parallel.world)
+        share = -(-cfg.train.global_batch_size // parallel.world)
         micro = min(cfg.train.given_micro_batch or share, share)
         is_compiled = cfg.train.compile is True  # for one size of a batch at a time: only those of the run are timed
         parts: list[tuple[float, float]] = []  # passes and update of every step

@@ -264,6 +264,6 @@ def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Upda
 
         return ZeroUpdater(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
     standard = None
-    if cfg.train.standardise != "pass":
+    if cfg.train.weight_standardization != "pass":
         standard = OncePerStep(state.model, dtype=parallel.dtype(cfg.train.precision))
     return (ExactUpdater if cfg.train.exactness == "exact" else DdpUpdater)(state, parallel, standard)

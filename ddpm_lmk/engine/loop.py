@@ -77,19 +77,19 @@ class Pace:
         """As this run's images and global batches make them."""
 
         def steps(length: Duration) -> int:
-            return length.steps(cfg.train.group_size, train.num_images, train.plan.steps_per_epoch)
+            return length.steps(cfg.train.global_batch_size, train.num_images, train.plan.steps_per_epoch)
 
         def interval(length: Duration | None) -> int | None:
             return None if length is None else steps(length)
 
         return cls(
-            total=steps(cfg.train.length),
+            total=steps(cfg.train.duration),
             warmup=steps(cfg.optim.warmup),
             cycle=0 if cfg.optim.cycle is None else steps(cfg.optim.cycle),
-            log=steps(cfg.train.log_every),
-            checkpoint=steps(cfg.train.checkpoint_every),
-            keep=interval(cfg.train.keep_every),
-            compare=steps(cfg.train.compare_every),
+            log=steps(cfg.runtime.log_every),
+            checkpoint=steps(cfg.runtime.checkpoint_every),
+            keep=interval(cfg.runtime.keep_every),
+            compare=steps(cfg.runtime.compare_every),
             snapshot=interval(cfg.train.snapshot_every),
             evaluate=interval(cfg.train.evaluate_every),
         )
@@ -135,7 +135,7 @@ def fit(
     shown: dict[str, Any] = {"evaluate": pace.evaluate, "forecast": forecast, "whole": whole}
     logger = TrainLogger(state, parallel, clock, write=run.metrics, total=pace.total, every=pace.log, **shown)
     checkpointer = Checkpointer(
-        run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint)
+        run, parallel, keep=Keep(cfg.runtime.keep_checkpoints, every=pace.keep, interval=pace.checkpoint)
     )
     validation = None
     if loaders.validation is not None:
@@ -253,7 +253,11 @@ def _divisor(train: TrainConfig, batch: Batch, group: Group) -> Tensor | int:
     if train.gradient == "mean":
         return group.size
     # Released code divides by this number in short batches too ("nominal", docs/method.md, section 3).
-    parts = train.group_size // (train.given_micro_batch or train.group_size) if train.gradient == "nominal" else 1
+    parts = (
+        train.global_batch_size // (train.given_micro_batch or train.global_batch_size)
+        if train.gradient == "nominal"
+        else 1
+    )
     return batch.weight.sum().clamp(min=1.0) * parts
 
 

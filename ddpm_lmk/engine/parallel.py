@@ -31,7 +31,7 @@ from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.system import environment
 from ddpm_lmk.system.machine import cpu_name, granted_cores
 from ddpm_lmk.system.signals import say
-from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.tasks.task import OneRank
 
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -251,14 +251,14 @@ def cuda_has_bf16() -> bool:
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-class AllRanks(Everyone):
+class AllRanks(OneRank):
     """Rows of all ranks of the process group. Every rank calls it as often, with as many rows."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self._world = rank, world
 
-    def rows(self, mine: Tensor) -> Tensor:
-        """See `Everyone.rows`."""
+    def all_gather(self, mine: Tensor) -> Tensor:
+        """See `OneRank.all_gather`."""
         return _Rows.apply(mine, self.rank, self._world)
 
 

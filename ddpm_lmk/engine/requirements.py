@@ -13,7 +13,7 @@ from ddpm_lmk.errors import ConfigError, LaunchError
 
 def check_exclusions(cfg: RunConfig, *, world: int, zero: int) -> None:
     """Raise `ConfigError` where the run asks for what cannot be kept together on so many processes."""
-    share = cfg.train.group_size // world
+    share = cfg.train.global_batch_size // world
     if cfg.train.cuda_graphs and (zero or share > (cfg.train.given_micro_batch or share)):
         raise ConfigError(
             f"train.cuda_graphs=true with {f'ZeRO {zero}' if zero else 'several micro-batches'}: a replayed graph "
@@ -22,10 +22,10 @@ def check_exclusions(cfg: RunConfig, *, world: int, zero: int) -> None:
         )
     if zero and cfg.train.exactness == "exact":
         raise ConfigError("train.exactness=exact cannot be kept with ZeRO, which adds in its own order; use ordered")
-    if zero and cfg.train.standardise == "step":
+    if zero and cfg.train.weight_standardization == "step":
         raise ConfigError(
-            "train.standardise=step cannot be kept with ZeRO, which shares out gradients before they are those of "
-            "weights; use auto or pass"
+            "train.weight_standardization=step cannot be kept with ZeRO, which shares out gradients before they are "
+            "those of weights; use auto or pass"
         )
 
 

@@ -97,7 +97,7 @@ def likelihoods(
 
 def _of_batch(codec: ContourCodec, maps: Tensor, points: Tensor, weight: Tensor, frame: Any) -> tuple[Tensor, Tensor]:
     counted = codec.counts(points, frame) * weight[:, None]  # [B, N]; 0 for images that only fill a batch
-    columns = [codec.surprise(maps.float() / t, points, frame) for t in GRID.tolist()]
+    columns = [codec.negative_log_likelihood(maps.float() / t, points, frame) for t in GRID.tolist()]
     return (torch.stack(columns, -1) * counted[..., None]).sum(0), counted.sum(0)
 
 

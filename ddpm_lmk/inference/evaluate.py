@@ -104,7 +104,7 @@ def evaluate_run(
     check_writable(Path(out))  # before minutes of scoring
     loaded = open_run(run, kind="landmarks", device=device)
     # `packed` says how the training data had to be made; a foreign set may be made otherwise
-    settings = loaded.cfg.data.model_copy(update={"path": (str(data),), "packed": {}})
+    settings = loaded.cfg.data.model_copy(update={"path": (str(data),), "require_dataset": {}})
     cfg = loaded.cfg.model_copy(update={"data": settings})
     corpus = evaluation_corpora(cfg, split)[0]
     loaded = loaded.for_landmarks_of(corpus.manifest.spec)

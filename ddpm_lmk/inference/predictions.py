@@ -14,7 +14,7 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.inference.calibration import calibration_error
 from ddpm_lmk.inference.scoring import Labels
-from ddpm_lmk.tasks.landmarks import Predictions
+from ddpm_lmk.tasks.codecs import Decoded
 
 COLUMNS = (
     "image_id",
@@ -42,7 +42,7 @@ class ImagePrediction:
     pixel_px: float = 1.0  # side of a network pixel
 
 
-def to_native(predictions: Predictions, batch: Batch) -> list[ImagePrediction]:
+def to_native(predictions: Decoded, batch: Batch) -> list[ImagePrediction]:
     """Predictions of a batch in native pixels, one for each image; spreads grow with the mean of both scales."""
     matrix = batch.to_native.double().cpu().numpy()  # [B, 2, 3]
     points = predictions.points.double().cpu().numpy()  # [B, N, 2]

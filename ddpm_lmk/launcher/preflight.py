@@ -50,17 +50,17 @@ def check_settings(cfg: RunConfig, placement: Placement) -> None:
         ConfigError: they contradict one another. LaunchError: something is not installed, or not on this device.
     """
     world, train = placement.processes * placement.nodes, cfg.train
-    GroupPlan.of(cfg, train.group_size).check_world(world)  # how many images there are does not matter for this
-    at_once = train.given_micro_batch or train.group_size // world
+    GroupPlan.of(cfg, train.global_batch_size).check_world(world)  # how many images there are does not matter for this
+    at_once = train.given_micro_batch or train.global_batch_size // world
     if isinstance(cfg.model, EncoderUNetConfig) and cfg.task.stage == "pretrain" and at_once < 2:
         raise ConfigError(
             f"task {cfg.task.kind} normalises over the images a process computes at once, and {world} processes have "
-            f"{at_once} each; use fewer processes or a larger train.group_size"
+            f"{at_once} each; use fewer processes or a larger train.global_batch_size"
         )
     check_exclusions(cfg, world=world, zero=placement.zero)
     check_cuda_graphs(cfg, placement.device)
     check_zero(placement.zero, world)
-    if cfg.data.loader == "dali":
+    if cfg.runtime.loader == "dali":
         from ddpm_lmk.data.loading.backend import check_dali
 
         check_dali(cfg)
@@ -130,13 +130,13 @@ def check_start(
     """
     if cfg.init.weights is None or fork is not None or has_begun(out):
         return  # a run that has a checkpoint needs them no more
-    from ddpm_lmk.tasks.starting_weights import want_fitting, want_fitting_stage
+    from ddpm_lmk.tasks.starting_weights import require_fitting, require_fitting_stage
 
     spec = spec_of(cfg, _specs(corpora))
     if stage is None:
-        want_fitting(cfg, spec)
+        require_fitting(cfg, spec)
     else:
-        want_fitting_stage(cfg, spec, stage, spec_of(stage, _specs(training_corpora(stage))))
+        require_fitting_stage(cfg, spec, stage, spec_of(stage, _specs(training_corpora(stage))))
 
 
 def has_begun(out: Path) -> bool:

@@ -172,7 +172,7 @@ def absolute_paths(cfg: RunConfig) -> dict[str, str | list[str] | None]:
     places: dict[str, str | list[str] | None] = {
         "data.path": list(cfg.data.path),
         "data.protect": list(cfg.data.protect),
-        "data.cache_dir": cfg.data.cache_dir,
+        "runtime.cache_dir": cfg.runtime.cache_dir,
         "init.weights": cfg.init.weights,
     }
     absolute = {key: _absolute(value) for key, value in places.items()}

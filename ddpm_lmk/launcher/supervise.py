@@ -154,7 +154,7 @@ def cause_of(code: int, *, oom_kills: int) -> str:
     if code != -signal.SIGKILL:
         return f"was ended by {name}"
     if oom_kills > 0:
-        return "was killed by the kernel for want of memory; use a smaller train.micro_batch or fewer data.workers"
+        return "was killed by the kernel for want of memory; use a smaller train.micro_batch or fewer runtime.workers"
     return f"was killed ({name}), not for want of memory as far as the kernel says"
 
 

@@ -39,7 +39,9 @@ def time_run(
         is_apart: never in this process, which would hold a GPU from then on.
     """
     world = placement.processes * placement.nodes
-    share = cfg.model_copy(update={"train": cfg.train.model_copy(update={"group_size": cfg.train.group_size // world})})
+    share = cfg.model_copy(
+        update={"train": cfg.train.model_copy(update={"global_batch_size": cfg.train.global_batch_size // world})}
+    )
     if not is_apart and placement.processes == 1 and (placement.device == "cpu" or visible_gpus()):
         return replace(time_here(share, spec, placement.device, budget_s=budget_s), processes=world)
     place: dict[str, Any] = {"processes": placement.processes, "device": placement.device}
@@ -111,7 +113,7 @@ def _together(answers: Sequence[dict[str, Any] | str], began: float) -> Timing |
 
 def spec_of(cfg: RunConfig) -> DatasetSpec:
     """Facts of the run's data, together where it has several labelled sets."""
-    return preflight.spec_of(cfg, [dataset.spec for dataset in open_datasets(cfg.data)])
+    return preflight.spec_of(cfg, [dataset.spec for dataset in open_datasets(cfg)])
 
 
 def time_here(
@@ -144,7 +146,7 @@ def main() -> int:
                 try:
                     timing = time_here(cfg, spec, job["device"], beside=job["processes"], budget_s=job["budget_s"])
                     answer = asdict(replace(timing, start_s=began))
-                    longest_s = max(longest_s, each["steps"] * cfg.train.group_size * timing.image_s)
+                    longest_s = max(longest_s, each["steps"] * cfg.train.global_batch_size * timing.image_s)
                 except LmkError as error:
                     answer = str(error)
             sys.stdout.write(json.dumps(answer) + "\n")

@@ -1,17 +1,18 @@
-"""Networks: images in, maps out. `build_model` is the one door; `model_cost` tells what a network costs unbuilt."""
+"""Networks: images in, maps out. `build_model` makes one, `model_cost` says what it costs unbuilt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import torch
 from torch import nn
 
-from ddpm_lmk.config import EncoderUNetConfig, GU2NetConfig, Network
-from ddpm_lmk.models import cost
-from ddpm_lmk.models.cost import ModelCost, traced_cost
+from ddpm_lmk.config import EncoderUNetConfig, GU2NetConfig, Network, UNetConfig
+from ddpm_lmk.models.cost import ModelCost, Part, count_parameters, total, trace
 from ddpm_lmk.models.encoder_unet import EncoderUNet
 from ddpm_lmk.models.gu2net import GU2Net
-from ddpm_lmk.models.unet import UNet
+from ddpm_lmk.models.unet import UNet, is_recomputed
 
 __all__ = ["ModelCost", "build_model", "model_cost"]
 
@@ -19,11 +20,12 @@ __all__ = ["ModelCost", "build_model", "model_cost"]
 def build_model(cfg: Network, *, out_channels: int, full_size: bool = True, domains: Sequence[int] = ()) -> nn.Module:
     """The network of a run, randomly initialised.
 
-    `domains` are the outputs of each dataset of a mixture, for a network with layers of their own for them (gu2net,
-    which is told the domain [B] instead of the timestep); empty: one dataset.
-
     It maps images [B, 1, S, S] and timesteps [B] (or None: no time conditioning) to [B, out_channels, S, S]. When not
-    `full_size`, a ddpm_unet gives [B, out_channels, S / patch, S / patch].
+    `full_size`, a ddpm_unet gives maps smaller by `model.pixel_unshuffle`.
+
+    Args:
+        domains: outputs of each dataset of a mixture, for a network with layers of its own for each (gu2net, which is
+            conditioned on the domain [B] instead of the timestep); empty: one dataset.
     """
     if isinstance(cfg, GU2NetConfig):
         return GU2Net(cfg, domains=domains or (out_channels,))
@@ -41,13 +43,29 @@ def model_cost(
     domains: Sequence[int] = (),
     is_fused: bool = False,
 ) -> ModelCost:
-    """Cost of `build_model(cfg, out_channels=..., ...)` for one image of `image_size` squared, with time.
+    """Cost of `build_model(cfg, ...)` for one image of `image_size` squared, with time conditioning.
 
     Of a mixture's network, operations are those for an image of the first dataset. `is_fused` is for a ddpm_unet whose
     norms keep nothing but their input.
     """
-    if isinstance(cfg, GU2NetConfig):
-        return traced_cost(lambda: GU2Net(cfg, domains=domains or (out_channels,)), 1, image_size, image_size)
-    if isinstance(cfg, EncoderUNetConfig):
-        return traced_cost(lambda: EncoderUNet(cfg, out_channels=out_channels), 1, image_size, image_size)
-    return cost.model_cost(cfg, image_size, out_channels, full_size=full_size, is_fused=is_fused)
+    if not isinstance(cfg, UNetConfig):
+        parts, params, _, _ = _traced(cfg, image_size, out_channels, full_size, tuple(domains), False)
+        return total(parts, params)
+    plain = cfg.model_copy(update={"checkpointing": False})  # choosing what to recompute asks many times
+    parts, params, time, head = _traced(plain, image_size, out_channels, full_size, (), is_fused)
+    return total(parts, params, recomputed=lambda name: is_recomputed(cfg, name), time=time, head=head)
+
+
+@lru_cache(maxsize=32)
+def _traced(
+    cfg: Network, image_size: int, out_channels: int, full_size: bool, domains: tuple[int, ...], is_fused: bool
+) -> tuple[tuple[Part, ...], int, int, int]:
+    """The parts of a network; its parameters, of those only time reaches, of those of the output layer."""
+    with torch.device("meta"):
+        model = build_model(cfg, out_channels=out_channels, full_size=full_size, domains=domains)
+        image = torch.zeros(1, 1, image_size, image_size)
+        time = (torch.zeros(1, dtype=torch.long),) if isinstance(model, UNet) else ()
+    parts = tuple(trace(model, image, *time, is_fused=is_fused))
+    if not isinstance(model, UNet):
+        return parts, count_parameters(model), 0, 0
+    return parts, count_parameters(model), count_parameters(*model.time_layers()), count_parameters(model.final_conv)

@@ -1,7 +1,7 @@
 """Blocks of the DDPM U-Net: weight-standardised residual blocks, both attentions, resampling, time embedding.
 
-Module and parameter names, and what is computed, are those of the released code (paper.md, section 1), so that its
-checkpoints load with almost no renaming (see `weights`). How it is computed differs where algebra allows less work:
+Module and parameter names, and what is computed, are those of the released code (docs/method.md, section 1), so that
+its checkpoints load with almost no renaming (see `weights`). How it is computed differs where algebra allows less work:
 1x1 convolutions are matrix products over pixels, linear attention never builds its values, and enlarging followed by a
 3x3 convolution is one transposed convolution. Everything is channels-last: [B, C, H, W] in shape, [B, H, W, C] in
 memory. Statistics and softmaxes are computed in fp32 whatever autocast says. Nothing here knows of levels or skips.
@@ -34,10 +34,8 @@ class PointwiseConv2d(nn.Conv2d):
 class GroupNorm(nn.GroupNorm):
     """GroupNorm that keeps the type and layout of its input.
 
-    Statistics are fp32 inside the kernel. Left alone, autocast would return fp32, and some CUDA versions NCHW.
-
     Attributes:
-        use: the implementation, see `fused.Norm`.
+        use: the implementation, see `kernels.group_norm.Norm`.
     """
 
     def __init__(self, groups: int, channels: int) -> None:
@@ -47,9 +45,10 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if self.use == "triton":
             return self.fused(x, film=None, silu=False)
+        # Autocast would return fp32 and double the memory of every map; the kernel's own statistics are fp32 anyway.
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             out = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        return out.contiguous(memory_format=torch.channels_last)
+        return out.contiguous(memory_format=torch.channels_last)  # some CUDA versions return NCHW
 
     def fused(self, x: Tensor, *, film: Tensor | None, silu: bool) -> Tensor:
         """The norm, then scale and shift where `film` [B, 2 C] is given, then SiLU where asked for, in one."""
@@ -91,6 +90,7 @@ class Block(nn.Module):
         x = self.norm(x)
         if film is not None:
             scale, shift = film.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
+            # + 1: a fresh network starts near the identity, whatever the embedding says.
             x = torch.addcmul(shift, x, scale + 1)
         return F.silu(x)
 
@@ -100,6 +100,7 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, *, groups: int, time_dim: int) -> None:
         super().__init__()
+        self.time_dim = time_dim
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, 2 * channels_out))
         self.block1 = Block(channels_in, channels_out, groups)
         self.block2 = Block(channels_out, channels_out, groups)
@@ -130,7 +131,7 @@ class LinearAttention(nn.Module):
         heads, dim, wide = self.heads, self.head_dim, at_least_fp32(x.dtype)
         pixels = to_pixels(x).reshape(batch, height * width, channels)
         to_query, to_key, to_value = self.to_qkv.weight.flatten(1).chunk(3)  # each [heads dim, C]
-        by_image = linear_attention_cpu.is_wanted(pixels, heads * dim)
+        by_image = linear_attention_cpu.is_faster(pixels, heads * dim)
         if by_image:
             pooled = linear_attention_cpu.Pool.apply(pixels, to_key)
         else:
@@ -140,6 +141,7 @@ class LinearAttention(nn.Module):
         project, norm = cast(nn.Conv2d, self.to_out[0]), self.to_out[1]
         mix = context @ project.weight.view(channels, heads, dim).permute(1, 2, 0)  # [B, heads, dim, C]
         assert project.bias is not None
+        # The released code scales queries by dim^-1/2 after their softmax; on the small matrix it costs nothing.
         mix = mix.flatten(1, 2) * dim**-0.5
         if by_image:
             out = linear_attention_cpu.Spread.apply(pixels, to_query, mix, project.bias, heads)
@@ -197,6 +199,7 @@ class HalfSizeConv2d(nn.Conv2d):
         super().__init__(4 * channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # pixel_unshuffle orders its channels (c, row, column), which is the order of a 2x2 kernel.
         weight = self.weight.view(self.out_channels, x.shape[1], 2, 2)
         return F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), self.bias, stride=2)
 
@@ -205,14 +208,14 @@ class DoubleSizeConv2d(nn.Conv2d):
     """Nearest-neighbour enlargement by 2, then a 3x3 convolution, in 4/9 of the operations.
 
     Each output pixel sees only 2x2 different inputs, so the pair is one transposed convolution of stride 2 whose 4x4
-    kernel is the 3x3 kernel spread over a 2x2 box. (It also avoids `F.interpolate`, whose compiled CPU gradient under
-    autocast is silently zero.)
+    kernel is the 3x3 kernel spread over a 2x2 box.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # It also avoids `F.interpolate`, whose compiled CPU gradient under autocast is silently zero.
         flipped = self.weight.flip(2, 3).transpose(0, 1)
         boxes = [F.pad(flipped, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1)]
         kernel = (boxes[0] + boxes[1] + boxes[2] + boxes[3]).contiguous(memory_format=torch.channels_last)
@@ -223,10 +226,12 @@ class TimeEmbedding(nn.Sequential):
     """Integer timesteps [B] -> [B, time_dim]: sinusoids, then two linear layers with a GELU between them."""
 
     def __init__(self, width: int, time_dim: int) -> None:
+        # The identity stands for the released code's sinusoids, which have no weights but count in the names.
         super().__init__(nn.Identity(), nn.Linear(width, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
 
     def forward(self, t: Tensor) -> Tensor:
         weight = cast(nn.Linear, self[1]).weight
+        # Sines of t = 499 in 16 bits would be noise: at least fp32, whatever type the weights have.
         return super().forward(sinusoids(t, weight.shape[1], dtype=at_least_fp32(weight.dtype)).to(weight.dtype))
 
 

@@ -1,30 +1,31 @@
-"""What a network costs, from its configuration alone: parameters, operations, memory. Nothing is built or run.
+"""What a network costs: parameters, operations, and the memory of a training step, without computing anything.
 
+The network is built without memory (device `meta`), one image goes through, and a formula per kind of block counts.
 Two counts of operations are kept apart. `flops_forward` is that of the published algorithm (for the paper's network
-at 256 x 256: 1,747.147 GMAC, paper.md section 1), the number to compare methods by. `flops_executed` is what our code
-runs for the same result, after the algebra described in `blocks`; the number to compare with a device's peak. Both
-count convolutions, linear layers and attention products, one multiply-add as two, and leave out norms and activations.
-
-What a network of plain layers costs, by building it without memory and watching one image go through.
-
-For networks whose layers run as published, so that both counts of `cost` are one. Takes a tenth of a second for the
-largest; nothing is computed.
+at 256 x 256: 1,747.147 GMAC, docs/method.md, section 1), the number to compare methods by. `flops_executed` is what our
+code runs for the same result, after the algebra described in `blocks`; the number to compare with a device's peak.
+Both count convolutions, linear layers and attention products, one multiply-add as two; norms and activations are less
+than a hundredth and are left out. PyTorch's own counter gives the same numbers (tests/models/test_cost.py), but neither
+the published count nor what is kept for the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_lmk.config import UNetConfig
-from ddpm_lmk.models.unet import checkpointed_levels, linear_levels
+from ddpm_lmk.models.blocks import Attention, DoubleSizeConv2d, GroupNorm, HalfSizeConv2d, LinearAttention, ResnetBlock
 
 FLOAT_BYTES = 4
-SEPARATE, FUSED = 6, 3  # maps a residual block keeps beside its input, by how its norms are computed
+# Maps a residual block keeps beside its input: what each norm, the modulation and each SiLU was given, and the first
+# block's output; a fused norm keeps its input only and recomputes the rest.
+SEPARATE, FUSED = 6, 3
+BLOCKS = (ResnetBlock, LinearAttention, Attention)
+PLAIN = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d, nn.MaxPool2d)  # layers that need their input again
 
 
 @dataclass(frozen=True)
@@ -48,188 +49,127 @@ class ModelCost:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One block: parameters, multiply-adds (published, executed), values kept for the backward pass, values given.
+class Part:
+    """One block: multiply-adds (published, executed), values kept for the backward pass, values of its input.
 
     Attributes:
-        time: parameters only a timestep reaches.
+        name: its place in the network, e.g. `downs.0.1`.
         wide: values kept in fp32 too where those above are in 16 bits.
     """
 
-    params: int
+    name: str
     macs: int
     executed: int
     kept: int
     given: int
-    time: int = 0
     wide: int = 0
 
 
-def model_cost(
-    cfg: UNetConfig, image_size: int, out_channels: int, *, full_size: bool = True, is_fused: bool = False
-) -> ModelCost:
-    """Cost of `build_model(cfg, out_channels=..., full_size=...)` for one image of `image_size` squared, with time.
+def trace(model: nn.Module, image: Tensor, *more: Tensor, is_fused: bool = False) -> list[Part]:
+    """The blocks of a network on device `meta`, in the order in which `image` [1, C, H, W] meets them.
 
     Args:
-        is_fused: norms keep nothing but their input (`fused`).
+        is_fused: norms keep nothing but their input.
     """
-    outputs = out_channels * (cfg.patch**2 if full_size else 1)
-    by_level = list(_parts_by_level(cfg, image_size // cfg.patch, outputs, maps=FUSED if is_fused else SEPARATE))
-    parts = [part for _, part in by_level]
-    params = sum(part.params for part in parts)
+    parts: list[Part] = []
+    seen: dict[int, Tensor] = {}  # inputs by identity: held, so that no other tensor takes the place of one
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            part = _part(name, module, inputs[0], output, maps=FUSED if is_fused else SEPARATE)
+            is_kept = id(inputs[0]) in seen and not isinstance(module, BLOCKS)  # two plain layers share one input
+            parts.append(Part(name, part.macs, part.executed, 0, part.given) if is_kept else part)
+            seen[id(inputs[0])] = inputs[0]
+
+        return hook
+
+    for module in model.modules():
+        if isinstance(module, GroupNorm):  # it switches off autocast, which device meta does not know; no shape changes
+            module.forward = lambda x: x  # type: ignore[method-assign]
+    for name, module in _counted(model, ""):
+        module.register_forward_hook(watch(name))
+    with torch.no_grad():
+        model.eval()(image, *more)
+    return parts
+
+
+def total(
+    parts: Collection[Part],
+    params: int,
+    *,
+    recomputed: Callable[[str], bool] = lambda name: False,
+    time: int = 0,
+    head: int = 0,
+) -> ModelCost:
+    """The cost of a network of these parts.
+
+    Args:
+        params: all its parameters; of those, `time` are reached by a timestep only, `head` are the output layer's.
+        recomputed: by a part's name, does it keep its input only and run once more in the backward pass?
+    """
     executed = 2 * sum(part.executed for part in parts)
-    recomputed = _recomputed(cfg)
-    again = [part for level, part in by_level if level in recomputed]
-    kept = sum(part.kept for part in parts) + sum(part.given - part.kept for part in again)
-    kept += max((part.kept for part in again), default=0)
-    wide = sum(part.wide for level, part in by_level if level not in recomputed)
-    wide += max((part.wide for part in again), default=0)
-    repeated = 2 * sum(part.executed for part in again)
+    twice = [part for part in parts if recomputed(part.name)]
+    # Of what is recomputed, one block at a time is there in full.
+    kept = sum(part.kept for part in parts) + sum(part.given - part.kept for part in twice)
+    kept += max((part.kept for part in twice), default=0)
+    wide = sum(part.wide for part in parts) - sum(part.wide for part in twice)
+    wide += max((part.wide for part in twice), default=0)
     return ModelCost(
         params=params,
         flops_forward=2 * sum(part.macs for part in parts),
         flops_executed=executed,
-        flops_train=3 * executed + repeated,
+        flops_train=3 * executed + 2 * sum(part.executed for part in twice),
         activation_bytes=kept * FLOAT_BYTES,
         weight_bytes=params * FLOAT_BYTES,
         optimizer_bytes=2 * params * FLOAT_BYTES,
-        time_bytes=sum(part.time for part in parts) * FLOAT_BYTES,
-        head_bytes=parts[-1].params * FLOAT_BYTES,
+        time_bytes=time * FLOAT_BYTES,
+        head_bytes=head * FLOAT_BYTES,
         wide_bytes=wide * FLOAT_BYTES,
     )
 
 
-def _recomputed(cfg: UNetConfig) -> set[str]:
-    """Names of the levels whose activations are computed again; the middle goes with the deepest."""
-    wanted = checkpointed_levels(cfg)
-    last = len(wanted) - 1
-    names = [
-        {f"downs.{level}", f"ups.{last - level}", *(["mid"] if level == last else [])} for level in range(last + 1)
-    ]
-    return {name for again, level in zip(wanted, names, strict=True) if again for name in level}
+def count_parameters(*modules: nn.Module) -> int:
+    """Numbers in the parameters of these modules."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def _parts_by_level(cfg: UNetConfig, side: int, num_outputs: int, *, maps: int) -> Iterator[tuple[str, _Part]]:
-    """The blocks in the order of the forward pass, each with the name of its level.
-
-    Args:
-        side: of the first level, pixels.
-        maps: what a residual block keeps beside its input, in maps of its output's size.
-    """
-
-    def resnet(cin: int, cout: int, area: int) -> _Part:
-        return _resnet(cin, cout, area, time_dim, maps=maps)
-
-    width, time_dim, hidden = cfg.width, 4 * cfg.width, cfg.heads * cfg.head_dim
-    channels = [width, *(width * m for m in cfg.multipliers)]
-    levels = list(zip(channels[:-1], channels[1:], linear_levels(cfg), strict=True))
-    last, area = len(levels) - 1, [(side >> level) ** 2 for level in range(len(levels))]
-    yield "ends", _conv(cfg.patch**2, width, area[0], taps=1)
-    yield "ends", _time(width, time_dim)
-    yield "ends", _time(time_dim, time_dim)
-    for level, (inner, outer, attends) in enumerate(levels):
-        name = f"downs.{level}"
-        yield from ((name, resnet(inner, inner, area[level])) for _ in range(2))
-        if attends:
-            yield name, _linear_attention(inner, area[level], hidden, cfg.head_dim)
-        is_last = level == last
-        yield name, _conv(inner, outer, area[level], taps=9) if is_last else _half(inner, outer, area[level])
-    deepest = channels[-1]
-    yield "mid", resnet(deepest, deepest, area[last])
-    yield "mid", _full_attention(deepest, area[last], hidden)
-    yield "mid", resnet(deepest, deepest, area[last])
-    for level, (inner, outer, attends) in reversed(list(enumerate(levels))):
-        name = f"ups.{last - level}"
-        yield from ((name, resnet(outer + inner, outer, area[level])) for _ in range(2))
-        if attends:
-            yield name, _linear_attention(outer, area[level], hidden, cfg.head_dim)
-        is_first = level == 0
-        yield name, _conv(outer, inner, area[level], taps=9) if is_first else _double(outer, inner, area[level])
-    yield "ends", resnet(2 * width, width, area[0])
-    yield "ends", _conv(width, num_outputs, area[0], taps=1)
-
-
-def _conv(cin: int, cout: int, area: int, *, taps: int) -> _Part:
-    macs = taps * cin * cout * area
-    return _Part(taps * cin * cout + cout, macs, macs, cin * area, cin * area)
-
-
-def _time(cin: int, cout: int) -> _Part:
-    """A linear layer of the time embedding."""
-    params = cin * cout + cout
-    return _Part(params, cin * cout, cin * cout, cin, cin, time=params)
-
-
-def _half(cin: int, cout: int, area: int) -> _Part:
-    """Pixel-unshuffle and 1x1 convolution; `area` is that of the input."""
-    macs = cin * cout * area
-    return _Part(4 * cin * cout + cout, macs, macs, cin * area, cin * area)
-
-
-def _double(cin: int, cout: int, area: int) -> _Part:
-    """Enlargement and 3x3 convolution, run as one transposed 4x4 convolution; `area` is that of the input."""
-    return _Part(9 * cin * cout + cout, 36 * cin * cout * area, 16 * cin * cout * area, cin * area, cin * area)
-
-
-def _resnet(cin: int, cout: int, area: int, time_dim: int, *, maps: int) -> _Part:
-    """Two 3x3 convolutions, two norms, the time projection and, where channels change, a 1x1 convolution.
-
-    Kept: the input; what each norm, the modulation and each SiLU was given (fused: each norm only); the first block's
-    output.
-    """
-    shortcut = cin * cout if cin != cout else 0
-    weights = 9 * cin * cout + 9 * cout * cout + shortcut
-    time = 2 * cout * (time_dim + 1)
-    params = weights + (2 * cout + 4 * cout) + (cout if shortcut else 0) + time
-    macs = weights * area + 2 * cout * time_dim
-    return _Part(params, macs, macs, (cin + maps * cout) * area, cin * area, time)
-
-
-def _linear_attention(channels: int, area: int, hidden: int, head_dim: int) -> _Part:
-    """Kept: the input, its norm, query and key after their softmax (which is fp32), and the last norm's input."""
-    params = 2 * channels + 3 * channels * hidden + (hidden + 1) * channels + 2 * channels
-    published = (4 * channels * hidden + 2 * hidden * head_dim) * area
-    executed = 4 * channels * hidden * area + 2 * hidden * head_dim * channels
-    kept, wide = (3 * channels + 2 * hidden) * area, 2 * hidden * area
-    return _Part(params, published, executed, kept, channels * area, wide=wide)
-
-
-def _full_attention(channels: int, area: int, hidden: int) -> _Part:
-    """Kept: the input, its norm, query, key, value and the result of the attention."""
-    params = 2 * channels + 3 * channels * hidden + (hidden + 1) * channels
-    macs = 4 * channels * hidden * area + 2 * hidden * area**2
-    return _Part(params, macs, macs, (2 * channels + 4 * hidden) * area, channels * area)
-
-
-KEEPING = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d, nn.MaxPool2d)  # layers that need their input again
-
-
-def traced_cost(build: Callable[[], nn.Module], *shape: int) -> ModelCost:
-    """Cost of `build()` for an input of `shape` (C, H, W); activations are an estimate: what layers are given."""
+def plain_cost(build: Callable[[], nn.Module], *shape: int) -> ModelCost:
+    """Cost of a network of plain layers for an input of `shape` (C, H, W); both counts of operations are one."""
     with torch.device("meta"):
-        model = build()
-        image = torch.zeros(1, *shape)
-    macs, kept = 0, {}
+        model, image = build(), torch.zeros(1, *shape)
+    return total(trace(model, image), count_parameters(model))
 
-    def watch(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal macs
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            per_output = module.weight[0].numel()
-            macs += output.numel() * per_output
-        kept[id(inputs[0])] = inputs[0]  # held, so that no other tensor takes its place
 
-    for module in model.modules():
-        if isinstance(module, KEEPING):
-            module.register_forward_hook(watch)
-    with torch.no_grad():
-        model.eval()(image)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return ModelCost(
-        params=params,
-        flops_forward=2 * macs,
-        flops_executed=2 * macs,
-        flops_train=6 * macs,
-        activation_bytes=sum(tensor.numel() for tensor in kept.values()) * FLOAT_BYTES,
-        weight_bytes=params * FLOAT_BYTES,
-        optimizer_bytes=2 * params * FLOAT_BYTES,
-    )
+def _counted(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that have a formula, with their names."""
+    if isinstance(module, (*BLOCKS, *PLAIN)):
+        yield name, module
+        return
+    for key, child in module.named_children():
+        yield from _counted(child, f"{name}.{key}" if name else key)
+
+
+def _part(name: str, module: nn.Module, x: Tensor, out: Tensor, *, maps: int) -> Part:
+    given, channels, area = x.numel(), x.shape[1], prod(x.shape[2:])
+    if isinstance(module, ResnetBlock):
+        weights = sum(p.numel() for key, p in module.named_parameters() if key.endswith("weight") and p.ndim == 4)
+        macs = weights * area + 2 * out.shape[1] * module.time_dim
+        return Part(name, macs, macs, given + maps * out.numel(), given)
+    if isinstance(module, LinearAttention):
+        hidden, dim = module.heads * module.head_dim, module.head_dim
+        published = (4 * channels * hidden + 2 * hidden * dim) * area
+        executed = 4 * channels * hidden * area + 2 * hidden * dim * channels
+        # The input, its norm and the last norm's input; query and key after their softmax, which is fp32.
+        wide = 2 * hidden * area
+        return Part(name, published, executed, 3 * given + wide, given, wide)
+    if isinstance(module, Attention):
+        hidden = module.heads * module.head_dim
+        macs = 4 * channels * hidden * area + 2 * hidden * area**2
+        return Part(name, macs, macs, 2 * given + 4 * hidden * area, given)  # input, norm, query, key, value, result
+    if isinstance(module, HalfSizeConv2d):
+        macs = channels * out.shape[1] * area
+        return Part(name, macs, macs, given, given)
+    if isinstance(module, DoubleSizeConv2d):  # 3x3 at the size of the output, run as 4x4 at that of the input
+        return Part(name, 36 * channels * out.shape[1] * area, 16 * channels * out.shape[1] * area, given, given)
+    macs = out.numel() * module.weight[0].numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
+    return Part(name, macs, macs, given, given)

@@ -1,30 +1,12 @@
 """The U-Net of the paper's baselines: a classifier's convolutions going down, a light decoder coming up.
 
-The decoder is the one of segmentation-models-pytorch 0.3.3 (paper.md, section 5): per level nearest enlargement,
-concatenation with the encoder's map, twice 3 x 3 convolution, BatchNorm and ReLU; VGG has two more convolutions at the
-bottom. With densenet161: 38.73 M parameters, 16.9 GMAC at 256 x 256. Ours names the last convolution `final_conv`, as
-in every network here.
+The encoders are DenseNet, VGG and ResNeXt without their classifiers, under torchvision's parameter names and with its
+initialisation: at scale 1 and the published blocks, weights of densenet161, vgg19 and resnext50_32x4d fit. Their maps
+at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image side are those segmentation-models-pytorch 0.3.3 takes, whose decoder this
+is (docs/method.md, section 5). With densenet161: 38.73 M parameters, 16.9 GMAC at 256 x 256.
 
 BatchNorm sees what a device computes at once, so images of a micro-batch influence one another: see
-`engine.statistics` for what that means on several processes.
-
-DenseNet, VGG and ResNeXt without their classifiers, under torchvision's parameter names.
-
-With scale 1 and the published blocks, weights of torchvision's densenet161, vgg19 and resnext50_32x4d fit
-(`weights.load_encoder`). An encoder gives its maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image side, the ones
-segmentation-models-pytorch takes: of DenseNet those before each transition's convolution, of VGG those before each
-pooling. Initialisation is torchvision's.
-
-Weights into the encoder of an `encoder_unet`: of one of our runs, or of torchvision's classifiers.
-
-Taken strictly: every tensor of the encoder has to be there with its shape. Decoder and output layer keep their values.
-Three things of foreign files are known and mended: classifiers are left behind, old DenseNet files write `norm.1` for
-`norm1` and lack `num_batches_tracked`, and a stem for colour is summed for a network of one channel (what
-segmentation-models-pytorch does: a grey image repeated three times then gives the same maps).
-
-Where to get ImageNet weights (none can be shipped): https://download.pytorch.org/models/ has densenet161-8d451a50.pth,
-vgg19-dcbb9e9d.pth and resnext50_32x4d-7cdf4587.pth, the files the library used; `ddpm-lmk import-weights FILE --out
-FILE.safetensors` makes them readable. The paper's own encoders are its release's `model_epoch*_iter10000.pth`.
+`engine.collectives` for what that means on several processes.
 """
 
 from __future__ import annotations
@@ -56,11 +38,11 @@ class Encoder(nn.Module):
 
 
 class DenseNet(Encoder):
-    """Every layer of a block sees all maps before it (Huang et al., CVPR 2017); growth 48 in densenet161."""
+    """Every layer of a block sees all maps before it (Huang et al., CVPR 2017); maps before each transition's conv."""
 
     def __init__(self, cfg: EncoderUNetConfig) -> None:
         super().__init__()
-        growth = max(1, round(48 * cfg.scale))
+        growth = max(1, round(48 * cfg.scale))  # 48 is densenet161's
         count = 2 * growth
         self.features = nn.Sequential()
         self.features.add_module("conv0", nn.Conv2d(cfg.in_channels, count, 7, stride=2, padding=3, bias=False))
@@ -84,7 +66,7 @@ class DenseNet(Encoder):
         for name, module in self.features.named_children():
             if name.startswith("transition"):
                 norm, relu, conv, pool = cast(nn.Sequential, module)
-                x = relu(norm(x))
+                x = relu(norm(x))  # the decoder's skip, as the library takes it: after the norm, before channels halve
                 maps.append(x)
                 x = pool(conv(x))
             else:
@@ -128,7 +110,7 @@ def _transition(count: int) -> nn.Sequential:
 
 
 class Vgg(Encoder):
-    """Plain 3 x 3 convolutions without norms (Simonyan & Zisserman, 2014), the library's `vgg19`."""
+    """Plain 3 x 3 convolutions without norms (Simonyan & Zisserman, 2014): `vgg19`; maps before each pooling."""
 
     def __init__(self, cfg: EncoderUNetConfig) -> None:
         super().__init__()
@@ -244,7 +226,7 @@ class EncoderUNet(nn.Module):
         self.encoder = build_encoder(cfg)
         self.decoder = Decoder(self.encoder.channels, cfg.decoder, has_center=cfg.encoder == "vgg19")
         self.final_conv = nn.Conv2d(cfg.decoder[-1], out_channels, 3, padding=1)
-        nn.init.xavier_uniform_(self.final_conv.weight)
+        nn.init.xavier_uniform_(self.final_conv.weight)  # the library's segmentation head
         nn.init.zeros_(self.final_conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
@@ -258,7 +240,11 @@ class EncoderUNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the encoder's maps, largest first, back to full size."""
+    """From the encoder's maps, largest first, back to full size; the last step has no skip, at full size there is none.
+
+    Per level: double size, concatenation with the encoder's map, twice 3 x 3 convolution, BatchNorm and ReLU. VGG,
+    which has no norms of its own, gets two more convolutions at the bottom.
+    """
 
     def __init__(self, skips: list[int], channels: tuple[int, ...], *, has_center: bool) -> None:
         super().__init__()
@@ -281,10 +267,8 @@ class Decoder(nn.Module):
 
 
 def double(x: Tensor) -> Tensor:
-    """Every pixel four times, in channels-last memory.
-
-    `F.interpolate` would do the same, but loses its gradient where it is compiled for a CPU under autocast.
-    """
+    """Every pixel four times, in channels-last memory."""
+    # `F.interpolate` would do the same, but loses its gradient where it is compiled for a CPU under autocast.
     x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
     batch, height, width, count = x.shape
     wide = x[:, :, None, :, None, :].expand(batch, height, 2, width, 2, count)
@@ -298,6 +282,7 @@ def _conv(channels_in: int, channels_out: int) -> nn.Sequential:
 
 OURS = "encoder."
 LEFT_BEHIND = ("classifier.", "fc.")
+# Files of before torchvision 0.3 write `norm.1` for `norm1`: module names with dots were allowed then.
 OLD_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 STEMS = ("features.conv0.weight", "features.0.weight", "conv1.weight")
 SOURCE = (
@@ -312,7 +297,10 @@ def is_encoder_only(cfg: Network, state: Mapping[str, Tensor]) -> bool:
 
 
 def load_encoder(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy an encoder's tensors into `model.encoder`; raises CheckpointError and changes nothing unless all fit."""
+    """Copy an encoder's tensors, of one of our runs or of torchvision's classifiers, into `model.encoder`.
+
+    Raises CheckpointError and changes nothing unless every tensor of the encoder is there with its shape.
+    """
     encoder = getattr(model, "encoder", None)
     if not isinstance(encoder, nn.Module):
         raise CheckpointError("found weights of an encoder; wanted model.kind=encoder_unet to put them into")
@@ -320,9 +308,10 @@ def load_encoder(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     found = encoder_tensors(state)
     for name in STEMS:
         if name in own and name in found and own[name].shape[1] == 1 < found[name].shape[1]:
+            # A stem for colour, summed: the same maps as for a grey image repeated three times, as in the library.
             found[name] = found[name].sum(1, keepdim=True)
     for name in own:
-        if name.endswith("num_batches_tracked") and name not in found:  # of no use where momentum is given
+        if name.endswith("num_batches_tracked") and name not in found:  # old files; of no use where momentum is given
             found[name] = own[name]
     try:
         load_all(encoder, found)
@@ -338,7 +327,7 @@ def encoder_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {OLD_NAME.sub(r"\1\2.", name): value for name, value in kept.items()}
 
 
-def want_file(path: str) -> None:
-    """Raise CheckpointError, with where to get one, unless there is something at `path`."""
+def require_file(path: str) -> None:
+    """Raise CheckpointError, which says where ImageNet weights are found, unless there is something at `path`."""
     if not Path(path).exists():
         raise CheckpointError(f"{path} does not exist; give a run, a snapshot or a .safetensors file. {SOURCE}")

@@ -1,7 +1,7 @@
-"""Weight standardisation: every 3x3 kernel with mean 0 and variance 1 (paper.md, section 1), once per optimizer step.
+"""Weight standardization: 3x3 kernels with mean 0 and variance 1 (docs/method.md, section 1), once per optimizer step.
 
-The released code standardises in every forward pass. Weights only change at an update, so `OncePerStep` does it before
-the first micro-batch of a step. Backward passes then leave the gradient with respect to the *standardised* weight in
+The released code standardizes in every forward pass. Weights only change at an update, so `OncePerStep` does it before
+the first micro-batch of a step. Backward passes then leave the gradient with respect to the *standardized* weight in
 `weight.grad`, where accumulation, DDP or the tree of class exact add it up like any other, and one product with the
 Jacobian turns the sum into the gradient of the weight. The Jacobian is linear and the same for all micro-batches and
 ranks, so the result is the same but for rounding: once instead of once per micro-batch.
@@ -24,18 +24,19 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def standardise(weight: Tensor) -> Tensor:
+def standardized(weight: Tensor) -> Tensor:
     """Each output channel of a conv weight [O, I, kh, kw] to mean 0, variance 1 (biased, eps 1e-5); layout is kept."""
     view = _rows(weight)
     flat = view.flatten(1).to(at_least_fp32(weight.dtype))
+    # A layer norm over each row is the same formula in one kernel, with a backward pass that keeps two numbers a row.
     return _like_weight(F.layer_norm(flat, flat.shape[1:], eps=EPS), weight)
 
 
 class WeightStandardizedConv2d(nn.Conv2d):
-    """3x3 convolution with a standardised weight.
+    """3x3 convolution with a standardized weight.
 
     Attributes:
-        unit: the standardised weight while `OncePerStep` provides it; else it is computed in every pass.
+        unit: the standardized weight while `OncePerStep` provides it; else it is computed in every pass.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
@@ -43,7 +44,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
         self.unit: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        unit = standardise(self.weight) if self.unit is None else StandIn.apply(self.weight, self.unit)
+        unit = standardized(self.weight) if self.unit is None else StandIn.apply(self.weight, self.unit)
         return F.conv2d(x, unit.to(x.dtype), self.bias, padding=1)
 
 
@@ -64,7 +65,7 @@ class StandIn(torch.autograd.Function):
 
 @dataclass
 class _Kernel:
-    """One convolution, its standardised weight, and mean and 1 / deviation of each output channel [O, 1]."""
+    """One convolution, its standardized weight, and mean and 1 / deviation of each output channel [O, 1]."""
 
     conv: WeightStandardizedConv2d
     unit: Tensor
@@ -73,7 +74,7 @@ class _Kernel:
 
 
 class OncePerStep:
-    """Provides the standardised weights of `model` from `begin` to `end`, which makes its gradients those of weights.
+    """Provides the standardized weights of `model` from `begin` to `end`, which makes its gradients those of weights.
 
     Args:
         dtype: what convolutions compute in, so that no pass has to convert; None: the type of the statistics.
@@ -86,9 +87,9 @@ class OncePerStep:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Standardise the weights as they are now. The tensors stay the same ones, which a CUDA graph needs."""
-        found = [self._standardised(conv) for conv in self._convs]
-        if self._kernels:
+        """Standardize the weights as they are now. The tensors stay the same ones, which a CUDA graph needs."""
+        found = [self._kernel(conv) for conv in self._convs]
+        if self._kernels:  # a recorded CUDA graph reads these addresses
             for kept, new in zip(self._kernels, found, strict=True):
                 kept.unit.copy_(new.unit)
                 kept.mean, kept.rstd = new.mean, new.rstd
@@ -99,7 +100,7 @@ class OncePerStep:
 
     @torch.no_grad()
     def end(self) -> None:
-        """Multiply the gradients by the Jacobian, in place, and let the weights be standardised in passes again."""
+        """Multiply the gradients by the Jacobian, in place, and let the weights be standardized in passes again."""
         for kernel in self._kernels:
             weight, grad = kernel.conv.weight, kernel.conv.weight.grad
             if grad is not None and kernel.conv.unit is not None:
@@ -107,11 +108,11 @@ class OncePerStep:
         self.drop()
 
     def drop(self) -> None:
-        """Forget the standardised weights; gradients are left as they are."""
+        """Forget the standardized weights; gradients are left as they are."""
         for conv in self._convs:
             conv.unit = None
 
-    def _standardised(self, conv: WeightStandardizedConv2d) -> _Kernel:
+    def _kernel(self, conv: WeightStandardizedConv2d) -> _Kernel:
         flat = _rows(conv.weight).flatten(1).to(at_least_fp32(conv.weight.dtype))
         unit, mean, rstd = torch.native_layer_norm(flat, flat.shape[1:], None, None, EPS)
         unit = unit if self._dtype is None else unit.to(self._dtype)
@@ -119,7 +120,7 @@ class OncePerStep:
 
 
 def _through(weight: Tensor, grad: Tensor, kernel: _Kernel) -> Tensor:
-    """The gradient of a weight, from that of its standardised form."""
+    """The gradient of a weight, from that of its standardized form."""
     flat = _rows(weight).flatten(1).to(kernel.mean.dtype)
     towards = (grad.permute(0, 2, 3, 1) if _is_by_channel(weight) else grad).flatten(1).to(flat.dtype)
     back = torch.ops.aten.native_layer_norm_backward(
@@ -134,7 +135,7 @@ def _is_by_channel(weight: Tensor) -> bool:
 
 
 def _rows(weight: Tensor) -> Tensor:
-    """A view in the order of memory, output channels first."""
+    """A view in the order of memory, output channels first: flattening it copies nothing in either layout."""
     return weight.permute(0, 2, 3, 1) if _is_by_channel(weight) else weight
 
 

@@ -1,9 +1,10 @@
 """Weights into networks, strictly: every tensor fits by name and shape, or nothing is loaded and the differences told.
 
 `load_all` and `load_trunk` fill our networks from our own state dicts; `from_upstream` turns a state dict of the
-paper's released code into ours. The mapping is short because our modules keep the released names (paper.md, section
-1): only `init_conv.weight` changes, which loses the input channel reserved for self-conditioning. That channel was only
-ever fed zeros, so the output stays equal. Files are read elsewhere: ours by `checkpoint`, pickles nowhere.
+paper's released code into ours. The mapping is short because our modules keep the released names (docs/method.md,
+section 1): only `init_conv.weight` changes, which loses the input channel reserved for self-conditioning. That channel
+was only ever fed zeros, so the output stays equal. Files are read elsewhere: ours by `rundir.checkpoint`, pickles in a
+sandbox by `import_torch`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 def load_all(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy every tensor of `state` into `model`; raises CheckpointError and changes nothing unless all of them fit."""
     _check(_shapes(state), _shapes(model.state_dict()), what="weights")
-    model.load_state_dict(dict(state))
+    model.load_state_dict(dict(state))  # checked above: PyTorch would fill what fits before it complains
 
 
 def load_trunk(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -62,8 +63,8 @@ def upstream_config(state: Mapping[str, Any]) -> UNetConfig:
             f"downs.{num_levels - 1}.3.weight"
         ]
         multipliers = tuple(tensors[name].shape[0] // width for name in resampled)
-        assert tensors["final_conv.weight"].ndim == 4
-        return UNetConfig(width=width, multipliers=multipliers, patch=1)
+        assert tensors["final_conv.weight"].ndim == 4  # of any number of outputs: pre-training and landmarks alike
+        return UNetConfig(width=width, multipliers=multipliers, pixel_unshuffle=1)
     except (KeyError, ValueError, IndexError, AssertionError) as error:
         raise CheckpointError(
             f"found {len(tensors)} tensors ({', '.join(sorted(tensors)[:3])}, ...), which are no released network's "

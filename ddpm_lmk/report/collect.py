@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.config.load import load_run
+from ddpm_lmk.config.load import load_stored
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.inference.scoring import Spread, mean_and_std
 from ddpm_lmk.rundir.log import METRICS
@@ -49,8 +49,7 @@ class RunFolder:
     @cached_property
     def cfg(self) -> RunConfig | None:
         """The run file, None where it is no longer there."""
-        path = self.path / "config.yaml"
-        return load_run(path) if path.is_file() else None
+        return load_stored(self.path) if (self.path / "config.yaml").is_file() else None
 
     @property
     def train(self) -> dict[str, Any]:

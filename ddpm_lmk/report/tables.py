@@ -323,7 +323,7 @@ def _settings(cfg: RunConfig) -> list[str]:
     sigma = "" if codec.get("sigma_px") is None else f", σ {codec['sigma_px']:g} px of {cfg.data.image_size}"
     return [
         _network(cfg),
-        f"{train.length} × {train.group_size}",
+        f"{train.duration} × {train.global_batch_size}",
         f"{optim.lr:g}, {optim.schedule}" + (f"; {optim.freeze} frozen" if optim.freeze else ""),
         f"{codec['kind']}{sigma}",
         str(cfg.task.views),

@@ -30,16 +30,6 @@ LOCK = ".lock"
 LAUNCHER_LOCK = ".lock-launcher"
 MAY_CHANGE = (
     "name",
-    "data.workers",
-    "data.residency",
-    "data.loader",
-    "data.cache_gib",
-    "data.cache_dir",
-    "train.log_every",
-    "train.compare_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.keep_every",
     "train.snapshot_every",
 )
 PLACES = ("data.path", "data.protect", "init.weights")  # these too, while what lies there is the same
@@ -199,14 +189,14 @@ def is_finished(path: Path, cfg: RunConfig) -> bool:
 
 def _is_of(path: Path, done: dict[str, Any], cfg: RunConfig) -> bool:
     """Is it this run that `done` says has finished?"""
-    if done.get("config_hash") == load.config_hash(cfg):
+    if load.is_hash_of(done.get("config_hash"), cfg):
         return True
     try:
         stored = stored_config(path)
-        if stored is None or done.get("config_hash") != load.config_hash(stored):
+        if stored is None or not load.is_hash_of(done.get("config_hash"), stored):
             return False
         # A longer run is the same run, but it is not finished.
-        return stored.train.length == cfg.train.length and not conflicts(path, cfg)
+        return stored.train.duration == cfg.train.duration and not conflicts(path, cfg)
     except LmkError:
         return False
 
@@ -223,17 +213,16 @@ def check_same_data(path: Path, fingerprint: str) -> None:
 
 def stored_config(path: Path) -> RunConfig | None:
     """The run file a directory was started with."""
-    file = path / "config.yaml"
-    return load.load_run(file) if file.is_file() else None
+    return load.load_stored(path) if (path / "config.yaml").is_file() else None
 
 
 def _may_change(key: str, stored: RunConfig, cfg: RunConfig) -> bool:
     """May this key differ between a run and its continuation? Only where the weights come out the same."""
-    if key == "train.length":
-        old, new = stored.train.length, cfg.train.length
+    if key == "train.duration":
+        old, new = stored.train.duration, cfg.train.duration
         # Any other schedule has another rate at every step of a run of another length.
         return cfg.optim.schedule == "constant" and _is_longer(old, new)
-    return key in MAY_CHANGE
+    return key in MAY_CHANGE or key.startswith("runtime.")  # facts of the machine
 
 
 def _holds_the_same(key: str, path: Path, cfg: RunConfig) -> bool:
@@ -245,7 +234,7 @@ def _holds_the_same(key: str, path: Path, cfg: RunConfig) -> bool:
         return _same_weights(facts.get("parent"), cfg)
     from ddpm_lmk.data.loading.corpus import fingerprints_of, joined
 
-    found = fingerprints_of(cfg.data, cfg.data.path if key == "data.path" else cfg.data.protect)
+    found = fingerprints_of(cfg, cfg.data.path if key == "data.path" else cfg.data.protect)
     known = facts.get("packs", {}).get(key)
     if known is None and key == "data.path":  # begun by a version that noted one for all of them
         return facts.get("fingerprint") == joined(found)

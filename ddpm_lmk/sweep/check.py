@@ -129,9 +129,9 @@ def kept_steps(cfg: RunConfig, num_images: int) -> Iterator[int]:
     """The steps at which a run keeps snapshots, as far as they are known before it has run."""
     train = cfg.train
     plan = GroupPlan.of(cfg, num_images)
-    total = train.length.steps(train.group_size, num_images, plan.steps_per_epoch)
+    total = train.duration.steps(train.global_batch_size, num_images, plan.steps_per_epoch)
     if train.snapshot_every is not None:
-        every = train.snapshot_every.steps(train.group_size, num_images, plan.steps_per_epoch)
+        every = train.snapshot_every.steps(train.global_batch_size, num_images, plan.steps_per_epoch)
         yield from range(every, total, every)
     if train.select == "last":
         yield total

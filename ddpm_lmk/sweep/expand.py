@@ -48,8 +48,8 @@ class Cell:
     @property
     def images(self) -> int:
         """Image passes of training, the measure of a cell's length (upper bound when a group is cut short)."""
-        group = self.cfg.train.group_size
-        if self.cfg.train.windows == "epoch" and self.shots is not None:  # else groups repeat images
+        group = self.cfg.train.global_batch_size
+        if self.cfg.train.epoch_boundary == "epoch" and self.shots is not None:  # else groups repeat images
             group = min(group, self.shots)
         return (self.steps or 0) * group
 
@@ -209,17 +209,17 @@ def _tuning(run: Path, settings: Mapping[str, Any], words: Sequence[str]) -> Run
 def count_steps(cfg: RunConfig, shots: int | None) -> int | None:
     """Optimizer steps of a run; None where the length is in epochs of a set that is not there to be counted."""
     num_images = shots or _count_images(cfg)
-    if num_images is None and cfg.train.length.unit == "epochs":
+    if num_images is None and cfg.train.duration.unit == "epochs":
         return None
     train = cfg.train
     plan = GroupPlan.of(cfg, num_images or 1)
-    return train.length.steps(train.group_size, num_images or 1, plan.steps_per_epoch)
+    return train.duration.steps(train.global_batch_size, num_images or 1, plan.steps_per_epoch)
 
 
 def _count_images(cfg: RunConfig) -> int | None:
     """Images of the training splits, where the data is there."""
     try:
-        return sum(len(dataset.rows(cfg.data.splits)) for dataset in open_datasets(cfg.data))
+        return sum(len(dataset.rows(cfg.data.splits)) for dataset in open_datasets(cfg))
     except DataError:
         return None
 

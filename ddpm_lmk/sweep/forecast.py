@@ -164,4 +164,4 @@ def budget_table(found: Budget) -> Table:
 
 
 def _without_length(cfg: RunConfig) -> RunConfig:
-    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"length": 1})})
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"duration": 1})})

@@ -69,7 +69,8 @@ def _shortened(cfg: RunConfig, number: int) -> RunConfig:
     """The same training for some steps from random weights, nothing validated, scored or saved on the way."""
     fields = cfg.model_dump(mode="json")
     fields |= {"name": f"probe-{number}"}
-    fields["train"] |= {"length": STEPS, "log_every": 1, "checkpoint_every": STEPS + 1, "snapshot_every": None}
+    fields["runtime"] |= {"log_every": 1, "checkpoint_every": STEPS + 1}
+    fields["train"] |= {"duration": STEPS, "snapshot_every": None}
     fields["train"] |= {"evaluate_every": None, "patience": None, "select": "last"}
     fields["data"] |= {"validation_split": None}
     fields["optim"] |= {"plateau": None}

@@ -56,7 +56,7 @@ class Remaining:
     """
 
     def __init__(self, sweep: Sweep, seconds: Mapping[str, float], *, workers: int, stages_at_once: int) -> None:
-        images = {stage_key(stage): (stage.steps or 1) * stage.cfg.train.group_size for stage in sweep.stages}
+        images = {stage_key(stage): (stage.steps or 1) * stage.cfg.train.global_batch_size for stage in sweep.stages}
         images |= {cell.name: max(1, cell.images) for cell in sweep.cells}
         self._costs = dict(seconds) if seconds else images
         self._order = list(images)  # stages first, then cells as workers take them
@@ -267,7 +267,7 @@ def plan_table(sweep: Sweep, out: Path | None) -> Table:
         table.add_column(heading, justify="right" if heading in NUMBERS else "left")
     for stage in sweep.stages:
         state = "pending" if out is None else state_of(out, stage)
-        images = _count(None if stage.steps is None else stage.steps * stage.cfg.train.group_size)
+        images = _count(None if stage.steps is None else stage.steps * stage.cfg.train.global_batch_size)
         row = [f"stage {stage.name}", str(stage.folder), "", str(stage.cfg.seed), *[""] * (len(name) - 3)]
         style = "dim" if state == "done" else None
         table.add_row(*row, _count(stage.steps), images, state, style=style, end_section=stage is sweep.stages[-1])

@@ -8,19 +8,21 @@ from typing import Any
 from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.tasks.denoise import DenoiseTask
-from ddpm_lmk.tasks.landmarks import LandmarkTask, Predictions
+from ddpm_lmk.tasks.landmarks import LandmarkTask
 from ddpm_lmk.tasks.ssl.base import EncoderTask
 from ddpm_lmk.tasks.ssl.dino import DinoTask
 from ddpm_lmk.tasks.ssl.mocov3 import MocoV3Task
 from ddpm_lmk.tasks.ssl.simclrv2 import SimclrV2Task
 from ddpm_lmk.tasks.task import Task
 
-__all__ = ["TASKS", "DenoiseTask", "EncoderTask", "LandmarkTask", "Predictions", "Task", "build_task"]
+__all__ = ["TASKS", "DenoiseTask", "EncoderTask", "LandmarkTask", "Task", "build_task"]
 
 
 TASKS: dict[str, Callable[[Any, RunConfig, DatasetSpec], Task]] = {
     "denoise": lambda section, cfg, spec: DenoiseTask(section, seed=cfg.seed),
-    "landmarks": lambda section, cfg, spec: LandmarkTask(section, spec, is_told_domain=cfg.model.kind == "gu2net"),
+    "landmarks": lambda section, cfg, spec: LandmarkTask(
+        section, spec, is_domain_conditioned=cfg.model.kind == "gu2net"
+    ),
     "mocov3": lambda section, cfg, spec: _on_encoder(MocoV3Task, section, cfg),
     "simclrv2": lambda section, cfg, spec: _on_encoder(SimclrV2Task, section, cfg),
     "dino": lambda section, cfg, spec: _on_encoder(DinoTask, section, cfg),

@@ -1,4 +1,4 @@
-"""Noise prediction on unlabelled images: the pre-training task (paper.md, section 2).
+"""Noise prediction on unlabelled images: the pre-training task (docs/method.md, section 2).
 
 Timestep and noise of an image are functions of `(seed, position)` alone; on one kind of device they are the same bits
 for any number of processes and any micro-batch.
@@ -35,6 +35,7 @@ class DenoiseTask(Task):
 
     def timesteps(self, positions: Tensor, stream: str = "timestep") -> Tensor:
         """Uniform timesteps `[B]` in [t_min, t_max], keyed by position; in host memory, like `positions`."""
+        # numpy in double precision, not torch on the device: the same integers on every kind of device.
         uniform = keyed_uniform(self.seed, stream, positions.numpy(), 1)[:, 0]
         steps = np.minimum(self.cfg.t_min + uniform * (self.t_max - self.cfg.t_min + 1), self.t_max)
         return torch.from_numpy(steps.astype(np.int64))
@@ -43,6 +44,7 @@ class DenoiseTask(Task):
         """Standard normal noise of the shape of `images`, one keyed generator per image."""
         generator = torch.Generator(images.device)
         eps = torch.empty_like(images)
+        # Image by image: one generator for a batch would make noise depend on who shares the micro-batch.
         for row, position in zip(eps, positions.tolist(), strict=True):
             generator.manual_seed(keyed_seed(self.seed, stream, position))
             row.copy_(torch.randn(row.shape, generator=generator, device=images.device))
@@ -55,7 +57,7 @@ class DenoiseTask(Task):
     def _loss(self, model: nn.Module, batch: Batch, suffix: str) -> Tensor:
         t = self.timesteps(batch.positions, "timestep" + suffix).to(batch.images.device, non_blocking=True)
         eps = self.noise(batch.images, batch.positions, "eps" + suffix)
-        output = model(self.schedule.q_sample(batch.images, t, eps), t).float()
+        output = model(self.schedule.q_sample(batch.images, t, eps), t).float()  # the loss in fp32 under autocast
         error = output - self.schedule.regression_target(batch.images, t, eps, self.cfg.target)
         return (error.abs() if self.cfg.loss == "l1" else error.square()).mean((1, 2, 3))
 

@@ -39,7 +39,7 @@ class NoiseSchedule:
             betas = cosine_betas(num_timesteps)
         self.num_timesteps = num_timesteps
         self.betas = betas
-        self.alpha_bar = torch.cumprod(1.0 - betas, dim=0)
+        self.alpha_bar = torch.cumprod(1.0 - betas, dim=0)  # float64: 500 factors near 1 lose digits in fp32
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ def ddpm_sample(
 
     The last state yielded is the image; values are not clipped.
     """
-    for t in range(schedule.num_timesteps - 1, 0, -1):
+    for t in range(schedule.num_timesteps - 1, 0, -1):  # t = 0 was never trained on (t_min = 1)
         steps = torch.full((len(x_t),), t, device=x_t.device)
         _, eps_hat = schedule.x_0_and_eps(x_t, steps, model(x_t, steps), target)
         z = torch.randn(x_t.shape, generator=generator, device=x_t.device) if t > 1 else None

@@ -1,7 +1,7 @@
-"""Starting weights: how those of `init.weights` get into a network, and whether they will, told from names and shapes.
+"""Starting weights: putting those of `init.weights` into a network, and checking beforehand that they will fit.
 
 All of them where the parent learnt the same task with the same outputs; the encoder where that is all the weights have
-of the network; else all but the output layer. `want_fitting` puts tensors without content into a network without
+of the network; else all but the output layer. `require_fitting` puts tensors without content into a network without
 content in the very same way, so what it lets through is loaded later, unless bytes are damaged.
 """
 
@@ -19,7 +19,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.models import build_model
-from ddpm_lmk.models.encoder_unet import is_encoder_only, load_encoder, want_file
+from ddpm_lmk.models.encoder_unet import is_encoder_only, load_encoder, require_file
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir.checkpoint import weights_header
 from ddpm_lmk.tasks import Task, build_task
@@ -37,12 +37,13 @@ def put_weights(
         weights = from_upstream(weights)  # the released network has an input channel more than ours
     is_same = meta.get("out_channels") == task.out_channels and meta.get("export") == task.export()
     part = "all" if is_same else "encoder" if is_encoder_only(cfg.model, weights) else "trunk"
+    # Exported weights may be in 16 bits; a run trains in fp32 and casts where it computes.
     target: dict[str, Tensor] = {name: value.to(torch.float32) for name, value in weights.items()}
     {"all": load_all, "trunk": load_trunk, "encoder": load_encoder}[part](model, target)
     return part
 
 
-def want_fitting(cfg: RunConfig, spec: DatasetSpec) -> None:
+def require_fitting(cfg: RunConfig, spec: DatasetSpec) -> None:
     """Refuse `init.weights` that are not there or do not fit; of the file only its header is read.
 
     Raises:
@@ -50,12 +51,12 @@ def want_fitting(cfg: RunConfig, spec: DatasetSpec) -> None:
     """
     assert cfg.init.weights is not None
     if cfg.model.kind == "encoder_unet":
-        want_file(cfg.init.weights)
+        require_file(cfg.init.weights)
     put_weights(cfg, build_task(cfg, spec), _hollow(cfg, spec), *weights_header(cfg.init.weights, cfg.init.use))
 
 
-def want_fitting_stage(cfg: RunConfig, spec: DatasetSpec, stage: RunConfig, stage_spec: DatasetSpec) -> None:
-    """As `want_fitting`, for weights that another run of a sweep has yet to make."""
+def require_fitting_stage(cfg: RunConfig, spec: DatasetSpec, stage: RunConfig, stage_spec: DatasetSpec) -> None:
+    """As `require_fitting`, for weights that another run of a sweep has yet to make."""
     if cfg.init.use == "ema" and stage.train.ema is None:
         raise CheckpointError(
             f"{cfg.init.weights} will hold no ema.safetensors, since its run has train.ema=null; choose the other with "
@@ -69,6 +70,7 @@ def want_fitting_stage(cfg: RunConfig, spec: DatasetSpec, stage: RunConfig, stag
 
 def _hollow(cfg: RunConfig, spec: DatasetSpec) -> nn.Module:
     """The network of a run, of tensors without content."""
+    # Cells of a sweep differ in name, seed and shots only: one network serves all of them.
     settings = cfg.model_copy(update={"name": "same", "seed": 0, "data": cfg.data.model_copy(update={"shots": None})})
     return _built(settings.model_dump_json(include={"data", "model", "task"}), spec.model_dump_json())
 

@@ -16,8 +16,8 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.models import ModelCost, model_cost
 
 
-class Everyone:
-    """The way to the other ranks, for a loss over all of them. This one is of a process that is alone.
+class OneRank:
+    """The ranks that a loss over all of them sees, where there is one process; `engine.collectives` has several.
 
     Attributes:
         rank: place of this process among all.
@@ -25,7 +25,7 @@ class Everyone:
 
     rank = 0
 
-    def rows(self, mine: Tensor) -> Tensor:
+    def all_gather(self, mine: Tensor) -> Tensor:
         """`[B, D]` of every rank, in rank order, as `[W B, D]`; gradients come back from all ranks."""
         return mine
 
@@ -57,8 +57,8 @@ class Task(ABC):
         """The module that is trained, around the network; by default the network itself."""
         return model
 
-    def meet(self, everyone: Everyone, *, total: int) -> None:
-        """Called once, before training: the other ranks, and the steps of the run."""
+    def prepare(self, ranks: OneRank, *, total_steps: int) -> None:
+        """Called once, before training, with all ranks and the number of steps of the run."""
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after every optimizer step."""

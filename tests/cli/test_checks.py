@@ -62,17 +62,19 @@ FAULTS = {
         ("data.path={single}", "task.codec.kind=disc"), 2, "has only one, so nothing would be"
     ),
     "parts of too few shots": Fault(("data.hold_out={{of: 9}}",), 2, "data.hold_out.of=9, but there are 2 shots"),
-    "packed otherwise": Fault(("data.packed={{filter: gaussian}}",), 2, "was packed with filter=area"),
+    "packed otherwise": Fault(("data.require_dataset={{filter: gaussian}}",), 2, "was packed with filter=area"),
     "no weights": Fault(("init.weights={gone}",), 4, "gone does not exist; wanted a run directory"),
     "weights of another network": Fault(("init.weights={wide}",), 4, "does not fit model"),
     "weights cut off": Fault(("init.weights={torn}",), 4, "ema.safetensors has 100 bytes, its manifest says"),
     "no average to start from": Fault(("init.weights={parent}", "init.use=ema"), 4, "and no ema.safetensors; choose"),
     "a pickle": Fault(("init.weights={parent}/model.pth",), 4, "may hold code and is not opened"),
-    "a group not shared out": Fault(("train.micro_batch=3",), 2, "train.group_size=4 is not a multiple of"),
+    "a group not shared out": Fault(("train.micro_batch=3",), 2, "train.global_batch_size=4 is not a multiple of"),
     "graphs on a CPU": Fault(("train.cuda_graphs=true", "train.compile=true"), 5, "but this run is on cpu"),
-    "an interval of no steps": Fault(("train.log_every=0",), 2, "train.log_every=0 steps is no interval"),
+    "an interval of no steps": Fault(("runtime.log_every=0",), 2, "runtime.log_every=0 steps is no interval"),
     "a width that has no groups": Fault(("model.width=10",), 2, "model.width=10 must be even and divisible by"),
-    "DALI beside resident pixels": Fault(("data.loader=dali", "data.residency=ram"), 2, "data.residency=ram decodes"),
+    "DALI beside resident pixels": Fault(
+        ("runtime.loader=dali", "runtime.cache_pixels=ram"), 2, "runtime.cache_pixels=ram decodes"
+    ),
 }
 
 
@@ -229,7 +231,7 @@ def test_other_settings_than_the_folder_holds_are_refused_key_by_key_before_the_
     for result in (lmk(*cell, "optim.lr=0.01"), lmk(*cell, "optim.lr=0.01", "--dry-run")):
         assert result.code == 7
         assert "optim.lr: there 0.001, here 0.01" in refusal(result.err)
-    more = lmk("sweep", _sweep(tmp_path, [data]), "seeds=[0,1,2]", "data.workers=1", "--cpu", 1, "--out", out)
+    more = lmk("sweep", _sweep(tmp_path, [data]), "seeds=[0,1,2]", "runtime.workers=1", "--cpu", 1, "--out", out)
     assert more.code == 0, more.err
     assert "3 of 3 cells done" in more.err
 
@@ -238,7 +240,7 @@ def test_a_pack_that_was_made_anew_is_refused_alike(lmk: Lmk, places: Places, tm
     data = shutil.copytree(places.untested, tmp_path / "data")
     words = (f"data.path={data}", "evaluate.split=null")
     run = ("finetune", SMOKE / "finetune.yaml", *words, "data.shots=2", "--cpu", 1, "--out", tmp_path / "run")
-    assert lmk(*run, "train.length=2 steps").code == 0
+    assert lmk(*run, "train.duration=2 steps").code == 0
     shutil.rmtree(data)
     pack("skull", data, PackSettings(kind="phantom", size=SIZE, counts={"train": 4}, seed=5), workers=1)
     for more in ((), ("--dry-run",)):
@@ -254,11 +256,11 @@ def test_a_run_that_has_begun_needs_its_starting_weights_no_more_and_a_finished_
     data = shutil.copytree(places.good, tmp_path / "data")
     words = (f"data.path={data}", f"init.weights={parent}", "init.use=model", "--cpu", 1, "--out", tmp_path / "run")
     run = ("finetune", SMOKE / "finetune.yaml", *words)
-    assert lmk(*run, "train.length=2 steps").code == 0
+    assert lmk(*run, "train.duration=2 steps").code == 0
     shutil.rmtree(parent)
-    assert lmk(*run, "train.length=4 steps").code == 0
+    assert lmk(*run, "train.duration=4 steps").code == 0
     shutil.rmtree(data)
-    assert lmk(*run, "train.length=4 steps").code == 0
+    assert lmk(*run, "train.duration=4 steps").code == 0
 
 
 def stages(folder: Path, start: str, **stage: Any) -> Path:
@@ -327,7 +329,7 @@ def test_packs_of_the_same_landmarks_are_learnt_together_and_scored_each_by_itse
 ) -> None:
     other = tmp_path / "other"
     pack("skull", other, PackSettings(kind="phantom", size=SIZE, counts={"train": 4, "test": 3}, seed=9), workers=1)
-    words = (f"data.path=[{places.good},{other}]", "data.shots=2", "train.length=2 steps", "--cpu", 1)
+    words = (f"data.path=[{places.good},{other}]", "data.shots=2", "train.duration=2 steps", "--cpu", 1)
     result = lmk("finetune", SMOKE / "finetune.yaml", *words, "--out", tmp_path / "run")
     assert result.code == 0, result.err
     results = json.loads((tmp_path / "run" / "results.json").read_text())

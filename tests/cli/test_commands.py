@@ -97,11 +97,25 @@ def test_end_of_a_command_names_the_next_one(lmk: Lmk, pretrained: Path, finetun
 
 def test_explain_lists_settings_without_a_run_file(lmk: Lmk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    result = lmk("pretrain", "--explain")
-    assert result.code == 0
-    assert "task.codec.sigma_px" in result.out
-    assert max(map(len, result.out.splitlines())) <= 100
+    everything = lmk("pretrain", "--explain", "--all")
+    assert everything.code == 0
+    assert "task.codec.sigma_px" in everything.out
+    assert max(map(len, everything.out.splitlines())) <= 100
     assert lmk("sweep", "--explain").code == 0
+
+
+def test_explain_shows_eighty_keys_at_most_of_the_kinds_a_run_file_chooses(lmk: Lmk) -> None:
+    def keys(*words: object) -> list[str]:
+        return [line.split(" ")[0] for line in lmk(*words, "--explain").out.splitlines() if " = " in line]
+
+    for words in (("pretrain",), ("finetune",), ("pretrain", "configs/pretrain/dino.yaml")):
+        assert 40 < len(keys(*words)) <= 80
+    assert "task.schedule" in keys("pretrain")
+    assert "task.codec.kind" in keys("finetune")
+    assert "task.prototypes" in keys("pretrain", "configs/pretrain/dino.yaml")
+    assert "train.cuda_graphs" not in keys("pretrain")
+    assert "train.cuda_graphs" in keys("pretrain", "--all")
+    assert "train.cuda_graphs" in keys("pretrain", "train")  # a section asked for by name is shown whole
 
 
 def test_explain_takes_the_width_of_the_reader_and_beginnings_of_keys(

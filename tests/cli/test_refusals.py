@@ -60,7 +60,7 @@ def test_broken_run_file_is_refused(lmk: Lmk, tmp_path: Path, text: str, code: i
 
 def test_world_size_that_does_not_divide_the_group_lists_those_that_do(lmk: Lmk, tmp_path: Path) -> None:
     result = lmk("pretrain", PRETRAIN, "data.path=x", "--cpu", 3, "--out", tmp_path / "run")
-    assert_refused(result, 2, "train.group_size=4", "use 1, 2, 4 processes")
+    assert_refused(result, 2, "train.global_batch_size=4", "use 1, 2, 4 processes")
 
 
 def test_output_that_is_a_file_is_refused(lmk: Lmk, packed_phantoms: Path, tmp_path: Path) -> None:
@@ -82,13 +82,13 @@ def test_empty_output_is_fine_and_the_same_command_continues_while_another_is_re
     lmk: Lmk, packed_phantoms: Path, tmp_path: Path
 ) -> None:
     words = ("pretrain", PRETRAIN, f"data.path={packed_phantoms}", "evaluate.samples=0", "--cpu", 1, "--out", tmp_path)
-    assert lmk(*words, "train.length=2 steps").code == 0
-    longer = lmk(*words, "train.length=3 steps")
+    assert lmk(*words, "train.duration=2 steps").code == 0
+    longer = lmk(*words, "train.duration=3 steps")
     assert longer.code == 0, longer.err
     assert json.loads((tmp_path / "results.json").read_text())["train"]["steps"] == 3
     steps = [json.loads(line).get("step") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sorted({step for step in steps if step}) == [1, 2, 3]
-    other = lmk(*words, "train.length=3 steps", "optim.lr=0.5", "seed=9")
+    other = lmk(*words, "train.duration=3 steps", "optim.lr=0.5", "seed=9")
     assert_refused(other, 7, "optim.lr: there 0.0001, here 0.5", "seed: there 0, here 9")
 
 
@@ -264,7 +264,7 @@ def test_ctrl_c_saves_and_exits_with_130_and_the_same_command_continues(
     words += ["--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "ddpm_lmk.cli", *words, "train.length=1_000_000 steps"],
+        [sys.executable, "-m", "ddpm_lmk.cli", *words, "train.duration=1_000_000 steps"],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,

@@ -47,9 +47,9 @@ def test_numbers_with_an_exponent_are_numbers(run_file: Path) -> None:
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(run_file: Path) -> None:
-    run = load_run(run_file, ["optim.lr=2e-4", "train.length=3 epochs", "data.path=[a, b]", "optim.clip.limit=2"])
+    run = load_run(run_file, ["optim.lr=2e-4", "train.duration=3 epochs", "data.path=[a, b]", "optim.clip.limit=2"])
     assert (run.optim.lr, run.optim.weight_decay, run.data.image_size) == (2e-4, 0.01, 64)
-    assert run.train.length == Duration(3, "epochs")
+    assert run.train.duration == Duration(3, "epochs")
     assert run.data.path == ("a", "b")
     assert run.optim.clip is not None
     assert run.optim.clip.limit == 2
@@ -159,7 +159,7 @@ def test_unknown_key_is_named_with_its_path_and_nearest_name(
         ("lr: 1e-5", "decay_all: no", 11, "optim.decay_all: no is ambiguous"),
         ("name: ceph", "name: no", 1, "name: no is ambiguous"),
         ("name: ceph", "name: true", 1, """if text is meant, quote it: name="'true'\""""),
-        ("name: ceph", "name: a\ntrain: {length: 5 years}", 2, "train.length='5 years'"),
+        ("name: ceph", "name: a\ntrain: {duration: 5 years}", 2, "train.duration='5 years'"),
         ("name: ceph", "name: a\nname: b", 2, "duplicate key 'name'"),
         ("image_size: 64", "image_size: 64\n  path: b", 5, "duplicate key 'data.path', first at"),
         ("image_size: 64", "image_size: {", 6, "not valid YAML"),
@@ -225,9 +225,9 @@ def test_numbers_name_splits_runs_and_folders_in_files_too(tmp_path: Path) -> No
 
 
 def test_number_that_stays_text_is_a_number_where_one_is_wanted(run_file: Path) -> None:
-    words = ["optim.lr=0.10", "train.length=1.50e2 steps", "optim.betas=[0.90, 0.990]", "optim.warmup=5.0"]
+    words = ["optim.lr=0.10", "train.duration=1.50e2 steps", "optim.betas=[0.90, 0.990]", "optim.warmup=5.0"]
     run = load_run(run_file, words)
-    assert (run.optim.lr, run.train.length, run.optim.betas) == (0.1, Duration(150), (0.9, 0.99))
+    assert (run.optim.lr, run.train.duration, run.optim.betas) == (0.1, Duration(150), (0.9, 0.99))
     assert run.optim.warmup == Duration(5)
 
 

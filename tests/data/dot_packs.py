@@ -72,14 +72,15 @@ def _draw(stored_points: np.ndarray, size: int, bits: int, rng: np.random.Genera
 def run_config(
     path: Path | list[Path], *, task: str = "landmarks", seed: int = 0, **sections: dict[str, Any]
 ) -> RunConfig:
-    """A run on packs; `sections` override fields of data, train and evaluate."""
+    """A run on packs; `sections` override fields of data, runtime, train and evaluate."""
     paths = [str(p) for p in (path if isinstance(path, list) else [path])]
     return RunConfig.model_validate(
         {
             "seed": seed,
             "task": {"kind": task},
-            "data": {"path": paths, "image_size": 64, "workers": 0, **sections.get("data", {})},
-            "train": {"group_size": 8, **sections.get("train", {})},
+            "data": {"path": paths, "image_size": 64, **sections.get("data", {})},
+            "runtime": {"workers": 0, **sections.get("runtime", {})},
+            "train": {"global_batch_size": 8, **sections.get("train", {})},
             "evaluate": {"split": "test", "batch": 4, **sections.get("evaluate", {})},
         }
     )

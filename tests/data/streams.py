@@ -14,10 +14,10 @@ from ddpm_lmk.data.batch import Group
 from tests.data.dot_packs import run_config
 
 
-def config(path: Any, cache: Path, *, task: str = "denoise", **data: Any) -> RunConfig:
+def config(path: Any, cache: Path, *, task: str = "denoise", **runtime: Any) -> RunConfig:
     """A run that streams, with a cache of its own."""
-    settings = {"residency": "stream", "shuffle_window": 2, "cache_dir": str(cache), **data}
-    return run_config(path, task=task, data=settings)
+    runtime = {"cache_pixels": "stream", "cache_dir": str(cache), **runtime}
+    return run_config(path, task=task, data={"shuffle_window": 2}, runtime=runtime)
 
 
 def stream(cfg: RunConfig, count: int = 6) -> list[Group]:

@@ -114,7 +114,7 @@ def test_fewer_shards_than_processes_and_workers_do_not_matter(tmp_path: Path) -
     """One shard for four processes of three workers: the samples that one process reads alone (failures.md, B23)."""
     pack = pack_dots(tmp_path / "few", {"train": 2}, size=32)
     assert len(Manifest.open(pack).shards) == 1
-    cfg = run_config(pack, task="denoise", data={"image_size": 32, "workers": 3, "residency": "stream"})
+    cfg = run_config(pack, task="denoise", data={"image_size": 32}, runtime={"workers": 3, "cache_pixels": "stream"})
     assert read(cfg, 4) == read(cfg, 1)
     assert len(read(cfg, 1)) == 24  # three groups of eight, of two films: they repeat (B22)
 

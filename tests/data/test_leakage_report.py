@@ -35,10 +35,11 @@ def config(packed: Path, kind: str, **data: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "tiny",
-            "data": {"path": str(packed), "image_size": 32, "workers": 0, **data},
+            "data": {"path": str(packed), "image_size": 32, **data},
+            "runtime": {"workers": 0},
             "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
             "task": task,
-            "train": {"length": "1 steps", "group_size": 4},
+            "train": {"duration": "1 steps", "global_batch_size": 4},
             "evaluate": {"split": None if kind == "denoise" else "test", "samples": 0},
         }
     )

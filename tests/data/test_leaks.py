@@ -73,7 +73,9 @@ def named(manifest: Manifest, rows: np.ndarray) -> list[str]:
 
 
 def test_planted_copies_and_leaks_are_left_out_and_nothing_else(pool: dict[str, Path]) -> None:
-    cfg = run_config([pool["corpus"], pool["set"]], task="denoise", data={"image_size": 32, "residency": "stream"})
+    cfg = run_config(
+        [pool["corpus"], pool["set"]], task="denoise", data={"image_size": 32}, runtime={"cache_pixels": "stream"}
+    )
     corpora = training_corpora(cfg)
     assert named(corpora[0].manifest, corpora[0].rows) == [f"own-{number}" for number in range(6)]
     assert named(corpora[1].manifest, corpora[1].rows) == ["s4", "s5"]

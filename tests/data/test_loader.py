@@ -74,7 +74,7 @@ def test_a_batch_has_the_promised_fields(pack):
 @pytest.mark.parametrize("image_size", [32, 64, 128])
 def test_points_lie_on_the_dots_of_the_augmented_image_and_lead_back_to_native_pixels(pack, image_size):
     moves = {"probability": 1, "shift": 0.05, "rotate_deg": 15, "scale": 0.1, "scale_axes": "independent"}
-    cfg = run_config(pack, data={"image_size": image_size, "augment": moves}, train={"group_size": 21})
+    cfg = run_config(pack, data={"image_size": image_size, "augment": moves}, train={"global_batch_size": 21})
     batch = steps(cfg, 1)[0][0]
     truth = {r.id: r.points for r in open_loader(cfg, stage="train").records}
     assert batch.points is not None
@@ -107,8 +107,9 @@ def test_every_residency_gives_the_same_batches(pack, pool, task):
     path = pack if task == "landmarks" else pool
     by_kind = []
     for residency, workers in (("stream", 0), ("stream", 2), ("ram", 2), ("device", 0)):
-        data = {"residency": residency, "workers": workers, "augment": MOVES, "splits": ["train"]}
-        by_kind.append([samples(group) for group in steps(run_config(path, task=task, data=data), 4)])
+        data = {"augment": MOVES, "splits": ["train"]}
+        cfg = run_config(path, task=task, data=data, runtime={"cache_pixels": residency, "workers": workers})
+        by_kind.append([samples(group) for group in steps(cfg, 4)])
     for other in by_kind[1:]:
         assert all(same(left, right) for left, right in zip(by_kind[0], other, strict=True))
 
@@ -116,7 +117,7 @@ def test_every_residency_gives_the_same_batches(pack, pool, task):
 @pytest.mark.parametrize("windows", ["straddle", "epoch"])
 def test_worlds_of_1_2_and_4_and_any_micro_batch_see_the_same_samples_and_warps(pack, windows):
     def cfg(micro_batch: int | None) -> RunConfig:
-        train = {"group_size": 8, "micro_batch": micro_batch, "windows": windows}
+        train = {"global_batch_size": 8, "micro_batch": micro_batch, "epoch_boundary": windows}
         return run_config(pack, data={"augment": MOVES}, train=train)
 
     wanted = [samples(group) for group in steps(cfg(None), 4)]
@@ -130,13 +131,15 @@ def test_worlds_of_1_2_and_4_and_any_micro_batch_see_the_same_samples_and_warps(
 
 
 def test_starting_later_continues_the_same_stream(pack):
-    cfg = run_config(pack, data={"augment": MOVES, "workers": 1})
+    cfg = run_config(pack, data={"augment": MOVES}, runtime={"workers": 1})
     everything, later = steps(cfg, 6), steps(cfg, 2, start=4)
     assert all(same(samples(a), samples(b)) for a, b in zip(everything[4:], later, strict=True))
 
 
 def test_an_epoch_sees_every_image_once_and_fewer_images_than_a_group_wrap_round(pack):
-    ids = [name for group in steps(run_config(pack, train={"group_size": 7}), 3) for b in group for name in b.ids]
+    ids = [
+        name for group in steps(run_config(pack, train={"global_batch_size": 7}), 3) for b in group for name in b.ids
+    ]
     assert sorted(ids) == [f"train-{i:03d}" for i in range(21)]
     cfg = run_config(pack, data={"shots": 3, "augment": MOVES})
     few = steps(cfg, 1)[0][0]
@@ -147,7 +150,7 @@ def test_an_epoch_sees_every_image_once_and_fewer_images_than_a_group_wrap_round
 
 def test_a_pool_draws_by_weight_and_without_labels(pool):
     cfg = run_config(
-        pool, task="denoise", data={"weights": [1, 3], "splits": ["train", "val"]}, train={"group_size": 16}
+        pool, task="denoise", data={"weights": [1, 3], "splits": ["train", "val"]}, train={"global_batch_size": 16}
     )
     groups = steps(cfg, 16)
     assert all(batch.points is None for group in groups for batch in group)
@@ -157,7 +160,7 @@ def test_a_pool_draws_by_weight_and_without_labels(pool):
 
 def test_eight_bit_images_of_a_mixed_pool_keep_their_share_of_the_range(pool):
     data = {"intensity": "full_range", "augment": {"probability": 0}}
-    batch = steps(run_config(pool, task="denoise", data=data, train={"group_size": 22}), 1)[0][0]
+    batch = steps(run_config(pool, task="denoise", data=data, train={"global_batch_size": 22}), 1)[0][0]
     manifest = Manifest.open(pool[0])
     for image, name in zip(batch.images[:, 0], batch.ids, strict=True):
         if name.startswith("narrow"):
@@ -200,7 +203,9 @@ def test_unlabelled_images_are_not_used_for_landmarks(tmp_path):
 
 def test_a_cache_keeps_pixels_for_the_next_run_and_changes_nothing(pack):
     cache: dict = {}
-    few, more = (run_config(pack, data={"residency": "ram", "shots": shots, "draw": "random"}) for shots in (3, 9))
+    few, more = (
+        run_config(pack, data={"shots": shots, "draw": "random"}, runtime={"cache_pixels": "ram"}) for shots in (3, 9)
+    )
     open_loader(few, stage="train", cache=cache)
     kept = next(iter(cache.values()))
     cached = open_loader(more, stage="train", cache=cache)
@@ -220,7 +225,7 @@ def test_without_dali_auto_takes_torch_and_asking_for_it_names_the_extra(pack, m
     chosen = choose_backend(run_config(pack), device="cuda")
     assert (chosen.name, chosen.reason) == ("torch", "DALI is not installed (extra dali)")
     with pytest.raises(LaunchError, match=r"pip install 'ddpm-lmk\[dali\]'") as caught:
-        open_loader(run_config(pack, data={"loader": "dali"}), stage="train")
+        open_loader(run_config(pack, runtime={"loader": "dali"}), stage="train")
     assert caught.value.exit_code == 5
 
 
@@ -231,7 +236,7 @@ def test_without_dali_auto_takes_torch_and_asking_for_it_names_the_extra(pack, m
         ({"data": {"shots": 22}}, ConfigError, r"shots=22.*21 labelled"),
         ({"data": {"splits": ["train", "test"]}}, ConfigError, "evaluate.split=test is also in data.splits"),
         ({"data": {"validation_split": "train"}}, ConfigError, "validation_split=train is also in data.splits"),
-        ({"train": {"group_size": 9}}, ConfigError, "cannot be shared by 2 processes; use 1, 3, 9"),
+        ({"train": {"global_batch_size": 9}}, ConfigError, "cannot be shared by 2 processes; use 1, 3, 9"),
     ],
 )
 def test_requests_that_cannot_be_honoured_are_refused(pack, sections, error, message):

@@ -34,7 +34,9 @@ def test_a_corrupt_sample_is_replaced_by_the_same_neighbour_everywhere_and_liste
     clean = ids(open_loader(run_config(pack), stage="train"), 4)
     bad = Manifest.open(pack).rows(["train"])[[3, 8]].tolist()
     corrupt(pack, bad)
-    loaders = [open_loader(run_config(pack, data={"residency": kind}), stage="train") for kind in (residency, "stream")]
+    loaders = [
+        open_loader(run_config(pack, runtime={"cache_pixels": kind}), stage="train") for kind in (residency, "stream")
+    ]
     streams = [ids(loader, 4) for loader in loaders]
     assert streams[0] == streams[1]
     changed = [(old, new) for old, new in zip(clean, streams[0], strict=True) if old != new]
@@ -47,7 +49,7 @@ def test_a_corrupt_sample_is_replaced_by_the_same_neighbour_everywhere_and_liste
 def test_labels_follow_the_substitute(tmp_path):
     pack = pack_dots(tmp_path / "dots", {"train": 2, "test": 1})
     corrupt(pack, Manifest.open(pack).rows(["train"])[:1].tolist())
-    cfg = run_config(pack, data={"augment": {"probability": 0}}, train={"group_size": 2})
+    cfg = run_config(pack, data={"augment": {"probability": 0}}, train={"global_batch_size": 2})
     batch = next(open_loader(cfg, stage="train").groups(0)).micro_batches[0]
     assert batch.ids == ("train-001", "train-001")
     assert batch.points is not None
@@ -59,7 +61,7 @@ def test_too_many_corrupt_samples_stop_the_run(tmp_path, residency):
     pack = pack_dots(tmp_path / "dots", {"train": 40, "test": 2})
     rows = Manifest.open(pack).rows(["train"]).tolist()
     corrupt(pack, rows[::4])
-    cfg = run_config(pack, data={"residency": residency})
+    cfg = run_config(pack, runtime={"cache_pixels": residency})
     assert len(ids(open_loader(cfg, stage="train"), 5)) == 40
     corrupt(pack, rows[1:2])
     with pytest.raises(DataError, match="11 of 40 samples cannot be read"):
@@ -69,7 +71,7 @@ def test_too_many_corrupt_samples_stop_the_run(tmp_path, residency):
 def test_a_shard_without_any_readable_sample_stops_the_run(tmp_path):
     pack = pack_dots(tmp_path / "dots", {"train": 60, "test": 2}, per_shard=20)
     manifest = Manifest.open(pack)
-    cfg = run_config(pack, data={"residency": "ram", "max_bad_fraction": 0.5})
+    cfg = run_config(pack, data={"max_bad_fraction": 0.5}, runtime={"cache_pixels": "ram"})
     rows = np.flatnonzero(manifest.shard_of(np.arange(len(manifest))) == 2).tolist()
     assert len(rows) > 10
     corrupt(pack, rows[1:])
@@ -114,7 +116,7 @@ def flaky_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_system_that_comes_back_changes_nothing(flaky_pack, workers):
-    cfg = run_config(flaky_pack, data={"residency": "stream", "workers": workers})
+    cfg = run_config(flaky_pack, runtime={"cache_pixels": "stream", "workers": workers})
     wanted = ids(open_loader(cfg, stage="train"), 2)
     loader = open_loader(cfg, stage="train")
     FlakyManifest.failures = 4
@@ -124,7 +126,7 @@ def test_a_file_system_that_comes_back_changes_nothing(flaky_pack, workers):
 
 
 def test_a_file_system_that_stays_away_stops_the_run_resumably(flaky_pack):
-    loader = open_loader(run_config(flaky_pack, data={"residency": "stream"}), stage="train")
+    loader = open_loader(run_config(flaky_pack, runtime={"cache_pixels": "stream"}), stage="train")
     FlakyManifest.failures = 1000
     try:
         with pytest.raises(StoppedError, match=r"Input/output error.*5 tries") as caught:
@@ -146,7 +148,7 @@ def test_a_decoder_that_leaks_stop_iteration_does_not_end_the_stream(tmp_path, m
         return decode(self, data)
 
     monkeypatch.setattr(Manifest, "decode_bytes", leaky)
-    loader = open_loader(run_config(pack, data={"residency": "stream", "workers": workers}), stage="train")
+    loader = open_loader(run_config(pack, runtime={"cache_pixels": "stream", "workers": workers}), stage="train")
     assert len(ids(loader, 3)) == 24
     assert [entry["row"] for entry in loader.quarantine.entries] == [4]
     assert "StopIteration" in loader.quarantine.entries[0]["reason"]

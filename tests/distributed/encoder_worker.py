@@ -19,7 +19,7 @@ from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.engine.parallel import AllRanks, Parallel, Statistics
 from ddpm_lmk.models import build_model
 from ddpm_lmk.tasks import EncoderTask, build_task
-from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.tasks.task import OneRank
 from tests.data.batches import unlabelled_batch
 
 
@@ -28,7 +28,7 @@ def work(job: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     cfg = RunConfig.model_validate(job["config"])
     task = build_task(cfg, SPECS["phantom-chest"])
     assert isinstance(task, EncoderTask)
-    task.meet(AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else Everyone(), total=10)
+    task.prepare(AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else OneRank(), total_steps=10)
     torch.manual_seed(0)
     model = task.wrap(build_model(cfg.model, out_channels=1)).train()
     for module in model.modules():

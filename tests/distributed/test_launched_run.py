@@ -19,10 +19,11 @@ from tests.engine import processes
 pytestmark = pytest.mark.distributed
 
 RUN: dict[str, Any] = {
-    "data": {"image_size": 32, "residency": "stream", "shots": 7, "augment": {"probability": 1.0}},
+    "data": {"image_size": 32, "shots": 7, "augment": {"probability": 1.0}},
     "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
     "task": {"kind": "landmarks"},
-    "train": {"length": 4, "group_size": 4, "micro_batch": 1, "windows": "epoch", "log_every": 1, "exactness": "exact"},
+    "train": {"duration": 4, "global_batch_size": 4, "micro_batch": 1, "epoch_boundary": "epoch", "exactness": "exact"},
+    "runtime": {"cache_pixels": "stream", "log_every": 1},
     "optim": {"lr": 1e-3},
     "evaluate": {"split": "test", "batch": 2},
 }

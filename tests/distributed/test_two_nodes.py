@@ -44,7 +44,7 @@ def with_processor(name: str, folder: Path) -> list[str]:
 def test_a_node_is_lost_and_comes_back_and_the_weights_are_those_of_one_process(
     tmp_path: Path, packed_phantoms: Path
 ) -> None:
-    settings = {"exactness": "exact", "micro_batch": 1, "length": "120 steps"}
+    settings = {"exactness": "exact", "micro_batch": 1, "duration": "120 steps"}
     run_file = write_run(tmp_path, packed_phantoms, **settings)
     alone = Started([run_file, "--cpu", 1], tmp_path / "alone")
     assert alone.wait() == 0
@@ -69,7 +69,7 @@ def test_a_node_is_lost_and_comes_back_and_the_weights_are_those_of_one_process(
 def test_a_request_to_one_node_stops_both_and_a_port_that_is_taken_is_named(
     tmp_path: Path, packed_phantoms: Path
 ) -> None:
-    run_file = write_run(tmp_path, packed_phantoms, length="100000 steps")
+    run_file = write_run(tmp_path, packed_phantoms, duration="100000 steps")
     out, rdzv = tmp_path / "run", f"127.0.0.1:{free_port()}"
     nodes = [start(run_file, out, node=node, rdzv=rdzv) for node in (0, 1)]
     nodes[0].until(lambda: steps_done(out) > 2)
@@ -85,7 +85,7 @@ def test_a_request_to_one_node_stops_both_and_a_port_that_is_taken_is_named(
 
 def test_nodes_of_two_kinds_weaken_the_class_or_are_refused(tmp_path: Path, packed_phantoms: Path) -> None:
     prefix = with_processor("Another Processor", tmp_path)
-    settings = {"exactness": "exact", "micro_batch": 1, "length": "4 steps"}
+    settings = {"exactness": "exact", "micro_batch": 1, "duration": "4 steps"}
     run_file = write_run(tmp_path, packed_phantoms, **settings)
     out = tmp_path / "run"
     for words, code in (["--strict"], 5), ([], 0):
@@ -98,7 +98,7 @@ def test_nodes_of_two_kinds_weaken_the_class_or_are_refused(tmp_path: Path, pack
     assert facts["exactness"] == "ordered"
     assert "Another Processor" in facts["devices"]
     assert [line["exactness"] for line in events(out, "train.started")] == ["ordered"]
-    longer = [run_file, "--cpu", 1, "train.length=6 steps", "--strict"]
+    longer = [run_file, "--cpu", 1, "train.duration=6 steps", "--strict"]
     alone = Started(longer, out)
     assert alone.wait() == 5, "a session on one kind does not undo what another one did"
     assert "Another Processor" in alone.said.read_text()

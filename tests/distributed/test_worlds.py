@@ -19,14 +19,14 @@ pytestmark = pytest.mark.distributed
 
 EXACT: dict[str, Any] = {"lr": 0.05, "clip": {"limit": 0.2}, "plateau": {"patience": 0}}
 BAD = [9]  # the place in the stream of an image whose loss is not a number: in step 2, on the last rank
-SETTINGS: dict[str, Any] = {"length": 6, "group_size": 8, "micro_batch": 1, "windows": "epoch", "checkpoint_every": 2}
+SETTINGS: dict[str, Any] = {"duration": 6, "global_batch_size": 8, "micro_batch": 1, "epoch_boundary": "epoch"}
 
 
 def job(
     out: Path, *, optim: dict[str, Any], exactness: str = "ordered", every: int | None = None, **more: Any
 ) -> dict[str, Any]:
     train = SETTINGS | {"exactness": exactness, "evaluate_every": every}
-    cfg = config(train=train, optim=optim, data={"validation_split": "val"})
+    cfg = config(train=train, optim=optim, data={"validation_split": "val"}, runtime={"checkpoint_every": 2})
     return {"config": cfg.model_dump(mode="json"), "out": str(out), "num_images": 13, "is_standardised": True, **more}
 
 

@@ -19,7 +19,7 @@ from tests.faults.forge import Forge
 
 pytestmark = [needs_extra("deepspeed"), pytest.mark.distributed, pytest.mark.slow]
 
-TRAIN: dict[str, Any] = {"length": 6, "group_size": 8, "windows": "epoch", "checkpoint_every": 2}
+TRAIN: dict[str, Any] = {"duration": 6, "global_batch_size": 8, "epoch_boundary": "epoch"}
 ADAMW: dict[str, Any] = {"lr": 0.01, "clip": {"limit": 0.2}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw-clipped": {"optim": ADAMW},
@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sgd-clipped-by-value": {"optim": {"kind": "sgd", "lr": 0.3, "clip": {"kind": "value", "limit": 0.05}}},
     "sgd-accumulated": {"optim": {"kind": "sgd", "lr": 0.3}, "micro_batch": 2},
     "bad-step": {"optim": ADAMW, "micro_batch": 1, "bad_positions": [10]},
-    "went-back": {"optim": ADAMW, "micro_batch": 1, "length": 12, "bad_positions": list(range(26, 65))},
+    "went-back": {"optim": ADAMW, "micro_batch": 1, "duration": 12, "bad_positions": list(range(26, 65))},
     "bf16": {"optim": ADAMW, "precision": "bf16"},
     "fp16": {"optim": ADAMW, "precision": "fp16"},
 }
@@ -35,8 +35,8 @@ STOPS = {"signal_at": 1, "expected": "StoppedError"}, {"signal_at": 3, "expected
 
 
 def job(out: Path, *, optim: dict[str, Any], **more: Any) -> dict[str, Any]:
-    train = TRAIN | {key: more.pop(key) for key in ("micro_batch", "precision", "length") if key in more}
-    cfg = config(train=train, optim=optim, data={"validation_split": "val"})
+    train = TRAIN | {key: more.pop(key) for key in ("micro_batch", "precision", "duration") if key in more}
+    cfg = config(train=train, optim=optim, data={"validation_split": "val"}, runtime={"checkpoint_every": 2})
     return {"config": cfg.model_dump(mode="json"), "out": str(out), "num_images": 13, **more}
 
 
@@ -44,7 +44,7 @@ def job(out: Path, *, optim: dict[str, Any], **more: Any) -> dict[str, Any]:
 def folder(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every variant with DDP and both stages on two processes, and a run that moves from one to the other."""
     folder = tmp_path_factory.mktemp("zero")
-    long = {"optim": ADAMW, "micro_batch": 1, "length": 8}
+    long = {"optim": ADAMW, "micro_batch": 1, "duration": 8}
     processes.run(forge, folder, [job(folder / "moved", **long, **STOPS[0]), job(folder / "stayed", **long)], world=1)
     for stage in (0, 1, 2):
         jobs = [job(folder / f"{name}-{stage}", zero=stage, **fields) for name, fields in VARIANTS.items()]
@@ -103,7 +103,8 @@ def test_a_launched_run_with_stage_one_is_the_run_of_ddp(tmp_path: Path, packed_
         "data": {"path": str(packed_phantoms), "image_size": 32, "shots": 7},
         "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
         "task": {"kind": "landmarks"},
-        "train": {"length": 4, "group_size": 4, "windows": "epoch", "log_every": 1},
+        "train": {"duration": 4, "global_batch_size": 4, "epoch_boundary": "epoch"},
+        "runtime": {"log_every": 1},
     }
     job = {"config": RunConfig.model_validate(sections).model_dump(mode="json")}
     for stage in (0, 1):

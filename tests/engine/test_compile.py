@@ -61,7 +61,7 @@ def test_where_nothing_can_be_kept_it_is_told(
 def test_compilation_is_timed_told_and_recorded(
     environment: pytest.MonkeyPatch, tmp_path: Path, parallel: Parallel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = config(train={"length": 3, "compile": True})
+    cfg = config(train={"duration": 3, "compile": True})
     state, loaders, run = start(cfg, tmp_path / "run", parallel)
     compile_cache()  # as `compile_model` does, which has no cheap backend
     state.model.compile(backend="eager")
@@ -110,7 +110,7 @@ def test_a_compiled_run_learns_what_an_eager_one_does(
     environment: pytest.MonkeyPatch, tmp_path: Path, pretraining: Any, parallel: Parallel
 ) -> None:
     def losses(name: str, **train: Any) -> list[float]:
-        cfg: RunConfig = pretraining(train={"length": 3, "log_every": 1, **train})
+        cfg: RunConfig = pretraining(train={"duration": 3, **train}, runtime={"log_every": 1})
         execute(cfg, tmp_path / name, parallel=parallel)
         return [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
 

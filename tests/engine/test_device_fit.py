@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {"width": 8, "multipliers": [1, 2], "heads": 2, "head_di
 
 def run(*, model: dict[str, Any] | None = None, image_size: int = 256, **train: Any) -> RunConfig:
     """The paper's network in bf16, with everything left to the device."""
-    train = {"group_size": 32, "micro_batch": "auto", "precision": "bf16", "group_norm": "fused", **train}
+    train = {"global_batch_size": 32, "micro_batch": "auto", "precision": "bf16", "group_norm": "fused", **train}
     network = {"width": 256, "checkpointing": "auto", **(model or {})}
     data, task = {"path": "x", "image_size": image_size}, {"kind": "denoise"}
     return RunConfig.model_validate({"data": data, "task": task, "train": train, "model": network})
@@ -130,7 +130,7 @@ def test_a_resumed_run_takes_what_was_chosen(parallel: Parallel) -> None:
     [
         ({"exactness": "exact"}, "train.exactness=exact"),
         ({"gradient": "sum"}, "train.gradient=sum"),
-        ({"windows": "epoch"}, "train.windows=epoch"),
+        ({"epoch_boundary": "epoch"}, "train.epoch_boundary=epoch"),
     ],
 )
 def test_a_micro_batch_that_changes_what_is_computed_is_not_left_to_the_device(train: Any, named: str) -> None:
@@ -153,7 +153,7 @@ def test_auto_means_what_was_chosen_while_a_run_trains_and_not_after(parallel: P
         ({}, {}, 8, 1, 1 + 1 + 1 + 3 / 8),
         ({}, {}, 8, 2, 1 + 1 + 1 / 8 + 3 / 8),
         # 8 leaves: sums of 8, 4, 2, 1, 1
-        ({"exactness": "exact", "micro_batch": 1, "group_size": 16}, {}, 2, 0, 5 + 5),
+        ({"exactness": "exact", "micro_batch": 1, "global_batch_size": 16}, {}, 2, 0, 5 + 5),
     ],
 )
 def test_copies_of_the_weights(
@@ -189,7 +189,11 @@ def test_every_kind_of_network_has_a_forecast(kind: str) -> None:
 
 
 def test_an_encoder_under_its_head_has_a_forecast_by_its_views() -> None:
-    fields = {"data": {"path": "x", "image_size": 64}, "model": {"kind": "encoder_unet"}, "train": {"group_size": 4}}
+    fields = {
+        "data": {"path": "x", "image_size": 64},
+        "model": {"kind": "encoder_unet"},
+        "train": {"global_batch_size": 4},
+    }
     two, ten = (RunConfig.model_validate(fields | {"task": {"kind": kind}}) for kind in ("mocov3", "dino"))
     assert memory_gib(two, task_of(two), device="cpu", micro_batch=2) > 0
     assert memory_gib(two, task_of(two), device="cpu", micro_batch=2) < memory_gib(

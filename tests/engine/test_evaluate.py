@@ -59,7 +59,7 @@ def test_rules_do_not_see_a_validation_that_failed(tmp_path: Path, parallel: Par
     cfg = config(
         data={"validation_split": "val"},
         optim={"kind": "sgd", "lr": 1e-12, "plateau": {"patience": 1, "factor": 0.1}},
-        train={"length": 50, "evaluate_every": 2, "patience": 3, "select": "best", "ema": None},
+        train={"duration": 50, "evaluate_every": 2, "patience": 3, "select": "best", "ema": None},
     )
     task = FailingTask(0, {0: DataError("first"), 2: DataError("third")})
     state, lines = train(cfg, tmp_path / "run", parallel, task=task)
@@ -96,7 +96,7 @@ def test_patience_ends_a_run_that_stands_still(tmp_path: Path, parallel: Paralle
     cfg = config(
         data={"validation_split": "val"},
         optim={"kind": "sgd", "lr": 1e-12},  # nothing moves: the first evaluation stays the best
-        train={"length": 50, "evaluate_every": 2, "patience": 3, "select": "best", "ema": None},
+        train={"duration": 50, "evaluate_every": 2, "patience": 3, "select": "best", "ema": None},
     )
     state, lines = train(cfg, tmp_path / "run", parallel)
     assert state.step == 8
@@ -108,7 +108,7 @@ def test_the_plateau_rule_lowers_the_rate_that_is_used(tmp_path: Path, parallel:
     cfg = config(
         data={"validation_split": "val"},
         optim={"kind": "sgd", "lr": 1e-12, "plateau": {"patience": 0, "factor": 0.1}},
-        train={"length": 6, "evaluate_every": 2, "ema": None},
+        train={"duration": 6, "evaluate_every": 2, "ema": None},
     )
     _, lines = train(cfg, tmp_path / "run", parallel)
     assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([1e-12] * 4 + [1e-13] * 2)
@@ -118,7 +118,7 @@ def test_the_best_weights_are_the_ones_kept_and_handed_back(tmp_path: Path, para
     cfg = config(
         data={"validation_split": "val"},
         optim={"kind": "sgd", "lr": 0.8},  # too large: it gets worse after the first steps
-        train={"length": 4, "evaluate_every": 1, "select": "best", "ema": None},
+        train={"duration": 4, "evaluate_every": 1, "select": "best", "ema": None},
     )
     state, lines = train(cfg, tmp_path / "run", parallel)
     scores = [line["validation"]["score"] for line in lines if "validation" in line]
@@ -132,7 +132,7 @@ def test_the_best_weights_are_the_ones_kept_and_handed_back(tmp_path: Path, para
 
 
 def test_validation_leaves_padding_out_and_uses_the_average(tmp_path: Path, parallel: Parallel) -> None:
-    cfg = config(data={"validation_split": "val"}, train={"length": 4, "ema": {"decay": 0.5}})
+    cfg = config(data={"validation_split": "val"}, train={"duration": 4, "ema": {"decay": 0.5}})
     state, lines = train(cfg, tmp_path / "run", parallel)
     with state.ema.applied() as model:
         [batch] = list(ToyValidation(cfg))

@@ -52,7 +52,7 @@ def test_zero_refuses_what_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(parallel, "zero", 1)
     for train, told in (
         ({"exactness": "exact", "micro_batch": 1}, r"train\.exactness=exact cannot be kept with ZeRO"),
-        ({"standardise": "step"}, r"train\.standardise=step cannot be kept with ZeRO"),
+        ({"weight_standardization": "step"}, r"train\.weight_standardization=step cannot be kept with ZeRO"),
     ):
         cfg = config(train=train)
         with pytest.raises(ConfigError, match=told):
@@ -60,7 +60,7 @@ def test_zero_refuses_what_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_number_of_processes_that_does_not_divide_the_group_is_refused_with_those_that_do() -> None:
-    cfg = config(train={"exactness": "exact", "group_size": 12, "micro_batch": 2})
+    cfg = config(train={"exactness": "exact", "global_batch_size": 12, "micro_batch": 2})
     with pytest.raises(ConfigError, match="cannot be shared by 4 processes x micro_batch 2; use 1, 2, 3, 6 processes"):
         ToyTrain(cfg).plan.check_world(4)
 
@@ -82,7 +82,7 @@ def test_images_that_influence_one_another_keep_what_a_number_of_processes_gives
 def test_the_class_is_told_at_the_start_and_kept_in_the_events(
     exactness: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg: RunConfig = config(train={"length": 1, "micro_batch": 2, "exactness": exactness})
+    cfg: RunConfig = config(train={"duration": 1, "micro_batch": 2, "exactness": exactness})
     parallel = Parallel("cpu")
     state, loaders, run = start(cfg, tmp_path / "run", parallel)
     with run:

@@ -17,7 +17,7 @@ def run(place: Path, kind: str = "landmarks", **sections: dict[str, object]) -> 
         "data": {"path": str(place), "image_size": 32},
         "task": {"kind": kind},
         "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
-        "train": {"length": "12 steps", "group_size": 4},
+        "train": {"duration": "12 steps", "global_batch_size": 4},
     }
     return RunConfig.model_validate(
         {"name": "tiny", **{name: facts | sections.get(name, {}) for name, facts in base.items()}}
@@ -43,14 +43,14 @@ def test_pretraining_draws_samples_and_is_not_scored(packed_phantoms: Path) -> N
 
 
 def test_few_shots_in_epochs_count_images_and_not_places_in_a_group(packed_phantoms: Path) -> None:
-    train = {"length": "10 epochs", "group_size": 8, "windows": "epoch"}
+    train = {"duration": "10 epochs", "global_batch_size": 8, "epoch_boundary": "epoch"}
 
     assert Work.of(run(packed_phantoms, data={"shots": 3}, train=train), done=4).steps == 6
     assert Work.of(run(packed_phantoms, data={"shots": 3}, train=train)).group == 3
 
 
 def test_packs_that_are_not_made_yet_are_counted_by_what_they_will_hold(tmp_path: Path) -> None:
-    cfg = run(tmp_path / "nowhere", train={"length": "2 epochs", "group_size": 5})
+    cfg = run(tmp_path / "nowhere", train={"duration": "2 epochs", "global_batch_size": 5})
 
     assert Work.of(cfg, counts={"train": 20, "test": 7}) == Work(8, 5, scored=7)
 

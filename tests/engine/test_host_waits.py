@@ -124,7 +124,7 @@ def test_a_step_waits_for_the_device_once(
     monkeypatch.setattr(clip_grad, "_device_has_foreach_support", lambda device: True)  # nor does this
     settings = {"optim": {"kind": "sgd", **case.get("optim", {})}, "task": case.get("task", {"kind": "denoise"})}
     size = {"image_size": 32} if "model" in case else {}
-    how = {"precision": "fp32", "group_norm": "native", "log_every": 1, **case.get("train", {})}
+    how = {"precision": "fp32", "group_norm": "native", **case.get("train", {})}
     cfg = config(**{**settings, "model": case.get("model", NETWORK), "train": how, "data": size})
     parallel, uploads = FarDevice(), Uploads()
     task = far_task(cfg, uploads)

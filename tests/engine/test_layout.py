@@ -13,7 +13,9 @@ from ddpm_lmk.models import build_model
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_maps_and_their_gradients_stay_channels_last(checkpointing: bool, dtype: torch.dtype | None) -> None:
-    cfg = UNetConfig(width=8, multipliers=(1, 2), heads=2, head_dim=4, groups=4, patch=2, checkpointing=checkpointing)
+    cfg = UNetConfig(
+        width=8, multipliers=(1, 2), heads=2, head_dim=4, groups=4, pixel_unshuffle=2, checkpointing=checkpointing
+    )
     model = build_model(cfg, out_channels=2).to(memory_format=torch.channels_last)
     broken: list[str] = []
 

@@ -49,7 +49,7 @@ def step_taken(cfg: RunConfig, state: TrainState) -> dict[str, Tensor]:
 def test_a_step_is_the_gradient_of_the_mean_over_the_group(
     tmp_path: Path, parallel: Parallel, micro_batch: int | None
 ) -> None:
-    cfg = config(optim=SGD, train={"length": 1, "micro_batch": micro_batch, "ema": None})
+    cfg = config(optim=SGD, train={"duration": 1, "micro_batch": micro_batch, "ema": None})
     state, _ = train(cfg, tmp_path / "run", parallel)
     wanted = gradient_of_mean(cfg, [0, 1, 2, 3])
     for name, found in step_taken(cfg, state).items():
@@ -57,7 +57,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_the_group(
 
 
 def test_a_short_last_group_is_divided_by_its_own_size(tmp_path: Path, parallel: Parallel) -> None:
-    whole = {"length": 1, "micro_batch": 2, "windows": "epoch", "group_size": 4, "ema": None}
+    whole = {"duration": 1, "micro_batch": 2, "epoch_boundary": "epoch", "global_batch_size": 4, "ema": None}
     cfg = config(optim=SGD, train=whole)
     state, lines = train(cfg, tmp_path / "run", parallel, num_images=3)
     assert lines[0]["images"] == 3
@@ -67,8 +67,8 @@ def test_a_short_last_group_is_divided_by_its_own_size(tmp_path: Path, parallel:
 
 
 def test_gradient_sum_adds_the_means_of_micro_batches(tmp_path: Path, parallel: Parallel) -> None:
-    mean = config(optim=SGD, train={"length": 1, "micro_batch": 1, "ema": None})
-    both = config(optim=SGD, train={"length": 1, "micro_batch": 1, "ema": None, "gradient": "sum"})
+    mean = config(optim=SGD, train={"duration": 1, "micro_batch": 1, "ema": None})
+    both = config(optim=SGD, train={"duration": 1, "micro_batch": 1, "ema": None, "gradient": "sum"})
     small = step_taken(mean, train(mean, tmp_path / "mean", parallel)[0])
     large = step_taken(both, train(both, tmp_path / "sum", parallel)[0])
     for name, value in small.items():
@@ -76,7 +76,7 @@ def test_gradient_sum_adds_the_means_of_micro_batches(tmp_path: Path, parallel: 
 
 
 def test_the_reported_loss_is_the_mean_over_the_group(tmp_path: Path, parallel: Parallel) -> None:
-    cfg = config(optim=SGD, train={"length": 2, "micro_batch": 2})
+    cfg = config(optim=SGD, train={"duration": 2, "micro_batch": 2})
     _, lines = train(cfg, tmp_path / "run", parallel)
     task, model, stream = ToyTask(cfg.seed), fresh_state(cfg).model, ToyTrain(cfg)
     losses = [task.loss(model, batch) for batch in next(stream.groups(0)).micro_batches]
@@ -86,7 +86,7 @@ def test_the_reported_loss_is_the_mean_over_the_group(tmp_path: Path, parallel: 
 
 
 def test_a_run_stopped_and_continued_has_the_same_bits(tmp_path: Path, parallel: Parallel) -> None:
-    settings = {"length": 9, "evaluate_every": 2, "select": "best", "micro_batch": 2}
+    settings = {"duration": 9, "evaluate_every": 2, "select": "best", "micro_batch": 2}
     cfg = config(
         data={"validation_split": "val"},
         train=settings,
@@ -134,7 +134,7 @@ def test_zero_needs_deepspeed_and_several_processes(monkeypatch: pytest.MonkeyPa
 
 
 def test_bf16_gives_nearly_the_same_first_loss(tmp_path: Path, parallel: Parallel) -> None:
-    fp32, bf16 = config(train={"length": 1}), config(train={"length": 1, "precision": "bf16"})
+    fp32, bf16 = config(train={"duration": 1}), config(train={"duration": 1, "precision": "bf16"})
     _, exact = train(fp32, tmp_path / "fp32", parallel)
     _, rough = train(bf16, tmp_path / "bf16", parallel)
     assert rough[0]["loss"] != exact[0]["loss"]
@@ -142,7 +142,7 @@ def test_bf16_gives_nearly_the_same_first_loss(tmp_path: Path, parallel: Paralle
 
 
 def test_snapshots_come_at_their_interval_and_at_the_end(tmp_path: Path, parallel: Parallel) -> None:
-    train(config(train={"length": 7, "snapshot_every": 3}), tmp_path / "run", parallel)
+    train(config(train={"duration": 7, "snapshot_every": 3}), tmp_path / "run", parallel)
     metas = {p.name: checkpoint.snapshot_meta(p) for p in (tmp_path / "run" / "snapshots").iterdir()}
     assert {name: meta["selected"] for name, meta in metas.items()} == {
         "step-00000003": False,
@@ -159,8 +159,8 @@ def test_a_decay_too_long_for_the_run_is_told(
 
 
 def test_an_interval_of_no_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"train\.log_every=0 steps is no interval"):
-        config(train={"log_every": 0})
+    with pytest.raises(ValueError, match=r"runtime\.log_every=0 steps is no interval"):
+        config(runtime={"log_every": 0})
 
 
 def test_nothing_in_the_engine_asks_which_task_it_runs() -> None:

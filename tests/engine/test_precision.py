@@ -23,7 +23,7 @@ OLD = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 def run(wanted: str) -> RunConfig:
     """A run large enough for bf16."""
     data: dict[str, Any] = {"path": ["shards"], "image_size": 128}
-    model = {"width": 32, "multipliers": (1, 2), "patch": 4, "checkpointing": False}
+    model = {"width": 32, "multipliers": (1, 2), "pixel_unshuffle": 4, "checkpointing": False}
     return RunConfig.model_validate(
         {"name": "run", "data": data, "model": model, "task": {"kind": "denoise"}, "train": {"precision": wanted}}
     )

@@ -24,10 +24,10 @@ def parallel() -> Parallel:
 
 
 def config(packed: Path, kind: str, **sections: Any) -> RunConfig:
-    data: dict[str, Any] = {"path": str(packed), "image_size": 32, "workers": 0}
+    data: dict[str, Any] = {"path": str(packed), "image_size": 32}
     data |= {"shots": 2} if kind == "landmarks" else {}
-    train = {"length": 2, "group_size": 4, "ema": None}
-    fields = {"data": data, "model": NETWORK, "task": {"kind": kind}, "train": train}
+    train = {"duration": 2, "global_batch_size": 4, "ema": None}
+    fields = {"data": data, "model": NETWORK, "task": {"kind": kind}, "train": train, "runtime": {"workers": 0}}
     return RunConfig.model_validate(fields | {"evaluate": {"batch": 4}} | sections)
 
 

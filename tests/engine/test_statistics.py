@@ -70,7 +70,7 @@ def test_a_run_saves_them_and_an_update_left_out_does_not_reach_them(tmp_path: P
     """The second of two groups has a loss that is not a number: statistics are those after the first."""
     found = []
     for length, bad in ((1, ()), (2, (5,))):
-        cfg = config(train={"length": length, "checkpoint_every": 1, "ema": None})
+        cfg = config(train={"duration": length, "ema": None}, runtime={"checkpoint_every": 1})
         _, loaders, run = start(cfg, tmp_path / str(length), parallel)
         torch.manual_seed(0)
         state = TrainState.fresh(cfg, NormNet())

@@ -128,7 +128,7 @@ def test_a_run_that_was_timed_ends_with_the_weights_of_one_that_was_not(
     kind: str, model: dict[str, object], packed_phantoms: Path, tmp_path: Path
 ) -> None:
     fields = run(packed_phantoms).model_dump(mode="json")
-    fields |= {"task": {"kind": kind}, "train": {"length": "3 steps", "group_size": 4}}
+    fields |= {"task": {"kind": kind}, "train": {"duration": "3 steps", "global_batch_size": 4}}
     fields |= {"model": {**model, "in_channels": 1}} if model else {}
     cfg = RunConfig.model_validate(fields)
     runs.execute(cfg, tmp_path / "plain", device="cpu")

@@ -21,8 +21,8 @@ from tests.engine.toy import ToyTask, config, everything, train
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, parallel: Parallel) -> None:
-    cfg = config(train={"length": 3})
-    clean = config(train={"length": 1})
+    cfg = config(train={"duration": 3})
+    clean = config(train={"duration": 1})
     state, lines = train(cfg, tmp_path / "run", parallel, task=ToyTask(0, frozenset({5, 9})))
     first, _ = train(clean, tmp_path / "clean", parallel)
     assert (state.step, state.divergence.skipped, state.images) == (3, 2, 12)
@@ -36,7 +36,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, paral
 def test_six_such_steps_in_a_row_go_back_once_and_leave_out_what_came_between(
     tmp_path: Path, parallel: Parallel
 ) -> None:
-    cfg = config(train={"length": 12, "checkpoint_every": 2, "keep_checkpoints": 9})
+    cfg = config(train={"duration": 12}, runtime={"checkpoint_every": 2, "keep_checkpoints": 9})
     state, _ = train(cfg, tmp_path / "run", parallel, task=ToyTask(0, frozenset(range(12, 36))))
     assert (state.step, state.images, state.divergence.left_out, state.divergence.skipped) == (12, 48, [[2, 9]], 7)
     assert "run.went_back" in events(tmp_path / "run")
@@ -47,7 +47,7 @@ def test_six_such_steps_in_a_row_go_back_once_and_leave_out_what_came_between(
 
 
 def test_going_back_is_replayed_when_the_run_dies_before_it_is_saved(tmp_path: Path, parallel: Parallel) -> None:
-    cfg = config(train={"length": 12, "checkpoint_every": 2, "keep_checkpoints": 9})
+    cfg = config(train={"duration": 12}, runtime={"checkpoint_every": 2, "keep_checkpoints": 9})
     bad = ToyTask(0, frozenset(range(12, 36)))
     plain, _ = train(cfg, tmp_path / "plain", parallel, task=bad)
     cut = tmp_path / "cut"
@@ -61,7 +61,7 @@ def test_going_back_is_replayed_when_the_run_dies_before_it_is_saved(tmp_path: P
 
 
 def test_the_second_time_the_run_ends(tmp_path: Path, parallel: Parallel) -> None:
-    cfg = config(train={"length": 20, "checkpoint_every": 2})
+    cfg = config(train={"duration": 20}, runtime={"checkpoint_every": 2})
     with pytest.raises(DivergedError, match="6 steps in a row, up to step 15; it went back to a checkpoint once"):
         train(cfg, tmp_path / "run", parallel, task=ToyTask(0, frozenset(range(12, 99))))
     assert not (tmp_path / "run" / "snapshots").exists()
@@ -69,11 +69,11 @@ def test_the_second_time_the_run_ends(tmp_path: Path, parallel: Parallel) -> Non
 
 def test_without_a_checkpoint_the_run_ends_the_first_time(tmp_path: Path, parallel: Parallel) -> None:
     with pytest.raises(DivergedError, match="up to step 9; nothing of them is saved"):
-        train(config(train={"length": 20}), tmp_path / "run", parallel, task=ToyTask(0, frozenset(range(12, 99))))
+        train(config(train={"duration": 20}), tmp_path / "run", parallel, task=ToyTask(0, frozenset(range(12, 99))))
 
 
 def test_a_spike_is_left_out_and_the_run_goes_on(tmp_path: Path, parallel: Parallel) -> None:
-    cfg = config(train={"length": 24, "spikes": {"window": 16, "after": 0}}, optim={"lr": 1e-4})
+    cfg = config(train={"duration": 24, "spikes": {"window": 16, "after": 0}}, optim={"lr": 1e-4})
     task = ToyTask(0)
     plain = task.loss
     task.loss = lambda model, batch: plain(model, batch) * (1e4 if 80 in batch.positions.tolist() else 1)
@@ -107,9 +107,11 @@ def test_no_memory_says_what_would_fit_or_asks_for_a_restart(
 
 
 def test_fp16_halves_its_scale_until_gradients_are_finite(tmp_path: Path, parallel: Parallel) -> None:
-    cfg = config(train={"length": 12, "precision": "fp16", "checkpoint_every": 5}, optim={"kind": "sgd", "lr": 0.05})
+    cfg = config(
+        train={"duration": 12, "precision": "fp16"}, runtime={"checkpoint_every": 5}, optim={"kind": "sgd", "lr": 0.05}
+    )
     state, _ = train(cfg, tmp_path / "run", parallel)
-    exact, _ = train(config(train={"length": 12}, optim={"kind": "sgd", "lr": 0.05}), tmp_path / "fp32", parallel)
+    exact, _ = train(config(train={"duration": 12}, optim={"kind": "sgd", "lr": 0.05}), tmp_path / "fp32", parallel)
     assert 1 < state.scale.value <= 2**16
     assert state.divergence.in_a_row == 0
     overflows = [line for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines() if "overflow" in line]
@@ -122,6 +124,6 @@ def test_fp16_halves_its_scale_until_gradients_are_finite(tmp_path: Path, parall
 
 
 def test_fp16_that_overflows_at_any_scale_ends_the_run(tmp_path: Path, parallel: Parallel) -> None:
-    cfg = config(train={"length": 40, "precision": "fp16", "checkpoint_every": 2})
+    cfg = config(train={"duration": 40, "precision": "fp16"}, runtime={"checkpoint_every": 2})
     with pytest.raises(DivergedError, match=r"even with a loss scale of 0\.5, up to step 18"):
         train(cfg, tmp_path / "run", parallel, task=ToyTask(0, frozenset(range(8, 999))))

@@ -33,8 +33,9 @@ SIDE = 8
 
 
 def config(**sections: Any) -> RunConfig:
-    """A run file for the toy; `train={...}` and `optim={...}` overlay the defaults below."""
-    train = {"length": 8, "group_size": 4, "log_every": 1, "checkpoint_every": 100, **sections.pop("train", {})}
+    """A run file for the toy; the sections given overlay the defaults below."""
+    train = {"duration": 8, "global_batch_size": 4, **sections.pop("train", {})}
+    runtime = {"log_every": 1, "checkpoint_every": 100, **sections.pop("runtime", {})}
     optim = {"lr": 1e-2, **sections.pop("optim", {})}
     data = {"path": "toy", "image_size": 16, **sections.pop("data", {})}
     return RunConfig.model_validate(
@@ -42,6 +43,7 @@ def config(**sections: Any) -> RunConfig:
             "data": data,
             "task": {"kind": "denoise"},
             "train": train,
+            "runtime": runtime,
             "optim": optim,
             "model": {"multipliers": [1]},
             **sections,
@@ -135,7 +137,9 @@ class ToyTrain:
     def __init__(self, cfg: RunConfig, *, rank: int = 0, world: int = 1, num_images: int = 6) -> None:
         self.cfg, self.rank, self.world, self.num_images = cfg, rank, world, num_images
         train = cfg.train
-        self.plan = GroupPlan(num_images, train.group_size, train.micro_batch, train.windows, drop_last=False)
+        self.plan = GroupPlan(
+            num_images, train.global_batch_size, train.micro_batch, train.epoch_boundary, drop_last=False
+        )
         self.quarantine = Quarantine([], 0.0)
         self.order = SampleOrder(cfg.seed, [ListedRows(np.arange(num_images), np.zeros(num_images, int))], None, 1)
 

@@ -94,7 +94,7 @@ def two_processes(forge: Forge, folder: Path) -> dict[str, int]:
 def every_damage(forge: Forge, folder: Path) -> dict[str, int]:
     """200 flipped bits, 50 truncations, and the blunt kinds; each has to be found out."""
     work = job(folder / "run")
-    work["config"]["train"]["keep_checkpoints"] = 2
+    work["config"]["runtime"]["keep_checkpoints"] = 2
     forge.finish(work)
     return damage_all(folder / "run" / "checkpoints", flips=200, truncations=50) | {"loaded_silently": 0}
 

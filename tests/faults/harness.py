@@ -145,14 +145,16 @@ def are_gone(pids: Sequence[int]) -> bool:
     return not alive
 
 
-def write_run(folder: Path, data: Path, **train: Any) -> Path:
+def write_run(
+    folder: Path, data: Path, *, checkpoint_every: str = "5 steps", log_every: str = "1 steps", **train: Any
+) -> Path:
     """The smallest run file: a checkpoint every few steps, and nothing to do at the end."""
-    settings = {"length": "60 steps", "checkpoint_every": "5 steps", "log_every": "1 steps", "ema": {"decay": 0.5}}
     content = {
         "extends": str(SMOKE / "pretrain.yaml"),
         "name": "faults",
         "data": {"path": str(data)},
-        "train": {**settings, **train},
+        "train": {"duration": "60 steps", "ema": {"decay": 0.5}, **train},
+        "runtime": {"checkpoint_every": checkpoint_every, "log_every": log_every},
         "evaluate": {"samples": 0},
     }
     path = folder / "run.yaml"

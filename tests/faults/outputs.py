@@ -19,10 +19,11 @@ def job(phantoms: Path, out: Path) -> dict[str, Any]:
     """Two steps of fine-tuning on two phantoms, and the score on six others."""
     cfg = RunConfig.model_validate(
         {
-            "data": {"path": str(phantoms), "image_size": 32, "workers": 0, "shots": 2},
+            "data": {"path": str(phantoms), "image_size": 32, "shots": 2},
             "model": NETWORK,
             "task": {"kind": "landmarks"},
-            "train": {"length": 2, "group_size": 2, "log_every": 1},
+            "train": {"duration": 2, "global_batch_size": 2},
+            "runtime": {"workers": 0, "log_every": 1},
         }
     )
     return {"config": cfg.model_dump(mode="json"), "out": str(out), "device": "cpu"}

@@ -20,10 +20,8 @@ from tests.faults.forge import Forge
 
 SAVES = (3, 6, 9, 12)
 SETTINGS: dict[str, Any] = {
-    "length": 12,
+    "duration": 12,
     "micro_batch": 2,
-    "checkpoint_every": 3,
-    "keep_checkpoints": 1,
     "select": "best",
     "evaluate_every": 2,
 }
@@ -32,7 +30,10 @@ SETTINGS: dict[str, Any] = {
 def job(out: Path, *, exactness: str = "ordered", **more: Any) -> dict[str, Any]:
     """Twelve steps, four checkpoints of which the newest is kept, best weights, and a rule that changes the rate."""
     cfg = config(
-        train=SETTINGS | {"exactness": exactness}, data={"validation_split": "val"}, optim={"plateau": {"patience": 0}}
+        train=SETTINGS | {"exactness": exactness},
+        runtime={"checkpoint_every": 3, "keep_checkpoints": 1},
+        data={"validation_split": "val"},
+        optim={"plateau": {"patience": 0}},
     )
     return {"config": cfg.model_dump(mode="json"), "out": str(out), **more}
 

@@ -42,7 +42,7 @@ def campaign(folder: Path, *, targets: tuple[str, ...] = TARGETS, phases: tuple[
     run_file = write_run(
         folder,
         data,
-        length="1000000 steps",
+        duration="1000000 steps",
         checkpoint_every="15 steps",
         log_every="1 steps",
         evaluate_every="20 steps",

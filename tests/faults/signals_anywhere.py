@@ -38,7 +38,7 @@ from tests.faults.harness import ROOT, SMOKE, run_tool, tree_of
 
 LIMIT_S = 25.0
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
-ENDLESS = "train.length=1000000 steps"
+ENDLESS = "train.duration=1000000 steps"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Place:
 
 def commands(place: Place) -> dict[str, Command]:
     """Every command, and every kind of wait."""
-    data, ram, one = f"data.path={place.pool}", "data.residency=ram", ("--cpu", 1)
+    data, ram, one = f"data.path={place.pool}", "runtime.cache_pixels=ram", ("--cpu", 1)
     pretrain, finetune = ("pretrain", SMOKE / "pretrain.yaml"), ("finetune", SMOKE / "finetune.yaml")
     finished = place.folder / "finetuned"
     nodes = ("--nodes", 2, "--rdzv", place.nowhere)

@@ -38,7 +38,7 @@ def soak(
         data = folder / "data"
         pack("skull", data, PackSettings(kind="phantom", size=32, counts={"train": 12}, seed=7), workers=1)
         exactness = {} if len(set(worlds)) == 1 else {"exactness": "exact", "micro_batch": 1}
-        run_file = write_run(folder, data, length=f"{steps} steps", checkpoint_every="4 steps", **exactness)
+        run_file = write_run(folder, data, duration=f"{steps} steps", checkpoint_every="4 steps", **exactness)
     began = time.monotonic()
     peaceful = folder / "peaceful"
     assert _start(run_file, peaceful, worlds[0]).wait(1800) == 0, "the undisturbed run failed"

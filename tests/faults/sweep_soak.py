@@ -160,8 +160,9 @@ def _start(file: Path, out: Path) -> subprocess.Popen[bytes]:
 def _write(folder: Path, shots: Sequence[int], seeds: Sequence[int], steps: int) -> Path:
     data = folder / "data"
     pack("skull", data, PackSettings(kind="phantom", size=32, counts={"train": 4, "test": 4}, seed=7), workers=1)
-    run = FINE_TUNING | {"data": {"path": str(data), "image_size": 32, "workers": 0}}
-    run["train"] = {"length": f"{steps} steps", "group_size": 2, "log_every": "1 steps", "checkpoint_every": "5 steps"}
+    run = FINE_TUNING | {"data": {"path": str(data), "image_size": 32}}
+    run["train"] = {"duration": f"{steps} steps", "global_batch_size": 2}
+    run["runtime"] = {"workers": 0, "log_every": "1 steps", "checkpoint_every": "5 steps"}
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     grid = {"shots": list(shots), "seeds": list(seeds), "start": {"scratch": None}}
     (folder / "sweep.yaml").write_text(yaml.safe_dump({"name": "soak", "run": "run.yaml", "grids": [grid]}))

@@ -14,16 +14,16 @@ from tests.engine.toy import config
 from tests.faults.forge import Forge, Worker
 
 SETTINGS: dict[str, Any] = {
-    "length": 12,
+    "duration": 12,
     "micro_batch": 2,
-    "checkpoint_every": 3,
     "select": "best",
     "evaluate_every": 2,
 }
 
 
 def job(out: Path, **more: Any) -> dict[str, Any]:
-    cfg = config(train=SETTINGS, data={"validation_split": "val"}, optim={"plateau": {"patience": 0}})
+    settings = {"train": SETTINGS, "runtime": {"checkpoint_every": 3}, "data": {"validation_split": "val"}}
+    cfg = config(**settings, optim={"plateau": {"patience": 0}})
     return {"config": cfg.model_dump(mode="json"), "out": str(out), **more}
 
 
@@ -58,7 +58,7 @@ def test_the_same_request_arriving_twice_at_once_is_one_request(forge: Forge, tm
 
 def test_a_second_signal_later_leaves_at_once_and_saves_nothing(forge: Forge, tmp_path: Path) -> None:
     cfg_job = job(tmp_path / "run", announce_at=2)
-    cfg_job["config"]["train"]["length"] = "1000000 steps"
+    cfg_job["config"]["train"]["duration"] = "1000000 steps"
     cfg_job["hold"] = True
     [worker] = processes.launch(forge, tmp_path, [cfg_job], world=1)
     worker.wait_for("there")

@@ -18,7 +18,9 @@ LAUNCH = {"device": "cpu", "processes": 2, "stall_s": 4}
 
 @pytest.fixture
 def run_file(tmp_path: Path, packed_phantoms: Path) -> Path:
-    return write_run(tmp_path, packed_phantoms, length="100000 steps", checkpoint_every="15 steps", log_every="1 steps")
+    return write_run(
+        tmp_path, packed_phantoms, duration="100000 steps", checkpoint_every="15 steps", log_every="1 steps"
+    )
 
 
 def start(run_file: Path, out: Path, *words: object) -> Started:
@@ -65,7 +67,9 @@ def test_lost_and_stopped_ranks_are_replaced_and_a_signal_saves(run_file: Path, 
 @pytest.mark.slow
 def test_a_disk_that_is_slow_at_the_end_is_waited_for(tmp_path: Path, packed_phantoms: Path) -> None:
     """Four checkpoints are written beside training, in no time; the fifth takes three times the limit for a step."""
-    run_file = write_run(tmp_path, packed_phantoms, length="10 steps", checkpoint_every="2 steps", log_every="1 steps")
+    run_file = write_run(
+        tmp_path, packed_phantoms, duration="10 steps", checkpoint_every="2 steps", log_every="1 steps"
+    )
     slow = breaking.environment({"call": "os.fsync", "save": 5, "at": None, "how": "pause"})
     run = Started([run_file], tmp_path / "run", launch=LAUNCH | {"stall_s": 2}, **slow)
     assert run.wait() == 0
@@ -74,7 +78,7 @@ def test_a_disk_that_is_slow_at_the_end_is_waited_for(tmp_path: Path, packed_pha
 
 
 def test_a_run_in_one_process_that_hangs_says_where_and_can_be_continued(tmp_path: Path, packed_phantoms: Path) -> None:
-    run_file = write_run(tmp_path, packed_phantoms, length="2 steps", log_every="1 steps")
+    run_file = write_run(tmp_path, packed_phantoms, duration="2 steps", log_every="1 steps")
     out, words = tmp_path / "run", [run_file, "data.validation_split=val", "evaluate.batch=1"]
     alone = LAUNCH | {"processes": 1, "stall_s": 2}
     hanging: breaking.Break = {"call": "ddpm_lmk.engine.evaluate.beat", "at": 2, "how": "hang"}

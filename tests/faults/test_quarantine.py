@@ -20,17 +20,18 @@ from tests.faults.breaking import Break
 from tests.faults.harness import events
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-MODEL = {"width": 8, "multipliers": [1, 2], "patch": 4, "heads": 2, "head_dim": 4}
+MODEL = {"width": 8, "multipliers": [1, 2], "pixel_unshuffle": 4, "heads": 2, "head_dim": 4}
 EXACT = {"exactness": "exact", "micro_batch": 2}
 
 
 def config(pack: Path, *, steps: int, **train: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
-            "data": {"path": str(pack), "image_size": 32, "residency": "stream"},
+            "data": {"path": str(pack), "image_size": 32},
             "model": MODEL,
             "task": {"kind": "denoise"},
-            "train": {"group_size": 8, "length": steps, "checkpoint_every": 2, **train},
+            "train": {"global_batch_size": 8, "duration": steps, **train},
+            "runtime": {"cache_pixels": "stream", "checkpoint_every": 2},
         }
     )
 

@@ -64,7 +64,7 @@ def test_killed_at_a_call_of_a_save_it_continues(forge: Forge, wanted: Outcome, 
 def test_killed_while_it_loads_it_continues(forge: Forge, wanted: Outcome, tmp_path: Path, place: Break) -> None:
     out = tmp_path / "run"
     work = job(out)
-    work["config"]["train"]["keep_checkpoints"] = 2
+    work["config"]["runtime"]["keep_checkpoints"] = 2
     third: Break = {"call": "os.mkdir", "save": 3, "how": "kill"}
     assert forge.run(work, breaks=[third])[0] == -signal.SIGKILL
     assert good_steps(out) == [6, 3]
@@ -127,7 +127,7 @@ def test_a_signal_during_a_save_waits_for_it(forge: Forge, wanted: Outcome, tmp_
 
 def test_no_damage_to_the_newest_checkpoint_is_loaded(forge: Forge, tmp_path: Path) -> None:
     work = job(tmp_path / "run")
-    work["config"]["train"]["keep_checkpoints"] = 2
+    work["config"]["runtime"]["keep_checkpoints"] = 2
     forge.finish(work)
     found = damage_all(tmp_path / "run" / "checkpoints", flips=60, truncations=18)
     assert found == {"flipped": 60, "truncated": 18, "deleted": 6, "emptied": 6, "grown": 6}

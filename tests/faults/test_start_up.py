@@ -50,7 +50,7 @@ def test_awkward_paths_and_read_only_data_give_a_private_run_without_a_network(
         path.chmod(0o555 if path.is_dir() else 0o444)
     out = folder / os.fsdecode(b"not \xff utf-8") / "a run"
     out.parent.mkdir()
-    run_file = write_run(tmp_path, packed_phantoms, length="4 steps", checkpoint_every="2 steps")
+    run_file = write_run(tmp_path, packed_phantoms, duration="4 steps", checkpoint_every="2 steps")
     alone = ("unshare", "--user", "--map-root-user", "--net")
     can_be_alone = subprocess.run([*alone, "true"], capture_output=True, check=False).returncode == 0
     words = (f"data.path={json.dumps(str(data), ensure_ascii=True)}",)
@@ -67,7 +67,7 @@ def test_awkward_paths_and_read_only_data_give_a_private_run_without_a_network(
 
 @pytest.mark.slow
 def test_a_shared_run_is_open_to_the_group_and_to_nobody_else(tmp_path: Path, packed_phantoms: Path) -> None:
-    run_file = write_run(tmp_path, packed_phantoms, length="4 steps", checkpoint_every="2 steps")
+    run_file = write_run(tmp_path, packed_phantoms, duration="4 steps", checkpoint_every="2 steps")
     os.umask(0o022)
     pretrain(run_file, tmp_path / "run", "--share-group")
     assert modes(tmp_path / "run") == {("folder", "0o770"), ("file", "0o660")}

@@ -63,8 +63,9 @@ class Sweep:
 
 
 def write_sweep(folder: Path, data: Path) -> Path:
-    run = FINE_TUNING | {"data": {"path": str(data), "image_size": 32, "workers": 0}}
-    run["train"] = {"length": "60 steps", "group_size": 2, "log_every": "1 steps", "checkpoint_every": "5 steps"}
+    run = FINE_TUNING | {"data": {"path": str(data), "image_size": 32}}
+    run["train"] = {"duration": "60 steps", "global_batch_size": 2}
+    run["runtime"] = {"workers": 0, "log_every": "1 steps", "checkpoint_every": "5 steps"}
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     grid = {"shots": [2], "seeds": [0, 1, 2], "start": {"scratch": None}}
     (folder / "sweep.yaml").write_text(yaml.safe_dump({"name": "hurt", "run": "run.yaml", "grids": [grid]}))

@@ -21,8 +21,9 @@ MOVES = {"probability": 0.7, "shift": 0.1, "rotate_deg": 20, "scale": 0.2, "scal
 
 
 def batches(pack: Path, loader: str, device: torch.device) -> list[Batch]:
-    data: dict[str, Any] = {"loader": loader, "residency": "stream", "augment": MOVES, "intensity": "full_range"}
-    opened = open_loader(run_config(pack, data=data), stage="train", device=device)
+    data: dict[str, Any] = {"augment": MOVES, "intensity": "full_range"}
+    runtime: dict[str, Any] = {"loader": loader, "cache_pixels": "stream"}
+    opened = open_loader(run_config(pack, data=data, runtime=runtime), stage="train", device=device)
     made = [batch for group in itertools.islice(opened.groups(0), 3) for batch in group.micro_batches]
     opened.close()
     return made

@@ -24,10 +24,11 @@ def parallel(device: torch.device) -> Parallel:
 
 
 def config(packs: Path, **train: Any) -> RunConfig:
-    settings = {"length": 4, "group_size": 4, "micro_batch": 2, "log_every": 1, "checkpoint_every": 2} | train
+    settings = {"duration": 4, "global_batch_size": 4, "micro_batch": 2} | train
     return RunConfig.model_validate(
         {
-            "data": {"path": str(packs), "image_size": 32, "workers": 0},
+            "data": {"path": str(packs), "image_size": 32},
+            "runtime": {"workers": 0, "log_every": 1, "checkpoint_every": 2},
             "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
             "task": {"kind": "denoise", "num_timesteps": 20},
             "train": settings,
@@ -48,7 +49,7 @@ def test_a_run_has_the_same_bits_again_and_through_a_checkpoint(
     for name in ("once", "again"):
         execute(cfg, tmp_path / name, parallel=parallel)
     assert digests(tmp_path / "again") == digests(tmp_path / "once")
-    short = config(packed_phantoms, exactness="exact", length=2)
+    short = config(packed_phantoms, exactness="exact", duration=2)
     execute(short, tmp_path / "short", parallel=parallel)
     execute(cfg, tmp_path / "continued", parallel=parallel, fork=tmp_path / "short")
     assert digests(tmp_path / "continued") == digests(tmp_path / "once")

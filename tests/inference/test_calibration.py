@@ -115,7 +115,7 @@ def test_calibration_error_is_that_of_ten_bins_and_an_open_last_one() -> None:
 
 
 def settings(data: Path, *words: str) -> RunConfig:
-    return load_run(SMOKE / "finetune.yaml", [f"data.path={data}", FITTED, "train.length=1 steps", *words])
+    return load_run(SMOKE / "finetune.yaml", [f"data.path={data}", FITTED, "train.duration=1 steps", *words])
 
 
 def finetuned(data: Path, out: Path, *words: str) -> dict:

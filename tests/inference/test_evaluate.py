@@ -29,7 +29,8 @@ from ddpm_lmk.inference.export import export_run, sample_run
 from ddpm_lmk.inference.load import open_run
 from ddpm_lmk.inference.predict import list_images, predict_images
 from ddpm_lmk.run import execute
-from ddpm_lmk.tasks import LandmarkTask, Predictions
+from ddpm_lmk.tasks import LandmarkTask
+from ddpm_lmk.tasks.codecs import Decoded
 from tests.data.dicoms import dataset, to_bytes
 
 SEED = 7  # of the packed phantoms
@@ -39,10 +40,11 @@ def config(packed: Path, **sections: object) -> RunConfig:
     """A network too small to learn anything, on phantoms."""
     values = {
         "name": "tiny",
-        "data": {"path": str(packed), "image_size": 32, "workers": 0, "shots": 4, "validation_split": "val"},
+        "data": {"path": str(packed), "image_size": 32, "shots": 4, "validation_split": "val"},
         "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 8},
         "task": {"kind": "landmarks"},
-        "train": {"length": "3 steps", "group_size": 4, "log_every": "1 steps"},
+        "train": {"duration": "3 steps", "global_batch_size": 4},
+        "runtime": {"workers": 0, "log_every": "1 steps"},
         "evaluate": {"split": "test", "batch": 4},
     }
     return RunConfig.model_validate(values | sections)
@@ -60,7 +62,7 @@ def landmark_run(packed_phantoms: Path, tmp_path_factory: pytest.TempPathFactory
 def denoise_run(packed_phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished pre-training run."""
     out = tmp_path_factory.mktemp("runs") / "denoise"
-    data = {"path": str(packed_phantoms), "image_size": 32, "workers": 0}
+    data = {"path": str(packed_phantoms), "image_size": 32}
     task = {"kind": "denoise", "num_timesteps": 20}
     execute(config(packed_phantoms, data=data, task=task), out, device="cpu")
     return out
@@ -74,12 +76,12 @@ class Oracle(LandmarkTask):
         super().__init__(cfg.task, Manifest.open(data).spec)
         self.offset, self.broken = torch.tensor(offset), broken
 
-    def predict(self, model: nn.Module, batch: Batch) -> Predictions:
+    def predict(self, model: nn.Module, batch: Batch) -> Decoded:
         assert batch.points is not None
         points = batch.points + self.offset
         points[[name == self.broken for name in batch.ids]] = float("nan")
         shape = points.shape[:2]
-        return Predictions(points, torch.full(shape, 2.0), torch.zeros(shape, dtype=torch.bool))
+        return Decoded(points, torch.full(shape, 2.0), torch.zeros(shape, dtype=torch.bool))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

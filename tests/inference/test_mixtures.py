@@ -44,10 +44,11 @@ def config(packs: list[str], **model: object) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "both",
-            "data": {"path": packs, "shots": 4, "image_size": SIZE, "residency": "ram", "workers": 0},
+            "data": {"path": packs, "shots": 4, "image_size": SIZE},
             "model": {"width": 8, "multipliers": [1, 2], "heads": 2, "head_dim": 4, **model},
             "task": {"kind": "landmarks"},
-            "train": {"length": 3, "group_size": 8, "micro_batch": 4, "checkpoint_every": 2, "log_every": 1},
+            "train": {"duration": 3, "global_batch_size": 8, "micro_batch": 4},
+            "runtime": {"cache_pixels": "ram", "workers": 0, "checkpoint_every": 2, "log_every": 1},
             "evaluate": {"split": "test", "batch": 2},
         }
     )
@@ -120,7 +121,7 @@ def test_a_run_that_is_not_scored_ends_all_the_same(packs: list[str], tmp_path: 
 
 def test_a_killed_run_of_gu2net_ends_with_the_same_weights(universal: tuple[RunConfig, Path], tmp_path: Path) -> None:
     cfg, out = universal
-    longer = cfg.model_copy(update={"train": cfg.train.model_copy(update={"length": Duration(2)})})
+    longer = cfg.model_copy(update={"train": cfg.train.model_copy(update={"duration": Duration(2)})})
     execute(longer, tmp_path / "run")
     execute(cfg, tmp_path / "run")  # resumes from the checkpoint of step 2
     for name in ("model", "ema"):

@@ -173,16 +173,23 @@ def test_what_a_job_could_not_keep_with_zero_is_refused_before_it_is_queued(
     tmp_path: Path, packed_phantoms: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "zero.yaml").write_text("{device: cuda, processes: 2, zero: 1}")
-    words = [f"data.path={packed_phantoms}", "train.standardise=step", "--launch", str(tmp_path / "zero.yaml")]
+    words = [
+        f"data.path={packed_phantoms}",
+        "train.weight_standardization=step",
+        "--launch",
+        str(tmp_path / "zero.yaml"),
+    ]
     assert cli.run(["launch", "slurm", str(SMOKE / "pretrain.yaml"), *words, "--script", str(tmp_path / "s")]) == 2
-    assert "train.standardise=step cannot be kept with ZeRO" in capsys.readouterr().err
+    assert "train.weight_standardization=step cannot be kept with ZeRO" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_real_run_is_preempted_queued_again_and_done(tmp_path: Path, packed_phantoms: Path, cluster: Cluster) -> None:
-    script = write(tmp_path, f"data.path={packed_phantoms}", "train.length=60 steps", "evaluate.samples=0", "--cpu", 2)
+    script = write(
+        tmp_path, f"data.path={packed_phantoms}", "train.duration=60 steps", "evaluate.samples=0", "--cpu", 2
+    )
     real = tmp_path / "bin" / "ddpm-lmk"
     real.write_text(f'#!/bin/bash\nexec {sys.executable} -m ddpm_lmk.cli "$@"\n')
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -17,8 +17,8 @@ from tests.reference.released_unet import ReleasedUNet, random_state, released_s
 
 VARIANTS = [
     UNetConfig(width=8),
-    UNetConfig(width=16, multipliers=(1, 2, 3), heads=2, head_dim=8, patch=2),
-    UNetConfig(width=12, multipliers=(2, 4), linear_attention=(False, True), patch=4),
+    UNetConfig(width=16, multipliers=(1, 2, 3), heads=2, head_dim=8, pixel_unshuffle=2),
+    UNetConfig(width=12, multipliers=(2, 4), linear_attention=(False, True), pixel_unshuffle=4),
 ]
 TIMES = torch.tensor([7])
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.errors import CheckpointError, ConfigError
 from ddpm_lmk.models import build_model, model_cost
-from ddpm_lmk.models.encoder_unet import build_encoder, double, load_encoder, want_file
+from ddpm_lmk.models.encoder_unet import build_encoder, double, load_encoder, require_file
 from ddpm_lmk.models.import_torch import import_weights
 from ddpm_lmk.rundir.checkpoint import read
 
@@ -41,7 +41,7 @@ def test_encoder_has_the_published_number_of_parameters(encoder: str) -> None:
 
 
 def test_densenet161_unet_costs_what_the_paper_s_does() -> None:
-    """paper.md, section 5: 38.73 M parameters, of them 26.46 M in the encoder, 16.8 to 17.1 GMAC at 256 x 256."""
+    """docs/method.md, section 5: 38.73 M parameters, of them 26.46 M in the encoder, 16.8 to 17.1 GMAC at 256 x 256."""
     cost = model_cost(EncoderUNetConfig(), 256, 19)
     assert round(cost.params / 1e6, 2) == 38.73
     assert round(cost.flops_forward / 2e9, 1) == 16.9
@@ -143,7 +143,7 @@ def test_weights_of_another_encoder_are_refused_and_change_nothing() -> None:
         load_encoder(model, build_encoder(small("resnext50")).state_dict())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     with pytest.raises(CheckpointError, match=r"does not exist.*densenet161-8d451a50\.pth"):
-        want_file("nowhere.safetensors")
+        require_file("nowhere.safetensors")
 
 
 def test_run_file_is_refused_where_the_network_cannot_do_it() -> None:

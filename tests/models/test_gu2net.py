@@ -20,7 +20,7 @@ def small(*domains: int) -> GU2Net:
 
 
 def test_it_has_the_parameters_and_operations_of_the_original() -> None:
-    """paper.md, section 5: 4,381,052 parameters (2.12 M local, 2.26 M global) and 8.2 GMAC at 256 x 256."""
+    """docs/method.md, section 5: 4,381,052 parameters (2.12 M local, 2.26 M global) and 8.2 GMAC at 256 x 256."""
     with torch.device("meta"):
         net = GU2Net(GU2NetConfig(), domains=(6, 19, 37))
         image = torch.empty(1, 1, 256, 256)

@@ -79,8 +79,14 @@ def test_a_released_checkpoint_becomes_weights_a_run_can_start_from(packed_phant
     assert all(torch.equal(found[name], value) for name, value in state.items())
     assert file.stat().st_mode & 0o077 == 0
 
-    model = ("model.width=8", "model.multipliers=[1, 2]", "model.heads=4", "model.head_dim=32", "model.patch=1")
-    words = (f"data.path={packed_phantoms}", f"init.weights={file}", "train.length=1 steps", *model)
+    model = (
+        "model.width=8",
+        "model.multipliers=[1, 2]",
+        "model.heads=4",
+        "model.head_dim=32",
+        "model.pixel_unshuffle=1",
+    )
+    words = (f"data.path={packed_phantoms}", f"init.weights={file}", "train.duration=1 steps", *model)
     run = run_command("finetune", SMOKE / "finetune.yaml", "--cpu", 1, "--out", tmp_path / "run", *words)
     assert run.code == 0, run.err
     assert '"loaded": "trunk"' in (tmp_path / "run" / "run.json").read_text()

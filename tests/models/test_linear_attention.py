@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_lmk.models.blocks import LinearAttention
 from ddpm_lmk.models.kernels import linear_attention_cpu
-from ddpm_lmk.models.kernels.linear_attention_cpu import Pool, Spread, is_wanted
+from ddpm_lmk.models.kernels.linear_attention_cpu import Pool, Spread, is_faster
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -46,9 +46,9 @@ def test_image_by_image_is_the_attention_over_the_batch_and_keeps_less(monkeypat
 
 def test_it_is_for_large_maps_of_wide_types_on_a_processor() -> None:
     large = torch.empty(4, 4096, 32)
-    assert is_wanted(large, 128)
-    assert not is_wanted(large[:1], 128)
-    assert not is_wanted(large.bfloat16(), 128)
-    assert not is_wanted(large.to("meta"), 128)
+    assert is_faster(large, 128)
+    assert not is_faster(large[:1], 128)
+    assert not is_faster(large.bfloat16(), 128)
+    assert not is_faster(large.to("meta"), 128)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not is_wanted(large, 128)
+        assert not is_faster(large, 128)

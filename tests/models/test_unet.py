@@ -16,7 +16,7 @@ from ddpm_lmk.config import UNetConfig
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import Block, DoubleSizeConv2d, GroupNorm, HalfSizeConv2d
-from ddpm_lmk.models.weight_standardization import standardise
+from ddpm_lmk.models.weight_standardization import standardized
 from ddpm_lmk.models.weights import from_upstream
 from tests.reference.released_unet import ReleasedUNet, random_state, released_shapes
 
@@ -84,7 +84,7 @@ def test_without_a_timestep_nothing_of_the_time_conditioning_is_used():
 
 
 def test_patch_works_on_a_smaller_grid_and_shuffles_back_to_full_size():
-    cfg = SMALL.model_copy(update={"patch": 2})
+    cfg = SMALL.model_copy(update={"pixel_unshuffle": 2})
     torch.manual_seed(0)
     full = build_model(cfg, out_channels=3)
     small = build_model(cfg, out_channels=12, full_size=False)
@@ -96,7 +96,7 @@ def test_patch_works_on_a_smaller_grid_and_shuffles_back_to_full_size():
 
 
 def test_patched_stem_sees_every_pixel():
-    model = build_model(SMALL.model_copy(update={"patch": 4}), out_channels=1, full_size=False)
+    model = build_model(SMALL.model_copy(update={"pixel_unshuffle": 4}), out_channels=1, full_size=False)
     x = torch.rand(1, 1, 32, 32, requires_grad=True)
     model(x).square().sum().backward()
     assert (x.grad != 0).all()
@@ -126,7 +126,7 @@ def test_networks_that_cannot_be_built_are_refused(changes, told):
 
 
 def test_images_that_cannot_be_halved_are_refused_with_the_multiple_wanted():
-    model = build_model(UNetConfig(width=8, patch=2), out_channels=1)
+    model = build_model(UNetConfig(width=8, pixel_unshuffle=2), out_channels=1)
     with pytest.raises(ConfigError, match=r"24 x 16 pixels.*multiple of 16"):
         model(torch.rand(1, 1, 16, 24))
 
@@ -187,7 +187,9 @@ def test_softmaxes_of_linear_attention_are_fp32_under_autocast():
 
 
 def test_activations_stay_channels_last():
-    model = build_model(SMALL.model_copy(update={"patch": 2}), out_channels=1).to(memory_format=torch.channels_last)
+    model = build_model(SMALL.model_copy(update={"pixel_unshuffle": 2}), out_channels=1).to(
+        memory_format=torch.channels_last
+    )
     outputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda module, args, out, name=name: outputs.setdefault(name, out))
@@ -200,14 +202,14 @@ def test_activations_stay_channels_last():
 def test_a_forward_and_backward_pass_never_reads_a_value_back():
     """Under fake tensors any `.item()` or branch on data raises; on a GPU each would be a wait for the device."""
     with FakeTensorMode():
-        model = build_model(UNetConfig(width=8, patch=2, checkpointing=True), out_channels=2)
+        model = build_model(UNetConfig(width=8, pixel_unshuffle=2, checkpointing=True), out_channels=2)
         model(torch.rand(2, 1, 32, 32), torch.tensor([1, 2])).sum().backward()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_standardised_weights_have_mean_zero_and_the_biased_variance_of_the_formula(memory_format):
     weight = (3 + 2 * torch.randn(4, 5, 3, 3, dtype=torch.float64)).to(memory_format=memory_format)
-    unit = standardise(weight)
+    unit = standardized(weight)
     variance = weight.var(dim=(1, 2, 3), correction=0)
     assert unit.is_contiguous(memory_format=memory_format)
     assert unit.mean(dim=(1, 2, 3)).abs().max() < 1e-12
@@ -217,7 +219,7 @@ def test_standardised_weights_have_mean_zero_and_the_biased_variance_of_the_form
 
 def test_standardisation_is_in_fp32_for_half_precision_weights():
     weight = torch.randn(4, 5, 3, 3).bfloat16()
-    assert standardise(weight).dtype == torch.float32
+    assert standardized(weight).dtype == torch.float32
 
 
 def test_doubling_convolution_is_nearest_enlargement_and_a_3x3_convolution():

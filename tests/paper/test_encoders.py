@@ -1,4 +1,4 @@
-"""The run files of the paper's baselines have the released values (paper.md, section 5), oddities included, and run."""
+"""Run files of the paper's baselines have the released values (docs/method.md, section 5), oddities included."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ VALUES: list[tuple[str, str, Any]] = [
         ("optim.schedule", "constant"),
         ("optim.clip", None),
         ("train.micro_batch", 4),
-        ("train.group_size", 32),
+        ("train.global_batch_size", 32),
         ("train.gradient", "sum"),
         ("train.precision", "fp32"),
-        ("train.length.count", 10000),
+        ("train.duration.count", 10000),
         ("train.ema", None),
     )),
     ("mocov3", "task.projector", (2048, 2048, 256)),
@@ -107,8 +107,8 @@ SMALL = [
     "model.scale=0.125",
     "model.blocks=[1,1,1,1]",
     "data.image_size=32",
-    "data.workers=0",
-    "data.packed.filter=null",
+    "runtime.workers=0",
+    "data.require_dataset.filter=null",
 ]
 
 
@@ -118,7 +118,7 @@ def test_the_protocol_runs_at_a_small_size(method: str, packed_phantoms: Path, t
     words = [*SMALL, f"data.path={packed_phantoms}"]
     cfg = load_run(
         CONFIGS / "paper" / f"pretrain_{method}.yaml",
-        [*words, *HEADS[method], "train.length=4 steps", "train.group_size=12"],
+        [*words, *HEADS[method], "train.duration=4 steps", "train.global_batch_size=12"],
     )
     views = tuple(view.model_copy(update={"size": 32, "blur": 0.0}) for view in cfg.task.views)  # type: ignore[union-attr]
     cfg = cfg.model_copy(update={"task": cfg.task.model_copy(update={"views": views})})
@@ -127,7 +127,7 @@ def test_the_protocol_runs_at_a_small_size(method: str, packed_phantoms: Path, t
     assert results["train"]["images"] == 2 * (12 + 4)  # 16 images an epoch: windows of 12 and 4
     start = ["data.shots=3", "model.in_channels=3", "init.use=model", f"init.weights={tmp_path / 'run'}"]
     tuning = load_run(
-        CONFIGS / "paper" / "finetune_cephalometric_encoder.yaml", [*words, *start, "train.length=2 epochs"]
+        CONFIGS / "paper" / "finetune_cephalometric_encoder.yaml", [*words, *start, "train.duration=2 epochs"]
     )
     results = execute(tuning, tmp_path / "tuned", parallel=parallel)
     assert json.loads((tmp_path / "tuned" / "run.json").read_text())["parent"]["loaded"] == "encoder"

@@ -1,4 +1,4 @@
-"""Which images the splits and shots of the released code are (paper.md, section 3, Splits)."""
+"""Which images the splits and shots of the released code are (docs/method.md, section 3, Splits)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_hands_are_sorted_as_text(tmp_path: Path) -> None:
 
 
 def test_the_hand_is_measured_between_the_papers_landmarks() -> None:
-    """paper.md, section 3, Metrics: 50 mm between landmarks 0 and 4 there; 1 and 5 is what the annotators wrote."""
+    """docs/method.md, section 3, Metrics: 50 mm between 0 and 4 there; 1 and 5 is what the annotators wrote."""
     spec = SPECS["hand"]
     assert spec.paper_factor == "pair_squeezed"
     assert spec.paper_pair is not None

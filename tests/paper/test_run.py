@@ -18,7 +18,13 @@ from ddpm_lmk.inference import scoring
 from tests.cli.commands import CONFIGS, run_command
 
 FINETUNE = CONFIGS / "paper" / "finetune_cephalometric.yaml"
-SMALL = ("model.width=8", "model.multipliers=[1, 2]", "data.image_size=32", "train.length=2 epochs", "data.workers=0")
+SMALL = (
+    "model.width=8",
+    "model.multipliers=[1, 2]",
+    "data.image_size=32",
+    "train.duration=2 epochs",
+    "runtime.workers=0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +63,18 @@ def test_a_pack_with_another_filter_is_refused(packed_phantoms: Path) -> None:
     def opened(*words: str) -> None:
         training_corpora(load_run(FINETUNE, [f"data.path={packed_phantoms}", "data.shots=3", *SMALL, *words]))
 
-    opened("data.packed.filter=area")
-    opened("data.packed.filter=null")
-    with pytest.raises(ConfigError, match=r"data\.packed\.filter=gaussian, but .* was packed with filter=area"):
+    opened("data.require_dataset.filter=area")
+    opened("data.require_dataset.filter=null")
+    with pytest.raises(
+        ConfigError, match=r"data\.require_dataset\.filter=gaussian, but .* was packed with filter=area"
+    ):
         opened()
     with pytest.raises(ConfigError, match="packs have no such setting; they have allow_burned_in"):
-        opened("data.packed.filter=area", "data.packed.colour=1")
+        opened("data.require_dataset.filter=area", "data.require_dataset.colour=1")
 
 
 def test_a_failed_landmark_is_scored_at_the_corner_of_the_grid() -> None:
-    """paper.md, section 3, Decoding: failure is (0, 0), and counts as if it were found there."""
+    """docs/method.md, section 3, Decoding: failure is (0, 0), and counts as if it were found there."""
     size = np.array([[1935.0, 2400.0]])
     true = np.full((1, 6, 2), 100.0) / 256 * size
     predicted = true.copy()

@@ -15,7 +15,7 @@ from tests.cli.commands import CONFIGS, run_command
 PAPER = CONFIGS / "paper"
 SETS = ("chest", "cephalometric", "hand")
 
-# place in paper.md, run file, key, the code's value
+# place in docs/method.md, run file, key, the code's value
 VALUES: list[tuple[str, str, str, Any]] = [
     ("0 fact 1", "*", "model.width", 256),
     ("6a 1", "*", "model.groups", 4),
@@ -23,19 +23,19 @@ VALUES: list[tuple[str, str, str, Any]] = [
     ("6a 2", "*", "model.heads", 4),
     ("6a 2", "*", "model.head_dim", 32),
     ("6a 2", "*", "model.linear_attention", True),
-    ("1", "*", "model.patch", 1),
+    ("1", "*", "model.pixel_unshuffle", 1),
     ("1", "*", "model.checkpointing", True),
     ("2, 3", "*", "seed", 42),
     ("2, 3", "*", "train.precision", "fp32"),
-    ("2, 3", "*", "train.windows", "epoch"),
+    ("2, 3", "*", "train.epoch_boundary", "epoch"),
     ("2, 3", "*", "train.spikes", None),
     ("2, 3", "*", "data.image_size", 256),
     ("2, 3", "*", "data.intensity", "per_image"),
     ("2, 3", "*", "data.augment.probability", 0.5),
     ("2, 3", "*", "data.augment.shift", 0.02),
     ("2, 3", "*", "data.augment.rotate_deg", 2.0),
-    ("3", "*", "data.packed.aspect", "squeeze"),
-    ("6a 4", "*", "data.packed.convention", "paper"),
+    ("3", "*", "data.require_dataset.aspect", "squeeze"),
+    ("6a 4", "*", "data.require_dataset.convention", "paper"),
     ("2, 3", "*", "optim.betas", (0.9, 0.999)),
     ("2, 3", "*", "optim.eps", 1e-8),
     ("2, 3", "*", "optim.weight_decay", 0.01),
@@ -44,9 +44,9 @@ VALUES: list[tuple[str, str, str, Any]] = [
     ("2, 3", "*", "optim.warmup.count", 0),
     ("6a 3", "pretrain*", "data.splits", ("train", "val")),
     ("6a 5", "pretrain*", "data.augment.scale", 0.0),
-    ("2", "pretrain*", "data.packed.filter", "linear"),
-    ("2", "pretrain*", "data.copies", "keep"),
-    ("2", "pretrain*", "data.leaks", "keep"),
+    ("2", "pretrain*", "data.require_dataset.filter", "linear"),
+    ("2", "pretrain*", "data.dedup.duplicates", "keep"),
+    ("2", "pretrain*", "data.dedup.leakage", "keep"),
     ("2", "pretrain*", "task.schedule", "linear"),
     ("2", "pretrain*", "task.num_timesteps", 500),
     ("2", "pretrain*", "task.t_min", 1),
@@ -56,16 +56,16 @@ VALUES: list[tuple[str, str, str, Any]] = [
     ("2", "pretrain*", "optim.clip.kind", "value"),
     ("2", "pretrain*", "optim.clip.limit", 1.0),
     ("2", "pretrain*", "train.gradient", "sum"),
-    ("2", "pretrain*", "train.group_size", 32),
+    ("2", "pretrain*", "train.global_batch_size", 32),
     ("2", "pretrain*", "train.micro_batch", 4),
     ("2", "pretrain*", "train.ema.decay", 0.995),
     ("2", "pretrain*", "train.ema.warmup", False),
-    ("6a 6", "pretrain_chest", "train.length.count", 6000),
-    ("6a 6", "pretrain_cephalometric", "train.length.count", 8000),
-    ("6a 6", "pretrain_hand", "train.length.count", 8000),
+    ("6a 6", "pretrain_chest", "train.duration.count", 6000),
+    ("6a 6", "pretrain_cephalometric", "train.duration.count", 8000),
+    ("6a 6", "pretrain_hand", "train.duration.count", 8000),
     ("6a 7", "finetune*", "data.draw", "first"),
     ("0 fact 8", "finetune*", "data.validation_split", "val"),
-    ("3", "finetune*", "data.packed.filter", "gaussian"),
+    ("3", "finetune*", "data.require_dataset.filter", "gaussian"),
     ("3", "finetune*", "task.timestep", None),
     ("3", "finetune*", "task.views", 1),
     ("3", "finetune*", "optim.lr", 1e-5),
@@ -73,10 +73,10 @@ VALUES: list[tuple[str, str, str, Any]] = [
     ("3", "finetune*", "optim.plateau.factor", 0.5),
     ("3", "finetune*", "optim.plateau.patience", 13),
     ("3", "finetune*", "optim.plateau.threshold", 1e-4),
-    ("3", "finetune*", "train.length.count", 200),
-    ("3", "finetune*", "train.length.unit", "epochs"),
+    ("3", "finetune*", "train.duration.count", 200),
+    ("3", "finetune*", "train.duration.unit", "epochs"),
     ("3", "finetune*", "train.gradient", "nominal"),
-    ("3", "finetune*", "train.group_size", 16),
+    ("3", "finetune*", "train.global_batch_size", 16),
     ("3", "finetune*", "train.micro_batch", 2),
     ("3", "finetune*", "train.ema", None),
     ("3", "finetune*", "train.patience", 27),
@@ -107,7 +107,7 @@ def loaded(path: Path) -> RunConfig:
     return load_run(path, ["data.path=shards"])
 
 
-@pytest.mark.parametrize("row", VALUES, ids=lambda row: f"{row[1]}-{row[2]} (paper.md {row[0]})")
+@pytest.mark.parametrize("row", VALUES, ids=lambda row: f"{row[1]}-{row[2]} (docs/method.md {row[0]})")
 def test_value(row: tuple[str, str, str, Any]) -> None:
     _, files, key, wanted = row
     paths = [path for path in PAPER.glob(f"{files}.yaml") if path.stem.startswith(("pretrain", "finetune"))]
@@ -122,15 +122,15 @@ def test_value(row: tuple[str, str, str, Any]) -> None:
         (
             "pretrain/base.yaml",
             "pretrain_hand.yaml",
-            "data.splits data.augment.scale data.packed.convention train.gradient train.windows optim.clip.kind "
-            "train.length model.width train.precision task.target",
+            "data.splits data.augment.scale data.require_dataset.convention train.gradient train.epoch_boundary "
+            "optim.clip.kind train.duration model.width train.precision task.target",
         ),
         (
             "finetune/base.yaml",
             "finetune_chest.yaml",
-            "data.validation_split data.draw data.augment.scale data.packed.convention task.codec.kind "
+            "data.validation_split data.draw data.augment.scale data.require_dataset.convention task.codec.kind "
             "task.codec.masks task.timestep optim.lr optim.plateau.patience train.gradient train.patience "
-            "train.select seed train.ema train.windows",
+            "train.select seed train.ema train.epoch_boundary",
         ),
     ],
 )
@@ -140,4 +140,4 @@ def test_the_differences_from_our_recipes_are_listed(ours: str, paper: str, keys
     assert result.code == 0, result.err
     rows = {line.split()[0]: line for line in result.out.splitlines() if line.strip() and not line.startswith(" ")}
     assert set(keys.split()) <= set(rows)
-    assert "mean over the group; or the sum" in rows["train.gradient"]
+    assert "mean over the batch; or the sum" in rows["train.gradient"]

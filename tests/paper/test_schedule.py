@@ -1,4 +1,4 @@
-"""Windows, passes and gradients of the released loops (paper.md, sections 2 and 3)."""
+"""Windows, passes and gradients of the released loops (docs/method.md, sections 2 and 3)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ PAPER = CONFIGS / "paper"
 def plan(run_file: str, num_images: int, *, drop_last: bool) -> tuple[GroupPlan, int]:
     """Groups of a run file on so many images, and the steps of its length."""
     train = load_run(PAPER / run_file, ["data.path=shards"]).train
-    groups = GroupPlan(num_images, train.group_size, train.micro_batch, train.windows, drop_last=drop_last)
-    return groups, train.length.steps(train.group_size, num_images, groups.steps_per_epoch)
+    groups = GroupPlan(
+        num_images, train.global_batch_size, train.micro_batch, train.epoch_boundary, drop_last=drop_last
+    )
+    return groups, train.duration.steps(train.global_batch_size, num_images, groups.steps_per_epoch)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,7 @@ def plan(run_file: str, num_images: int, *, drop_last: bool) -> tuple[GroupPlan,
     [("chest", 229, 8, 4, 171_000), ("cephalometric", 150, 5, 20, 236_800), ("hand", 609, 19, 32, 256_000)],
 )
 def test_image_passes_of_the_run_files(name: str, images: int, per_epoch: int, last: int, passes: int) -> None:
-    """paper.md, section 2: steps per epoch, images of the last window, image passes."""
+    """docs/method.md, section 2: steps per epoch, images of the last window, image passes."""
     groups, steps = plan(f"pretrain_{name}.yaml", images, drop_last=True)
     assert groups.steps_per_epoch == per_epoch
     assert groups.size(per_epoch - 1) == last
@@ -43,7 +45,7 @@ def test_image_passes_of_the_run_files(name: str, images: int, per_epoch: int, l
     ("shots", "per_epoch", "most"), [(1, 1, 200), (5, 1, 200), (10, 1, 200), (25, 2, 400), (50, 4, 800)]
 )
 def test_steps_per_epoch_of_few_shots(shots: int, per_epoch: int, most: int) -> None:
-    """paper.md, section 3, Optimisation."""
+    """docs/method.md, section 3, Optimisation."""
     groups, steps = plan("finetune_chest.yaml", shots, drop_last=False)
     assert (groups.steps_per_epoch, steps) == (per_epoch, most)
     assert sum(groups.size(step) for step in range(per_epoch)) == shots
@@ -61,7 +63,13 @@ def test_accumulation_is_the_released_loops(tmp_path: Path, gradient: str, limit
     """
     sections: dict[str, Any] = {
         "optim": {"kind": "sgd", "lr": 0.1, "clip": None if limit is None else {"kind": "value", "limit": limit}},
-        "train": {"length": 4, "group_size": 4, "micro_batch": 2, "windows": "epoch", "gradient": gradient},
+        "train": {
+            "duration": 4,
+            "global_batch_size": 4,
+            "micro_batch": 2,
+            "epoch_boundary": "epoch",
+            "gradient": gradient,
+        },
     }
     sections["train"] |= {"ema": None, "spikes": None}
     cfg = config(**sections)

@@ -44,8 +44,9 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def config(path: Path | list[Path], loader: str, **sections: dict[str, Any]) -> RunConfig:
-    data = {"loader": loader, "residency": "stream", "augment": MOVES, **sections.pop("data", {})}
-    return run_config(path, data=data, **sections)
+    data = {"augment": MOVES, **sections.pop("data", {})}
+    runtime = {"loader": loader, "cache_pixels": "stream", **sections.pop("runtime", {})}
+    return run_config(path, data=data, runtime=runtime, **sections)
 
 
 def groups(cfg: RunConfig, count: int = 3, *, start: int = 0, **place: int) -> list[Group]:
@@ -91,7 +92,7 @@ def test_a_pool_of_8_and_16_bit_sets_mixes_them_in_one_batch(packs, intensity):
 
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 2), (2, None), (4, 2)])
 def test_any_number_of_processes_and_any_micro_batch_see_the_same(packs, world, micro_batch):
-    train = {"group_size": 8, "micro_batch": micro_batch, "windows": "epoch"}
+    train = {"global_batch_size": 8, "micro_batch": micro_batch, "epoch_boundary": "epoch"}
     for rank in range(world):
         wanted, found = (
             groups(config(packs["png8"], loader, train=train), 2, rank=rank, world=world)
@@ -101,7 +102,7 @@ def test_any_number_of_processes_and_any_micro_batch_see_the_same(packs, world, 
 
 
 def test_starting_later_continues_the_same_stream_to_the_bit(packs):
-    cfg = config(packs["png16"], "dali", data={"workers": 1})
+    cfg = config(packs["png16"], "dali", runtime={"workers": 1})
     everything, later = groups(cfg, 5), groups(cfg, 2, start=3)
     for left, right in zip(batches(everything[3:]), batches(later), strict=True):
         assert left.ids == right.ids
@@ -158,4 +159,4 @@ def test_auto_measures_where_it_matters_and_keeps_to_what_the_run_began_with(pac
     assert measured.images_per_s is not None
     assert measured.name == max(measured.images_per_s, key=measured.images_per_s.__getitem__)
     with pytest.raises(ConfigError, match=r"residency=ram.*beforehand"):
-        choose_backend(config(packs["raw8"], "dali", data={"residency": "ram"}), device="cpu")
+        choose_backend(config(packs["raw8"], "dali", runtime={"cache_pixels": "ram"}), device="cpu")

@@ -1,4 +1,4 @@
-"""The network of the paper's released code, rewritten slowly and plainly from its description (paper.md, section 1).
+"""The network of the paper's released code, rewritten plainly from its description (docs/method.md, section 1).
 
 Tests compare `ddpm_lmk.models` with it. It shares no code with the package: parameters live in one flat dict under the
 released names, every operation is spelled out with elementary tensor functions, and nothing is optimised. It has the

@@ -15,8 +15,8 @@ from ddpm_lmk.report.statistics import difference
 from ddpm_lmk.report.tables import compute_table, recipes_table, runs_table, unlike_runs
 from tests.known_runs import put, write_sweep
 
-FEW = ["task.codec.sigma_px=3", "train.length=100 steps", "optim.lr=1e-3"]
-MANY = ["task.codec.sigma_px=1.5", "train.length=300 steps", "optim.lr=1e-3"]
+FEW = ["task.codec.sigma_px=3", "train.duration=100 steps", "optim.lr=1e-3"]
+MANY = ["task.codec.sigma_px=1.5", "train.duration=300 steps", "optim.lr=1e-3"]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_numbers_of_labels_with_one_recipe_share_a_line_and_what_another_changes
         ("ours", "10", "300 steps × 32", "spatial, σ 1.5 px of 256"),
     ]
     assert lines[0][:2] == ("scratch", "1, 5, 10")
-    changes = "task.codec.sigma_px 1.5 instead of 3.0, train.length 300 steps instead of 100 steps"
+    changes = "task.codec.sigma_px 1.5 instead of 3.0, train.duration 300 steps instead of 100 steps"
     assert f"ours with 10 labels: {changes}." in table.remark
     assert not any(key in table.remark for key in ("scratch", "seed", "optim.lr"))
 
@@ -69,7 +69,7 @@ def test_weights_from_several_pre_trainings_are_all_named_and_paid_for(study: St
 def test_runs_of_one_row_that_were_not_trained_alike_are_told_before_any_number(study: Study, tmp_path: Path) -> None:
     assert unlike_runs(study) == []
     home = tmp_path / "sweep" / "cells" / "ours-k5-s1"
-    put(home / "config.yaml", dump_run(load_run(home / "config.yaml", ["optim.lr=0.5", "data.workers=7"])))
+    put(home / "config.yaml", dump_run(load_run(home / "config.yaml", ["optim.lr=0.5", "runtime.workers=7"])))
     for seed, name in enumerate(("one pack", "another")):
         put(tmp_path / "sweep" / "cells" / f"scratch-k1-s{seed}" / "run.json", {"fingerprint": name})
     (found,) = collect([tmp_path / "sweep"])

@@ -31,9 +31,9 @@ def test_a_fork_goes_on_from_the_checkpoint_of_another_run_and_leaves_it_alone(
     tmp_path: Path, pretraining: Maker, parallel: Parallel
 ) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    execute(pretraining(train={"checkpoint_every": 1}), old, parallel=parallel)
+    execute(pretraining(runtime={"checkpoint_every": 1}), old, parallel=parallel)
     before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
-    changed = pretraining(train={"length": 5}, optim={"lr": 0.5}, seed=7)
+    changed = pretraining(train={"duration": 5}, optim={"lr": 0.5}, seed=7)
     with pytest.raises(RunConflictError, match="add --fork NEWDIR"):
         execute(changed, old, parallel=parallel)
     results = execute(changed, new, parallel=parallel, fork=old)
@@ -57,7 +57,7 @@ def test_a_fork_that_was_killed_before_its_first_step_continues(
     copy_checkpoint(old, new)
     with pytest.raises(RunConflictError, match="is not a run"):
         execute(pretraining(optim={"lr": 0.5}), new, parallel=parallel)
-    results = execute(pretraining(train={"length": 4}, optim={"lr": 0.5}), new, parallel=parallel, fork=old)
+    results = execute(pretraining(train={"duration": 4}, optim={"lr": 0.5}), new, parallel=parallel, fork=old)
     assert results["train"]["steps"] == 4
     assert json.loads((new / "run.json").read_text())["parent"]["loaded"] == "fork"
 

@@ -24,7 +24,7 @@ name: tiny
 data: {{path: {data}, image_size: 32}}
 model: {{width: 8, multipliers: [1, 2], heads: 2, head_dim: 8}}
 task: {{kind: landmarks}}
-train: {{length: 10 steps, group_size: 4}}
+train: {{duration: 10 steps, global_batch_size: 4}}
 evaluate: {{split: null}}
 """
 LEARN = RUN.replace("landmarks", "denoise").replace("tiny", "learn").replace("10 steps", "50 steps")

@@ -20,8 +20,9 @@ from ddpm_lmk.system.files import read_json
 from tests.sweep.test_sweep import torn_weights
 
 NETWORK = "model: {width: 8, multipliers: [1, 2], heads: 2, head_dim: 8}\n"
-TUNE = NETWORK + "data: {path: nowhere, image_size: 32, workers: 0}\ntask: {kind: landmarks}\nevaluate: {batch: 4}\n"
-LEARN = NETWORK + "data: {path: nowhere, image_size: 32, workers: 0}\ntask: {kind: denoise}\n"
+COMMON = NETWORK + "data: {path: nowhere, image_size: 32}\nruntime: {workers: 0, checkpoint_every: 100 steps}\n"
+TUNE = COMMON + "task: {kind: landmarks}\nevaluate: {batch: 4}\n"
+LEARN = COMMON + "task: {kind: denoise}\n"
 SWEEP: dict[str, Any] = {
     "name": "table",
     "runs": {"ours": "ours.yaml", "other": "other.yaml"},
@@ -49,7 +50,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """The sweep above, with its run files beside it."""
-    train = "train: {length: 4 steps, group_size: 2, checkpoint_every: 100 steps}\n"
+    train = "train: {duration: 4 steps, global_batch_size: 2}\n"
     (tmp_path / "ours.yaml").write_text("name: ours\n" + TUNE + train)
     (tmp_path / "other.yaml").write_text("name: other\n" + TUNE + train.replace("4 steps", "3 steps"))
     (tmp_path / "learn.yaml").write_text("name: learn\n" + LEARN + train)
@@ -70,9 +71,9 @@ def test_a_row_has_a_run_file_a_pack_and_weights_of_its_own(file: Path) -> None:
     found = cells(sweep)
     assert len(found) == 7
     assert found["scratch-k1-s0"].data.path == ("shards/ceph",)
-    assert found["scratch-k1-s0"].train.length.steps(2, 1, 1) == 4
+    assert found["scratch-k1-s0"].train.duration.steps(2, 1, 1) == 4
     assert found["disc-kall-s5"].data.path == ("shards/hand",)
-    assert found["disc-kall-s5"].train.length.steps(2, 1, 1) == 3
+    assert found["disc-kall-s5"].train.duration.steps(2, 1, 1) == 3
     assert found["disc-kall-s5"].init.weights == "runs/shared"
     assert found["late-k2-s0"].init.weights == "out/stages/ddpm"
     assert found["early-k2-s0"].init.weights == "out/stages/ddpm/snapshots/step-00000002"
@@ -125,7 +126,7 @@ def test_recipes_of_a_row_that_claim_the_same_labels_are_refused(file: Path) -> 
 
 def test_a_scale_is_laid_over_the_file(file: Path) -> None:
     sweep = load_sweep(file, scale="small")
-    assert cells(sweep)["scratch-k2-s1"].train.length.steps(2, 1, 1) == 3
+    assert cells(sweep)["scratch-k2-s1"].train.duration.steps(2, 1, 1) == 3
     assert sweep.stages[0].cfg.seed == 9
     assert sweep.stages[0].cfg.train.snapshot_every is not None
     with pytest.raises(ConfigError, match=r"no scale 'tiny'; it has: small"):
@@ -142,10 +143,10 @@ def test_stages_nobody_starts_from_are_not_run(file: Path) -> None:
 
 
 def test_the_command_line_reaches_into_a_stage(file: Path) -> None:
-    sweep = load_sweep(file, ["stages.ddpm.train.length=9 steps", "only=[late]"])
-    assert sweep.stages[0].cfg.train.length.steps(2, 1, 1) == 9
+    sweep = load_sweep(file, ["stages.ddpm.train.duration=9 steps", "only=[late]"])
+    assert sweep.stages[0].cfg.train.duration.steps(2, 1, 1) == 9
     with pytest.raises(ConfigError, match="NAME of ddpm, elsewhere"):
-        load_sweep(file, ["stages.isbi.train.length=9 steps"])
+        load_sweep(file, ["stages.isbi.train.duration=9 steps"])
 
 
 def test_a_stage_is_no_fine_tuning(file: Path) -> None:

@@ -12,10 +12,11 @@ from ddpm_lmk.sweep import Sweep, load_sweep, probe
 
 RUN = """
 name: tiny
-data: {{path: {data}, image_size: 32, workers: 0}}
+data: {{path: {data}, image_size: 32}}
+runtime: {{workers: 0}}
 model: {{width: 8, multipliers: [1, 2], heads: 2, head_dim: 8}}
 task: {{kind: landmarks}}
-train: {{length: 900 steps, group_size: 1, evaluate_every: 5 steps, select: best}}
+train: {{duration: 900 steps, global_batch_size: 1, evaluate_every: 5 steps, select: best}}
 """
 
 

@@ -28,18 +28,19 @@ from ddpm_lmk.system.locks import locked
 
 RUN = """
 name: tiny
-data: {{path: {data}, image_size: 32, workers: 0}}
+data: {{path: {data}, image_size: 32}}
+runtime: {{workers: 0, log_every: 1 steps, checkpoint_every: 2 steps}}
 model: {{width: 8, multipliers: [1, 2], heads: 2, head_dim: 8}}
 task: {{kind: landmarks}}
-train: {{length: {length}, group_size: 2, log_every: 1 steps, checkpoint_every: 2 steps}}
+train: {{duration: {duration}, global_batch_size: 2}}
 evaluate: {{split: test, batch: 4}}
 """
 
 
-def write_sweep(folder: Path, data: Path | str = "nowhere", length: str = "3 steps", **keys: Any) -> Path:
+def write_sweep(folder: Path, data: Path | str = "nowhere", duration: str = "3 steps", **keys: Any) -> Path:
     """A run file and a sweep file beside it; `keys` replace those of the only grid."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.yaml").write_text(RUN.format(data=data, length=length))
+    (folder / "run.yaml").write_text(RUN.format(data=data, duration=duration))
     grid = {"shots": [1, 2], "seeds": [0, 1], "start": {"scratch": None}} | keys
     (folder / "sweep.yaml").write_text(json.dumps({"name": "table", "run": "run.yaml", "grids": [grid]}))
     return folder / "sweep.yaml"
@@ -61,7 +62,9 @@ def names(sweep: Sweep) -> list[str]:
 
 
 def test_a_sweep_is_every_combination_of_its_grids_longest_first(tmp_path: Path) -> None:
-    file = write_sweep(tmp_path, length="30 epochs", shots=[1, 10, 100], seeds=[0, 7], start={"a": None, "b": "runs/p"})
+    file = write_sweep(
+        tmp_path, duration="30 epochs", shots=[1, 10, 100], seeds=[0, 7], start={"a": None, "b": "runs/p"}
+    )
     sweep = load_sweep(file)
     assert len(sweep.cells) == 12
     assert {cell.name for cell in sweep.cells[:4]} == {"a-k100-s0", "a-k100-s7", "b-k100-s0", "b-k100-s7"}
@@ -216,7 +219,7 @@ def wait_until(condition: Any, *, seconds: float = 180) -> None:
 def test_a_sweep_stopped_by_a_scheduler_and_then_killed_is_finished_by_two_that_share_its_cells(
     tmp_path: Path, packed_phantoms: Path
 ) -> None:
-    file = write_sweep(tmp_path, packed_phantoms, length="40 steps", shots=[1])
+    file = write_sweep(tmp_path, packed_phantoms, duration="40 steps", shots=[1])
     out = tmp_path / "out"
     steps_before = 0
     for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):

@@ -74,14 +74,14 @@ def test_packing_training_and_sweeping_work_and_the_doctor_says_what_is_missing(
     assert "8 images (train 8), 0 refused" in said.stdout
     counts = ("--count", "train=2", "--count", "test=1")
     elsewhere(*lmk, "shards", "pack", "skull", "--kind", "phantom", "--size", 32, "--out", labelled, *counts)
-    short = ("train.length=2 steps", "evaluate.samples=0")
+    short = ("train.duration=2 steps", "evaluate.samples=0")
     words = (SMOKE / "pretrain.yaml", f"data.path={films}", *short, "--cpu", 1, "--out", tmp_path / "run")
     elsewhere(*lmk, "pretrain", *words)
     assert (tmp_path / "run" / "results.json").is_file()
     sweep = {"run": str(SMOKE / "finetune.yaml"), "name": "s"}
     sweep |= {"grids": [{"shots": [1], "seeds": [0], "start": {"scratch": None}}]}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    words = (tmp_path / "sweep.yaml", f"data.path={labelled}", "train.length=2 steps", "--cpu", 1)
+    words = (tmp_path / "sweep.yaml", f"data.path={labelled}", "train.duration=2 steps", "--cpu", 1)
     elsewhere(*lmk, "sweep", *words, "--out", tmp_path / "sweep")
     assert len((tmp_path / "sweep" / "results.csv").read_text().splitlines()) == 2
     findings = json.loads(elsewhere(*lmk, "doctor", "--json", "--out", tmp_path).stdout)

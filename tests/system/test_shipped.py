@@ -46,18 +46,18 @@ def test_own_file_may_extend_a_shipped_one_and_a_sweep_may_run_one() -> None:
     own.mkdir()
     (own / "run.yaml").write_text(f"extends: {BASE}\nname: mine\ndata: {{path: x}}\n")
     run = load_run(own / "run.yaml")
-    assert (run.name, run.train.length) == ("mine", load_run(CONFIGS.parent / BASE, ["data.path=x"]).train.length)
+    assert (run.name, run.train.duration) == ("mine", load_run(CONFIGS.parent / BASE, ["data.path=x"]).train.duration)
     sweep = "name: s\nrun: configs/smoke/finetune.yaml\ngrids: [{shots: [1], seeds: [0], start: {scratch: null}}]\n"
     (own / "sweep.yaml").write_text(sweep)
     assert [cell.cfg.data.image_size for cell in load_sweep(own / "sweep.yaml", ["data.path=x"]).cells] == [32]
 
 
 def test_launch_files_are_found_too() -> None:
-    words = ("--launch", "launch/cpu.yaml", "train.group_size=3", "data.path=x")
+    words = ("--launch", "launch/cpu.yaml", "train.global_batch_size=3", "data.path=x")
     result = run_command("pretrain", "configs/smoke/pretrain.yaml", *words)
     assert result.code == 2
     assert "launch/cpu.yaml is the one shipped" in result.err
-    assert "train.group_size=3" in result.err  # two processes, as that file says
+    assert "train.global_batch_size=3" in result.err  # two processes, as that file says
 
 
 @pytest.mark.parametrize(

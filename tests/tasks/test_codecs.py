@@ -31,7 +31,7 @@ def slow_disc(point, size, sigma=5.0):
 
 
 def test_an_inner_disc_has_109_pixels():
-    """paper.md, section 3: radius 5 sqrt(2 ln 2) = 5.887 px, 109 px."""
+    """docs/method.md, section 3: radius 5 sqrt(2 ln 2) = 5.887 px, 109 px."""
     assert disc.encode(torch.tensor([[[30.0, 40.0]]]), 64).sum() == 109
 
 
@@ -105,7 +105,7 @@ def test_disc_grid_puts_a_native_point_on_the_released_ratio():
 
 
 def test_warped_discs_are_the_still_ones_warped_with_the_image_nearest_neighbour():
-    """paper.md, section 3: targets are built at 256 before augmentation; masks are warped with nearest neighbour."""
+    """docs/method.md, section 3: targets are built at 256 before augmentation, masks warped with nearest neighbour."""
     size, native = 64, (480.0, 800.0)
     moves = about_centre(
         size, shift_px=np.array([[1.2, -0.9]]), angle=np.array([0.03]), factors=np.array([[1.02, 0.98]])

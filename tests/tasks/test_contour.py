@@ -57,7 +57,7 @@ def test_loss_is_the_likelihood_of_the_nearest_pixel() -> None:
 
 
 def test_the_papers_pixel_is_rounded_down_on_the_released_grid_and_read_back_from_there() -> None:
-    """paper.md, section 3: one-hot target at int(x), floor not round; the released grid has x S / w."""
+    """docs/method.md, section 3: one-hot target at int(x), floor not round; the released grid has x S / w."""
     released = ContourCodec(ContourCodecConfig(pixel="floor"))
     native, x, y = (480.0, 800.0), 299.0, 437.0  # 9.967 and 8.74 on the grid: pixel (9, 8)
     wide = frame(native=native)

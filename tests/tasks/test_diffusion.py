@@ -11,7 +11,7 @@ TARGETS = ["eps", "x0", "v"]
 def test_linear_schedule_has_the_papers_end_points():
     schedule = NoiseSchedule("linear")
     assert schedule.alpha_bar[0].item() == pytest.approx(0.9999)
-    assert schedule.alpha_bar[499].item() == pytest.approx(0.006353, abs=1e-6)  # paper.md, section 2
+    assert schedule.alpha_bar[499].item() == pytest.approx(0.006353, abs=1e-6)  # docs/method.md, section 2
 
 
 def test_cosine_schedule_falls_from_one_to_nearly_zero():

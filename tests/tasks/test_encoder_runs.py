@@ -27,10 +27,11 @@ def pretraining(data: Path, kind: str) -> RunConfig:
     views = VIEWS if kind != "dino" else [*VIEWS, {"count": 2, "size": 64, "blur": 0}]
     return RunConfig.model_validate(
         {
-            "data": {"path": str(data), "image_size": 64, "workers": 0},
+            "data": {"path": str(data), "image_size": 64},
             "model": NETWORK,
             "task": {"kind": kind, **KINDS[kind], "views": views},
-            "train": {"length": 4, "group_size": 4, "log_every": 1, "checkpoint_every": 2},
+            "train": {"duration": 4, "global_batch_size": 4},
+            "runtime": {"workers": 0, "log_every": 1, "checkpoint_every": 2},
         }
     )
 
@@ -80,12 +81,13 @@ def test_a_killed_run_goes_on_bit_by_bit(pretrained: Path, tmp_path: Path, paral
 def test_finetuning_takes_the_encoder_and_nothing_else(pretrained: Path, tmp_path: Path, parallel: Parallel) -> None:
     data = json.loads(next(pretrained.glob("snapshots/*/meta.json")).read_text())["config"]["data"]
     sections: dict[str, Any] = {
-        "data": {"path": data["path"], "image_size": 64, "workers": 0, "shots": 2},
+        "data": {"path": data["path"], "image_size": 64, "shots": 2},
+        "runtime": {"workers": 0},
         "model": NETWORK,
         "task": {"kind": "landmarks"},
         "init": {"weights": str(pretrained)},
         "optim": {"kind": "sgd", "lr": 1e-30},
-        "train": {"length": 1, "group_size": 2, "ema": None},
+        "train": {"duration": 1, "global_batch_size": 2, "ema": None},
     }
     results = execute(RunConfig.model_validate(sections), tmp_path / "tuned", parallel=parallel)
     assert results["kind"] == "landmarks"
@@ -106,12 +108,13 @@ def test_finetuning_takes_a_classifier_s_file(packed_phantoms: Path, tmp_path: P
     colour = build_encoder(EncoderUNetConfig.model_validate(NETWORK | {"in_channels": 3})).state_dict()
     save_file(colour | {"classifier.weight": torch.zeros(3, 3)}, tmp_path / "net.safetensors")
     sections: dict[str, Any] = {
-        "data": {"path": str(packed_phantoms), "image_size": 32, "workers": 0, "shots": 2},
+        "data": {"path": str(packed_phantoms), "image_size": 32, "shots": 2},
+        "runtime": {"workers": 0},
         "model": NETWORK,
         "task": {"kind": "landmarks"},
         "init": {"weights": str(tmp_path / "net.safetensors")},
         "optim": {"kind": "sgd", "lr": 1e-30},
-        "train": {"length": 1, "group_size": 2, "ema": None},
+        "train": {"duration": 1, "global_batch_size": 2, "ema": None},
     }
     execute(RunConfig.model_validate(sections), tmp_path / "tuned", parallel=parallel)
     found = load_weights(tmp_path / "tuned", "model")[0]

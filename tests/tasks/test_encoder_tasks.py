@@ -20,7 +20,7 @@ from ddpm_lmk.tasks.ssl.dino import DinoNet, distillation
 from ddpm_lmk.tasks.ssl.heads import follow, follower
 from ddpm_lmk.tasks.ssl.mocov3 import info_nce
 from ddpm_lmk.tasks.ssl.simclrv2 import nt_xent
-from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.tasks.task import OneRank
 from tests.data.batches import unlabelled_batch as batch
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def units(*shape: int) -> Tensor:
 
 def test_info_nce_is_what_its_definition_says() -> None:
     queries, keys, tau = units(2, 3, 5), units(2, 3, 5).flip(1), 0.3
-    found = info_nce(queries, keys, torch.ones(3), Everyone(), temperature=tau)
+    found = info_nce(queries, keys, torch.ones(3), OneRank(), temperature=tau)
     for i in range(3):
         wanted = 0.0
         for view in range(2):
@@ -58,7 +58,7 @@ def test_info_nce_is_what_its_definition_says() -> None:
 
 def test_nt_xent_is_what_its_definition_says() -> None:
     vectors, tau = units(2, 4, 5), 0.5
-    found = nt_xent(vectors, torch.ones(4), Everyone(), temperature=tau)
+    found = nt_xent(vectors, torch.ones(4), OneRank(), temperature=tau)
     flat = [vectors[view, i] for view in range(2) for i in range(4)]
     for i in range(4):
         wanted = 0.0
@@ -88,8 +88,8 @@ def test_padding_is_no_negative(loss: str) -> None:
 
     def value(z: Tensor, w: Tensor) -> Tensor:
         if loss == "moco":
-            return info_nce(z, z, w, Everyone(), temperature=0.2)
-        return nt_xent(z, w, Everyone(), temperature=0.2)
+            return info_nce(z, z, w, OneRank(), temperature=0.2)
+        return nt_xent(z, w, OneRank(), temperature=0.2)
 
     padded = value(vectors, weight)
     torch.testing.assert_close(padded[:3], value(vectors[:, :3], torch.ones(3)))
@@ -116,7 +116,7 @@ def test_dino_teaches_with_a_centred_and_sharpened_view_of_the_follower() -> Non
 def test_dino_s_last_layer_waits_and_its_schedules_move() -> None:
     task, model = make("dino", frozen=0.5, temperature_warmup=0.5, teacher_temperature=[0.04, 0.08])
     assert isinstance(model, DinoNet)
-    task.meet(Everyone(), total=8)
+    task.prepare(OneRank(), total_steps=8)
     task.loss(model, batch(4)).mean().backward()
     assert model.head.last.grad is not None
     assert model.head.last.grad.eq(0).all()
@@ -208,7 +208,7 @@ def test_cost_is_what_torch_counts(kind: str) -> None:
     model.eval()
     views = task.views(batch(1), "view")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        task.compare(model, views, batch(1), Everyone())
+        task.compare(model, views, batch(1), OneRank())
     cost = task.cost(EncoderUNetConfig.model_validate(NETWORK), 64)
     assert cost.flops_forward == pytest.approx(counter.get_total_flops(), rel=1e-2)
     assert cost.params == sum(p.numel() for p in model.parameters())

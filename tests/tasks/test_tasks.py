@@ -17,7 +17,7 @@ from ddpm_lmk.config import (
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, build_task
-from ddpm_lmk.tasks.landmarks import view_matrices
+from ddpm_lmk.tasks.test_time_views import view_matrices
 
 SIZE = 32
 

@@ -27,10 +27,11 @@ def parallel() -> Parallel:
 
 def tuning(packed: Path, *, timestep: int | None = None) -> RunConfig:
     sections: dict[str, Any] = {
-        "data": {"path": str(packed), "image_size": 32, "workers": 0, "shots": 2},
+        "data": {"path": str(packed), "image_size": 32, "shots": 2},
         "model": NETWORK,
         "task": {"kind": "landmarks", "timestep": timestep},
-        "train": {"length": 3, "group_size": 4, "checkpoint_every": 2, "precision": "fp32", "exactness": "exact"},
+        "train": {"duration": 3, "global_batch_size": 4, "precision": "fp32", "exactness": "exact"},
+        "runtime": {"workers": 0, "checkpoint_every": 2},
         "optim": {"lr": 1e-2, "weight_decay": 0.5},
         "evaluate": {"split": None},
     }

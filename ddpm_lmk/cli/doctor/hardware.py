@@ -210,12 +210,12 @@ def checkpoint_gib(cfg: RunConfig) -> float:
 
 def room_gib(cfg: RunConfig) -> float:
     """What a run takes at most on the way: the checkpoints it keeps, and 1.5 more for the one being written."""
-    return checkpoint_gib(cfg) * (cfg.train.keep_checkpoints + 1.5)
+    return checkpoint_gib(cfg) * (cfg.runtime.keep_checkpoints + 1.5)
 
 
 def kept_of(cfg: RunConfig) -> str:
     """How many checkpoints a run keeps, in words."""
-    return f"{cfg.train.keep_checkpoints} checkpoints and one being written"
+    return f"{cfg.runtime.keep_checkpoints} checkpoints and one being written"
 
 
 def check_shared_memory() -> list[Finding]:

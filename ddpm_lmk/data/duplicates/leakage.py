@@ -102,7 +102,7 @@ def exclusion(manifests: Sequence[Manifest], data: DataConfig, cache: CacheSetti
     """
     guards = [Manifest.open(path, cache) for path in data.protect]
     digests = [tuple(manifest.fingerprint for manifest in part) for part in (manifests, guards)]
-    key = (*digests, data.splits, data.leaks, data.copies)
+    key = (*digests, data.splits, data.dedup.leakage, data.dedup.duplicates)
     if key not in _KNOWN:
         _KNOWN[key] = _compare_pool(manifests, guards, data)
     return _KNOWN[key]
@@ -114,15 +114,17 @@ def _compare_pool(manifests: Sequence[Manifest], guards: Sequence[Manifest], dat
     rest = [tuple(split for split in manifest.splits if split not in data.splits) for manifest in manifests]
     protected = [Source(manifest, names) for manifest, names in zip(manifests, rest, strict=True) if names]
     protected += [_protected_splits(manifest, data.splits) for manifest in guards]
-    if data.copies == "keep" and not protected:  # else a dataset without fingerprints would be decoded for nothing
+    if (
+        data.dedup.duplicates == "keep" and not protected
+    ):  # else a dataset without fingerprints would be decoded for nothing
         nothing = tuple(np.zeros(0, np.int64) for _ in manifests)
         return Exclusion(nothing, _record(Leakage(trained, []), data, left_out=0))
     found = compare(trained, protected)
-    if data.leaks == "leave_out":  # what leaks is counted once, not also as a duplicate
+    if data.dedup.leakage == "leave_out":  # what leaks is counted once, not also as a duplicate
         leaking = {finding.image for finding in found.leaks}
         found.copies = [each for each in found.copies if each.image not in leaking]
-    out = {each.image for each in found.leaks} if data.leaks == "leave_out" else set()
-    out |= {each.image for each in found.copies} if data.copies == "leave_out" else set()
+    out = {each.image for each in found.leaks} if data.dedup.leakage == "leave_out" else set()
+    out |= {each.image for each in found.copies} if data.dedup.duplicates == "leave_out" else set()
     rows = [np.array(sorted(row for s, row in out if s == number), dtype=np.int64) for number in range(len(trained))]
     return Exclusion(tuple(rows), _record(found, data, left_out=len(out)))
 
@@ -265,13 +267,13 @@ def _record(found: Leakage, data: DataConfig, *, left_out: int) -> dict[str, Any
         return {"kind": finding.kind, "film": image, "of": of}
 
     return {
-        "settings": {"leaks": data.leaks, "copies": data.copies},
+        "settings": {"leaks": data.dedup.leakage, "copies": data.dedup.duplicates},
         "trained_on": [source.facts() for source in found.trained],
         "protected": [source.facts() for source in found.protected],
         "leaks": count_kinds(found.leaks),
         "copies": count_kinds(found.copies),
         "left_out": left_out,
-        "overlap": 0 if data.leaks == "leave_out" else len(found.leaks),
+        "overlap": 0 if data.dedup.leakage == "leave_out" else len(found.leaks),
         "patients_not_compared": [asdict(pair) for pair in found.uncompared],
         "listed": {
             "leaks": [line(finding) for finding in found.leaks[:_MOST_LISTED]],

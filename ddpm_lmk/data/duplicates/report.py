@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.config.load import load_run
+from ddpm_lmk.config.load import load_stored
 from ddpm_lmk.data.duplicates.leakage import Source, Uncompared, count_kinds, exclusion, find_seen, uncompared_patients
 from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.shards.manifest import Manifest
@@ -27,7 +27,7 @@ FILE_NAME = "leakage.json"
 
 def write_record(cfg: RunConfig, folder: Path) -> dict[str, Any]:
     """Write `leakage.json` of a pre-training run: what is protected, what leaked or came twice, what is left out."""
-    cache = CacheSettings.of(cfg.data)
+    cache = CacheSettings.of(cfg)
     record = exclusion([Manifest.open(path, cache) for path in cfg.data.path], cfg.data, cache).record
     write_json(folder / FILE_NAME, record)
     return record
@@ -100,8 +100,8 @@ def _of_pretraining(weights: str | None, tested: Source) -> dict[str, Any]:
 
 def _trained_on(folder: Path, record: dict[str, Any]) -> list[Source]:
     """What a pre-training run saw: its datasets, less what it left out."""
-    data = load_run(folder / "config.yaml").data
-    cache = CacheSettings.of(data)
+    cfg = load_stored(folder)
+    data, cache = cfg.data, CacheSettings.of(cfg)
     manifests = [Manifest.open(path, cache) for path in data.path]
     for manifest, facts in zip(manifests, record["trained_on"], strict=True):
         if manifest.fingerprint != facts["fingerprint"]:
@@ -149,7 +149,7 @@ def refuse_seen(results: Iterable[dict[str, Any]], *, acknowledged: bool) -> lis
         # Published splits share images (ISBI 2015 does), so labelled ones seen in training are only remarked on.
         if stage == "pretraining" and not acknowledged:
             raise DataError(
-                f"{lines[-1]} The score is not shown: pre-train with data.protect and data.leaks=leave_out, "
+                f"{lines[-1]} The score is not shown: pre-train with data.protect and data.dedup.leakage=leave_out, "
                 "or pass --acknowledge-leakage to have it shown with this remark"
             )
     reasons = {  # a dict keeps their order, and each once

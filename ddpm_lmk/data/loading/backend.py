@@ -45,11 +45,11 @@ def choose_backend(
         LaunchError: DALI was asked for and is not installed.
     """
     device = torch.device(device)
-    if cfg.data.loader == "torch":
-        return Backend("torch", "data.loader=torch")
-    if cfg.data.loader == "dali":
+    if cfg.runtime.loader == "torch":
+        return Backend("torch", "runtime.loader=torch")
+    if cfg.runtime.loader == "dali":
         check_dali(cfg)
-        return Backend("dali", "data.loader=dali")
+        return Backend("dali", "runtime.loader=dali")
     if before is not None:
         return Backend(before["name"], "as this run began", before.get("images_per_s"))
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
@@ -57,7 +57,7 @@ def choose_backend(
     if device.type != "cuda":
         return Backend("torch", "without a GPU the torch loader is the faster one (benchmarks/README.md, Loading)")
     corpora = training_corpora(cfg)
-    if choose_residency(corpora, cfg.data.residency, device, world) != "stream":
+    if choose_residency(corpora, cfg.runtime.cache_pixels, device, world) != "stream":
         return Backend("torch", "pixels are decoded beforehand")
     return measure_backends(cfg, corpora, device=device)
 
@@ -72,10 +72,10 @@ def measure_backends(cfg: RunConfig, corpora: Sequence[Corpus], *, device: torch
 
 def check_dali(cfg: RunConfig) -> None:
     """Refuse DALI where it is not installed, or pixels are to be decoded beforehand; raises as `choose_backend`."""
-    if cfg.data.residency in ("ram", "device"):
+    if cfg.runtime.cache_pixels in ("ram", "device"):
         raise ConfigError(
-            f"data.loader=dali decodes as it streams, but data.residency={cfg.data.residency} decodes beforehand; "
-            "use data.residency=stream or auto, or data.loader=torch"
+            f"runtime.loader=dali decodes as it streams, but runtime.cache_pixels={cfg.runtime.cache_pixels} decodes "
+            "beforehand; use runtime.cache_pixels=stream or auto, or runtime.loader=torch"
         )
     require_dali()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ddpm_lmk.config import DataConfig, RunConfig
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.duplicates.leakage import exclusion
 from ddpm_lmk.data.loading.augment import Floats, compose, resize_matrix
 from ddpm_lmk.data.loading.order import few_shot_rows
@@ -112,7 +112,7 @@ def training_corpora(cfg: RunConfig) -> list[Corpus]:
     for key, split in (("data.validation_split", data.validation_split), ("evaluate.split", cfg.evaluate.split)):
         if split in data.splits:
             raise ConfigError(f"{key}={split} is also in data.splits, so it would be trained on; use another split")
-    corpora = _open_splits(data, data.splits, labelled=labelled, is_pool=not labelled)
+    corpora = _open_splits(cfg, data.splits, labelled=labelled, is_pool=not labelled)
     for corpus in corpora if labelled else ():
         corpus.keep(_shots(cfg, corpus)[0])
     return corpora
@@ -124,11 +124,11 @@ def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
     Split `held_out` is the part of the shots that `data.hold_out` keeps from training.
     """
     if split == HELD_OUT and cfg.data.hold_out is not None:
-        corpora = _open_splits(cfg.data, cfg.data.splits, labelled=True)
+        corpora = _open_splits(cfg, cfg.data.splits, labelled=True)
         for corpus in corpora:
             corpus.keep(_shots(cfg, corpus)[1])
         return corpora
-    return _open_splits(cfg.data, (split,), labelled=cfg.task.kind == "landmarks")
+    return _open_splits(cfg, (split,), labelled=cfg.task.kind == "landmarks")
 
 
 def _shots(cfg: RunConfig, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
@@ -155,26 +155,26 @@ def joined(fingerprints: Sequence[str]) -> str:
     return fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
 
 
-def fingerprints_of(data: DataConfig, paths: Sequence[str]) -> list[str]:
+def fingerprints_of(cfg: RunConfig, paths: Sequence[str]) -> list[str]:
     """What datasets are, wherever they lie. Raises as `Manifest.open`."""
-    return [Manifest.open(path, CacheSettings.of(data)).fingerprint for path in paths]
+    return [Manifest.open(path, CacheSettings.of(cfg)).fingerprint for path in paths]
 
 
-def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_pool: bool = False) -> list[Corpus]:
+def _open_splits(cfg: RunConfig, splits: Sequence[str], *, labelled: bool, is_pool: bool = False) -> list[Corpus]:
     """In a pool, a dataset may lack some of the splits, but each split must be in one of the datasets.
 
     `is_pool`: images are learnt from without labels, so leaks and duplicates are left out (see `duplicates.leakage`).
     """
-    manifests = open_datasets(data)
+    data, manifests = cfg.data, open_datasets(cfg)
     for manifest in manifests:
-        _check_settings(manifest, data.packed)
+        _check_settings(manifest, data.require_dataset)
     if len({manifest.fingerprint for manifest in manifests}) < len(manifests):
         raise ConfigError("data.path names the same packed set twice; use data.weights to draw more from one")
     for split in splits:
         if not any(split in manifest.splits for manifest in manifests):
             there = "; ".join(f"{manifest.root}: {', '.join(manifest.splits)}" for manifest in manifests)
             raise DataError(f"there is no split {split!r} (there are {there}); change data.splits or evaluate.split")
-    left_out = exclusion(manifests, data, CacheSettings.of(data)).rows if is_pool else [None] * len(manifests)
+    left_out = exclusion(manifests, data, CacheSettings.of(cfg)).rows if is_pool else [None] * len(manifests)
     return [
         _open_one(manifest, splits, data.image_size, labelled=labelled, without=rows)
         for manifest, rows in zip(manifests, left_out, strict=True)
@@ -186,11 +186,11 @@ def _check_settings(manifest: Manifest, wanted: Mapping[str, str | int | None]) 
     for key, value in wanted.items():
         if key not in manifest.settings:
             known = ", ".join(sorted(manifest.settings))
-            raise ConfigError(f"data.packed.{key}={value}: packs have no such setting; they have {known}")
+            raise ConfigError(f"data.require_dataset.{key}={value}: packs have no such setting; they have {known}")
         if value is not None and manifest.settings[key] != value:
             raise ConfigError(
-                f"data.packed.{key}={value}, but {manifest.root} was packed with {key}={manifest.settings[key]}; "
-                f"pack it again with that setting, or change data.packed.{key}"
+                f"data.require_dataset.{key}={value}, but {manifest.root} was packed with "
+                f"{key}={manifest.settings[key]}; pack it again with that setting, or change data.require_dataset.{key}"
             )
 
 
@@ -207,7 +207,7 @@ def _open_one(
     if len(corpus.rows) == 0 and without is not None and len(without):
         raise DataError(
             f"{manifest.root}: all {len(without)} images of {names} are in protected splits or other datasets too; "
-            "take it out of data.path, or see data.leaks and data.copies"
+            "take it out of data.path, or see data.dedup.leakage and data.dedup.duplicates"
         )
     if len(corpus.rows) == 0:
         raise DataError(f"{manifest.root} has no {'labelled ' if labelled else ''}image in {names}; pack some")

@@ -120,7 +120,7 @@ class DaliPixels:
         except RuntimeError as error:
             raise DataError(
                 f"DALI cannot decode a {kind.bits}-bit {kind.encoding} image whose bytes are those packed "
-                f"({str(error).splitlines()[0]}); use data.loader=torch, which sets such images aside"
+                f"({str(error).splitlines()[0]}); use runtime.loader=torch, which sets such images aside"
             ) from error
         return self._to_torch(made.as_tensor())
 
@@ -174,8 +174,8 @@ def require_dali() -> None:
         import nvidia.dali  # noqa: F401 - is it there?
     except ImportError as error:
         raise LaunchError(
-            f"data.loader=dali, but DALI cannot be imported ({error}); run `pip install 'ddpm-lmk[dali]'`, "
-            "or use data.loader=auto or torch"
+            f"runtime.loader=dali, but DALI cannot be imported ({error}); run `pip install 'ddpm-lmk[dali]'`, "
+            "or use runtime.loader=auto or torch"
         ) from None
 
 

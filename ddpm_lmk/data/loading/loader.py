@@ -83,7 +83,7 @@ class _Loader:
         self.num_images = sum(len(corpus.rows) for corpus in corpora)
         self.fingerprint = fingerprint(corpora)
         self._domains = [self.spec.domains.index(spec) if self.spec.parts else 0 for spec in specs]
-        workers, wanted = cfg.data.workers, cfg.data.residency
+        workers, wanted = cfg.runtime.workers, cfg.runtime.cache_pixels
         self._decoders = ThreadPoolExecutor(workers, "decode") if workers else None
         self._pixels: StreamPixels | DaliPixels
         if seat.backend == "dali":
@@ -286,7 +286,11 @@ def open_training(
     plan = GroupPlan.of(cfg, count)
     plan.check_world(seat.world)
     if count < plan.largest:
-        log.warning("%d images are fewer than train.group_size=%d: groups repeat them", count, cfg.train.group_size)
+        log.warning(
+            "%d images are fewer than train.global_batch_size=%d: groups repeat them",
+            count,
+            cfg.train.global_batch_size,
+        )
     return TrainLoader(cfg, corpora, seat, cache, plan=plan)
 
 

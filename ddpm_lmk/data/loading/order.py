@@ -54,7 +54,9 @@ class GroupPlan:
     ) -> None:
         assert num_images > 0
         if micro_batch is not None and group_size % micro_batch:
-            raise ConfigError(f"train.group_size={group_size} is not a multiple of train.micro_batch={micro_batch}")
+            raise ConfigError(
+                f"train.global_batch_size={group_size} is not a multiple of train.micro_batch={micro_batch}"
+            )
         self.num_images, self.group_size, self.micro_batch, self.windows = num_images, group_size, micro_batch, windows
         unit = micro_batch if drop_last and micro_batch is not None and micro_batch <= num_images else 1
         self._used = num_images // unit * unit
@@ -65,7 +67,9 @@ class GroupPlan:
         train = cfg.train
         # The paper drops an unfilled micro-batch in pre-training, and uses every labelled image (docs/method.md, 2, 3)
         drop_last = cfg.task.stage == "pretrain"
-        return cls(num_images, train.group_size, train.given_micro_batch, train.windows, drop_last=drop_last)
+        return cls(
+            num_images, train.global_batch_size, train.given_micro_batch, train.epoch_boundary, drop_last=drop_last
+        )
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -108,8 +112,8 @@ class GroupPlan:
             each = f" x micro_batch {self.micro_batch}" if self.micro_batch else ""
             allowed = ", ".join(map(str, self.worlds()))
             raise ConfigError(
-                f"train.group_size={self.group_size} cannot be shared by {world} processes{each}; "
-                f"use {allowed} processes or change train.group_size"
+                f"train.global_batch_size={self.group_size} cannot be shared by {world} processes{each}; "
+                f"use {allowed} processes or change train.global_batch_size"
             )
 
     def share(self, step: int, rank: int, world: int) -> tuple[Ints, NDArray[np.float32], int]:

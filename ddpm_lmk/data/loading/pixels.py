@@ -132,7 +132,7 @@ def open_pixels(
         ResourceError: they do not fit where they were asked to be.
     """
     residency = choose_residency(corpora, wanted, device, world)
-    log.info("pixels: %s (data.residency=%s, %.2f GiB decoded)", residency, wanted, _bytes(corpora) / 2**30)
+    log.info("pixels: %s (runtime.cache_pixels=%s, %.2f GiB decoded)", residency, wanted, _bytes(corpora) / 2**30)
     if residency == "stream":
         return StreamPixels(corpora, device)
     cache = {} if cache is None else cache
@@ -163,8 +163,8 @@ def choose_residency(corpora: Sequence[Corpus], wanted: str, device: torch.devic
     free = on_device if wanted == "device" else memory
     if need > free:
         raise ResourceError(
-            f"data.residency={wanted} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB is free for this process; "
-            "use data.residency=stream or auto"
+            f"runtime.cache_pixels={wanted} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB is free for this "
+            "process; use runtime.cache_pixels=stream or auto"
         )
     return "device" if wanted == "device" else "ram"
 

@@ -83,7 +83,7 @@ def _findings(leakage: Leakage) -> str:
     for what, findings in (("also in a protected split", leakage.leaks), ("copies of an earlier one", leakage.copies)):
         rows.append((what, str(len(findings)), *map(str, count_kinds(findings).values())))
     return (
-        '<p class="note">Pre-training leaves these out unless it is told otherwise (data.leaks, data.copies). '
+        '<p class="note">Pre-training leaves these out unless it is told otherwise (data.dedup). '
         "Protected is every split but train.</p>" + _table(("", "images", *KINDS), rows, kind="") + missing
     )
 

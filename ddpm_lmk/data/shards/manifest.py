@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from ddpm_lmk.config import DataConfig
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.images.decode import SUFFIXES
 from ddpm_lmk.data.images.image import RefusedImageError
 from ddpm_lmk.data.images.sandbox import decode_sandboxed
@@ -50,9 +50,9 @@ _LOOKED_AT = 10_000
 Parsed = TypeVar("Parsed")
 
 
-def open_datasets(data: DataConfig) -> list[Manifest]:
+def open_datasets(cfg: RunConfig) -> list[Manifest]:
     """The datasets of `data.path`, opened with the run's settings of the shard cache. Raises as `Manifest.open`."""
-    return [Manifest.open(path, CacheSettings.of(data)) for path in data.path]
+    return [Manifest.open(path, CacheSettings.of(cfg)) for path in cfg.data.path]
 
 
 class Manifest:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-from ddpm_lmk.config import DataConfig
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, ResourceError, StoppedError
 from ddpm_lmk.system.files import write_bytes
 from ddpm_lmk.system.locks import locked
@@ -79,10 +79,10 @@ class CacheSettings:
     window: int = 1
 
     @classmethod
-    def of(cls, data: DataConfig) -> CacheSettings:
+    def of(cls, cfg: RunConfig) -> CacheSettings:
         """What a run file says."""
-        folder = None if data.cache_dir is None else Path(data.cache_dir)
-        return cls(folder, data.cache_gib, data.shuffle_window)
+        folder = None if cfg.runtime.cache_dir is None else Path(cfg.runtime.cache_dir)
+        return cls(folder, cfg.runtime.cache_gib, cfg.data.shuffle_window)
 
     @property
     def root(self) -> Path:
@@ -235,7 +235,7 @@ class Origin:
             status = _status(error)
             if getattr(error, "errno", None) in _NO_ROOM:
                 raise ResourceError(
-                    "the disk of the shard cache is full; free some space, or set data.cache_dir or data.cache_gib"
+                    "the disk of the shard cache is full; free some space, or set runtime.cache_dir or cache_gib"
                 ) from error
             is_refused = status is not None and 400 <= status < 500 and status not in _TRY_LATER
             if is_refused or isinstance(error, (FileNotFoundError, PermissionError)):
@@ -279,7 +279,7 @@ class RemoteShards:
         # Two windows: the loader has the next one fetched while it draws from the present one.
         is_whole = 2 * settings.window * max(shard["size"] for shard in shards) <= limit
         how = "whole shards are cached" if is_whole else "the cache is too small for two windows: read by range"
-        log.info("%s: %s (%s, data.cache_gib=%g)", origin.url, how, folder, settings.limit_gib)
+        log.info("%s: %s (%s, runtime.cache_gib=%g)", origin.url, how, folder, settings.limit_gib)
         self._cache = ShardCache(folder, limit)
         self._ahead = ThreadPoolExecutor(_FETCHERS, "fetch") if is_whole else None  # None: by range
         self._expected: set[int] = set()
@@ -387,7 +387,7 @@ def fetch_manifest(origin: Origin, settings: CacheSettings, *, beside: Sequence[
             write_bytes(folder / name, with_retries(origin.read, name))
     except (OSError, ResourceError) as error:
         raise ResourceError(
-            f"cannot write the shard cache {folder} ({error}); set data.cache_dir or LMK_CACHE"
+            f"cannot write the shard cache {folder} ({error}); set runtime.cache_dir or LMK_CACHE"
         ) from error
     return folder
 

@@ -1,9 +1,9 @@
 """GroupNorm, scale and shift per image (FiLM), and SiLU as one function that keeps nothing but its input.
 
 PyTorch's three operations keep three maps for the backward pass and walk over memory once each; here the two last maps
-are recomputed. On CUDA the walks are fused too, by the Triton kernels of `triton_norm`, which also keep channels-last
-memory where PyTorch's own GroupNorm does not. Everywhere else `CpuNorm` does the same sums with PyTorch's kernels. Both
-are tested against float64 and against each other. Who uses what is decided once per run (`choose_norm`).
+are recomputed. On CUDA the walks are fused too, by Triton kernels, which also keep channels-last
+memory where PyTorch's own GroupNorm does not (`group_norm_triton`). Everywhere else `CpuNorm` does the same sums with
+PyTorch's kernels. Both are tested against float64 and against each other. `choose_norm` decides once per run.
 """
 
 from __future__ import annotations

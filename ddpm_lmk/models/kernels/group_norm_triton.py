@@ -1,4 +1,4 @@
-"""The fused norm of `fused` in Triton, its six kernels; `triton_norm` launches them.
+"""GroupNorm, scale and shift, and SiLU in Triton: six kernels, and how maps are dealt out to them.
 
 Maps are walked over as [B, N, C] with N pixels. Forward: sums over chunks of pixels (`chunk_statistics`), then one
 program per image and group that combines them (`combine_statistics`), then one walk that writes the result (`apply`).
@@ -6,11 +6,7 @@ Backward is the same three steps for the two sums the gradient needs. So a map i
 and read four times and written once backward, with hundreds of programs for one image of 256 x 256 x 256. There are no
 atomics: how sums are cut depends on the shape of one image only, so results repeat bit for bit and do not depend on the
 batch. All arithmetic is fp32. Variance is summed about the first pixel of a chunk, then about the mean (Chan et al.),
-which survives means far larger than the deviation.
-
-The fused norm of `fused` on CUDA: how maps are dealt out to the kernels of `norm_kernels`, and their autograd.
-
-Only `fused` imports this module, where there is Triton.
+which survives means far larger than the deviation. Only `group_norm` imports this module, where there is Triton.
 """
 
 from __future__ import annotations
@@ -309,7 +305,7 @@ class TritonNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, eps: float, silu: bool
     ) -> Tensor:
-        """See `fused.group_norm`."""
+        """See `group_norm.group_norm`."""
         cut = Cut.of(x, groups)
         means, squares = cut.partial(x), cut.partial(x)
         channels = (cut.per_group(x), cut.per_group(x), cut.per_channel(x), cut.per_channel(x))

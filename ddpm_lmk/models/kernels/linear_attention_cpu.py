@@ -16,8 +16,9 @@ from torch import Tensor
 LARGE_BYTES = 4 * 2**20  # of the queries of a batch; what is smaller stays in the caches anyway (measured: 15 % slower)
 
 
-def is_wanted(pixels: Tensor, hidden: int) -> bool:
-    """Is this the way for these pixels [B, N, C], with `hidden` channels of queries, here and now?"""
+def is_faster(pixels: Tensor, hidden: int) -> bool:
+    """Is going image by image the way for these pixels [B, N, C], with `hidden` channels of queries?"""
+    # Autocast and the compiler see into batch products, but not into a function with a backward pass of its own.
     is_plain = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
     is_wide = pixels.dtype in (torch.float32, torch.float64)
     is_large = pixels.shape[0] * pixels.shape[1] * hidden * pixels.element_size() >= LARGE_BYTES
@@ -74,7 +75,7 @@ class Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        """Queries of one image at a time, again."""
+        """Queries are computed once more, one image at a time."""
         pixels, weight, mix = ctx.saved_tensors
         grad = grad.contiguous()
         d_pixels, d_mix, d_weight = torch.empty_like(pixels), torch.empty_like(mix), torch.zeros_like(weight)
@@ -83,7 +84,7 @@ class Spread(torch.autograd.Function):
         for image, mixed, d_out, d_image, d_mixed in zip(pixels, mix, grad, d_pixels, d_mix):
             _softmax_by_head(torch.mm(image, weight.T, out=first), queries, ctx.heads)
             torch.mm(queries.T, d_out, out=d_mixed)
-            torch.mm(d_out, mixed.T, out=first)
+            torch.mm(d_out, mixed.T, out=first)  # the logits are not needed any more, and their buffer is warm
             torch.ops.aten._softmax_backward_data.out(by_head[0], by_head[1], 2, pixels.dtype, grad_input=by_head[2])
             torch.mm(third, weight, out=d_image)
             d_weight.addmm_(third.T, image)

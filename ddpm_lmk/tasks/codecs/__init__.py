@@ -1,9 +1,9 @@
 """Codecs: landmarks to a training signal, and a network's maps back to landmarks with an uncertainty.
 
-`DiscCodec` is the paper's (paper.md, section 3) with its quirks kept: softmax over landmarks, no gradient outside the
-discs, contour centroids, (0, 0) on failure. `SpatialCodec` is ours: one probability distribution over all pixels per
-landmark. `ContourCodec` is contour-hugging, the paper's [20]: such a distribution, taught one pixel, with temperatures.
-`GaussianCodec` is GU2Net's: every pixel a probability of its own.
+`DiscCodec` is the paper's (docs/method.md, section 3) with its quirks kept: softmax over landmarks, no gradient outside
+the discs, contour centroids, (0, 0) on failure. `SpatialCodec` is ours: one probability distribution over all pixels
+per landmark. `ContourCodec` is contour-hugging, the paper's [20]: such a distribution, trained on one pixel, with
+temperatures. `GaussianCodec` is GU2Net's: every pixel a probability of its own.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Decoded:
 class Codec(Protocol):
     """Both ways between points and maps."""
 
-    full_size: bool  # maps have the size of the image, or are `model.patch` times smaller
+    full_size: bool  # maps have the size of the image, or are `model.pixel_unshuffle` times smaller
 
     def loss(self, logits: Tensor, points: Tensor, frame: Frame) -> Tensor:
         """Loss per image `[B]` of maps `[B, N, h, w]` for `points` `[B, N, 2]`; NaN points do not count."""
@@ -74,6 +74,7 @@ def local_mean(probability: Tensor, x: Tensor, y: Tensor, radius: float) -> Tens
     """Mean `[B, N, 2]` of distributions `[B, N, h, w]` over the cells (at `x`, `y`) within `radius` of their peak."""
     peak = probability.flatten(2).argmax(-1)
     peak_x, peak_y = x[peak % len(x)], y[peak // len(x)]  # [B, N]
+    # Only around the peak: a faint second mode across the image would pull the mean of the whole map away.
     near = (x - peak_x[..., None]).square().unsqueeze(-2) + (y - peak_y[..., None]).square().unsqueeze(-1)
     local = probability * (near <= radius**2)
     local = local / local.sum((-2, -1), keepdim=True)

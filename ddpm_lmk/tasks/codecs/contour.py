@@ -1,8 +1,8 @@
-"""Contour-hugging heatmaps, the paper's [20] (paper.md, sections 3 and 5): one pixel is right, all others compete.
+"""Contour-hugging heatmaps, the paper's [20] (docs/method.md, sections 3 and 5): one pixel is right, others compete.
 
 A softmax over all pixels per landmark, minus the log probability of the landmark's pixel, the most probable pixel as
 the answer, and the expected radial error as its uncertainty. Temperatures, one per landmark, make the probabilities
-honest; fitting them is in `calibration`.
+honest; `inference.calibration` fits them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ class ContourCodec:
     def loss(self, logits: Tensor, points: Tensor, frame: Frame) -> Tensor:
         """-log p(pixel of the landmark), mean over landmarks `[B]`; points without a label or outside do not count."""
         counts = self.counts(points, frame)
-        return (self.surprise(logits.float(), points, frame) * counts).sum(-1) / counts.sum(-1).clamp(min=1)
+        return (self.negative_log_likelihood(logits.float(), points, frame) * counts).sum(-1) / counts.sum(-1).clamp(
+            min=1
+        )
 
     def counts(self, points: Tensor, frame: Frame) -> Tensor:
         """Which points `[B, N]` count: those with a label inside the picture."""
         return inside(points, frame.size)
 
-    def surprise(self, logits: Tensor, points: Tensor, frame: Frame) -> Tensor:
+    def negative_log_likelihood(self, logits: Tensor, points: Tensor, frame: Frame) -> Tensor:
         """-log p `[B, N]` of the landmarks' pixels under maps `[B, N, h, w]`; of any pixel where there is none."""
         flat = logits.flatten(2)
         return flat.logsumexp(-1) - flat.gather(-1, self.pixels(points, logits, frame)[..., None]).squeeze(-1)
@@ -59,7 +61,7 @@ class ContourCodec:
         """The peak, or the mean around it, and the expected radial error of the tempered map."""
         logits = logits.detach().float()
         if self.temperatures is not None:
-            logits = logits / self._fitting(self.temperatures.to(logits), logits)
+            logits = logits / self._by_landmark(self.temperatures.to(logits), logits)
         x, y = cell_centers(logits, frame.size)
         probability = logits.flatten(2).softmax(-1).unflatten(-1, logits.shape[-2:])
         points = local_mean(probability, x, y, self.cfg.decode_radius_px)
@@ -70,12 +72,13 @@ class ContourCodec:
 
     def expected_radial_error(self, probability: Tensor, points: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """ERE `[B, N]` px: sum over pixels of w |p - point|, w the map without what is below `ere_cut` of its peak."""
+        # What is far below the peak covers most pixels: without the cut, its sum of distances would be the answer.
         kept = probability * (probability > self.cfg.ere_cut * probability.amax((-2, -1), keepdim=True))
         distance = torch.hypot((x - points[..., :1]).unsqueeze(-2), (y - points[..., 1:]).unsqueeze(-1))  # [B, N, h, w]
         return (kept * distance).sum((-2, -1)) / kept.sum((-2, -1))
 
     @staticmethod
-    def _fitting(temperatures: Tensor, logits: Tensor) -> Tensor:
+    def _by_landmark(temperatures: Tensor, logits: Tensor) -> Tensor:
         if len(temperatures) != logits.shape[1]:
             raise CheckpointError(
                 f"{len(temperatures)} temperatures for {logits.shape[1]} landmarks; they belong to another run"

@@ -1,4 +1,4 @@
-"""The paper's codec (paper.md, section 3), quirks kept: discs, softmax over landmarks, contours, (0, 0) on failure."""
+"""The paper's codec (docs/method.md, section 3): discs, softmax over landmarks, contours, (0, 0) on failure."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class DiscCodec:
         dx = (grid - center[..., :1]).square()  # [B, N, S]
         dy = (grid - center[..., 1:]).square()
         distance = dx.unsqueeze(-2) + dy.unsqueeze(-1)  # [B, N, S(y), S(x)]
+        # The released threshold is half the largest value on the grid: a landmark outside the image lights its border.
         nearest = dx.amin(-1) + dy.amin(-1)
         return (distance - nearest[..., None, None] <= self.radius_squared).to(points.dtype)
 
@@ -48,7 +49,7 @@ class DiscCodec:
         linear, offset = frame.to_native[..., :2], frame.to_native[..., None, :, 2]
         scale = (frame.size / frame.native_size).unsqueeze(1)  # [B, 1, 2], of a squeezed picture
         ratio = points.nan_to_num() @ linear.mT + offset  # native pixels
-        still = self.encode(ratio * scale, frame.size)
+        still = self.encode(ratio * scale, frame.size)  # on the picture before augmentation
         axis = torch.arange(frame.size, device=points.device, dtype=points.dtype)
         pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)  # [S * S, 2]
         source = ((pixels @ linear.mT + offset + 0.5) * scale - 0.5).round().clamp(0, frame.size - 1).long()
@@ -58,7 +59,7 @@ class DiscCodec:
     def loss(self, logits: Tensor, points: Tensor, frame: Frame) -> Tensor:
         """Cross-entropy with a softmax over landmarks at each pixel, averaged over all pixels `[B]`.
 
-        Outside every disc the target is all zero, so there is neither loss nor gradient (paper.md, section 0, fact 4).
+        Outside every disc the target is all zero, so there is neither loss nor gradient (docs/method.md, section 0, 4).
         """
         return -(self.masks(points, frame) * logits.float().log_softmax(1)).sum(1).mean((1, 2))
 
@@ -81,7 +82,7 @@ def _largest_contour(logits: np.ndarray) -> tuple[float, float, float, float]:
     if not contours:
         return 0.0, 0.0, 0.0, 1.0
     moments = cv2.moments(max(contours, key=cv2.contourArea))
-    if moments["m00"] == 0:
+    if moments["m00"] == 0:  # a contour of one or two pixels has no area; the released code fails there too
         return 0.0, 0.0, 0.0, 1.0
     spread = math.sqrt(moments["m00"] / (2 * math.pi))
     return moments["m10"] / moments["m00"], moments["m01"] / moments["m00"], spread, 0.0

@@ -1,9 +1,7 @@
-"""Our codec: one probability distribution over all pixels per landmark, taught a Gaussian.
+"""Gaussian heatmaps: `SpatialCodec`, ours, and `GaussianCodec`, which GU2Net is trained on (docs/method.md, section 5).
 
-Gaussian heatmaps of independent pixels, as GU2Net is trained on (paper.md, section 5).
-
-Every pixel of every landmark's map is a probability of its own: binary cross-entropy, summed over pixels and landmarks,
-against a Gaussian of height 1, and the largest value as the answer.
+Ours makes one probability distribution over all pixels per landmark, trained towards a Gaussian. In GU2Net's every
+pixel is a probability of its own: binary cross-entropy against a Gaussian of height 1, the largest value as the answer.
 """
 
 from __future__ import annotations
@@ -41,6 +39,7 @@ class SpatialCodec:
         x, y = cell_centers(logits, frame.size)
         target_x = (-(x - points[..., :1].nan_to_num()).square() / (2 * self.sigma_px**2)).softmax(-1)  # [B, N, w]
         target_y = (-(y - points[..., 1:].nan_to_num()).square() / (2 * self.sigma_px**2)).softmax(-1)
+        # The target is a product of one factor per column and one per row: two small products instead of a map.
         expected = (torch.matmul(logits, target_x.unsqueeze(-1)).squeeze(-1) * target_y).sum(-1)
         cross_entropy = logits.flatten(2).logsumexp(-1) - expected
         return (cross_entropy * counts).sum(-1) / counts.sum(-1).clamp(min=1)
@@ -50,9 +49,7 @@ class SpatialCodec:
         x, y = cell_centers(logits, frame.size)
         probability = logits.detach().float().flatten(2).softmax(-1).unflatten(-1, logits.shape[-2:])
         points = local_mean(probability, x, y, self.decode_radius_px)
-        second_x = (probability.sum(-2) * (x - points[..., :1]).square()).sum(-1)
-        second_y = (probability.sum(-1) * (y - points[..., 1:]).square()).sum(-1)
-        return Decoded(points, (second_x + second_y).sqrt(), ~points.isfinite().all(-1))
+        return Decoded(points, spread(probability, points, x, y), ~points.isfinite().all(-1))
 
 
 class GaussianCodec:
@@ -96,6 +93,11 @@ class GaussianCodec:
         x, y = cell_centers(logits, frame.size)
         weight = probability / probability.sum((-2, -1), keepdim=True)
         points = local_mean(weight, x, y, self.cfg.decode_radius_px)
-        second_x = (weight.sum(-2) * (x - points[..., :1]).square()).sum(-1)
-        second_y = (weight.sum(-1) * (y - points[..., 1:]).square()).sum(-1)
-        return Decoded(points, (second_x + second_y).sqrt(), ~points.isfinite().all(-1))
+        return Decoded(points, spread(weight, points, x, y), ~points.isfinite().all(-1))
+
+
+def spread(probability: Tensor, points: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Root mean squared distance `[B, N]` of distributions `[B, N, h, w]` over cells at `x`, `y` from `points`."""
+    second_x = (probability.sum(-2) * (x - points[..., :1]).square()).sum(-1)
+    second_y = (probability.sum(-1) * (y - points[..., 1:]).square()).sum(-1)
+    return (second_x + second_y).sqrt()

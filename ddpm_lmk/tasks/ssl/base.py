@@ -3,7 +3,7 @@
 A task of this kind trains the encoder of an `encoder_unet` under a head of its own; the decoder is not built into what
 is trained, and fine-tuning takes tensors named `encoder.` only. Everything that changes while training (followers,
 centre, schedules) is in the module's buffers, so that a checkpoint has it. Negatives come from all ranks and from one
-micro-batch: micro-batches of a group do not see one another (paper.md, section 5: nor do they in the released code).
+micro-batch: micro-batches of a step do not see one another (docs/method.md, section 5; nor in the released code).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ddpm_lmk.config import EncoderUNetConfig, Network
 from ddpm_lmk.config.task import EncoderTaskConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.models import ModelCost
-from ddpm_lmk.models.cost import FLOAT_BYTES, traced_cost
+from ddpm_lmk.models.cost import FLOAT_BYTES, count_parameters, plain_cost
 from ddpm_lmk.models.encoder_unet import Encoder, EncoderUNet, build_encoder
 from ddpm_lmk.tasks.ssl.views import draw_views
-from ddpm_lmk.tasks.task import Everyone, Task
+from ddpm_lmk.tasks.task import OneRank, Task
 
 Config = TypeVar("Config", bound=EncoderTaskConfig)
 
@@ -38,12 +38,12 @@ class EncoderTask(Task, Generic[Config]):
 
     def __init__(self, cfg: Config, *, seed: int, channels: int) -> None:
         self.cfg, self.seed, self.channels = cfg, seed, channels
-        self.everyone = Everyone()
-        self.total = 1
+        self.ranks = OneRank()
+        self.total_steps = 1
 
-    def meet(self, everyone: Everyone, *, total: int) -> None:
-        """Take the way to the other ranks, and the steps of the run."""
-        self.everyone, self.total = everyone, total
+    def prepare(self, ranks: OneRank, *, total_steps: int) -> None:
+        """Keep the other ranks, and the number of steps, for losses and schedules."""
+        self.ranks, self.total_steps = ranks, total_steps
 
     def cost(self, network: Network, image_size: int) -> ModelCost:
         """All views through the encoder, those the follower sees once more, and the layers of the heads."""
@@ -52,10 +52,10 @@ class EncoderTask(Task, Generic[Config]):
             net = self.net(build_encoder(network))
         heads = sum(module.weight.numel() for module in net.modules() if _is_trained_linear(module))
         views = [view.size or image_size for view in self.cfg.views for _ in range(view.count)]
-        cost = {s: traced_cost(lambda: build_encoder(network), network.in_channels, s, s) for s in set(views)}
+        cost = {s: plain_cost(lambda: build_encoder(network), network.in_channels, s, s) for s in set(views)}
         forward = sum(cost[side].flops_forward + 2 * heads for side in views)
         followed = sum(cost[side].flops_forward + 2 * heads for side in views[: self.num_followed])
-        params = sum(parameter.numel() for parameter in net.parameters())
+        params = count_parameters(net)
         return ModelCost(
             params=params,
             flops_forward=forward + followed,
@@ -76,16 +76,17 @@ class EncoderTask(Task, Generic[Config]):
         """What is trained: called once per micro-batch with views, gives what `compare` wants."""
 
     @abstractmethod
-    def compare(self, model: nn.Module, views: list[Tensor], batch: Batch, everyone: Everyone) -> Tensor:
+    def compare(self, model: nn.Module, views: list[Tensor], batch: Batch, ranks: OneRank) -> Tensor:
         """The loss per image `[B]`, given normalised views `[B, C, s, s]`."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """One loss per image `[B]`; all ranks call it together."""
-        return self.compare(model, self.views(batch, "view"), batch, self.everyone)
+        return self.compare(model, self.views(batch, "view"), batch, self.ranks)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The loss with views of its own, against the images of one batch: ranks may have different numbers of them."""
-        losses = self.compare(model, self.views(batch, "view-evaluate"), batch, Everyone())
+        """The loss with views of its own, the same at every evaluation, against the images of one batch."""
+        # Ranks may have different numbers of batches left, so that a collective call would wait for ever.
+        losses = self.compare(model, self.views(batch, "view-evaluate"), batch, OneRank())
         return {"loss": (losses * batch.weight).sum(), "count": batch.weight.sum()}
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:

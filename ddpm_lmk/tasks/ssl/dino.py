@@ -1,4 +1,4 @@
-"""DINO (Caron et al., ICCV 2021): the student says of each crop what the teacher says of another, global one.
+"""DINO (Caron et al., ICCV 2021): the student predicts from each crop the teacher's output for another, global one.
 
 The teacher follows the student; its outputs are centred by their running mean, over all ranks, and sharpened by a low
 temperature, which together keep them from collapsing. Crops of one size go through the encoder together. Weight decay
@@ -17,7 +17,7 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.models.encoder_unet import Encoder
 from ddpm_lmk.tasks.ssl.base import EncoderTask, pooled, scheduled
 from ddpm_lmk.tasks.ssl.heads import DinoHead, follow, follower
-from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.tasks.task import OneRank
 
 
 class DinoNet(nn.Module):
@@ -49,7 +49,7 @@ class DinoNet(nn.Module):
             pooled = _pooled(self.teacher["encoder"], views[: self.num_global])
             teacher = self.teacher["head"](pooled, self.is_learning).float().unflatten(0, (self.num_global, -1))
             probabilities = ((teacher - self.running_center) / self.teacher_temperature).softmax(-1)
-            if self.training:
+            if self.training:  # padding, of weight 0, must not move the centre
                 mean = (teacher.mean(0) * weight[:, None]).sum(0) / weight.sum().clamp(min=1)
                 self.running_center.lerp_(mean, 1 - self.center_momentum)
         return student.float().unflatten(0, (len(views), -1)), probabilities
@@ -66,7 +66,7 @@ class DinoTask(EncoderTask[DinoConfig]):
         """Student, teacher, centre."""
         return DinoNet(encoder, self.cfg)
 
-    def compare(self, model: nn.Module, views: list[Tensor], batch: Batch, everyone: Everyone) -> Tensor:
+    def compare(self, model: nn.Module, views: list[Tensor], batch: Batch, ranks: OneRank) -> Tensor:
         """Cross-entropy, the mean over pairs of a global view and any other view; other images do not matter."""
         student, teacher = model(views, batch.weight)
         return distillation(student / self.cfg.student_temperature, teacher)
@@ -74,7 +74,8 @@ class DinoTask(EncoderTask[DinoConfig]):
     def after_step(self, model: nn.Module, step: int) -> None:
         """The teacher follows, and the schedules move on."""
         assert isinstance(model, DinoNet)
-        cfg, total = self.cfg, self.total
+        cfg, total = self.cfg, self.total_steps
+        # Only after an update: a step that was skipped as not finite moves neither teacher nor schedules.
         momentum = scheduled(cfg.momentum, cfg.momentum_schedule, step=step, total=total)
         follow(model.teacher["encoder"], model.encoder, momentum)
         follow(model.teacher["head"], model.head, momentum)

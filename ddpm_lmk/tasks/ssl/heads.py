@@ -1,4 +1,4 @@
-"""Heads of self-supervised learning, and copies of networks that are not trained but follow."""
+"""Heads of self-supervised learning, and momentum copies of networks: moving averages that no optimizer knows."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class DinoHead(nn.Module):
 
     def forward(self, x: Tensor, is_learning: Tensor) -> Tensor:
         """Logits [B, prototypes]; where `is_learning` is 0, the prototypes get a gradient of zero."""
+        # A product with 0 instead of a branch: `is_learning` lies on the device, and reading it would wait for it.
         still = self.last.detach()
         directions = still + (self.last - still) * is_learning
         return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(directions, dim=-1))
@@ -63,6 +64,7 @@ class DinoHead(nn.Module):
 def follower(module: nn.Module) -> nn.Module:
     """A copy whose parameters are buffers: saved and moved with the model, unknown to optimizers and to DDP."""
     copied = copy.deepcopy(module)
+    # As parameters without gradient they would still be broadcast by DDP, and averaged once more by the EMA.
     for part in copied.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:

@@ -15,7 +15,7 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.models.encoder_unet import Encoder
 from ddpm_lmk.tasks.ssl.base import EncoderTask, masked, pooled, scheduled
 from ddpm_lmk.tasks.ssl.heads import batch_normed_head, follow, follower
-from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.tasks.task import OneRank
 
 
 class MocoV3Net(nn.Module):
@@ -46,30 +46,30 @@ class MocoV3Task(EncoderTask[MocoV3Config]):
         """Encoder, projector, predictor, and the momentum encoder."""
         return MocoV3Net(encoder, self.cfg)
 
-    def compare(self, model: nn.Module, views: list[Tensor], batch: Batch, everyone: Everyone) -> Tensor:
+    def compare(self, model: nn.Module, views: list[Tensor], batch: Batch, ranks: OneRank) -> Tensor:
         """Cross-entropy of both queries over the keys of the other view, summed, times 2 tau in the method."""
         queries, keys = model(views)
-        losses = info_nce(queries, keys, batch.weight, everyone, temperature=self.cfg.temperature)
+        losses = info_nce(queries, keys, batch.weight, ranks, temperature=self.cfg.temperature)
         return losses * 2 * self.cfg.temperature if self.cfg.loss_scale == "two_tau" else losses
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """The momentum encoder follows."""
         assert isinstance(model, MocoV3Net)
-        momentum = scheduled(self.cfg.momentum, self.cfg.momentum_schedule, step=step, total=self.total)
+        momentum = scheduled(self.cfg.momentum, self.cfg.momentum_schedule, step=step, total=self.total_steps)
         follow(model.momentum["encoder"], model.encoder, momentum)
         follow(model.momentum["projector"], model.projector, momentum)
 
 
-def info_nce(queries: Tensor, keys: Tensor, weight: Tensor, everyone: Everyone, *, temperature: float) -> Tensor:
+def info_nce(queries: Tensor, keys: Tensor, weight: Tensor, ranks: OneRank, *, temperature: float) -> Tensor:
     """Symmetric InfoNCE per image `[B]`.
 
     Args:
         queries, keys: unit vectors `[2, B, D]`, by view.
         weight: `[B]`; keys of images that do not count (padding) are no negatives.
     """
-    others = keys.flip(0)
-    everyones = everyone.rows(torch.cat((others[0], others[1], weight[:, None]), 1))  # [W B, 2 D + 1]
-    first, second, counts = everyones.split([keys.shape[-1], keys.shape[-1], 1], 1)
+    others = keys.flip(0)  # a query of one view is compared with keys of the other
+    gathered = ranks.all_gather(torch.cat((others[0], others[1], weight[:, None]), 1))  # [W B, 2 D + 1]
+    first, second, counts = gathered.split([keys.shape[-1], keys.shape[-1], 1], 1)
     all_keys = torch.stack((first, second))  # [2, W B, D]
     logits = masked(queries @ all_keys.mT / temperature, counts.T == 0)  # [2, B, W B]
     positive = (queries * others).sum(-1) / temperature

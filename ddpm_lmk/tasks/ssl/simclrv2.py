@@ -1,7 +1,7 @@
 """SimCLR v2 (Chen et al., NeurIPS 2020): the two views of an image find each other among the views of all ranks.
 
 NT-Xent over 2 W B vectors, with gradient through the vectors of other ranks, and a projector of three layers. The
-method's momentum memory is left out, as in the paper's settings (paper.md, section 5), and the encoder ends at its
+method's momentum memory is left out, as in the paper's settings (docs/method.md, section 5). The encoder ends at its
 pooling: a U-Net has no place for the first layer of the projector, which the method keeps for classification.
 """
 
@@ -16,7 +16,7 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.models.encoder_unet import Encoder
 from ddpm_lmk.tasks.ssl.base import EncoderTask, masked, pooled
 from ddpm_lmk.tasks.ssl.heads import batch_normed_head
-from ddpm_lmk.tasks.task import Everyone
+from ddpm_lmk.tasks.task import OneRank
 
 
 class SimclrV2Net(nn.Module):
@@ -40,22 +40,23 @@ class SimclrV2Task(EncoderTask[SimclrV2Config]):
         """Encoder and projector."""
         return SimclrV2Net(encoder, self.cfg)
 
-    def compare(self, model: nn.Module, views: list[Tensor], batch: Batch, everyone: Everyone) -> Tensor:
+    def compare(self, model: nn.Module, views: list[Tensor], batch: Batch, ranks: OneRank) -> Tensor:
         """NT-Xent, the mean over an image's two views."""
-        return nt_xent(model(views), batch.weight, everyone, temperature=self.cfg.temperature)
+        return nt_xent(model(views), batch.weight, ranks, temperature=self.cfg.temperature)
 
 
-def nt_xent(vectors: Tensor, weight: Tensor, everyone: Everyone, *, temperature: float) -> Tensor:
+def nt_xent(vectors: Tensor, weight: Tensor, ranks: OneRank, *, temperature: float) -> Tensor:
     """The loss per image `[B]` of unit vectors `[2, B, D]`, by view.
 
     Args:
         weight: `[B]`; views of images that do not count (padding) are no negatives.
     """
     count, width = vectors.shape[1:]
-    rows = everyone.rows(torch.cat((vectors[0], vectors[1], weight[:, None]), 1))  # [W B, 2 D + 1]
+    rows = ranks.all_gather(torch.cat((vectors[0], vectors[1], weight[:, None]), 1))  # [W B, 2 D + 1]
     first, second, counts = rows.split([width, width, 1], 1)
     logits = vectors.flatten(0, 1) @ torch.cat((first, second)).T / temperature  # [2 B, 2 W B]
-    own = torch.arange(count, device=vectors.device) + everyone.rank * count
+    # Where this rank's own views stand among all: a vector is not its own negative.
+    own = torch.arange(count, device=vectors.device) + ranks.rank * count
     is_self = F.one_hot(torch.cat((own, own + len(rows))), 2 * len(rows)).bool()
     logits = masked(logits, is_self | (counts.T == 0).repeat(1, 2))
     positive = (vectors[0] * vectors[1]).sum(-1) / temperature

@@ -36,7 +36,7 @@ def draw_views(
         positions: `[B]` in host memory, the keys.
         stream: names the purpose, so that an evaluation draws others.
     """
-    keys = positions.numpy()
+    keys = positions.numpy()  # in host memory: nothing waits for the device
     if cfg.drawn == "micro_batch":
         keys = np.full_like(keys, keys[0])
     kinds = [view for view in cfg.views for _ in range(view.count)]
@@ -59,6 +59,7 @@ def make_view(view: ViewConfig, images: Tensor, u: Floats) -> Tensor:
     is_toned = u[:, JITTER] < view.jitter
     brightness = column(np.where(is_toned, 1 + (2 * u[:, BRIGHTNESS] - 1) * view.brightness, 1.0).clip(min=0))
     contrast = column(np.where(is_toned, 1 + (2 * u[:, CONTRAST] - 1) * view.contrast, 1.0).clip(min=0))
+    # torchvision draws the order of its tone changes; both are cheap enough to be computed.
     first = _contrasted(_brightened(x, brightness), contrast)
     second = _brightened(_contrasted(x, contrast), brightness)
     x = torch.where(column(u[:, ORDER]) < 0.5, first, second)

@@ -17,8 +17,6 @@ from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.engine import precision
 from ddpm_lmk.errors import RunConflictError
-from ddpm_lmk.system import failpoints
-from ddpm_lmk.system.machine import release
 from tests.cli.commands import CONFIGS, SMOKE, Lmk, rows_of
 
 ROOT = CONFIGS.parent
@@ -33,28 +31,6 @@ def test_help_names_every_command(lmk: Lmk) -> None:
 
 def test_version_is_the_package_version(lmk: Lmk) -> None:
     assert lmk("--version").out.strip() == __import__("ddpm_lmk").__version__
-
-
-def test_doctor_lists_the_fail_points(lmk: Lmk) -> None:
-    result = lmk("doctor", "--failpoints")
-    assert result.code == 0
-    assert [name for name in failpoints.POINTS if name not in result.out] == []
-    assert "LMK_FAILPOINT=PLACE[:N][=ACTION]" in result.out
-
-
-def test_doctor_looks_at_everything_and_says_what_would_be_used(lmk: Lmk, tmp_path: Path) -> None:
-    result = lmk("doctor", "--out", tmp_path / "runs")
-    assert result.code in (0, 5)
-    assert (result.code == 5) == ("problem" in result.out)
-    for topic in ("python", "torch", "cpu", "gpu", "group norm", "disk", "/dev/shm", "open files", "extra dali"):
-        assert topic in result.out
-    assert "would use 1 " in result.out
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_versions_compare_by_their_numbers() -> None:
-    assert release("2.13.0+cpu") == (2, 13, 0)
-    assert release("2.9.1") < (2, 10) < (*release("2.10.0rc1.dev0"), 0)
 
 
 def test_shards_are_packed_verified_and_shown(lmk: Lmk, tmp_path: Path) -> None:

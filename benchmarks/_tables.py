@@ -99,7 +99,11 @@ def fault_rows(result: dict[str, Any]) -> list[list[object]]:
     done = ", ".join(f"{damage[kind]} {kind}" for kind in kinds)
     disks = ", ".join(f"{row['times']:g}: {'goes on' if row['exit'] == 0 else 'exit 6'}" for row in result["full_disk"])
     return [
-        ["killed at a fail-point of saving", result["failpoints"]["kills"], "all continued with the same bits"],
+        *(
+            [["killed at a fail-point of saving", result["failpoints"]["kills"], "all continued with the same bits"]]
+            if "failpoints" in result
+            else []
+        ),
         ["killed at a system call of a save", calls["killed"], "all continued with the same bits"],
         ["a system call of a save refused", calls["refused"], "no step lost, same bits"],
         [

@@ -23,7 +23,7 @@ from ddpm_lmk.bench import Result, Timings, alternate
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.models.blocks import DoubleSizeConv2d
 from ddpm_lmk.system.console import progress
-from ddpm_lmk.system.cores import granted_cores
+from ddpm_lmk.system.machine import granted_cores
 
 PRODUCT_SIDES = {"cpu": (1024,), "cuda": (4096, 8192)}
 ARRAY_MIB = {"cpu": 64, "cuda": 512}

@@ -38,7 +38,8 @@ from ddpm_lmk.system.machine import hardware, versions
 CASES = ((0.0005, 1), (0.005, 1), (0.05, 1), (0.005, 2), (0.05, 2), (0.005, 4), (0.05, 4))  # share, processes
 SIZE = 32
 GROUP, MICRO_BATCH = 80, 20
-KILLED_AT = {1: "save.recorded:3", 2: "save.recorded:2", 4: "save.recorded:2"}
+KILLED_AT = {1: 3, 2: 2, 4: 2}  # saves, by processes: killed when the checkpoint is durable and nothing is dropped yet
+ROOT = Path(__file__).resolve().parents[1]
 SHARD_BYTES = 256 * 1536
 BUDGET, TOO_SMALL = 0.1, 0.01
 
@@ -59,7 +60,7 @@ def main() -> None:
         "benchmark": "quarantine",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "images": options.images,
-        "killed_at_failpoint_by_processes": KILLED_AT,
+        "killed_at_save_by_processes": KILLED_AT,
         "hardware": hardware(),
         "versions": versions("torch", "numpy"),
         "rows": rows,
@@ -169,7 +170,9 @@ def _train(cfg: RunConfig, data: Path, name: str, processes: int) -> dict[str, A
     """Run, killed on the way if `name` says so; what was listed, and digests of all that has to agree."""
     out = data.with_name(f"{data.name}-{processes}-{name}")
     command = _command(cfg, out, processes)
-    kill = {"LMK_FAILPOINT": KILLED_AT[processes]} if name == "killed" else {}
+    breaks = [{"call": "ddpm_lmk.rundir.retention.retain", "at": KILLED_AT[processes], "how": "kill"}]
+    place = f"{ROOT / 'tests/faults/site'}:{ROOT}"  # see tests/faults/breaking.py
+    kill = {"PYTHONPATH": place, "LMK_TEST_BREAKS": json.dumps(breaks)} if name == "killed" else {}
     code = subprocess.run(command, env=os.environ | kill, check=False).returncode
     kills = code == -signal.SIGKILL
     if kills:  # one process alone: nobody else starts it again

@@ -30,7 +30,7 @@ from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.launcher.placement import Placement
 from ddpm_lmk.launcher.start import run_ranks
 from ddpm_lmk.system.console import say
-from ddpm_lmk.system.cores import granted_cores
+from ddpm_lmk.system.machine import granted_cores
 
 MOST_CPU_PROCESSES = 8
 PATIENCE_S = 600.0  # between two signs of life, of which a benchmark gives none

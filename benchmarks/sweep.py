@@ -30,7 +30,7 @@ from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.sweep import cell_folder
-from ddpm_lmk.system.cores import granted_cores
+from ddpm_lmk.system.machine import granted_cores
 from ddpm_lmk.system.shipped import find
 
 SHOTS = (1, 5, 10, 25, 50)

@@ -29,7 +29,7 @@ from ddpm_lmk.sweep.check import check_sweep, refuse_other_settings
 from ddpm_lmk.sweep.forecast import SweepForecast, forecast_run, forecast_sweep
 from ddpm_lmk.sweep.run import run_sweep
 from ddpm_lmk.system.console import Whole, about, duration, progress, remaining, say
-from ddpm_lmk.system.cores import granted_cores
+from ddpm_lmk.system.machine import granted_cores
 from ddpm_lmk.system.shipped import shipped
 from ddpm_lmk.system.signals import check_stopped
 
@@ -192,8 +192,7 @@ def _pretrain(demo: Demo) -> None:
     whole = demo.whole("pre-training")
     if demo.forecast is not None and whole is not None:
         job |= {"forecast": asdict(demo.forecast), "whole": asdict(whole)}
-    code = launch(job, processes=placement.processes, device=placement.device)
-    _require_success(code, "pre-training", out)
+    _require_success(launch(job, placement), "pre-training", out)
 
 
 def _fine_tune(demo: Demo) -> None:

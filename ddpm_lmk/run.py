@@ -44,9 +44,8 @@ from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.rundir.checkpoint import load_checkpoint
 from ddpm_lmk.rundir.directory import RunDir, bring_checkpoint
 from ddpm_lmk.system.console import Whole, about, progress, say
-from ddpm_lmk.system.cores import granted_cores
 from ddpm_lmk.system.heartbeat import beat
-from ddpm_lmk.system.machine import code_digest, versions
+from ddpm_lmk.system.machine import code_digest, granted_cores, versions
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
 from ddpm_lmk.tasks.starting_weights import put_weights
 from ddpm_lmk.tasks.task import Everyone

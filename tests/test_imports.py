@@ -48,7 +48,7 @@ WITHOUT_TORCH = [
         "engine.step_timing",
         "engine.requirements",
     ),
-    *("system.cores", "system.environment", "system.limits", "system.memory", "system.processes"),
+    *("system.children", "system.environment", "system.limits", "system.processes"),
     *("system.heartbeat", "system.signals", "system.shipped", "system.machine", "system.console"),
     *("data", "data.spec", "data.sources.base", "data.shards.verify", "data.shards.pack", "data.phantom"),
     *("data.loading.order", "data.loading.augment"),

@@ -23,7 +23,7 @@ from ddpm_lmk.cli.train import CpuOption, GpusOption, launch_app, shipped_file, 
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.system import environment, files, shipped
 from ddpm_lmk.system.console import accept_any_encoding, print_table, say
-from ddpm_lmk.system.machine import want_floors
+from ddpm_lmk.system.machine import require_safe_versions
 
 app = typer.Typer(
     help="Diffusion pre-training on pooled x-rays, and few-shot landmark detection with the same engine.",
@@ -80,7 +80,7 @@ def _main_options(
 ) -> None:
     State.debug = debug
     if context.invoked_subcommand != "doctor":  # which lists all packages that are too old
-        want_floors()
+        require_safe_versions()
 
 
 @app.command()
@@ -96,14 +96,8 @@ def doctor(
     nodes: Annotated[int, typer.Option(metavar="M", min=1, help="nodes that should meet")] = 2,
     node_rank: Annotated[int, typer.Option(metavar="R", min=0, help="number of this node, from 0")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False,
-    failpoints: Annotated[
-        bool, typer.Option("--failpoints", help="list the places LMK_FAILPOINT can break, and stop")
-    ] = False,
 ) -> None:
     """What this machine has, what will be used, what is missing and what to do."""
-    if failpoints:
-        _list_failpoints()
-        return
     from ddpm_lmk.cli.doctor import check_rendezvous, examine
     from ddpm_lmk.config.load import load_run
     from ddpm_lmk.launcher import place
@@ -121,14 +115,6 @@ def doctor(
         typer.echo(f"a run without --gpus and --cpu would use {place()}")
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(LaunchError.exit_code)
-
-
-def _list_failpoints() -> None:
-    from ddpm_lmk.system.failpoints import ACTIONS, POINTS, VARIABLE
-
-    print_table(("place", "when"), list(POINTS.items()))
-    print_table(("action", "what"), list(ACTIONS.items()))
-    typer.echo(f"{VARIABLE}=PLACE[:N][=ACTION],... acts the N-th time (1) a process gets there (kill)")
 
 
 @app.command()

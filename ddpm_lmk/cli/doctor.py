@@ -20,9 +20,8 @@ from typing import Literal
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.launcher.placement import split_address
-from ddpm_lmk.system.cores import granted_cores, nvidia_driver
 from ddpm_lmk.system.limits import absent
-from ddpm_lmk.system.machine import FLOORS, advice, below_floor, version
+from ddpm_lmk.system.machine import FLOORS, advice, below_floor, granted_cores, nvidia_driver, version
 
 EXTRAS = {
     "nvidia-dali-cuda130": "dali",

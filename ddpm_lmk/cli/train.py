@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,7 +120,7 @@ def _add_training_command(name: Stage, text: str) -> None:
             job = {"config": cfg.model_dump(mode="json"), "out": str(folder), "strict": strict, "instead": instead}
             job["fork"] = None if fork is None else str(source)
             say(f"{cfg.name}: {placement}, {folder}")
-            code = launch_run(job, **asdict(placement))
+            code = launch_run(job, placement)
             if code == 0:
                 typer.echo(f"{folder / 'results.json'}")
                 say(f"next: {_next_step(cfg, folder)}")

@@ -114,7 +114,7 @@ class TrainConfig(Section):
     )
     channels_last: bool = Field(
         True,
-        description="lay out weights as maps are (NHWC; those of ddpm_unet are either way); the first step tells whether a layer loses it",
+        description="lay out weights as maps are (NHWC; those of ddpm_unet are either way)",
     )
     standardise: Literal["auto", "step", "pass"] = Field(
         "auto",

@@ -29,7 +29,7 @@ from ddpm_lmk.models import ModelCost, build_model, model_cost
 from ddpm_lmk.models.cost import FLOAT_BYTES
 from ddpm_lmk.models.kernels.group_norm import choose_norm
 from ddpm_lmk.models.unet import linear_levels
-from ddpm_lmk.system.memory import total_bytes
+from ddpm_lmk.system.machine import total_bytes
 from ddpm_lmk.tasks.task import Task
 
 FIRST_STEPS = 3

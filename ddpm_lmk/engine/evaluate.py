@@ -21,7 +21,6 @@ from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.rundir.directory import RunDir
-from ddpm_lmk.system.failpoints import reach
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.system.signals import say
 from ddpm_lmk.tasks.task import Task
@@ -90,7 +89,6 @@ def evaluate(
         with parallel.together(), _telling(parallel):
             for batch in loader:
                 beat("evaluate")
-                reach("evaluate.batch")
                 with parallel.autocast(precision):
                     parts.append(task.evaluate(model, batch.to(parallel.device)))
             columns = {key: torch.stack([part[key] for part in parts]).tolist() for key in (parts[0] if parts else ())}

@@ -22,7 +22,7 @@ from ddpm_lmk.data.loading.backend import Backend
 from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
 from ddpm_lmk.engine.checkpointer import Saver
 from ddpm_lmk.engine.collectives import Statistics
-from ddpm_lmk.engine.compile import CompileClock, watch_layout
+from ddpm_lmk.engine.compile import CompileClock
 from ddpm_lmk.engine.data_feed import DRY, Supply
 from ddpm_lmk.engine.device_fit import MemoryWatch
 from ddpm_lmk.engine.evaluate import Validation
@@ -147,7 +147,6 @@ def fit(
         StopRequest() as stop,
         kernels(cfg.train.exactness, parallel.device),
         MemoryWatch(cfg, task, state, parallel),
-        watch_layout(cfg, state.model, parallel, run),
         clock,
         meter,
         supply,
@@ -203,7 +202,7 @@ def fit(
                     with parallel.autocast(cfg.train.precision):
                         losses = task.loss(updater.net, batch)  # [B]
                     total = (losses.float() * batch.weight).sum()
-                    reach_s = time.perf_counter() - begin  # from here on it may wait for other ranks
+                    busy_s = time.perf_counter() - begin  # from here on it may wait for other ranks
                     updater.add(total, _divisor(cfg.train, batch, group))
             seen = updater.finish(max(stop.level, supply.level), wait_s)
             if seen.stop_level == DRY:  # a rank has no group: this step never was
@@ -228,7 +227,7 @@ def fit(
                 _go_back(state, parallel, run, saver, every=pace.checkpoint)
                 updater.reload()
                 is_owed = True
-            beat("step", step=state.step, reach_s=reach_s)
+            beat("step", step=state.step, busy_s=busy_s)
 
     if not state.select_best():
         _warn("train.select=best, but no validation gave a score; the last weights are kept", run, parallel)

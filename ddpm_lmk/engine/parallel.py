@@ -30,7 +30,7 @@ from ddpm_lmk.engine.precision import cuda_has_bf16
 from ddpm_lmk.engine.requirements import want_zero
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.system import environment
-from ddpm_lmk.system.cores import cpu_name, granted_cores
+from ddpm_lmk.system.machine import cpu_name, granted_cores
 from ddpm_lmk.system.signals import say
 
 T = TypeVar("T")

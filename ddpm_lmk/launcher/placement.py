@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from ddpm_lmk.config import Section
 from ddpm_lmk.config.load import load_yaml, validate
 from ddpm_lmk.errors import ConfigError, LaunchError
-from ddpm_lmk.system.cores import THREADS, threads_per_process
+from ddpm_lmk.system.machine import THREADS, threads_per_process
 from ddpm_lmk.system.signals import DEFAULT_GRACE_S, grace_s
 
 Device = Literal["cpu", "cuda"]
@@ -57,7 +57,7 @@ class LaunchFile(Section):
 
 @dataclass(frozen=True)
 class Placement:
-    """Processes per node, nodes and device of one launch, and the patience it has with them (see `LaunchFile`)."""
+    """Where one launch happens, and its limits: a launch file, and which of the nodes this is (see `LaunchFile`)."""
 
     device: Device
     processes: int
@@ -71,8 +71,8 @@ class Placement:
     zero: int = 0
 
     def __str__(self) -> str:
-        where = "GPU" if self.device == "cuda" else "CPU process"
-        count = f"{self.processes} {where}" + ("es" if where.endswith("s") else "s") * (self.processes > 1)
+        one, several = ("GPU", "GPUs") if self.device == "cuda" else ("CPU process", "CPU processes")
+        count = f"{self.processes} {one if self.processes == 1 else several}"
         count += f", ZeRO-{self.zero}" if self.zero else ""
         return count if self.nodes == 1 else f"{count} on each of {self.nodes} nodes"
 
@@ -94,20 +94,18 @@ def place(
     """
     if gpus is not None and cpu is not None:
         raise ConfigError("--gpus and --cpu contradict one another; give one of them")
-    file = None
+    settings: dict[str, Any] = {"grace_s": grace_s()}
     if launch_file is not None:
-        file = read_launch_file(launch_file)
-    if gpus is not None or cpu is not None:
-        device: Device = "cpu" if gpus is None else "cuda"
-        processes = (gpus if gpus is not None else cpu) or 0
-    elif file is not None:
-        device, processes = file.device, file.processes
-    else:
-        device, processes = ("cuda" if visible_gpus() else "cpu"), 1
-    patience: dict[str, Any] = {"grace_s": grace_s()}
-    if file is not None:
-        patience |= file.model_dump(exclude={"device", "processes", "nodes"}, exclude_unset=True)
-    placement = Placement(device, processes, nodes or (file.nodes if file else 1), node_rank, rdzv, **patience)
+        settings |= read_launch_file(launch_file).model_dump(exclude_unset=True)
+    if gpus is not None:
+        settings |= {"device": "cuda", "processes": gpus}
+    elif cpu is not None:
+        settings |= {"device": "cpu", "processes": cpu}
+    elif launch_file is None:
+        settings["device"] = "cuda" if visible_gpus() else "cpu"
+    if nodes is not None:
+        settings["nodes"] = nodes
+    placement = Placement(**{"processes": 1} | settings, node_rank=node_rank, rdzv=rdzv)
     check_placement(placement)
     return placement
 
@@ -159,7 +157,7 @@ def is_loopback(host: str) -> bool:
 
 
 def worker_environment(device: Device, slot: int, count: int, *, devices: int) -> dict[str, str]:
-    """Threads shared out, unless OMP_NUM_THREADS says how many; one visible GPU per worker, in turn."""
+    """Environment of the worker `slot` of `count`: a share of the cores, and one of `devices` visible GPUs in turn."""
     environment = os.environ | {THREADS: str(threads_per_process(count))}
     if device == "cuda":
         visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]

@@ -1,10 +1,9 @@
-"""What is asked of a run before its first step, in one place: `pretrain`, `finetune`, their dry runs, every run of a
-sweep, its dry run and the demo all ask it, so that none of them trains what another refuses.
+"""Checks of a run before its first step, the same for `pretrain`, `finetune`, sweeps, the demo and all dry runs.
 
-Whatever can be known without training is known here: the settings, the packs and their splits and labels, what scoring
-will need of the labels, the directory and what it holds, and the starting weights. Not asked is what takes long (hashes
-of weights and of pixels) or is of the moment (who works in the directory, how much memory is free): the run does that
-as it starts. Imports torch only where there are starting weights to look at.
+Whatever can be known without training is checked here: the settings, the datasets with their splits and labels, what
+scoring will need of the labels, the directory and what it holds, and the starting weights. Left to the run is what
+takes long (hashes of weights and of pixels) or may change (who works in the directory, how much memory is free).
+Imports torch only where there are starting weights to check.
 """
 
 from __future__ import annotations
@@ -19,25 +18,23 @@ from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.engine.requirements import want_graphs, want_kept, want_zero
 from ddpm_lmk.errors import CheckpointError, ConfigError
 from ddpm_lmk.inference.scoring import want_scorable
-from ddpm_lmk.launcher import Placement
+from ddpm_lmk.launcher.placement import Placement
 from ddpm_lmk.rundir import lock, retention
 
 
 def check_run(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | None = None) -> list[str]:
-    """Raise what would end this run before its first step, or after its last; returns what is to be remarked.
-
-    Nothing is written. A run that has finished needs nothing any more.
+    """Raise what would end this run before its first step, or after its last; returns remarks. Writes nothing.
 
     Args:
         out: the run directory; with `fork` the new one.
-        fork: the run it goes on from.
+        fork: the run it is continued from.
 
     Raises:
         LmkError: of the kind, with the words and the exit code that the run itself would have.
     """
     check_settings(cfg, placement)
     if lock.is_finished(out, cfg):
-        return []
+        return []  # its data and starting weights may be gone by now
     corpora = check_data(cfg)
     if placement.node_rank == 0:  # the other nodes write in the same place
         check_folder(cfg, out, corpora, fork=fork)
@@ -46,18 +43,18 @@ def check_run(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | N
 
 
 def check_settings(cfg: RunConfig, placement: Placement) -> None:
-    """Can these settings be kept on so many processes of this kind?
+    """Raise where these settings cannot be kept on so many processes of this kind.
 
     Raises:
         ConfigError: they contradict one another. LaunchError: something is not installed, or not on this device.
     """
     world, train = placement.processes * placement.nodes, cfg.train
     GroupPlan.of(cfg, train.group_size).check_world(world)  # how many images there are does not matter for this
-    together = train.given_micro_batch or train.group_size // world
-    if isinstance(cfg.model, EncoderUNetConfig) and cfg.task.stage == "pretrain" and together < 2:
+    at_once = train.given_micro_batch or train.group_size // world
+    if isinstance(cfg.model, EncoderUNetConfig) and cfg.task.stage == "pretrain" and at_once < 2:
         raise ConfigError(
             f"task {cfg.task.kind} normalises over the images a process computes at once, and {world} processes have "
-            f"{together} each; use fewer processes or a larger train.group_size"
+            f"{at_once} each; use fewer processes or a larger train.group_size"
         )
     want_kept(cfg, world=world, zero=placement.zero)
     want_graphs(cfg, placement.device)
@@ -69,13 +66,10 @@ def check_settings(cfg: RunConfig, placement: Placement) -> None:
 
 
 def check_data(cfg: RunConfig) -> list[Corpus]:
-    """Are the packs, splits and labels there that this run learns from, validates on and is scored on?
-
-    Returns:
-        The images it learns from, as opened.
+    """Open the data that this run learns from, validates on and is scored on; returns what it learns from.
 
     Raises:
-        ConfigError, DataError: as opening and scoring them would.
+        ConfigError, DataError: as opening and scoring would.
     """
     corpora = training_corpora(cfg)
     if cfg.data.validation_split is not None:
@@ -84,13 +78,14 @@ def check_data(cfg: RunConfig) -> list[Corpus]:
         return corpora
     spec = spec_of(cfg, _specs(corpora))
     if cfg.task.codec.kind == "disc" and spec.num_landmarks == 1:
+        # Its softmax runs over landmarks at each pixel: with one of them it is 1 everywhere.
         raise ConfigError(
             f"task.codec.kind=disc tells landmarks apart at every pixel, but {spec.name} has only one, so nothing "
             "would be learnt; use task.codec.kind=spatial"
         )
     if cfg.evaluate.split is not None:
-        for scored, shots in zip(evaluation_corpora(cfg, cfg.evaluate.split), corpora, strict=True):
-            want_scorable(scored, shots)
+        for scored, learnt in zip(evaluation_corpora(cfg, cfg.evaluate.split), corpora, strict=True):
+            want_scorable(scored, learnt)
     return corpora
 
 
@@ -104,7 +99,7 @@ def _specs(corpora: Sequence[Corpus]) -> list[DatasetSpec]:
 
 
 def check_folder(cfg: RunConfig, out: Path, corpora: Sequence[Corpus], *, fork: Path | None = None) -> None:
-    """Can the run write into `out`, and does it hold nothing, or this run on this data?
+    """Raise where the run cannot write into `out`, or where `out` holds anything but this run on this data.
 
     Raises:
         ResourceError: it cannot be written. RunConflictError: it holds another run. DataError: this run on other data.
@@ -127,26 +122,24 @@ def want_same_data(out: Path, corpora: Sequence[Corpus]) -> None:
 def check_start(
     cfg: RunConfig, out: Path, corpora: Sequence[Corpus], *, fork: Path | None = None, stage: RunConfig | None = None
 ) -> None:
-    """Are the starting weights there, and do they fit? A run that has a checkpoint needs them no more.
+    """Raise `CheckpointError` where the starting weights are missing or do not fit.
 
     Args:
         stage: run file of the run that will have made them by then, and is not finished yet.
-
-    Raises:
-        CheckpointError: they are not, or do not.
     """
     if cfg.init.weights is None or fork is not None or has_begun(out):
-        return
+        return  # a run that has a checkpoint needs them no more
     from ddpm_lmk.tasks.starting_weights import want_fitting, want_fitting_stage
 
+    spec = spec_of(cfg, _specs(corpora))
     if stage is None:
-        want_fitting(cfg, spec_of(cfg, _specs(corpora)))
+        want_fitting(cfg, spec)
     else:
-        want_fitting_stage(cfg, spec_of(cfg, _specs(corpora)), stage, spec_of(stage, _specs(training_corpora(stage))))
+        want_fitting_stage(cfg, spec, stage, spec_of(stage, _specs(training_corpora(stage))))
 
 
 def has_begun(out: Path) -> bool:
-    """Has the run in this directory a checkpoint to go on from?"""
+    """Has the run in this directory a checkpoint to resume from?"""
     return bool(retention.complete(out / "checkpoints"))
 
 

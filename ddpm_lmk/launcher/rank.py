@@ -1,7 +1,7 @@
-"""A rank of a run: `python -m ddpm_lmk.launcher.rank JOB.json`, started by the launcher.
+"""A rank of a run: `python -m ddpm_lmk.launcher.rank JOB.json`, started by the launcher through torchelastic.
 
-Ties itself to its launcher before anything else, so that neither a launcher that dies nor a signal that comes while
-torch is being imported finds it unprepared; then does the job as `runs` does it in one process.
+It follows its launcher and catches signals before it imports torch: a launcher that dies or a signal that comes in
+these seconds must not leave a rank behind. Then it does the job as `ddpm_lmk.run` does it in one process.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ def main(arguments: list[str]) -> NoReturn:
         processes.die_with_parent(int(parent))
     rank = int(os.environ.get("RANK", "0"))
     files.protect()
-    heartbeat.start_pulse(rank)
+    heartbeat.start_heartbeats(rank)
     with signals.leaving_at_once():
-        code = _do(Path(arguments[0]), rank)
+        code = _run_job(Path(arguments[0]), rank)
     processes.leave(code)
 
 
-def _do(path: Path, rank: int) -> int:
+def _run_job(path: Path, rank: int) -> int:
     try:
         from ddpm_lmk import run
 
         return run.run_job(json.loads(path.read_text()))
     except LmkError as error:
-        # An error all ranks share is told by one; what only another rank met, that rank has to tell.
+        # Rank 0 reports an error that all ranks share; what only another rank met, that rank has to report.
         if rank == 0 or not (error.is_shared or isinstance(error, StoppedError)):
             signals.say(f"error[{type(error).__name__}]: {'' if rank == 0 else f'rank {rank}: '}{error}")
         return error.exit_code

@@ -18,31 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import LaunchError, NoProgressError, StoppedError
-from ddpm_lmk.launcher import placement as places
 from ddpm_lmk.launcher import supervise
-from ddpm_lmk.launcher.placement import Device, Placement, check_placement, is_loopback, split_address
-from ddpm_lmk.launcher.supervise import Notes, looked_after
+from ddpm_lmk.launcher.placement import Placement, check_placement, is_loopback, split_address
 from ddpm_lmk.rundir import lock
-from ddpm_lmk.system import cores, environment, heartbeat, signals
+from ddpm_lmk.system import environment, heartbeat, machine, signals
 
 if TYPE_CHECKING:
     from ddpm_lmk.launcher.agent import Agent
 
 
-def launch(
-    job: dict[str, Any],
-    *,
-    processes: int,
-    device: Device,
-    nodes: int = 1,
-    node_rank: int = 0,
-    rdzv: str | None = None,
-    restarts: int = places.RESTARTS,
-    stall_s: float = places.STALL_S,
-    grace_s: float = signals.DEFAULT_GRACE_S,
-    rendezvous_s: int = places.RENDEZVOUS_S,
-    zero: int = 0,
-) -> int:
+def launch(job: dict[str, Any], placement: Placement) -> int:
     """Run a job ({"config": resolved run, "out": directory, ...}) and return its exit code.
 
     In one process errors are raised here; of several, the first rank that failed gives the code.
@@ -51,25 +36,35 @@ def launch(
         RunConflictError, ResourceError: the directory is in use, another run, or cannot be written.
         NoProgressError: ranks were lost too often without a new checkpoint in between.
     """
-    placement = Placement(device, processes, nodes, node_rank, rdzv, restarts, stall_s, grace_s, rendezvous_s, zero)
     check_placement(placement)
-    job = {**job, "device": device, "zero": zero}
-    with signals.leaving_at_once(), _environment({signals.GRACE: str(grace_s)}):
-        out = Path(job["out"])
-        if processes == 1 and nodes == 1:
-            return _run_here(job, out, stall_s)
-        if node_rank != 0:
+    job = {**job, "device": placement.device, "zero": placement.zero}
+    out = Path(job["out"])
+    with signals.leaving_at_once(), _environment({signals.GRACE: str(placement.grace_s)}):
+        if placement.processes == 1 and placement.nodes == 1:
+            with supervise.supervised(out, placement.stall_s):
+                from ddpm_lmk import run  # imports torch, which ranks do in processes of their own
+
+                return run.run_job(job)
+        if placement.node_rank != 0:
             return _run_apart(job, placement, out)
+        # Taken for the whole launch: between two starts of the ranks nobody else may take the directory.
         cfg, is_fork = RunConfig.model_validate(job["config"]), bool(job.get("fork"))
         with lock.hold(out, cfg, name=lock.LAUNCHER_LOCK, is_fork=is_fork):
             return _run_apart(job, placement, out)
+
+
+def _run_apart(job: dict[str, Any], placement: Placement, out: Path) -> int:
+    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job))
+        return run_ranks(["-m", "ddpm_lmk.launcher.rank", str(path)], placement, out=out, room=Path(folder))
 
 
 def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = None, room: Path | None = None) -> int:
     """Start `python ARGUMENTS` once per rank of this node through torchelastic and wait; returns the exit code.
 
     A rank that dies takes the others with it, and all are started again, unless it ended with a code of ours. Ctrl-C
-    gives 130, SIGTERM, SIGUSR1 and SIGHUP give 75, after the ranks were told and had time to save.
+    gives 130, SIGTERM, SIGUSR1 and SIGHUP give 75, after the ranks were asked to stop and had time to save.
 
     Args:
         room: folder for what launcher and ranks tell one another; gone at the end, however it comes.
@@ -80,33 +75,34 @@ def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = 
     """
     for line in environment.stand_alone():
         signals.say(f"note: {line}")
-    agents: list[Agent] = []
-    pulse = room or Path(tempfile.mkdtemp(prefix="ddpm-lmk-"))
+    agents: list[Agent] = []  # one, as soon as it is there: signals may come before
+    folder = room or Path(tempfile.mkdtemp(prefix="ddpm-lmk-"))
 
-    def leave() -> None:
+    def kill_ranks() -> None:
         supervise.kill([pid for agent in agents for pid in agent.pids()])
-        shutil.rmtree(pulse, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def ask(number: int) -> None:
+    def ask_to_stop(number: int) -> None:
         if agents and agents[0].is_running:
-            agents[0].asked = number
+            agents[0].stop_signal = number
             signals.say(f"launcher: {signal.Signals(number).name}, the ranks are told to save and leave")
             return
-        leave()  # nothing is trained between two starts, so there is nothing to save
+        kill_ranks()  # nothing is trained between two starts, so there is nothing to save
         signals.leave_at_once(number)
 
+    limits: dict[str, Any] = {"before_leaving": kill_ranks, "within_s": placement.grace_s, "raises": False}
     try:
         with (
-            signals.StopRequest(on_first=ask, before_leaving=leave, within_s=placement.grace_s, raises=False),
-            _environment(_for_ranks(placement, pulse)),
-            _silent_log(),
+            signals.StopRequest(on_first=ask_to_stop, **limits),
+            _environment(_rank_environment(placement, folder)),
+            _silent_torchelastic(),
         ):
-            return _run_agent(arguments, placement, pulse, Notes(out, node_rank=placement.node_rank), agents)
+            return _run_agent(arguments, placement, folder, out, agents)
     finally:
-        shutil.rmtree(pulse, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_agent(arguments: list[str], placement: Placement, pulse: Path, notes: Notes, agents: list[Agent]) -> int:
+def _run_agent(arguments: list[str], placement: Placement, folder: Path, out: Path | None, agents: list[Agent]) -> int:
     """From the rendezvous to the end; the agent is put into `agents` as soon as there is one."""
     from torch.distributed.elastic import rendezvous
     from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -115,7 +111,7 @@ def _run_agent(arguments: list[str], placement: Placement, pulse: Path, notes: N
 
     handler = None
     try:
-        handler = _meet(placement)
+        handler = _rendezvous(placement)
         spec = WorkerSpec(
             role="ddpm-lmk",
             local_world_size=placement.processes,
@@ -124,10 +120,11 @@ def _run_agent(arguments: list[str], placement: Placement, pulse: Path, notes: N
             args=tuple(arguments),
             max_restarts=placement.restarts,
             monitor_interval=0.1,
-            local_addr="127.0.0.1" if _is_alone(placement) else None,
+            local_addr=_local_address(placement),
         )
-        agents.append(Agent(spec, placement, pulse, notes))
-        agents[0].run()
+        agent = Agent(spec, placement, folder, supervise.LaunchLog(out, node_rank=placement.node_rank))
+        agents.append(agent)
+        agent.run()
     except rendezvous.RendezvousClosedError:
         raise StoppedError("another node has ended this run and says why; the same command continues") from None
     except rendezvous.RendezvousError as error:
@@ -139,30 +136,28 @@ def _run_agent(arguments: list[str], placement: Placement, pulse: Path, notes: N
     finally:
         if handler is not None:
             handler.shutdown()
-    code = agents[0].code
-    if code is None:
+    if agent.code is None:
         raise NoProgressError(
             f"{placement.restarts} restarts brought no new checkpoint; see the lines above, and do not start it again "
             "before the cause is found"
         )
-    return code
+    return agent.code
 
 
-def _meet(placement: Placement) -> Any:
-    """The rendezvous of all nodes; the first one keeps it."""
+def _rendezvous(placement: Placement) -> Any:
+    """The meeting of all nodes; the first one hosts it."""
     import torch.distributed.elastic.rendezvous.registry as registry
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-    shared = placement.rdzv is not None
     if placement.rdzv is not None and placement.node_rank == 0:
         check_port(placement.rdzv)
     parameters = RendezvousParameters(
         backend="c10d",
         endpoint=placement.rdzv or "127.0.0.1:0",
-        run_id=f"ddpm-lmk-{placement.rdzv}" if shared else uuid.uuid4().hex,
+        run_id=uuid.uuid4().hex if placement.rdzv is None else f"ddpm-lmk-{placement.rdzv}",
         min_nodes=placement.nodes,
         max_nodes=placement.nodes,
-        local_addr="127.0.0.1" if _is_alone(placement) else None,
+        local_addr=_local_address(placement),
         is_host=placement.node_rank == 0,
         join_timeout=placement.rendezvous_s,
         read_timeout=placement.rendezvous_s,
@@ -174,50 +169,37 @@ def check_port(rdzv: str) -> None:
     """The first node listens on the port of `--rdzv`, so it must be free; raises `LaunchError`."""
     _, port = split_address(rdzv)
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
         try:
             probe.bind(("", port))
         except OSError as error:
             raise LaunchError(f"port {port} of --rdzv {rdzv} cannot be used ({error.strerror}); take another") from None
 
 
-def _is_alone(placement: Placement) -> bool:
-    """Are all nodes this machine? Then its own name need not be known to anybody."""
-    return placement.rdzv is None or is_loopback(split_address(placement.rdzv)[0])
+def _local_address(placement: Placement) -> str | None:
+    """Loopback where all nodes are this machine, whose own name need then not be known to anybody."""
+    is_alone = placement.rdzv is None or is_loopback(split_address(placement.rdzv)[0])
+    return "127.0.0.1" if is_alone else None
 
 
-def _run_here(job: dict[str, Any], out: Path, stall_s: float) -> int:
-    with looked_after(out, stall_s):
-        from ddpm_lmk import run
-
-        return run.run_job(job)
-
-
-def _run_apart(job: dict[str, Any], placement: Placement, out: Path) -> int:
-    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "job.json"
-        path.write_text(json.dumps(job))
-        return run_ranks(["-m", "ddpm_lmk.launcher.rank", str(path)], placement, out=out, room=Path(folder))
-
-
-def _for_ranks(placement: Placement, pulse: Path) -> dict[str, str]:
-    """Environment of the ranks; the first four hold whatever the user's says, the others are defaults."""
-    wanted = {environment.PARENT: str(os.getpid()), heartbeat.PULSE: str(pulse), signals.GRACE: str(placement.grace_s)}
-    wanted[cores.THREADS] = str(cores.threads_per_process(placement.processes))
+def _rank_environment(placement: Placement, folder: Path) -> dict[str, str]:
+    """Variables of the ranks: ours whatever the user's say, those of torch where the user says nothing."""
+    ours = {environment.PARENT: str(os.getpid()), heartbeat.FOLDER: str(folder), signals.GRACE: str(placement.grace_s)}
+    ours[machine.THREADS] = str(machine.threads_per_process(placement.processes))
     defaults = {
         # Restarted ranks would read the addresses of the dead ones from the shared store (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # else DDP remarks at every start that no parameter is unused
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "",  # signals are ours
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "",  # `StopRequest` handles them
     }
-    return wanted | {name: value for name, value in defaults.items() if name not in os.environ}
+    return ours | {name: value for name, value in defaults.items() if name not in os.environ}
 
 
 @contextmanager
-def _environment(wanted: dict[str, str]) -> Iterator[None]:
+def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Set variables for the time of a block."""
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -229,8 +211,8 @@ def _environment(wanted: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _silent_log() -> Iterator[None]:
-    """The log of torchelastic is kept to itself: the ranks and the agent say what went wrong."""
+def _silent_torchelastic() -> Iterator[None]:
+    """Keep torchelastic's log from the user: the ranks and the agent say what went wrong."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

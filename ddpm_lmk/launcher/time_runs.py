@@ -1,20 +1,16 @@
-"""Timing steps of runs as they would be placed: in this process, or in processes of their own side by side.
+"""Timing steps of runs as they would be placed: in this process, or in child processes side by side.
 
-A process of its own is `python -m ddpm_lmk.launcher.time_runs`, its job on standard input. Importing this does not
-import torch.
+The child is `python -m ddpm_lmk.launcher.time_runs`. Importing this does not import torch.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -26,14 +22,13 @@ from ddpm_lmk.engine.step_timing import BUDGET_S, time_steps
 from ddpm_lmk.errors import LmkError
 from ddpm_lmk.launcher import preflight
 from ddpm_lmk.launcher.placement import Device, Placement, visible_gpus, worker_environment
-from ddpm_lmk.system import signals
-from ddpm_lmk.system.processes import die_with_parent
+from ddpm_lmk.system.children import child_job, collect_output, start_child
 
-DAYS_S = 2 * 24 * 3600.0  # of one run: what the others take is no news then
+DAYS_S = 2 * 24 * 3600.0  # a run that takes so long decides, and the others need not be timed
 NO_DEVICE = "its device is not on this machine"
 AFTER_DAYS = "another run of it takes days"
 TOO_SLOW = "this machine is too slow, or too busy, to time a step"
-PATIENCE_S = 120.0  # for processes that time steps to start, beside what they may take
+START_LIMIT_S = 120.0  # for children to start, beside what timing may take
 
 
 def time_run(
@@ -47,11 +42,10 @@ def time_run(
     world = placement.processes * placement.nodes
     share = cfg.model_copy(update={"train": cfg.train.model_copy(update={"group_size": cfg.train.group_size // world})})
     if not is_apart and placement.processes == 1 and (placement.device == "cpu" or visible_gpus()):
-        found: Timing | str = time_here(share, spec, placement.device, budget_s=budget_s)
-    else:
-        place: dict[str, Any] = {"processes": placement.processes, "device": placement.device}
-        [found] = time_apart([share], **place, specs=[spec], budget_s=budget_s)
-    return found if isinstance(found, str) else replace(found, processes=world)
+        return replace(time_here(share, spec, placement.device, budget_s=budget_s), processes=world)
+    place: dict[str, Any] = {"processes": placement.processes, "device": placement.device}
+    [timing] = time_apart([share], **place, specs=[spec], budget_s=budget_s)
+    return timing if isinstance(timing, str) else replace(timing, processes=world)
 
 
 def time_apart(
@@ -67,63 +61,53 @@ def time_apart(
     """Time steps of each of `runs` in `processes` processes side by side, each as if it were alone with its batch.
 
     Args:
-        specs: what the runs' data is.
+        specs: facts of the runs' data.
         devices: GPUs that the processes share in turn; None: one each.
         steps: how long the runs are; where one of them takes days, those after it are not timed.
 
-    Returns why instead, for a run that cannot be timed here.
+    Returns:
+        For each run its timing, or the reason why there is none.
     """
     if device == "cuda" and not visible_gpus():
         return [NO_DEVICE] * len(runs)
-    each = [
-        {"cfg": cfg.model_dump(mode="json"), "spec": spec.model_dump(mode="json"), "steps": length}
-        for cfg, spec, length in zip(runs, specs, steps or [0] * len(runs), strict=True)
-    ]
-    facts = {"device": device, "processes": processes, "budget_s": budget_s, "parent": os.getpid()}
-    job = json.dumps({"runs": each, **facts})
+    told = zip(runs, specs, steps or [0] * len(runs), strict=True)
+    job = {
+        "runs": [
+            {"cfg": cfg.model_dump(mode="json"), "spec": spec.model_dump(mode="json"), "steps": length}
+            for cfg, spec, length in told
+        ],
+        "device": device,
+        "processes": processes,
+        "budget_s": budget_s,
+    }
     began = time.monotonic()
-    with ExitStack() as leaving:
-        children = [
-            leaving.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-m", "ddpm_lmk.launcher.time_runs"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                    env=worker_environment(device, slot, processes, devices=devices or processes),
-                )
-            )
-            for slot in range(processes)
-        ]
-        leaving.callback(_end, children)
-        overdue = threading.Timer(PATIENCE_S + 6 * budget_s * len(runs), _end, [children])
-        leaving.callback(overdue.cancel)
-        overdue.start()
-        for child in children:
-            assert child.stdin is not None
-            with suppress(BrokenPipeError), child.stdin as stdin:
-                stdin.write(job)
-        told = [list(map(json.loads, child.stdout or ())) for child in children]
+    children = [
+        start_child(
+            "ddpm_lmk.launcher.time_runs",
+            job,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            environment=worker_environment(device, slot, processes, devices=devices or processes),
+        )
+        for slot in range(processes)
+    ]
+    # Steps, validation, scoring and sampling each stay near the budget; more than that is a machine too slow to say.
+    outputs = collect_output(children, within_s=START_LIMIT_S + 6 * budget_s * len(runs))
+    answers = [list(map(json.loads, output.splitlines())) for output in outputs]
     return [
-        _together([lines[number] if len(lines) > number else TOO_SLOW for lines in told], began)
+        _together([lines[number] if len(lines) > number else TOO_SLOW for lines in answers], began)
         for number in range(len(runs))
     ]
 
 
-def _end(children: Sequence[subprocess.Popen[str]]) -> None:
-    for child in children:
-        child.kill()
-
-
-def _together(told: Sequence[dict[str, Any] | str], began: float) -> Timing | str:
-    """The mean of what processes have seen of one run; nothing is known where one of them could not do it."""
-    seen = [Timing(**facts) for facts in told if not isinstance(facts, str)]
-    if why := next((each for each in told if isinstance(each, str)), ""):
-        return why
+def _together(answers: Sequence[dict[str, Any] | str], began: float) -> Timing | str:
+    """The mean of the timings of one run; a reason where one of the processes has one instead."""
+    if reason := next((answer for answer in answers if isinstance(answer, str)), ""):
+        return reason
+    timings = [Timing(**answer) for answer in answers if not isinstance(answer, str)]
     names = ("image_s", "update_s", "validate_s", "score_s", "draw_s", "start_s")
-    mean: dict[str, Any] = {name: statistics.fmean(getattr(each, name) for each in seen) for name in names}
-    return replace(seen[0], **mean | {"start_s": max(0.0, mean["start_s"] - began)})
+    mean: dict[str, Any] = {name: statistics.fmean(getattr(each, name) for each in timings) for name in names}
+    return replace(timings[0], **mean | {"start_s": max(0.0, mean["start_s"] - began)})
 
 
 def spec_of(cfg: RunConfig) -> DatasetSpec:
@@ -149,24 +133,22 @@ def time_here(
 
 def main() -> int:
     """Do the job on standard input: a line of JSON for each run."""
-    job: dict[str, Any] = json.load(sys.stdin)
-    die_with_parent(job["parent"])
-    with signals.leaving_at_once():
-        import ddpm_lmk.run  # noqa: F401  # as a worker does: what it takes to start is told too
+    with child_job() as job:
+        import ddpm_lmk.run  # noqa: F401  # as a worker does: it belongs to the time a run takes to start
 
         began = time.monotonic()  # the clock of all processes of a machine
         longest_s = 0.0
         for each in job["runs"]:
             cfg, spec = RunConfig.model_validate(each["cfg"]), DatasetSpec.model_validate(each["spec"])
-            told: dict[str, Any] | str = AFTER_DAYS
+            answer: dict[str, Any] | str = AFTER_DAYS
             if longest_s < DAYS_S:
                 try:
-                    found = time_here(cfg, spec, job["device"], beside=job["processes"], budget_s=job["budget_s"])
-                    told = asdict(replace(found, start_s=began))
-                    longest_s = max(longest_s, each["steps"] * cfg.train.group_size * found.image_s)
+                    timing = time_here(cfg, spec, job["device"], beside=job["processes"], budget_s=job["budget_s"])
+                    answer = asdict(replace(timing, start_s=began))
+                    longest_s = max(longest_s, each["steps"] * cfg.train.group_size * timing.image_s)
                 except LmkError as error:
-                    told = str(error)
-            sys.stdout.write(json.dumps(told) + "\n")
+                    answer = str(error)
+            sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()
     return 0
 

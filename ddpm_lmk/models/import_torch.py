@@ -80,7 +80,7 @@ def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, 
         found = _convert_apart(file, temporary, take)
         temporary.chmod(0o600)
         temporary.rename(out)
-        files.flush_directory(out.parent)
+        files.flush(out.parent)
     except OSError as error:
         raise ResourceError(f"cannot write {out}: {error.strerror}; free or unlock the disk and run again") from error
     finally:

@@ -42,7 +42,6 @@ from ddpm_lmk.rundir import retention
 from ddpm_lmk.rundir.retention import step_name
 from ddpm_lmk.system import files as durable
 from ddpm_lmk.system import files as privacy
-from ddpm_lmk.system.failpoints import reach
 from ddpm_lmk.system.files import Content, DamagedError, OtherFormatError
 
 LARGEST_HEADER = 8 << 20  # bytes, of about 100 per tensor; the library would take 100 MB and need a GB to parse it
@@ -177,7 +176,6 @@ def save_checkpoint(
     """
     path = directory / step_name(state["step"])
     directory.mkdir(parents=True, exist_ok=True, mode=privacy.folder_mode())
-    reach("save.begin")
     if path.exists():
         return path  # the same step of the same run: verified when it was loaded, or written by this process
     _want_space(directory, tensors)
@@ -196,7 +194,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: it is of a format this version does not read.
         ResourceError: the disk does not answer.
     """
-    reach("load.begin")
     tensors: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Any] = {}
     with _refusing(path, UnusableError):
@@ -209,7 +206,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         step = state.get("step")
         if record.get("step") != step or not isinstance(step, int) or path.name != step_name(step):
             raise DamagedError(f"the directory says {path.name}, its manifest {record.get('step')}, its state {step}")
-    reach("load.verified")
     return Checkpoint(path, tensors, state)
 
 
@@ -229,7 +225,6 @@ def load_latest(directory: Path, *, on_bad: Callable[[Path, str], None]) -> Chec
         except UnusableError as error:
             reason = str(error)
             on_bad(_set_aside(path), reason)
-            reach("load.aside")
     bad = list(directory.glob(".bad-*"))
     if bad:
         raise CheckpointError(

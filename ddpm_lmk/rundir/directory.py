@@ -31,7 +31,6 @@ from ddpm_lmk.rundir.retention import Keep
 from ddpm_lmk.system import files
 from ddpm_lmk.system import files as durable
 from ddpm_lmk.system import files as privacy
-from ddpm_lmk.system.failpoints import reach
 
 MOST_FAILED_SAVES = 3
 
@@ -161,7 +160,6 @@ class RunDir:
         self._failed_saves = 0
         self.event("checkpoint.saved", step=facts["step"], path=path.name)
         try:
-            reach("save.recorded")
             retention.retain(path.parent, keep, {*pinned, self.source})
         except OSError as error:
             self.event("retention.failed", step=facts["step"], reason=str(error))
@@ -249,9 +247,9 @@ def _copy(source: Path, target: Path) -> None:
             copy.chmod(privacy.file_mode())
             with copy.open("rb") as file:
                 os.fsync(file.fileno())
-        durable.flush_directory(temporary)
+        durable.flush(temporary)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    durable.flush_directory(target.parent)
+    durable.flush(target.parent)

@@ -16,8 +16,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_lmk.system.failpoints import reach
-
 STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -67,10 +65,8 @@ def drop(path: Path) -> None:
     """Remove a directory that must never be seen half deleted."""
     trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
     path.rename(trash)
-    reach("retain.renamed")
     with contextlib.suppress(OSError):  # what stays behind has a name nobody reads, and `clean` comes back to it
         shutil.rmtree(trash)
-    reach("retain.deleted")
 
 
 def clean(directory: Path) -> None:

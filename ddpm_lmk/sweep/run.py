@@ -12,11 +12,9 @@ folder. The same command continues: finished cells are never run again.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -36,8 +34,9 @@ from ddpm_lmk.sweep.expand import Cell, StageRun, Sweep
 from ddpm_lmk.sweep.progress import Remaining, SweepView, write_summary
 from ddpm_lmk.sweep.worker import failure_file
 from ddpm_lmk.system import files, heartbeat
+from ddpm_lmk.system.children import start_child
 from ddpm_lmk.system.console import Whole, duration
-from ddpm_lmk.system.signals import MARGIN_S, InterruptedRunError, StopRequest, code_of, grace_s
+from ddpm_lmk.system.signals import MARGIN_S, InterruptedRunError, StopRequest, exit_code_of, grace_s
 
 SOME_FAILED = 1
 STOPPED = (StoppedError.exit_code, InterruptedRunError.exit_code)
@@ -85,7 +84,7 @@ class Child:
 
     process: subprocess.Popen[str]
     log: Path
-    slot: int
+    slot: int = 0
     stage: StageRun | None = None
     cell: str | None = None  # which it works on
     restarts: int = 0  # of the slot of a worker
@@ -136,7 +135,7 @@ class SweepRunner:
         self._write_summary()
         self.view.summary(len(self.done), self.failed)
         if self.stop_signal:
-            return code_of(self.stop_signal)
+            return exit_code_of(self.stop_signal)
         if self.failed:
             return SOME_FAILED
         return StoppedError.exit_code if self._pending() else 0
@@ -222,7 +221,7 @@ class SweepRunner:
         ]
         job = {"slot": slot, "device": self.device, "session": self.session, "cells": cells}
         log = self.sweep.out / "logs" / f"worker-{slot}.log"
-        self._start(job, log, environment | {heartbeat.PULSE: str(self._heartbeats)}, slot=slot, restarts=restarts)
+        self._start(job, log, environment | {heartbeat.FOLDER: str(self._heartbeats)}, slot=slot, restarts=restarts)
 
     def _replace_worker(self, worker: Child, code: int) -> None:
         """Start the successor of a worker that was lost in the middle of its work."""
@@ -276,29 +275,17 @@ class SweepRunner:
     def _start(self, job: dict[str, Any], log: Path, environment: dict[str, str] | None, **facts: Any) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ddpm_lmk.sweep.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the parent only, which then stops the children cleanly
+            child = Child(
+                start_child("ddpm_lmk.sweep.worker", job, environment=environment, stdout=subprocess.PIPE, stderr=file),
+                log,
+                **facts,
             )
-        child = Child(process, log, **{"slot": 0} | facts)
         self._children.append(child)
-        job["parent"] = os.getpid()
-        threading.Thread(target=self._listen, args=(child, json.dumps(job)), daemon=True).start()
+        threading.Thread(target=self._listen, args=(child,), daemon=True).start()
 
-    def _listen(self, child: Child, job: str) -> None:
-        """In a thread: hand the job over, then pass the child's events on until it ends."""
-        assert child.process.stdin is not None
+    def _listen(self, child: Child) -> None:
+        """In a thread: pass the child's events on until it ends."""
         assert child.process.stdout is not None
-        try:
-            with child.process.stdin as stdin:
-                stdin.write(job)
-        except BrokenPipeError:
-            pass  # it died before reading; the exit code below says so
         with child.process.stdout as stdout:
             for line in stdout:
                 self._events.put((child, json.loads(line)))
@@ -338,14 +325,15 @@ class SweepRunner:
     def _kill_if_stalled(self, worker: Child) -> None:
         """Kill a worker that is overdue; its stacks are kept where it answers."""
         pid = worker.process.pid
-        beats = [beat for beat in heartbeat.read_beats(self._heartbeats) if (beat.rank, beat.pid) == (worker.slot, pid)]
-        if not beats:  # it imports torch before its first heartbeat
+        ranks = heartbeat.read_heartbeats(self._heartbeats)
+        last = [rank for rank in ranks if (rank.rank, rank.pid) == (worker.slot, pid)]
+        if not last:  # it imports torch before its first heartbeat
             waited_s = time.monotonic() - worker.began
             if waited_s > supervise.TIMES_UNKNOWN * self.stall_s:
                 worker.stalled = f"sent no heartbeat within {waited_s:.0f} s"
-        elif supervise.find_stalled(beats, self.stall_s):
-            stacks = supervise.dump_stacks(self._heartbeats, beats, self.sweep.out / "stacks")
+        elif supervise.find_stalled(last, self.stall_s):
+            stacks = supervise.dump_stacks(self._heartbeats, last, self.sweep.out / "stacks")
             where = f", stacks in {stacks[0]}" if stacks else ""
-            worker.stalled = f"made no progress ({supervise.describe(beats[0])}){where}"
+            worker.stalled = f"made no progress ({supervise.describe(last[0])}){where}"
         if worker.stalled:
             supervise.kill([pid])

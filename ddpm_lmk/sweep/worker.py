@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.sweep.expand import Cell
-from ddpm_lmk.system import files, heartbeat, signals
+from ddpm_lmk.system import files, heartbeat
+from ddpm_lmk.system.children import child_job
 from ddpm_lmk.system.files import read_json
-from ddpm_lmk.system.processes import die_with_parent, leave
+from ddpm_lmk.system.processes import leave
+from ddpm_lmk.system.signals import grace_s
 
 if TYPE_CHECKING:
     from ddpm_lmk.engine.session import Workbench
@@ -46,22 +48,19 @@ def main() -> int:
     """Read the job, work, return the exit code."""
     report = Reporter(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # what libraries print must not end up among the events
-    job: dict[str, Any] = json.load(sys.stdin)
-    die_with_parent(job["parent"])
-    files.protect()
-    with signals.leaving_at_once():
+    with child_job() as job:
         if "stage" in job:
             return do_stage(**job["stage"])
-        heartbeat.start_pulse(job["slot"])
+        heartbeat.start_heartbeats(job["slot"])
         return do_cells(job, report)
 
 
 def do_stage(run: dict[str, Any], *, processes: int, device: Any) -> int:
     """Run a stage as `ddpm-lmk pretrain` would; returns the exit code."""
-    from ddpm_lmk.launcher import launch
+    from ddpm_lmk.launcher import Placement, launch
 
     try:
-        return launch(run, processes=processes, device=device)
+        return launch(run, Placement(device, processes, grace_s=grace_s()))
     except LmkError as error:
         sys.stderr.write(f"error[{type(error).__name__}]: {error}\n")
         return error.exit_code

@@ -1,9 +1,9 @@
-"""What an environment says of processes; only what our own launcher wrote there counts.
+"""Environment variables of other launchers, which must not steer a run.
 
 A scheduler, an outer torchrun or mpirun, or an `accelerate launch` leave variables behind that torch, Accelerate and
-DeepSpeed obey: a single process waits for a group that nobody else joins, or takes settings of another program. How
-many processes a run has is said by its command. So these variables are taken out where a process begins
-(`stand_alone`), and one that was started as a copy among several refuses to train (`check_copies`).
+DeepSpeed obey: a single process waits for a process group that nobody else joins, or takes settings of another program.
+The command alone says how many processes a run has. So these variables are taken out where a process begins
+(`stand_alone`), and one of several copies of a command refuses to train (`check_copies`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 from collections.abc import Mapping
 
 from ddpm_lmk.errors import LaunchError
-from ddpm_lmk.system import cores
+from ddpm_lmk.system import machine
 
-PARENT = "DDPM_LMK_PARENT"  # process number of our launcher, for the ranks that it starts
+PARENT = "DDPM_LMK_PARENT"  # process number of our launcher, in the environment of its ranks
 NAMES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "CROSS_RANK", "CROSS_SIZE"),
     *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
@@ -41,40 +41,35 @@ def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def stand_alone() -> list[str]:
-    """Take out of the environment what other launchers say; returns what the user should know, a line each.
-
-    Ranks of our launcher keep theirs. Their launcher has been through this before it started them.
-    """
+    """Take the variables of other launchers out of the environment; returns remarks for the user, a line each."""
     if is_rank():
-        return []
-    found = {name: value for name, value in os.environ.items() if name in NAMES or name.startswith(PREFIXES)}
-    told = []
-    wish, granted = os.environ.get(cores.THREADS), cores.granted_cores()
-    if wish is not None and not 1 <= (cores.wished_threads() or 0) <= granted:
-        found[cores.THREADS] = wish
-        told.append(f"{cores.THREADS}={wish!r} is not used: this process was granted {granted} cores")
+        return []  # its variables are ours: the launcher has been through this before it started its ranks
+    foreign = {name: value for name, value in os.environ.items() if name in NAMES or name.startswith(PREFIXES)}
+    remarks = []
+    wish, granted = os.environ.get(machine.THREADS), machine.granted_cores()
+    if wish is not None and not 1 <= (machine.wished_threads() or 0) <= granted:
+        foreign[machine.THREADS] = wish
+        remarks.append(f"{machine.THREADS}={wish!r} is not used: this process was granted {granted} cores")
     os.environ.pop(PARENT, None)
-    for name in found:
+    for name in foreign:
         del os.environ[name]
     _inherited.clear()
-    _inherited.update(found)
-    steering = [f"{name}={found[name]}" for _, name, _ in STARTERS if _count(found, name) > 1]
-    steering += [f"{name}={value}" for name, value in sorted(found.items()) if name.startswith("ACCELERATE_USE_")]
+    _inherited.update(foreign)
+    steering = [f"{name}={foreign[name]}" for _, name, _ in STARTERS if _count(foreign, name) > 1]
+    steering += [f"{name}={value}" for name, value in sorted(foreign.items()) if name.startswith("ACCELERATE_USE_")]
     if steering:
-        told.append(f"{', '.join(steering)} of another launcher is not used: the command line says how many processes")
-    return told
+        names = ", ".join(steering)
+        remarks.append(f"{names} of another launcher is not used: the command line says how many processes")
+    return remarks
 
 
 def check_copies(nodes: int) -> None:
-    """Raise `LaunchError` where this process is one of several copies of the command, and not one per node of its run.
-
-    The first copy may be the only one: a shell of a scheduler carries the same variables. Under torchrun there are
-    always several.
-    """
+    """Raise `LaunchError` where this process is one of more copies of the command than its run has nodes."""
     whole = {**os.environ, **_inherited}
     for starter, size, rank in STARTERS:
         copies, number = _count(whole, size), whole.get(rank, "?")
         is_torchrun = size == "WORLD_SIZE" and "TORCHELASTIC_RUN_ID" in whole
+        # Number 0 may be the only one: a shell of a scheduler carries the same variables. Not under torchrun.
         if copies > nodes and (is_torchrun or _count(whole, rank) > 0):
             name = starter if size != "WORLD_SIZE" or is_torchrun else "another launcher"
             raise LaunchError(

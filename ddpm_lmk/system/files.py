@@ -1,23 +1,13 @@
-"""Whole files or none: a reader never sees half of a result.
+"""Files and directories that are whole or absent, readable by their owner only, and checked when they are read.
 
-Small outputs (JSON, CSV, HTML, PNG) are written under a temporary name in the same folder, flushed to the disk and
-renamed. Checkpoints, which are folders with checksums, are `durable`'s.
+Everything is written under a temporary name in the same folder, flushed to the disk, and given its name in one rename;
+then the parent is flushed. So a reader sees the old content or the new, whatever kills the writer. A loss of power is
+covered as far as the file system honours fsync: the order of the flushes is tested, a real loss of power is not
+(tests/faults/README.md, D16).
 
-Directories that are complete when they exist.
-
-What is written here goes to a temporary name first, is hashed while it is written, flushed to the disk, and then takes
-its name in one rename; the parent is flushed as well. A reader therefore sees the old thing or the new one, whatever
-kills the writer. Single small files are `atomic`'s. Limit: a power loss is covered as far as the file system honours
-fsync; the order of the flushes is tested, a real loss of power is not (tests/faults/README.md).
-
-A directory carries a manifest, a JSON file that lists size and sha256 of every other file and a digest of itself. How
-the digest is made is the same in every format, so that a newer format and a damaged manifest can be told apart. Reading
-hashes the same bytes that are handed on, and follows no symbolic link.
-
-Outputs are for their owner only: images of patients are behind all of them, and weights can reproduce them.
-
-Folders of runs are 0700 and files 0600 unless the owner shares them with the group on purpose. Nothing is sent
-anywhere: libraries that could ask a hub are told not to.
+A checkpoint is a directory with a manifest: a JSON file that lists size and sha256 of every other file and a digest of
+itself. The digest is made in the same way in every format, so that a newer format and a damaged manifest can be told
+apart. The bytes that are hashed are the bytes that are handed on, and no symbolic link is followed.
 """
 
 from __future__ import annotations
@@ -32,91 +22,16 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ddpm_lmk.errors import ResourceError
-from ddpm_lmk.system.failpoints import reach
 
-SHARE = "DDPM_LMK_SHARE_GROUP"  # environment, so that ranks and workers know
-
-
-def is_shared() -> bool:
-    """May the group read and write?"""
-    return os.environ.get(SHARE) == "1"
-
-
-def folder_mode() -> int:
-    """Mode of new folders."""
-    return 0o770 if is_shared() else 0o700
-
-
-def file_mode() -> int:
-    """Mode of new files."""
-    return 0o660 if is_shared() else 0o600
-
-
-def protect(*, share_group: bool | None = None) -> None:
-    """Set the mask of this process, and of those it starts; call it where a process begins."""
-    if share_group is not None:
-        os.environ[SHARE] = "1" if share_group else "0"
-    os.umask(0o007 if is_shared() else 0o077)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one move; ResourceError when the disk refuses."""
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            reach("output.begin")
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file_mode())
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                reach("output.written")
-                os.fsync(file.fileno())
-            reach("output.flushed")
-            temporary.replace(path)
-            reach("output.renamed")
-            _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror}; free or unlock the disk and run again") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def to_utf8(text: str) -> bytes:
-    """UTF-8 that every reader takes.
-
-    A name that is no UTF-8 on the disk comes with lone surrogates; each is written as `\\udcff`, which in JSON is the
-    character again, and elsewhere is legible.
-    """
-    return text.encode("utf-8", "backslashreplace")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Put text at `path` in one move, as `to_utf8`."""
-    write_bytes(path, to_utf8(content))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Put `content` at `path` as indented JSON in one move; NaN and infinities are a bug and raise ValueError."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
+SHARE = "DDPM_LMK_SHARE_GROUP"  # an environment variable, so that ranks and workers inherit it
 
 FORMAT = 1
-LARGEST_MANIFEST = 16 << 20  # bytes
-PART = 4 << 20  # bytes hashed and written at once
+LARGEST_MANIFEST = 16 << 20  # bytes; a manifest has some 100 per file, so a larger one was not written by us
+PART = 4 << 20  # bytes hashed and written at once, while they are still in the cache of the processor
+NAME_PART = 40  # characters of a name in its temporary name: at four bytes each it stays below the 255 of file systems
 DAMAGE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EIO}
 
 Content = Iterable[bytes | memoryview]
@@ -127,12 +42,113 @@ class DamagedError(Exception):
 
 
 class OtherFormatError(Exception):
-    """A manifest that is whole, of a format this version does not read; the message says which, and what to do."""
+    """An intact manifest of a format that this version does not read; the message says which, and what to do."""
+
+
+def is_shared() -> bool:
+    """May the group read and write?"""
+    return os.environ.get(SHARE) == "1"
+
+
+def folder_mode() -> int:
+    """Mode of new folders. Images of patients are behind every output, and weights can reproduce them."""
+    return 0o770 if is_shared() else 0o700
+
+
+def file_mode() -> int:
+    """Mode of new files."""
+    return 0o660 if is_shared() else 0o600
+
+
+def protect(*, share_group: bool | None = None) -> None:
+    """Make what this process and its children write private, and keep them offline; called where a process begins."""
+    if share_group is not None:
+        os.environ[SHARE] = "1" if share_group else "0"
+    os.umask(0o007 if is_shared() else 0o077)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # libraries that could ask a hub must not
+
+
+@contextmanager
+def write_whole(path: Path, *, fence: Callable[[], None] | None = None, may_replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary name; the file or directory that the block makes there becomes `path`, or leaves no trace.
+
+    Args:
+        fence: called when everything is on the disk and not yet in its place; raises to forbid that.
+        may_replace: of a file; without it one that is there already is kept, and FileExistsError raised.
+
+    Raises:
+        OSError: the disk refuses, or a directory of this name exists.
+    """
+    temporary = path.with_name(f".tmp-{path.name[:NAME_PART]}-{uuid.uuid4().hex[:12]}")
+    try:
+        yield temporary
+        flush(temporary)  # before the rename: else a loss of power could leave the name and not the content
+        if fence is not None:
+            fence()
+        if temporary.is_dir():
+            temporary.rename(path)
+        elif may_replace:
+            temporary.replace(path)
+        else:
+            os.link(temporary, path)  # a rename would replace what another process has put there meanwhile
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def open_whole(path: Path, *, may_replace: bool = True) -> Iterator[BinaryIO]:
+    """As `write_whole`, of a file that is open for writing; ResourceError when the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(path, may_replace=may_replace) as temporary, _create(temporary) as file:
+            yield file
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror}; free or unlock the disk and run again") from error
+
+
+def _create(path: Path) -> BinaryIO:
+    # Exclusive: nobody can have prepared a file or a link of this name in a shared folder.
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file_mode()), "wb")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file; ResourceError when the disk refuses."""
+    with open_whole(Path(path)) as file:
+        file.write(content)
+
+
+def to_utf8(text: str) -> bytes:
+    """UTF-8 that every reader takes.
+
+    A file name that is no UTF-8 comes from the system with lone surrogates; each is written as `\\udcff`, which in JSON
+    is the character again, and elsewhere is legible.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON with a final newline; NaN and infinity are refused because JSON has neither."""
+    """Indented JSON; NaN and infinity raise ValueError, because JSON has neither."""
     return to_utf8(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a whole file of text, as `to_utf8`."""
+    write_bytes(path, to_utf8(content))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a whole file of JSON, as `to_json`."""
+    write_bytes(path, to_json(content))
 
 
 def write_directory(
@@ -147,34 +163,38 @@ def write_directory(
 
     Args:
         files: names and contents, consumed one piece at a time.
-        fence: called when all is written and before it takes its name; raises to forbid that.
+        fence: as in `write_whole`.
 
     Raises:
         OSError: no space, or `path` exists; nothing of the attempt stays behind.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
+    with write_whole(path, fence=fence) as temporary:
         temporary.mkdir(parents=True, mode=folder_mode())
-        reach("directory.made")
         listed = {}
         for name, content in files:
-            listed[name] = _write_and_flush(temporary / name, content)
-            reach("directory.file")
+            listed[name] = _write_and_hash(temporary / name, content)
         record = {"format": FORMAT, **facts, "files": listed}
-        _write_and_flush(temporary / manifest, [to_json({**record, "digest": digest(record)})])
-        reach("directory.manifest")
-        flush_directory(temporary)
-        reach("directory.flushed")
-        if fence is not None:
-            fence()
-        reach("directory.fenced")
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    reach("directory.renamed")
-    flush_directory(path.parent)
-    reach("directory.durable")
+        _write_and_hash(temporary / manifest, [to_json({**record, "digest": digest(record)})])
+
+
+def _write_and_hash(path: Path, content: Content) -> dict[str, Any]:
+    """Write and flush a new file; returns its size and sha256."""
+    hashed, size = hashlib.sha256(), 0
+    with _create(path) as file:
+        for piece in content:
+            for begin in range(0, len(piece), PART):
+                part = piece[begin : begin + PART]
+                hashed.update(part)
+                file.write(part)
+            size += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": hashed.hexdigest()}
+
+
+def digest(record: dict[str, Any]) -> str:
+    """What a manifest says of itself: sha256 of its compact JSON with sorted keys, without the digest."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path, name: str) -> dict[str, Any]:
@@ -182,7 +202,7 @@ def read_manifest(path: Path, name: str) -> dict[str, Any]:
 
     Raises:
         DamagedError: it is not there, or not as it was written.
-        OtherFormatError: it is whole, and too new or too old to be read.
+        OtherFormatError: it is intact, and too new or too old to be read.
         OSError: the disk does not answer.
     """
     with _opened(path) as folder:
@@ -193,6 +213,7 @@ def read_manifest(path: Path, name: str) -> dict[str, Any]:
         raise DamagedError(f"{name} is not JSON ({error})") from None
     if not isinstance(record, dict) or record.pop("digest", None) != digest(record):
         raise DamagedError(f"{name} does not match its own digest")
+    # Only now: a damaged file could hold any number here.
     if record.get("format") != FORMAT:
         raise OtherFormatError(
             f"{name} has format {record.get('format')!r}, this version of ddpm-lmk reads format {FORMAT}; use the "
@@ -206,9 +227,9 @@ def read_manifest(path: Path, name: str) -> dict[str, Any]:
 def read_files(path: Path, record: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Yield name and verified content of every file that the manifest `record` lists; raises `DamagedError`."""
     with _opened(path) as folder:
-        for name, wanted in record["files"].items():
-            data = _read(name, folder=folder, size=wanted["size"])
-            if hashlib.sha256(data).hexdigest() != wanted["sha256"]:
+        for name, listed in record["files"].items():
+            data = _read(name, folder=folder, size=listed["size"])
+            if hashlib.sha256(data).hexdigest() != listed["sha256"]:
                 raise DamagedError(f"{name} does not match its sha256")
             yield name, data
 
@@ -227,37 +248,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def digest(record: dict[str, Any]) -> str:
-    """What a manifest says of itself: sha256 of its compact JSON with sorted keys, without the digest."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def flush_directory(path: Path) -> None:
-    """Make renames and new names inside `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_and_flush(path: Path, content: Content) -> dict[str, Any]:
-    """Write a new file, and say its size and sha256."""
-    hashed, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file_mode())
-    with os.fdopen(descriptor, "wb") as file:
-        for piece in content:
-            for begin in range(0, len(piece), PART):
-                part = piece[begin : begin + PART]
-                hashed.update(part)
-                file.write(part)
-                reach("directory.part")
-            size += len(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": size, "sha256": hashed.hexdigest()}
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
     """The directory `path` itself, not what a link of this name points to, for as long as the block lasts."""
@@ -270,21 +260,22 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _open(name: str, flags: int, folder: int | None = None) -> int:
     try:
+        # O_NONBLOCK: opening a pipe that somebody has put there must not wait for its other end.
         return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags, dir_fd=folder)
     except OSError as error:
         raise _as_damage(error, name) from None
 
 
 def _read(name: str, *, folder: int | None = None, size: int | None = None, largest: int | None = None) -> bytes:
-    """All bytes of a plain file, of which nothing is read where its length is not as wanted."""
+    """All bytes of a plain file; nothing is read of one whose length cannot be right."""
     with os.fdopen(_open(name, 0, folder), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file.fileno())  # of the open file: its name may be exchanged between check and use
+        if not stat.S_ISREG(status.st_mode):
             raise DamagedError(f"{name} is no plain file")
-        if size is not None and found.st_size != size:
-            raise DamagedError(f"{name} has {found.st_size} bytes, its manifest says {size}")
-        if largest is not None and found.st_size > largest:
-            raise DamagedError(f"{name} has {found.st_size} bytes, at most {largest} can be right")
+        if size is not None and status.st_size != size:
+            raise DamagedError(f"{name} has {status.st_size} bytes, its manifest says {size}")
+        if largest is not None and status.st_size > largest:
+            raise DamagedError(f"{name} has {status.st_size} bytes, at most {largest} can be right")
         try:
             return file.read()
         except OSError as error:
@@ -299,10 +290,10 @@ def _as_damage(error: OSError, name: str) -> Exception:
 def _is_listing(files: Any) -> bool:
     """Plain names, each with a size and a hash: no path leads out of the directory."""
     return isinstance(files, dict) and all(
-        isinstance(wanted, dict)
-        and isinstance(wanted.get("size"), int)
-        and isinstance(wanted.get("sha256"), str)
+        isinstance(listed, dict)
+        and isinstance(listed.get("size"), int)
+        and isinstance(listed.get("sha256"), str)
         and name not in ("", ".", "..")
         and "/" not in name
-        for name, wanted in files.items()
+        for name, listed in files.items()
     )

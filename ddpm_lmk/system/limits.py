@@ -10,17 +10,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ddpm_lmk.system.processes import can_follow_parent
+from ddpm_lmk.system.processes import can_follow_parent, die_with_parent
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 STATM = Path("/proc/self/statm")
 
 
-def confine(*, memory_bytes: int, file_bytes: int, cpu_s: int | None = None) -> None:
-    """Limit this process: addresses beyond those it has now, size of a file it writes, processor time, no core dump.
+def confine(*, memory_bytes: int, file_bytes: int, cpu_s: int | None = None, has_network: bool = True) -> None:
+    """Make this process a sandbox for foreign files: it dies with its parent and can take only so much.
 
     Addresses are not limited where the system does not count them, or refuses the limit (macOS).
+
+    Args:
+        memory_bytes: addresses beyond those it has mapped now.
+        file_bytes: size of a file that it writes; pipes do not count.
+        cpu_s: seconds of processor time.
+        has_network: without, it gets a network of its own with nobody in it, where the kernel allows that.
     """
+    die_with_parent(os.getppid())
+    if not has_network:
+        leave_network()
     mapped = mapped_bytes()
     if mapped is not None:
         limit = mapped + memory_bytes
@@ -28,8 +37,8 @@ def confine(*, memory_bytes: int, file_bytes: int, cpu_s: int | None = None) -> 
         limit = limit if given == resource.RLIM_INFINITY else min(limit, given)
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))  # pipes do not count
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold the image of a patient
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     if cpu_s is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
 

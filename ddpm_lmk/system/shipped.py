@@ -1,7 +1,7 @@
-"""Files that come with the package (run files, launch files, benchmarks), found from any folder by their usual names.
+"""Run files, launch files and benchmarks that come with the package, found from any folder by their usual names.
 
-They lie inside the package when it is installed, beside it in a checkout. `configs/pretrain/base.yaml` means the file
-of that name under the current folder where there is one, else the shipped one. `copy_out` makes copies to edit.
+`configs/pretrain/base.yaml` means the file of that name under the current folder where there is one, else the shipped
+one: inside the package when it is installed, beside it in a checkout.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ddpm_lmk.system import files
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = ("configs", "launch", "benchmarks")
-COPIED = ("configs", "launch")  # what is there to be edited; benchmarks are run by name
-GUIDE = "README.md"
-MOST_NAMES = 4
+COPIED = ("configs", "launch")  # to be edited; benchmarks are run by name
+GUIDE = "configs/README.md"
+MOST_NAMES = 4  # in an error message
 
 
 def shipped(name: str) -> Path:
@@ -35,15 +35,11 @@ def find(path: str | Path, folder: Path = Path()) -> Path:
     """`path` in `folder`, or the shipped file of that name where there is none; the first where there is neither."""
     path = Path(path)
     own = folder / path
+    # A path that climbs could leave the shipped folder and name anything.
     if os.path.lexists(own) or ".." in path.parts or path.parts[:1] not in [(name,) for name in FOLDERS]:
         return own
-    other = _place(path)
+    other = shipped(path.parts[0]).joinpath(*path.parts[1:])
     return other if other.exists() else own
-
-
-def _place(name: str | Path) -> Path:
-    first, *rest = Path(name).parts
-    return shipped(first).joinpath(*rest)
 
 
 def names() -> Iterator[str]:
@@ -55,12 +51,10 @@ def names() -> Iterator[str]:
 
 
 def near(path: str | Path) -> list[str]:
-    """Names of shipped files that may have been meant: those with the same last word, then those that look alike."""
-    given = Path(path).as_posix()
-    known = list(names())
-    last = given.rpartition("/")[2]
-    same = [name for name in known if name.rpartition("/")[2] in (last, f"{last}.yaml")]
+    """Names of shipped files that may have been meant: those that look alike, then those with the same last word."""
+    given, known = Path(path).as_posix(), list(names())
     alike = difflib.get_close_matches(given, known, n=MOST_NAMES, cutoff=0.8)
+    same = [name for name in known if Path(name).name in (Path(path).name, f"{Path(path).name}.yaml")]
     same.sort(key=lambda name: -difflib.SequenceMatcher(None, given, name).ratio())
     return list(dict.fromkeys([*alike, *same]))[:MOST_NAMES]
 
@@ -73,7 +67,7 @@ def advice(path: str | Path) -> str:
 
 
 def copy_out(target: Path) -> list[Path]:
-    """Copy run files and launch files to `target`, with a page that says what is where; returns what was written.
+    """Copy run files and launch files, with the pages that explain them, to `target`; returns what was written.
 
     Raises:
         RunConflictError: something of that name is there already; nothing is written then.
@@ -81,7 +75,7 @@ def copy_out(target: Path) -> list[Path]:
     """
     if target.exists() and not target.is_dir():
         raise ResourceError(f"{target} is a file; wanted a folder for the copies")
-    for name in (*COPIED, GUIDE):
+    for name in COPIED:
         if os.path.lexists(target / name):
             raise RunConflictError(f"{target / name} exists and is kept; name a new folder")
     written = []
@@ -91,33 +85,12 @@ def copy_out(target: Path) -> list[Path]:
             copy = target / name / file.relative_to(folder)
             files.write_bytes(copy, file.read_bytes())
             written.append(copy)
-    files.write_text(target / GUIDE, _guide())
-    return [*written, target / GUIDE]
+    return written
 
 
 def head(name: str) -> str:
     """What the shipped file of that name is for: the first sentence of the comment it opens with."""
-    with _place(name).open(encoding="utf-8") as text:
+    folder, _, rest = name.partition("/")
+    with (shipped(folder) / rest).open(encoding="utf-8") as text:
         lines = [line.lstrip("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), text)]
     return re.split(r"\.(?: |$)", " ".join(lines), maxsplit=1)[0]
-
-
-def _guide() -> str:
-    return """\
-# Run files of ddpm-lmk, copied to be edited
-
-| folder | what |
-|---|---|
-| `configs/pretrain`, `configs/finetune`, `configs/sweep` | recipes; `cpu` for a laptop, `base` for GPUs |
-| `configs/model` | networks, named by `extends` in other files |
-| `configs/paper` | what the released code of the paper does |
-| `configs/smoke` | seconds: does everything start on this machine? |
-| `launch` | on how many processes and nodes a run happens |
-
-Run commands from this folder: a file that exists here wins over the shipped one of the same name.
-
-    ddpm-lmk pretrain configs/pretrain/base.yaml data.path=SHARDS --dry-run     # what would happen
-    ddpm-lmk pretrain --explain                                                 # every setting
-
-`configs/README.md` says how files are composed, `launch/README.md` how several processes are started.
-"""

@@ -1,12 +1,11 @@
-"""Being asked to stop: a signal sets a flag, the loop agrees on it, saves and leaves.
+"""Stop signals: training saves and leaves, everything else leaves at once.
 
 SIGTERM, SIGUSR1 and SIGHUP come from schedulers and closed terminals, SIGINT from a keyboard. A launcher passes on what
 it gets, so one request can arrive twice within moments; only a signal that comes later than that means "at once", and
-then nothing is saved. What does not come to its end within the time of grace is not saved: the last checkpoint counts.
+then nothing is saved. What is not saved within the time of grace is left: the last checkpoint counts.
 
-Outside of training there is nothing to save, and a request ends the process at once (`leaving_at_once`). Either way
-signals are read by a thread, so that a main thread which waits in C for another rank, a server or a disk cannot delay
-them, and a process that leaves takes those with it that it has started.
+Signals are read by a thread, so that a main thread that waits in C for another rank, a server or a disk cannot delay
+them. A process that leaves kills those that it has started.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from typing import Any
 from ddpm_lmk.errors import ConfigError, StoppedError
 from ddpm_lmk.system import environment, processes
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-SAME_REQUEST_S = 1.0
-GRACE = "DDPM_LMK_GRACE_S"  # environment: seconds from a signal to the end of the last process
-DEFAULT_GRACE_S = 25.0
-SHOW_CURSOR = b"\x1b[?25h"
-MARKED = 0x80  # in a byte to the thread: from the main thread, which tells of a signal that the thread may know
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+SAME_REQUEST_S = 1.0  # a signal of the terminal and the same one passed on by a launcher are one request
+GRACE = "DDPM_LMK_GRACE_S"  # environment variable: seconds from a signal to the end of the last process
+DEFAULT_GRACE_S = 25.0  # schedulers kill after 30
 MARGIN_S = 4.0  # by which ranks leave before their launcher does
+SHOW_CURSOR = b"\x1b[?25h"
+MARKED = 0x80  # in a byte to the thread: written by the handler, of a signal that the thread may have read itself
 
 
 class InterruptedRunError(StoppedError):
@@ -40,15 +39,13 @@ class InterruptedRunError(StoppedError):
     exit_code = 130
 
 
-def code_of(number: int) -> int:
+def exit_code_of(number: int) -> int:
     """Exit code after the signal `number`."""
-    return (InterruptedRunError if number == signal.SIGINT else StoppedError).exit_code
+    return _error_of(number).exit_code
 
 
-def caught() -> list[signal.Signals]:
-    """The signals that ask for a stop here: under `nohup` the end of a terminal is no request."""
-    is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in SIGNALS if not (number == signal.SIGHUP and is_hangup_ignored)]
+def _error_of(number: int) -> type[StoppedError]:
+    return InterruptedRunError if number == signal.SIGINT else StoppedError
 
 
 def grace_s() -> float:
@@ -64,13 +61,16 @@ def grace_s() -> float:
 
 
 class StopRequest:
-    """Catches signals while a `with` block runs in the main thread; elsewhere signals do what they always did.
+    """Catches stop signals while a `with` block runs in the main thread; in another thread it does nothing.
 
     Args:
         on_first: called, in another thread, with the first signal.
         before_leaving: called, in another thread, before this process ends without saving.
         within_s: seconds from the first signal to such an end.
         raises: does a block that ends well in spite of a signal raise `StoppedError`?
+
+    Attributes:
+        signal: the first signal, or 0.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class StopRequest:
         self._on_first, self._before_leaving = on_first, before_leaving
         self._within_s = grace_s() - MARGIN_S if within_s is None else within_s
         self._raises = raises
-        self._told_at: float | None = None  # of the first signal, in the thread
-        self._before: dict[int, Any] = {}
+        self._first_at: float | None = None  # when the thread read the first signal
+        self._handlers: dict[int, Any] = {}  # those that were there before
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -95,58 +95,61 @@ class StopRequest:
             self._wakeup_before = signal.set_wakeup_fd(self._outlet, warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
-            self._before = {number: signal.signal(number, self._mark) for number in caught()}
+            # Under `nohup` the end of a terminal is no request.
+            is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            caught = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_hangup_ignored]
+            self._handlers = {number: signal.signal(number, self._mark) for number in caught}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._before:
+        if not self._handlers:
             return
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        os.write(self._outlet, b"\0")
+        os.write(self._outlet, b"\0")  # ends the thread
         self._thread.join()
         os.close(self._inlet)
         os.close(self._outlet)
-        self._before = {}
+        self._handlers = {}
         if self.signal and error is None and self._raises:
-            raise asked_to_leave(self.signal)
+            raise stopped_outside(self.signal)
 
     @property
     def level(self) -> float:
-        """0: go on; 1: a scheduler asks; 2: a keyboard asks. The largest of all ranks decides."""
+        """0: no request; 1: of a scheduler; 2: of a keyboard. The largest of all ranks decides."""
         return 0.0 if not self.signal else 2.0 if self.signal == signal.SIGINT else 1.0
 
     def _mark(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread, between two instructions: the flag is up before the next one."""
+        """In the main thread, between two instructions: the next one sees the signal."""
         self.signal = self.signal or number
-        if self._told_at is None:
-            os.write(self._outlet, bytes([number | MARKED]))  # should the thread not have heard it yet
+        if self._first_at is None:  # the wake-up byte of the interpreter may have been lost in a full pipe
+            os.write(self._outlet, bytes([number | MARKED]))
 
     def _listen(self) -> None:
-        """In the thread: the same flag even when the main thread waits in C, and everything that has to be in time."""
+        """In the thread: note the signal even when the main thread waits in C, and end the process in time."""
         while True:
-            left_s = None if self._told_at is None else max(0.0, self._told_at + self._within_s - time.monotonic())
+            left_s = None if self._first_at is None else max(0.0, self._first_at + self._within_s - time.monotonic())
             if not select.select([self._inlet], [], [], left_s)[0]:
                 say(f"not saved within {self._within_s:.0f} s; the same command continues from the last checkpoint")
-                self._leave(code_of(self.signal))
-            for number in os.read(self._inlet, 64):
-                if number == 0:
+                self._leave(exit_code_of(self.signal))
+            for byte in os.read(self._inlet, 64):
+                if byte == 0:
                     return
-                if number & MARKED and self._told_at is not None:
-                    continue  # known, and no second request however late it is read
-                if number & ~MARKED in SIGNALS:
-                    self._hear(number & ~MARKED)
+                if byte & MARKED and self._first_at is not None:
+                    continue  # the thread has read this signal itself: no second request, however late this is read
+                if byte & ~MARKED in STOP_SIGNALS:
+                    self._note(byte & ~MARKED)
 
-    def _hear(self, number: int) -> None:
+    def _note(self, number: int) -> None:
         now = time.monotonic()
-        if self._told_at is None:
-            self._told_at, self.signal = now, self.signal or number
+        if self._first_at is None:
+            self._first_at, self.signal = now, self.signal or number
             if self._on_first is not None:
                 self._on_first(number)
-        elif now - self._told_at > SAME_REQUEST_S:
+        elif now - self._first_at > SAME_REQUEST_S:
             self._leave(128 + number)
 
     def _leave(self, code: int) -> None:
@@ -165,6 +168,21 @@ def leaving_at_once() -> Iterator[None]:
         yield
 
 
+def leave_at_once(number: int) -> None:
+    """End this process, and those it has started, with the code of a stop."""
+    if not environment.is_rank() or os.environ.get("RANK", "0") == "0":
+        say(f"error[{StoppedError.__name__}]: {stopped_outside(number)}")
+    _leave(exit_code_of(number))
+
+
+def _leave(code: int) -> None:
+    """End this process and those it has started; nothing that the main thread may hold is waited for."""
+    processes.end_children()
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)  # a progress bar may have hidden it
+    os._exit(code)
+
+
 def stopped(level: float, *, step: int, where: str) -> StoppedError:
     """The error that ends a run stopped at `step`, after its state was saved in `where`."""
     kind, what = (InterruptedRunError, "interrupted") if level == 2.0 else (StoppedError, "asked to stop")
@@ -173,38 +191,22 @@ def stopped(level: float, *, step: int, where: str) -> StoppedError:
     return error
 
 
-def asked_to_leave(number: int) -> StoppedError:
+def stopped_outside(number: int) -> StoppedError:
     """The error of a process that was asked to stop where there is nothing to save."""
-    kind = InterruptedRunError if number == signal.SIGINT else StoppedError
-    error = kind(f"{signal.Signals(number).name} outside of training; the same command continues")
+    error = _error_of(number)(f"{signal.Signals(number).name} outside of training; the same command continues")
     error.is_shared = True
     return error
-
-
-def say(text: str) -> None:
-    """One line on standard error, without a lock that the main thread may hold, where anybody can take it."""
-    with suppress(OSError):
-        os.write(2, f"{text}\n".encode())
 
 
 def check_stopped(code: int) -> None:
     """Raise the error of a stop where a part of this command has ended with the exit code of one."""
     if code == InterruptedRunError.exit_code:
-        raise asked_to_leave(signal.SIGINT)
+        raise stopped_outside(signal.SIGINT)
     if code == StoppedError.exit_code:
         raise StoppedError("asked to stop, or another process is at the same work; the same command continues")
 
 
-def leave_at_once(number: int) -> None:
-    """End this process, and those it has started, with the code of a stop."""
-    if not environment.is_rank() or os.environ.get("RANK", "0") == "0":
-        say(f"error[{StoppedError.__name__}]: {asked_to_leave(number)}")
-    _leave(code_of(number))
-
-
-def _leave(code: int) -> None:
-    """End this process and those it has started; nothing that the main thread may hold is waited for."""
-    processes.end_children()
-    if os.isatty(2):
-        os.write(2, SHOW_CURSOR)  # a bar may have hidden it
-    os._exit(code)
+def say(text: str) -> None:
+    """One line on standard error where anybody can take it, without a lock that the main thread may hold."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())

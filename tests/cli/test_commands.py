@@ -136,6 +136,8 @@ def test_dry_runs_say_that_a_precision_is_emulated(
     monkeypatch.setattr(precision, "times_fp32", lambda name: 9.1)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     words = ("--cpu", 1, "--dry-run", "--out", tmp_path / "out", f"data.path={packed_phantoms}")
+    monkeypatch.setattr("ddpm_lmk.cli.dry_run.forecast_run", lambda *run, **how: "not asked")
+    monkeypatch.setattr("ddpm_lmk.sweep.forecast.time_apart", lambda runs, **how: ["not asked"] * len(runs))
     for asked, is_said in (("bf16", True), ("auto", False)):
         run = lmk("pretrain", SMOKE / "pretrain.yaml", *words, f"train.precision={asked}")
         assert ("train.precision=bf16 is emulated here" in run.out) == is_said

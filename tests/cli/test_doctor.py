@@ -14,7 +14,7 @@ import pytest
 from ddpm_lmk import cli
 from ddpm_lmk.cli import doctor
 from ddpm_lmk.config.load import load_run
-from ddpm_lmk.system import failpoints, machine
+from ddpm_lmk.system import machine
 from ddpm_lmk.system.machine import release
 from tests.cli.commands import SMOKE, Lmk, run_command
 
@@ -108,10 +108,3 @@ def test_a_lock_that_a_killed_build_left_behind_is_named(tmp_path: Path, monkeyp
     [finding] = [finding for finding in doctor.check_extras() if finding.topic == "compiled parts"]
     assert finding.level == "note"
     assert str(lock) in finding.seen
-
-
-def test_fail_points_are_listed(lmk: Lmk) -> None:
-    result = lmk("doctor", "--failpoints")
-    assert result.code == 0
-    assert [name for name in failpoints.POINTS if name not in result.out] == []
-    assert "LMK_FAILPOINT=PLACE[:N][=ACTION]" in result.out

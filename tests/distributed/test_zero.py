@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.launcher import launch
+from ddpm_lmk.launcher import Placement, launch
 from ddpm_lmk.rundir.checkpoint import load_weights
 from tests.engine import processes
 from tests.engine.toy import config
@@ -107,7 +107,7 @@ def test_a_launched_run_with_stage_one_is_the_run_of_ddp(tmp_path: Path, packed_
     }
     job = {"config": RunConfig.model_validate(sections).model_dump(mode="json")}
     for stage in (0, 1):
-        assert launch({**job, "out": str(tmp_path / f"{stage}")}, processes=2, device="cpu", zero=stage) == 0
+        assert launch({**job, "out": str(tmp_path / f"{stage}")}, Placement("cpu", 2, zero=stage)) == 0
     assert processes.losses(tmp_path / "1") == pytest.approx(processes.losses(tmp_path / "0"), rel=1e-5)
     assert json.loads((tmp_path / "1" / "run.json").read_text())["zero"] == 1
     assert (tmp_path / "1" / "results.json").is_file()

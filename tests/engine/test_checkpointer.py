@@ -126,13 +126,13 @@ def test_the_next_save_waits_for_the_one_before(run: SlowRun, parallel: Parallel
 def test_waiting_for_the_disk_has_a_pace_of_its_own(
     run: SlowRun, parallel: Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "_pulse", heartbeat.Pulse(tmp_path, 0))
+    monkeypatch.setattr(heartbeat, "_recorder", heartbeat.Recorder(tmp_path, 0))
     run.go.set()
     with Saver(run, parallel, keep=Keep(2)) as saver:
         saver.save(at(1), {})
         heartbeat.beat("save", step=1)
         saver.wait()
-        [sign] = heartbeat.read_beats(tmp_path)
+        [sign] = heartbeat.read_heartbeats(tmp_path)
         assert sign.phase == "write"
         assert limit_s(sign, 60) == 600
 

@@ -110,9 +110,9 @@ def test_a_sample_takes_as_many_passes_as_it_is_drawn_in(packed_phantoms: Path) 
     task, ticks = build_task(cfg, spec_of(cfg)), itertools.count()
     clock = {"budget_s": 1000.0, "clock": lambda: float(next(ticks))}
 
-    pulse = heartbeat.start_own_pulse()
+    pulse = heartbeat.start_own_heartbeats()
     found = time_steps(cfg, task, Parallel("cpu"), precision="fp32", workbench=Workbench(), **clock)  # type: ignore[arg-type]
-    heartbeat.stop_pulse()
+    heartbeat.stop_heartbeats()
     assert found.draw_s == 50 / 2
     assert set(pulse._intervals) == {"setup"}  # the run's own samples, of more images, may take longer
 

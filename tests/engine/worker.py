@@ -30,10 +30,10 @@ from ddpm_lmk.engine.rank_checks import device_kinds, want_same_facts, want_same
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError, StoppedError
 from ddpm_lmk.rundir.directory import RunDir
-from ddpm_lmk.system import failpoints
-from ddpm_lmk.system.cores import cpu_name
-from ddpm_lmk.system.signals import SIGNALS
+from ddpm_lmk.system.machine import cpu_name
+from ddpm_lmk.system.signals import STOP_SIGNALS
 from tests.engine.toy import FailingTask, ToyTask, everything, start
+from tests.faults import breaking
 
 
 def digest(state: TrainState) -> str:
@@ -47,7 +47,7 @@ def digest(state: TrainState) -> str:
 def signals_that_arrive() -> list[int]:
     """A list that grows with every signal, which otherwise does what it did."""
     arrived: list[int] = []
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         before = signal.getsignal(number)
         assert callable(before)
         signal.signal(number, lambda number, frame, before=before: (arrived.append(number), before(number, frame)))
@@ -60,8 +60,7 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
     if "fails_at" in job and parallel.rank == 1:
         task = FailingTask(cfg.seed, {job["fails_at"]: ValueError("only here")})
     largest_file = job.get("largest_file")
-    if "failpoint" in job:
-        failpoints.arm(job["failpoint"])
+    breaking.arm(job.get("breaks", ()))
 
     def after_step(model: torch.nn.Module, step: int) -> None:
         if step == job.get("kill_at"):

@@ -1,6 +1,6 @@
 """The whole proof about checkpoints, minutes long: `python -m tests.faults.campaign [--out FILE]`.
 
-Every fail-point at every visit, every system call of a save, random kills, damage to every file, disks of 1 to 3.5
+Every system call of a save, random kills, damage to every file, disks of 1 to 3.5
 checkpoints, and each file of a run's results. It stops at the first thing that is not as it has to be; if nothing is
 wrong, the figures go to `benchmarks/results/faults_checkpoint.json`. The fast suite runs a sample (test_saving.py).
 """
@@ -21,35 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.system.failpoints import POINTS
 from ddpm_lmk.system.machine import hardware, versions
 from tests.engine import processes
 from tests.faults import disk, outputs, syscalls
+from tests.faults.breaking import Break
 from tests.faults.forge import ROOT, Forge
-from tests.faults.saving import Outcome, continues, damage_all, good_steps, job, kill_often, undisturbed
+from tests.faults.saving import Outcome, continues, damage_all, job, kill_often, undisturbed
 
 SIZES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
 PLACE_OF_RESULTS = ROOT / "benchmarks" / "results" / "faults_checkpoint.json"
-MOST_VISITS = 400
-
-
-def every_failpoint(forge: Forge, folder: Path, wanted: Outcome) -> dict[str, int]:
-    """Kill at each visit of each place of saving (every eighth where a place is met once per tensor)."""
-    kills: Counter[str] = Counter()
-    for name in POINTS:
-        if not name.startswith(("save.", "directory.", "retain.", "output.")):
-            continue
-        for visit in range(1, MOST_VISITS, 8 if name == "directory.part" else 1):
-            work = job(folder / f"{name}-{visit}")
-            code, said = forge.run(work, failpoint=f"{name}:{visit}")
-            assert code in (0, -signal.SIGKILL), said
-            if code == 0:
-                break  # the run has fewer visits
-            good_steps(Path(work["out"]))
-            continues(forge, work, wanted)
-            kills[name] += 1
-            shutil.rmtree(work["out"])
-    return {"places": len(kills), "kills": kills.total(), "continued_bit_exact": kills.total()}
+MOST_CALLS = 400
 
 
 def every_call(forge: Forge, folder: Path, wanted: Outcome) -> dict[str, Any]:
@@ -71,12 +52,12 @@ def every_output(forge: Forge, folder: Path, phantoms: Path) -> dict[str, int]:
     """Kill at each stage of each whole file a run writes."""
     wanted = outputs.undisturbed(forge, phantoms, folder / "undisturbed")
     hits = 0
-    for name in POINTS:
-        for visit in range(1, 99) if name.startswith("output.") else ():
-            if not outputs.interrupt(
-                forge, outputs.job(phantoms, folder / f"{name}-{visit}"), f"{name}:{visit}", wanted
-            ):
-                break
+    for call, how in (("os.fsync", "kill"), ("os.replace", "kill"), ("os.replace", "kill after")):
+        for number in range(1, MOST_CALLS):
+            place: Break = {"call": call, "at": number, "how": how}  # type: ignore[typeddict-item]
+            work = outputs.job(phantoms, folder / f"{call}-{how.replace(' ', '-')}-{number}")
+            if not outputs.interrupt(forge, work, place, wanted):
+                break  # the run makes fewer such calls
             hits += 1
     return {"kills": hits, "half_files_seen": 0, "same_results_afterwards": hits}
 
@@ -94,10 +75,15 @@ def every_size(forge: Forge, folder: Path) -> list[dict[str, Any]]:
 def two_processes(forge: Forge, folder: Path) -> dict[str, int]:
     """Two processes in class `exact`, rank 0 killed in its second save; one process goes on, to the same bits."""
     wanted = undisturbed(forge, folder, exactness="exact")
-    places = ("save.begin", "directory.file:8", "directory.renamed:2", "retain.renamed")
-    for place in places:
-        work = job(folder / place.replace(":", "-"), exactness="exact")
-        ranks = processes.launch(forge, folder, [work | {"failpoint": place}], world=2)
+    places: list[Break] = [
+        {"call": "os.mkdir", "at": 2, "how": "kill"},
+        {"call": "os.fsync", "at": 3, "how": "kill"},
+        {"call": "os.rename", "at": 1, "how": "kill after"},
+        {"call": "os.rename", "at": 2, "how": "kill after"},
+    ]
+    for number, place in enumerate(places):
+        work = job(folder / str(number), exactness="exact")
+        ranks = processes.launch(forge, folder, [work | {"breaks": [place | {"save": 2}]}], world=2)
         codes, said = processes.wait(ranks, timeout=120)
         assert codes[0] == -signal.SIGKILL, said
         continues(forge, work, wanted)
@@ -125,7 +111,6 @@ def campaign(folder: Path, say: Callable[[str], Any]) -> dict[str, Any]:
             "results": lambda place: every_output(forge, place, phantoms),
             "random_kills": lambda place: {"kills": kill_often(forge, place, wanted, kills=100, seed=3)},
             "two_processes": lambda place: two_processes(forge, place),
-            "failpoints": lambda place: every_failpoint(forge, place, wanted),
             "system_calls": lambda place: every_call(forge, place / "calls", wanted),
         }
         figures = {}

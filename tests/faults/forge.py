@@ -1,7 +1,7 @@
 """A process that has paid for its imports and forks a child per run: `python -m tests.faults.forge`.
 
 Orders come as lines of JSON on standard input: a toy job (`tests.engine.worker`) or a whole run (`runs.execute`), what
-breaks it (a fail-point, a kill after some time, strace on the thread that saves), and a log. The answer is the child's
+breaks it (`breaking`, a kill after some time, strace on the thread that saves), and a log. The answer is the child's
 exit code. So a run that is killed and continued costs two runs, and not two times torch. Ranks are started side by side
 (`start`) and waited for one by one.
 """
@@ -19,12 +19,14 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
+
+from tests.faults.breaking import Break, arm
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +70,7 @@ class Forge:
         self,
         job: dict[str, Any],
         *,
-        failpoint: str = "",
+        breaks: Sequence[Break] = (),
         whole: bool = False,
         kill_after_s: float | None = None,
         trace: dict[str, Any] | None = None,
@@ -76,12 +78,12 @@ class Forge:
         """Exit code (negative: the signal) and what was said to standard error.
 
         Args:
-            failpoint: in the form of LMK_FAILPOINT.
+            breaks: where it is killed, waits, or is refused.
             whole: the job is one of `runs.execute`, not of the toy.
             trace: {"save": which one, "options": of strace, "log": file} to watch, or disturb, one save.
         """
         log = Path(job["out"]).with_suffix(".log")
-        order = {"job": job, "failpoint": failpoint, "whole": whole, "log": str(log), "trace": trace}
+        order = {"job": job, "breaks": list(breaks), "whole": whole, "log": str(log), "trace": trace}
         order["kill_after_s"] = kill_after_s
         return self._ask({"run": order}), log.read_text()
 
@@ -183,12 +185,11 @@ def _obey(order: dict[str, Any]) -> int:
     from ddpm_lmk import run as runs
     from ddpm_lmk.engine.parallel import Parallel
     from ddpm_lmk.errors import LmkError
-    from ddpm_lmk.system import failpoints
     from tests.engine import worker
 
     Path(order["log"]).unlink(missing_ok=True)
     _say_into(order["log"])
-    failpoints.arm(order["failpoint"])
+    arm(order["breaks"])
     if order["trace"]:
         _trace_a_save(**order["trace"])
     try:

@@ -26,6 +26,8 @@ import psutil
 
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.system import heartbeat, machine
+from tests.faults import breaking
+from tests.faults.breaking import Break
 from tests.faults.harness import Started, are_gone, events, newest_checkpoint, steps_done, write_run
 
 GRACE_S, LOST_S, STALLED_S, ORPHAN_S = 25.0, 30.0, 90.0, 5.0
@@ -76,7 +78,8 @@ def _stop(
     start: Callable[..., Started], out: Path, target: str, phase: str, number: signal.Signals, code: int
 ) -> dict[str, Any]:
     """Start, wait for the phase, ask, and see how it ends."""
-    environment = {"LMK_FAILPOINT": "directory.made:2=pause"} if phase == "save" else {}
+    slow: list[Break] = [{"call": "os.fsync", "save": 2, "how": "pause"}]
+    environment = breaking.environment(*slow) if phase == "save" else {}
     run = start(**environment)
     _wait_for(run, out, phase)
     ranks = run.ranks()
@@ -95,7 +98,7 @@ def _stop(
 
 def _insist(start: Callable[..., Started], out: Path) -> dict[str, Any]:
     """A second request, later than the first: at once, nothing is saved."""
-    run = start(LMK_FAILPOINT="directory.made:2=pause,directory.flushed:2=pause,directory.fenced:2=pause")
+    run = start(**breaking.environment({"call": "os.fsync", "save": 2, "at": None, "how": "pause"}))
     _wait_for(run, out, "save")
     ranks = run.ranks()
     run.process.send_signal(signal.SIGTERM)
@@ -147,12 +150,12 @@ def _wait_for(run: Started, out: Path, phase: str) -> None:
     # A resumed run repeats lines up to where it was asked to stop: wait for new ones.
     run.until(lambda: steps_done(out) > before + 3 or (steps_done(out) < before and steps_done(out) > 3))
     if phase == "save":
-        run.until(lambda: "fail-point directory.made" in run.said.read_text())  # the one before it is durable
+        run.until(lambda: "broken at os.fsync" in run.said.read_text())  # the one before it is durable
     if phase == "step":
         run.until(lambda: all(steps_done(out) % every in range(2, every - 5) for every in (15, 20)))
     if phase == "evaluate":
-        [pulse] = {Path(rank.environ()[heartbeat.PULSE]) for rank in run.ranks()}
-        run.until(lambda: any(beat.phase == "evaluate" for beat in heartbeat.read_beats(pulse)))
+        [pulse] = {Path(rank.environ()[heartbeat.FOLDER]) for rank in run.ranks()}
+        run.until(lambda: any(beat.phase == "evaluate" for beat in heartbeat.read_heartbeats(pulse)))
 
 
 def main(arguments: list[str]) -> int:

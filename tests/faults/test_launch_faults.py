@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.commands import run_command
+from tests.faults import breaking
 from tests.faults.harness import Started, are_gone, events, newest_checkpoint, steps_done, write_run
 
 pytestmark = pytest.mark.distributed
@@ -65,19 +66,19 @@ def test_lost_and_stopped_ranks_are_replaced_and_a_signal_saves(run_file: Path, 
 def test_a_disk_that_is_slow_at_the_end_is_waited_for(tmp_path: Path, packed_phantoms: Path) -> None:
     """Four checkpoints are written beside training, in no time; the fifth takes three times the limit for a step."""
     run_file = write_run(tmp_path, packed_phantoms, length="10 steps", checkpoint_every="2 steps", log_every="1 steps")
-    places = ("made", "manifest", "flushed", "fenced", "renamed", "durable")
-    slow = ",".join(f"directory.{place}:5=pause" for place in places)
-    run = Started([run_file], tmp_path / "run", launch=LAUNCH | {"stall_s": 2}, LMK_FAILPOINT=slow)
+    slow = breaking.environment({"call": "os.fsync", "save": 5, "at": None, "how": "pause"})
+    run = Started([run_file], tmp_path / "run", launch=LAUNCH | {"stall_s": 2}, **slow)
     assert run.wait() == 0
-    assert run.said.read_text().count("fail-point") == len(places)
+    assert run.said.read_text().count("broken at os.fsync") >= 6
     assert events(tmp_path / "run", "ranks.stalled") == []
 
 
 def test_a_run_in_one_process_that_hangs_says_where_and_can_be_continued(tmp_path: Path, packed_phantoms: Path) -> None:
     run_file = write_run(tmp_path, packed_phantoms, length="2 steps", log_every="1 steps")
-    out, words = tmp_path / "run", [run_file, "data.validation_split=val"]
+    out, words = tmp_path / "run", [run_file, "data.validation_split=val", "evaluate.batch=1"]
     alone = LAUNCH | {"processes": 1, "stall_s": 2}
-    run = Started(words, out, launch=alone, LMK_FAILPOINT="evaluate.batch=hang")
+    hanging: breaking.Break = {"call": "ddpm_lmk.engine.evaluate.beat", "at": 2, "how": "hang"}
+    run = Started(words, out, launch=alone, **breaking.environment(hanging))
     assert run.wait() == 75
     [stalled] = events(out, "run.stalled")
     assert "at evaluate" in stalled["message"]

@@ -12,9 +12,11 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
-from ddpm_lmk.launcher import launch
+from ddpm_lmk.launcher import Placement, launch
 from ddpm_lmk.run import execute
 from tests.data.dot_packs import corrupt, pack_dots
+from tests.faults import breaking
+from tests.faults.breaking import Break
 from tests.faults.harness import events
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -35,7 +37,7 @@ def config(pack: Path, *, steps: int, **train: Any) -> RunConfig:
 
 def launched(cfg: RunConfig, out: Path, processes: int) -> int:
     job = {"config": cfg.model_dump(mode="json"), "out": str(out)}
-    return launch(job, processes=processes, device="cpu")
+    return launch(job, Placement("cpu", processes))
 
 
 def listed(run: Path) -> list[dict[str, Any]]:
@@ -94,7 +96,9 @@ def test_ranks_that_are_killed_go_on_with_the_same_list(pack, tmp_path, parallel
     data, bad = pack
     cfg = config(data, steps=9, **EXACT)
     execute(cfg, tmp_path / "one", parallel=parallel)
-    monkeypatch.setenv("LMK_FAILPOINT", "save.recorded:2")
+    at_second_save: Break = {"call": "ddpm_lmk.rundir.retention.retain", "at": 2, "how": "kill"}
+    for name, value in breaking.environment(at_second_save).items():
+        monkeypatch.setenv(name, value)
     assert launched(cfg, tmp_path / "killed", processes) == 0
     assert len(events(tmp_path / "killed", "ranks.lost")) > 1
     assert sorted(entry["row"] for entry in listed(tmp_path / "killed")) == bad

@@ -6,20 +6,44 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ddpm_lmk.system.failpoints import POINTS
 from tests.engine import processes
 from tests.faults import campaign, disk, outputs, syscalls
+from tests.faults.breaking import Break
 from tests.faults.forge import Forge
 from tests.faults.saving import Outcome, continues, damage_all, good_steps, job, kill_often, undisturbed
 
-SAVING = [name for name in POINTS if name.startswith(("save.", "directory.", "retain."))]
-LOADING = [name for name in POINTS if name.startswith("load.")]
-OUTPUTS = [name for name in POINTS if name.startswith("output.")]
-# Visits that belong to the second save: a save has five files beside its manifest, and about 55 pieces.
-VISIT = {**dict.fromkeys(SAVING, 2), "directory.file": 8, "directory.part": 80, **dict.fromkeys(OUTPUTS, 1)}
+# In the second save, which drops the checkpoint before it. Files are flushed one by one: state,
+# model, ema, optim, best, manifest; then their folder, and once that has its name the folder around it.
+SAVING: list[Break] = [
+    {"call": "os.mkdir", "at": 2, "how": "kill"},  # nothing is written yet (the first call is that of `checkpoints`)
+    {"call": "os.fsync", "at": 1, "how": "kill"},
+    {"call": "os.fsync", "at": 6, "how": "kill"},
+    {"call": "os.fsync", "at": 7, "how": "kill"},
+    {"call": "os.rename", "at": 1, "how": "kill"},
+    {"call": "os.rename", "at": 1, "how": "kill after"},
+    {"call": "os.rename", "at": 2, "how": "kill"},  # the new one is durable, the old one still has its name
+    {"call": "os.rename", "at": 2, "how": "kill after"},
+]
+REFUSALS: list[Break] = [
+    {"call": "os.mkdir", "at": 2, "how": "ENOSPC"},
+    {"call": "os.fsync", "at": 3, "how": "ENOSPC"},
+    {"call": "os.rename", "at": 1, "how": "ENOSPC"},
+    {"call": "os.fsync", "at": 8, "how": "ENOSPC"},
+    {"call": "os.rename", "at": 2, "how": "ENOSPC"},
+]
+LOADING: list[Break] = [
+    {"call": "os.rename", "at": 2, "how": "kill"},  # the damaged one goes aside (the first call tries the folder)
+    {"call": "os.rename", "at": 2, "how": "kill after"},
+    {"call": "ddpm_lmk.engine.state.load_moments", "how": "kill"},  # a good one is read and verified
+]
+
+
+def told(place: Break) -> str:
+    return " ".join(str(place[key]) for key in ("call", "at", "how") if key in place)  # type: ignore[literal-required]
 
 
 @pytest.fixture(scope="module")
@@ -27,47 +51,52 @@ def wanted(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return undisturbed(forge, tmp_path_factory.mktemp("undisturbed"))
 
 
-@pytest.mark.parametrize("name", [*SAVING, *OUTPUTS])
-def test_killed_at_a_fail_point_of_saving_it_continues(
-    forge: Forge, wanted: Outcome, tmp_path: Path, name: str
-) -> None:
+@pytest.mark.parametrize("place", SAVING, ids=told)
+def test_killed_at_a_call_of_a_save_it_continues(forge: Forge, wanted: Outcome, tmp_path: Path, place: Break) -> None:
     work = job(tmp_path / "run")
-    code, said = forge.run(work, failpoint=f"{name}:{VISIT[name]}")
+    code, said = forge.run(work, breaks=[place | {"save": 2}])
     assert code == -signal.SIGKILL, said
-    assert bool(good_steps(tmp_path / "run")) == (name not in OUTPUTS)
+    assert good_steps(tmp_path / "run")
     continues(forge, work, wanted)
 
 
-@pytest.mark.parametrize("name", LOADING)
-def test_killed_at_a_fail_point_of_loading_it_continues(
-    forge: Forge, wanted: Outcome, tmp_path: Path, name: str
-) -> None:
+@pytest.mark.parametrize("place", LOADING, ids=told)
+def test_killed_while_it_loads_it_continues(forge: Forge, wanted: Outcome, tmp_path: Path, place: Break) -> None:
     out = tmp_path / "run"
     work = job(out)
     work["config"]["train"]["keep_checkpoints"] = 2
-    assert forge.run(work, failpoint="save.begin:3")[0] == -signal.SIGKILL
+    third: Break = {"call": "os.mkdir", "save": 3, "how": "kill"}
+    assert forge.run(work, breaks=[third])[0] == -signal.SIGKILL
     assert good_steps(out) == [6, 3]
     with (out / "checkpoints" / "step-00000006" / "optim.safetensors").open("ab") as file:
         file.write(b"?")
-    code, said = forge.run(work, failpoint=name)
+    code, said = forge.run(work, breaks=[place])
     assert code == -signal.SIGKILL, said
     continues(forge, work, wanted)
-    assert processes.events(out).count("checkpoint.bad") == 1
+    assert processes.events(out).count("checkpoint.bad") == (0 if place["how"] == "kill after" else 1)
 
 
-@pytest.mark.parametrize(
-    "name", ["save.begin", "directory.part", "directory.flushed", "directory.renamed", "retain.renamed"]
-)
-def test_a_disk_that_refuses_at_a_fail_point_costs_no_step(
-    forge: Forge, wanted: Outcome, tmp_path: Path, name: str
+@pytest.mark.parametrize("place", REFUSALS, ids=told)
+def test_a_disk_that_refuses_a_call_of_a_save_costs_no_step(
+    forge: Forge, wanted: Outcome, tmp_path: Path, place: Break
 ) -> None:
     out = tmp_path / "run"
-    code, said = forge.run(job(out), failpoint=f"{name}:{VISIT[name]}=enospc")
+    code, said = forge.run(job(out), breaks=[place | {"save": 2}])
     assert code == 0, said
-    assert f"fail-point {name}: enospc" in said
+    assert f"broken at {place['call']}: ENOSPC" in said
     assert Outcome.of(out) == wanted
     assert {"checkpoint.failed", "retention.failed"} & set(processes.events(out))
     assert good_steps(out)[0] == 12
+
+
+@pytest.mark.parametrize("how", ["kill", "kill after"])
+def test_killed_while_its_first_file_is_written_it_continues(
+    forge: Forge, wanted: Outcome, tmp_path: Path, how: Any
+) -> None:
+    work = job(tmp_path / "run")
+    assert forge.run(work, breaks=[{"call": "os.replace", "how": how}])[0] == -signal.SIGKILL
+    assert not good_steps(tmp_path / "run")
+    continues(forge, work, wanted)
 
 
 def test_killed_at_random_moments_it_continues(forge: Forge, wanted: Outcome, tmp_path: Path) -> None:
@@ -87,7 +116,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(forge: Forge, wanted: Ou
 
 def test_a_signal_during_a_save_waits_for_it(forge: Forge, wanted: Outcome, tmp_path: Path) -> None:
     work = job(tmp_path / "run", signal_at=4)
-    code, said = forge.run(work, failpoint="directory.file=pause")
+    code, said = forge.run(work, breaks=[{"call": "os.fsync", "save": 1, "how": "pause"}])
     assert code == 75, said
     assert good_steps(tmp_path / "run") == [5, 3], "the newest, and the newest at the interval"
     saved = [event for event in processes.events(tmp_path / "run") if event == "checkpoint.saved"]
@@ -133,7 +162,11 @@ def test_disks_of_so_many_checkpoints(forge: Forge, tmp_path: Path) -> None:
 def test_results_are_whole_or_absent(forge: Forge, tmp_path: Path, packed_phantoms: Path) -> None:
     wanted = outputs.undisturbed(forge, packed_phantoms, tmp_path / "undisturbed")
     assert {"results.json", "predictions.csv", "done.json"} <= wanted.keys()
-    for number, place in enumerate(("output.written:5", "output.flushed:6")):
+    places: list[Break] = [
+        {"call": "os.replace", "at": 5, "how": "kill"},
+        {"call": "os.replace", "at": 6, "how": "kill after"},
+    ]
+    for number, place in enumerate(places):
         assert outputs.interrupt(forge, outputs.job(packed_phantoms, tmp_path / f"run-{number}"), place, wanted)
 
 
@@ -142,5 +175,4 @@ def test_results_are_whole_or_absent(forge: Forge, tmp_path: Path, packed_phanto
 def test_the_whole_campaign(tmp_path: Path) -> None:
     figures = campaign.campaign(tmp_path, sys.stdout.write)
     assert figures["system_calls"]["killed"] > 80
-    assert figures["failpoints"]["places"] == len(SAVING) + len(OUTPUTS)
     assert [row["exit"] for row in figures["full_disk"]][-1] == 0

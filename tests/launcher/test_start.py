@@ -55,7 +55,7 @@ def test_more_gpus_than_visible_is_refused_with_both_counts(monkeypatch: pytest.
     with pytest.raises(LaunchError, match=r"asked for 64 GPUs, visible 0 \(CUDA_VISIBLE_DEVICES: "):
         place(gpus=64)
     with pytest.raises(LaunchError, match="asked for 64 GPUs"):
-        launch({}, processes=64, device="cuda")
+        launch({"out": "run"}, Placement("cuda", 64))
 
 
 def test_without_wishes_one_gpu_or_one_cpu_process_is_used() -> None:

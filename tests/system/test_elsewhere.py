@@ -98,20 +98,26 @@ def test_several_processes_train_there_too(tmp_path: Path, packed_phantoms: Path
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["processes"] == 2
 
 
-def test_a_child_follows_its_parent_there_too(path: str) -> None:
-    child = (
-        "import os, time; from ddpm_lmk.system.processes import die_with_parent\n"
-        "die_with_parent(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
+CHILD = "import os, time; from ddpm_lmk.system.processes import die_with_parent\n"
+PARENT = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+
+
+@pytest.mark.parametrize("is_linux", [True, False])
+def test_a_process_without_its_parent_ends(path: str, is_linux: bool) -> None:
+    """The parent is gone before the child asks, and after it has asked."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT) if is_linux else path}
+    alone = subprocess.run([sys.executable, "-c", CHILD + "die_with_parent(1)"], env=environment, check=False)
+    assert alone.returncode == processes.ORPHANED
+    parent = PARENT.format(
+        child=CHILD + "die_with_parent(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
     )
-    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    environment = os.environ | {"PYTHONPATH": path}
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     with process.stdout as words:
         orphan = psutil.Process(int(words.readline()))
     process.kill()
     process.wait()
-    psutil.wait_procs([orphan], timeout=30)
+    psutil.wait_procs([orphan], timeout=60)
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
 
 

@@ -103,10 +103,10 @@ def test_init_copies_run_and_launch_files_that_work_where_they_are(lmk: Lmk) -> 
     for name in copied:
         assert Path("copy", name).read_bytes() == (CONFIGS.parent / name).read_bytes()
     assert load_run(Path("copy", BASE), ["data.path=x"]) == load_run(CONFIGS.parent / BASE, ["data.path=x"])
-    assert "configs/pretrain" in Path("copy", "README.md").read_text()
+    assert "`pretrain/`" in Path("copy", shipped.GUIDE).read_text()
 
 
-@pytest.mark.parametrize("there", ["configs", "launch", "README.md"])
+@pytest.mark.parametrize("there", ["configs", "launch"])
 def test_init_overwrites_nothing(there: str) -> None:
     place = Path("mine", there)
     place.parent.mkdir()

@@ -1,4 +1,4 @@
-"""What counts as a request to stop, and how long a process has for it."""
+"""What counts as a request to stop, how long a process has for it, and that it ends whatever it waits for."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import psutil
 import pytest
 
 from ddpm_lmk.errors import ConfigError, StoppedError
 from ddpm_lmk.system import signals
+from tests.faults.harness import ROOT
+
+SLEEPS = """
+import subprocess, sys, time
+from ddpm_lmk.system.signals import StopRequest, leaving_at_once
+with {block}:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(child.pid, flush=True)
+    {wait}
+"""
+SHORT_NAPS = "[time.sleep(0.1) for _ in range(6000)]"
+# Waits for itself in C; no signal gets it out of there. Zeros are a mutex that is free, with glibc.
+IN_C = "import ctypes; mutex = ctypes.create_string_buffer(128); lock = ctypes.CDLL(None).pthread_mutex_lock"
+IN_C += "; lock(mutex); lock(mutex)"
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="such a mutex is all zeros with glibc")
 
 
-@pytest.fixture
-def hangup_ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-def test_under_nohup_the_end_of_a_terminal_is_no_request(hangup_ignored: None) -> None:
-    with signals.leaving_at_once(), signals.StopRequest(raises=False) as request:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert request.level == 0
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert request.level == 1
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-
-
-def test_without_it_the_end_of_a_terminal_is_one() -> None:
-    with signals.StopRequest(raises=False) as request:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert request.level == 1
+@pytest.mark.parametrize(("is_ignored", "level"), [(True, 0), (False, 1)], ids=["under nohup", "without"])
+def test_the_end_of_a_terminal_is_a_request_unless_it_is_ignored(is_ignored: bool, level: int) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        with signals.leaving_at_once(), signals.StopRequest(raises=False) as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.level == level
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert request.level == 1
+        assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_that_both_threads_tell_of_is_one_request_however_long_the_first_takes(
@@ -69,31 +75,30 @@ cli.main()
     assert "the same command continues" in done.stderr
 
 
-IN_C = """
-import ctypes, subprocess, sys
-from ddpm_lmk.system import signals as stop
-with stop.leaving_at_once():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    print(child.pid, flush=True)
-    mutex = ctypes.create_string_buffer(128)  # zeros are a mutex that is free
-    libc = ctypes.CDLL(None)
-    libc.pthread_mutex_lock(mutex)
-    libc.pthread_mutex_lock(mutex)  # waits for itself; no signal gets it out of there
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="such a mutex is all zeros with glibc")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_process_that_waits_in_c_hears_a_request_and_takes_its_children_along(
-    number: signal.Signals, code: int
+@pytest.mark.parametrize(
+    ("block", "wait", "number", "code", "message"),
+    [
+        ("leaving_at_once()", SHORT_NAPS, signal.SIGHUP, 75, "SIGHUP outside of training"),
+        ("leaving_at_once()", SHORT_NAPS, signal.SIGUSR1, 75, "SIGUSR1 outside of training"),
+        pytest.param("leaving_at_once()", IN_C, signal.SIGTERM, 75, "SIGTERM outside of training", marks=linux_only),
+        pytest.param("leaving_at_once()", IN_C, signal.SIGINT, 130, "SIGINT outside of training", marks=linux_only),
+        ("StopRequest(within_s=0.3)", SHORT_NAPS, signal.SIGTERM, 75, "not saved within"),
+        pytest.param("StopRequest(within_s=0.3)", IN_C, signal.SIGINT, 130, "not saved within", marks=linux_only),
+    ],
+)
+def test_a_process_ends_in_time_with_the_code_of_a_stop_whatever_it_waits_for_and_takes_its_children_along(
+    block: str, wait: str, number: signal.Signals, code: int, message: str
 ) -> None:
-    process = subprocess.Popen([sys.executable, "-c", IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = SLEEPS.format(block=block, wait=wait)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    process = subprocess.Popen([sys.executable, "-c", program], text=True, **pipes)
     assert process.stdout is not None
     child = psutil.Process(int(process.stdout.readline()))
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code
-    assert f"{number.name} outside of training; the same command continues" in said
+    assert message in errors
+    assert "the same command continues" in errors
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 

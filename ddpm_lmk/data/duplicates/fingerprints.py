@@ -21,7 +21,7 @@ from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.records import CorruptSampleError, SampleRecord, content_box
 from ddpm_lmk.data.sources.ids import same_patient
 from ddpm_lmk.errors import DataError, ResourceError
-from ddpm_lmk.system.files import flush_directory
+from ddpm_lmk.system.files import flush
 
 PRINT_DTYPE = np.dtype(
     [
@@ -162,7 +162,7 @@ def write_prints(manifest: Manifest) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            flush_directory(path.parent)
+            flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

@@ -22,7 +22,7 @@ from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.loading.warp import Intensity, develop
 from ddpm_lmk.data.shards.verify import CorruptSampleError
 from ddpm_lmk.errors import ResourceError
-from ddpm_lmk.system.memory import available_bytes
+from ddpm_lmk.system.machine import available_bytes
 
 log = logging.getLogger(__name__)
 

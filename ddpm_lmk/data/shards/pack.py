@@ -41,8 +41,7 @@ from ddpm_lmk.data.sources.ids import KeyedIds, open_key, write_map
 from ddpm_lmk.data.sources.public import read_cephalometric, read_chest, read_hand
 from ddpm_lmk.data.sources.table import read_table
 from ddpm_lmk.errors import ConfigError, DataError, LmkError
-from ddpm_lmk.system.cores import granted_cores
-from ddpm_lmk.system.machine import versions
+from ddpm_lmk.system.machine import granted_cores, versions
 
 _FIRST_SLOTS = 1 << 12
 

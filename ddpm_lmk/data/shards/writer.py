@@ -39,7 +39,7 @@ from ddpm_lmk.data.shards.records import (
 )
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError, ResourceError, RunConflictError
-from ddpm_lmk.system.files import flush_directory
+from ddpm_lmk.system.files import flush
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -179,7 +179,7 @@ class Unfinished:
         self._journal.writelines(json.dumps(line).encode("ascii") + b"\n" for line in lines)
         _flush(self._journal)
         temporary.replace(self._root / "journal.jsonl")
-        flush_directory(self._root)
+        flush(self._root)
 
     def _open(self, mode: Literal["r+b", "w+b"]) -> None:
         self._rows = open(self._root / "index.part", mode)  # noqa: SIM115 - they live as long as the folder
@@ -351,10 +351,10 @@ class ShardWriter:
         self._header["index_sha256"] = _write_durably(pack / "index.npy", [_npy_header(self._count)], blocks)
         self._header["fingerprint"] = fingerprint_of(self._header)
         _write_durably(pack / "manifest.json", [json.dumps(self._header, indent=1).encode("ascii")])
-        flush_directory(pack)
+        flush(pack)
         refuse_existing(self.out)
         pack.rename(self.out)
-        flush_directory(self.out.parent)
+        flush(self.out.parent)
 
     def _finish_shard(self) -> None:
         assert self._shard is not None

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ddpm_lmk.errors import ConfigError, ResourceError, RunConflictError
-from ddpm_lmk.system.files import flush_directory
+from ddpm_lmk.system.files import flush
 
 _DIGITS = 16
 # What stands for a patient who was taken out, as tools that make files anonymous write it; never one person.
@@ -138,6 +138,6 @@ def _write_private(path: Path, lines: Iterable[str]) -> None:
             os.link(temporary, path)  # unlike a rename, it never replaces
         finally:
             temporary.unlink()
-        flush_directory(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror}; name another place") from error

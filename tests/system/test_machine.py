@@ -1,58 +1,52 @@
-"""Cores that were granted, whatever the machine has, and the threads of processes that share them."""
+"""Cores, threads and memory that were granted, whatever the machine has."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from ddpm_lmk.system import cores, memory
-from ddpm_lmk.system import memory as cgroup
+from ddpm_lmk.launcher import supervise
+from ddpm_lmk.system import machine
 
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Control groups made of files; this process is in `job/step`, and no scheduler is there."""
-    for job, count in cores.GRANTS:
-        monkeypatch.delenv(job, raising=False)
-        monkeypatch.delenv(count, raising=False)
-    monkeypatch.delenv(cores.THREADS, raising=False)
+    for name in (machine.THREADS, *(name for grant in machine.GRANTS for name in grant)):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     (tmp_path / "membership").write_text("5:cpu,cpuacct:/job/step\n4:memory:/job/step\n0::/job/step\n")
-    monkeypatch.setattr(cgroup, "MEMBERSHIP", tmp_path / "membership")
-    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(machine, "GROUPS", tmp_path)
     return tmp_path
 
 
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def test_without_limits_the_cores_of_the_affinity_are_granted(groups: Path) -> None:
-    write(groups / "job/step/cpu.max", "max 100000\n")
-    write(groups / "cpu/job/step/cpu.cfs_quota_us", "-1\n")
-    write(groups / "cpu/job/step/cpu.cfs_period_us", "100000\n")
-    assert cores.granted_cores() == 16
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 @pytest.mark.parametrize(
     ("files", "granted"),
     [
+        ({"job/step/cpu.max": "max 100000", "cpu/job/step/cpu.cfs_quota_us": "-1"}, 16),
         ({"job/step/cpu.max": "400000 100000"}, 4),
         ({"job/step/cpu.max": "max 100000", "job/cpu.max": "250000 100000"}, 2),
         ({"cpu.max": "50000 100000"}, 1),
         ({"cpu.max": "3200000 100000"}, 16),
         ({"cpu/job/step/cpu.cfs_quota_us": "300000", "cpu/job/step/cpu.cfs_period_us": "100000"}, 3),
     ],
-    ids=["own", "a group around it", "container, half a core", "more than there are", "version 1"],
+    ids=["no limit", "own", "a group around it", "container, half a core", "more than there are", "version 1"],
 )
 def test_a_share_of_processor_time_is_worth_whole_cores(groups: Path, files: dict[str, str], granted: int) -> None:
-    for name, text in files.items():
-        write(groups / name, text)
-    assert cores.granted_cores() == granted
+    write(groups, files)
+    assert machine.granted_cores() == granted
 
 
 @pytest.mark.parametrize(
@@ -72,20 +66,19 @@ def test_a_scheduler_grants_cores_that_nothing_enforces(
 ) -> None:
     for name, value in words.items():
         monkeypatch.setenv(name, value)
-    assert cores.granted_cores() == granted
+    assert machine.granted_cores() == granted
 
 
 def test_a_system_without_affinity_has_all_cores(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert cores.granted_cores() == 12
+    assert machine.granted_cores() == 12
 
 
 @pytest.mark.parametrize(
     ("wish", "processes", "threads"),
     [
         (None, 1, 16),
-        (None, 4, 4),
         (None, 3, 5),
         (None, 99, 1),
         ("2", 4, 2),
@@ -103,8 +96,8 @@ def test_processes_share_the_cores_unless_a_sane_wish_says_otherwise(
     groups: Path, monkeypatch: pytest.MonkeyPatch, wish: str | None, processes: int, threads: int
 ) -> None:
     if wish is not None:
-        monkeypatch.setenv(cores.THREADS, wish)
-    assert cores.threads_per_process(processes) == threads
+        monkeypatch.setenv(machine.THREADS, wish)
+    assert machine.threads_per_process(processes) == threads
 
 
 @pytest.mark.parametrize(
@@ -120,14 +113,49 @@ def test_processes_share_the_cores_unless_a_sane_wish_says_otherwise(
 def test_memory_is_that_of_the_container(
     groups: Path, files: dict[str, str], total: int | None, available: int | None
 ) -> None:
-    for name, text in files.items():
-        write(groups / name, text)
+    write(groups, files)
     if total is None:
-        assert memory.total_bytes() > memory.available_bytes() > 2**20
+        assert machine.total_bytes() > machine.available_bytes() > 2**20
     else:
-        assert (memory.total_bytes(), memory.available_bytes()) == (total, available)
+        assert (machine.total_bytes(), machine.available_bytes()) == (total, available)
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({"job/step/memory.events": "low 0\noom_kill 4\n"}, 4),
+        ({"memory/job/step/memory.oom_control": "under_oom 0\noom_kill 2\n"}, 2),
+        ({"memory.events": "oom_kill 1\n"}, 1),
+        ({}, None),
+    ],
+    ids=["version 2", "version 1", "container", "none"],
+)
+def test_kills_for_want_of_memory_are_counted(groups: Path, files: dict[str, str], count: int | None) -> None:
+    write(groups, files)
+    assert machine.count_oom_kills() == count
+
+
+def test_a_real_kill_for_want_of_memory_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process in a memory group of 64 MiB takes 256; where groups may not be made, there is nothing to test."""
+    group = machine.GROUPS / "memory" / f"ddpm-lmk-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(64 << 20))
+    except OSError:
+        pytest.skip("no rights to make a memory group (cgroup version 1)")
+    (tmp_path / "membership").write_text(f"4:memory:/{group.name}\n")
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+    try:
+        assert machine.count_oom_kills() == 0
+        enter = f"open('{group}/cgroup.procs', 'w').write('0')"
+        code = subprocess.run([sys.executable, "-c", f"{enter}; b'x' * (256 << 20)"], check=False).returncode
+        assert (code, machine.count_oom_kills()) == (-9, 1)
+        assert "for want of memory; use a smaller train.micro_batch" in supervise.cause_of(code, oom_kills=1)
+    finally:
+        with suppress(OSError):
+            group.rmdir()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells it on Linux only")
 def test_the_processor_has_a_name() -> None:
-    assert cores.cpu_name()
+    assert machine.cpu_name()

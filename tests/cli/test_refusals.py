@@ -1,4 +1,4 @@
-"""Mistakes on the command line: one line, the promised exit code, nothing written (failures.md A, B, D7, E7, E8)."""
+"""Mistakes on the command line: one line, the promised exit code, nothing written (docs/faults.md A, B, D7, E7, E8)."""
 
 from __future__ import annotations
 
@@ -102,11 +102,6 @@ def test_more_gpus_than_there_are_is_refused_with_the_counts(lmk: Lmk) -> None:
     assert_refused(result, 5, "error[LaunchError]", "asked for 64 GPUs, visible ")
 
 
-def test_data_that_is_not_there_is_refused(lmk: Lmk, tmp_path: Path) -> None:
-    result = lmk("pretrain", PRETRAIN, f"data.path={tmp_path}", "--cpu", 1, "--out", tmp_path / "run")
-    assert_refused(result, 3, "error[DataError]", "manifest.json")
-
-
 def test_folder_that_is_not_packed_is_told_the_command_that_packs_it(
     lmk: Lmk, packed_phantoms: Path, tmp_path: Path
 ) -> None:
@@ -121,20 +116,6 @@ def test_folder_that_is_not_packed_is_told_the_command_that_packs_it(
     refused(films, "--kind table")
     refused(tmp_path / "nowhere", "is not there")
     refused(packed_phantoms.parent, "holds 1 packs; name one", str(packed_phantoms))
-
-
-def test_more_shots_than_labelled_images_are_refused(lmk: Lmk, packed_phantoms: Path, tmp_path: Path) -> None:
-    words = (f"data.path={packed_phantoms}", "data.shots=99", "--cpu", 1, "--out", tmp_path / "run")
-    assert_refused(lmk("finetune", FINETUNE, *words), 2, "data.shots=99", "12")
-    assert_refused(lmk("finetune", FINETUNE, *words, "--dry-run"), 2, "data.shots=99", "12")
-
-
-def test_weights_of_another_network_are_refused_with_the_differences(
-    lmk: Lmk, packed_phantoms: Path, pretrained: Path, tmp_path: Path
-) -> None:
-    words = (f"data.path={packed_phantoms}", f"init.weights={pretrained}", "model.width=16")
-    result = lmk("finetune", FINETUNE, *words, "--cpu", 1, "--out", tmp_path / "run")
-    assert_refused(result, 4, "error[CheckpointError]", "init_conv")
 
 
 def test_damaged_weights_are_refused(lmk: Lmk, packed_phantoms: Path, pretrained: Path, tmp_path: Path) -> None:

@@ -127,9 +127,11 @@ class Queue:
         if (out / "manifest.json").exists():
             return
         code = (
-            "import sys; from pathlib import Path; from ddpm_lmk.data.shards.pack import pack\n"
+            "import sys; from ddpm_lmk.data.pack_settings import PackSettings\n"
+            "from ddpm_lmk.data.shards.pack import pack\n"
             "if __name__ == '__main__':\n    counts = {'train': int(sys.argv[3]), 'val': 4, 'test': 8}\n"
-            "    pack('skull', 'phantom', Path(sys.argv[1]), size=int(sys.argv[2]), counts=counts, workers=1)\n"
+            "    settings = PackSettings(kind='phantom', size=int(sys.argv[2]), counts=counts)\n"
+            "    pack('skull', sys.argv[1], settings, workers=1)\n"
         )
         (self.state / "pack_phantoms.py").write_text(code)
         command = [sys.executable, str(self.state / "pack_phantoms.py"), str(out), str(size), str(count)]

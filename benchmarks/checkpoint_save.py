@@ -26,6 +26,7 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import load_run
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.engine.checkpointer import Saver
 from ddpm_lmk.engine.parallel import Parallel
@@ -63,7 +64,11 @@ def main() -> None:
         words = list(options.settings)
         full = load_run(options.run_file, [*words, "data.path=unused"])
         if not any(word.startswith("data.path=") for word in words):
-            pack("chest", "phantom", Path(folder) / "chests", counts={"train": 32}, size=full.data.image_size)
+            pack(
+                "chest",
+                Path(folder) / "chests",
+                PackSettings(kind="phantom", counts={"train": 32}, size=full.data.image_size),
+            )
             words.append(f"data.path={folder}/chests")
         cfg = _shortened(load_run(options.run_file, words), options.steps, options.every)
         parallel = Parallel("auto")

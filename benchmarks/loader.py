@@ -29,8 +29,9 @@ from ddpm_lmk.bench import Result
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.run import execute
 from ddpm_lmk.system.console import say
@@ -57,7 +58,7 @@ def main() -> None:
         data = options.data
         if data is None:
             data = scratch / "skulls"
-            pack("skull", "phantom", data, counts={"train": PHANTOMS}, size=max(SIZES))
+            pack("skull", data, PackSettings(kind="phantom", counts={"train": PHANTOMS}, size=max(SIZES)))
         manifest = Manifest.open(data)
         result = Result("loader", settings=_circumstances(manifest, options), device=options.device)
         for size, residency, augmented in itertools.product(SIZES, RESIDENCIES, (False, True)):

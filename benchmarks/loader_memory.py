@@ -21,6 +21,7 @@ import psutil  # type: ignore[import-untyped]
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.system.machine import hardware, versions
 
@@ -38,7 +39,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "skulls"
-        pack("skull", "phantom", data, counts={"train": IMAGES}, size=SIZE)
+        pack("skull", data, PackSettings(kind="phantom", counts={"train": IMAGES}, size=SIZE))
         rows = [_row(data, backend, options.epochs) for backend in ("torch", "dali")]
     result = {
         "benchmark": "loader_memory",

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_lmk.data.shards.records import INDEX_DTYPE
-from ddpm_lmk.data.shards.writer import FORMAT, FORMAT_VERSION, fingerprint_of
+from ddpm_lmk.data.shards.records import FORMAT, FORMAT_VERSION, INDEX_DTYPE, fingerprint_of
 from ddpm_lmk.data.spec import unlabelled
 from ddpm_lmk.system.files import write_json
 from ddpm_lmk.system.machine import hardware, versions

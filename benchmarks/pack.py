@@ -23,8 +23,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.system.machine import hardware, versions
 
 SIZE_PX = 256
@@ -66,7 +67,10 @@ def measure(kind: Any, where: str, out: Path, *, encoding: Any, bits: int, quali
     counts = {"train": PHANTOMS} if kind == "phantom" else None
     wall, cpu = time.perf_counter(), _cpu_s()
     summary = pack(
-        where, kind, out, size=SIZE_PX, encoding=encoding, bits=bits, quality=quality, counts=counts, workers=1
+        where,
+        out,
+        PackSettings(kind=kind, size=SIZE_PX, encoding=encoding, bits=bits, quality=quality, counts=counts or {}),
+        workers=1,
     )
     wall, cpu = time.perf_counter() - wall, _cpu_s() - cpu
     read_wall, read_cpu = min((_read_all(out) for _ in range(3)), key=lambda times: times[1])

@@ -36,8 +36,9 @@ REPEATS = 3
 MEASURE = """
 import sys
 from pathlib import Path
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
-pack(sys.argv[1], "folder", sys.argv[2], size=16, workers=1)
+pack(sys.argv[1], sys.argv[2], PackSettings(kind="folder", size=16), workers=1)
 lines = Path("/proc/self/status").read_text().splitlines()
 print(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
 """

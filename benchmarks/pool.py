@@ -29,6 +29,7 @@ from ddpm_lmk.config import DataConfig
 from ddpm_lmk.data.duplicates.fingerprints import prints_of
 from ddpm_lmk.data.duplicates.leakage import Finding, Leakage, Source, compare, exclusion
 from ddpm_lmk.data.duplicates.search import MOST_DETAIL_BITS, RADIUS, near_pairs
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.system.files import write_json
@@ -75,10 +76,10 @@ def packed(data: Path, folder: Path, per_kind: int) -> dict[str, Path]:
     packs = {}
     for name, kind in SETS.items():
         packs[name] = folder / name
-        pack(data / name, kind, packs[name], size=SIDE, workers=1)  # type: ignore[arg-type]
+        pack(data / name, packs[name], PackSettings(kind=kind, size=SIDE), workers=1)
     plant(data, folder / "raw", per_kind)
     packs["planted"] = folder / "planted"
-    pack(folder / "raw", "folder", packs["planted"], name="planted", size=SIDE, workers=1)
+    pack(folder / "raw", packs["planted"], PackSettings(kind="folder", name="planted", size=SIDE), workers=1)
     return packs
 
 

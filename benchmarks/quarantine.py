@@ -31,7 +31,9 @@ from ddpm_lmk.config.load import dump_run
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
 from ddpm_lmk.data.images.resize import encode
-from ddpm_lmk.data.shards.verify import Manifest, SampleRecord, ShardWriter, to_stored_matrix
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.records import SampleRecord, to_stored_matrix
+from ddpm_lmk.data.shards.writer import ShardWriter
 from ddpm_lmk.data.spec import unlabelled
 from ddpm_lmk.system.machine import hardware, versions
 

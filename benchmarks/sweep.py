@@ -28,6 +28,7 @@ from _subject import RESULTS, carried_out, device_of
 from ddpm_lmk.bench import Result, Timings, compare_paired
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.config.load import load_run
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.sweep import cell_folder
 from ddpm_lmk.system.machine import granted_cores
@@ -142,7 +143,7 @@ def _words(options: argparse.Namespace, folder: Path) -> list[str]:
     """Settings of every cell; without data, some are made."""
     words = [f"train.length={options.steps} steps", f"train.log_every={options.steps} steps", *options.settings]
     if not any(word.startswith("data.path=") for word in words):
-        pack("skull", "phantom", folder / "skulls", size=128, counts=FILMS)
+        pack("skull", folder / "skulls", PackSettings(kind="phantom", size=128, counts=FILMS))
         words += [f"data.path={folder / 'skulls'}", "evaluate.split=test"]
     return words
 

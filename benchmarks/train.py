@@ -25,6 +25,7 @@ from _subject import RESULTS, Subject, carried_out, option_parser
 from ddpm_lmk.bench import Result, compare_paired
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.run import execute
@@ -76,7 +77,11 @@ def measure_training(result: Result, subject: Subject, folder: Path, options: ar
     cfg = subject.cfg
     data = [str(path) for path in cfg.data.path]
     if data == ["."]:
-        pack("chest", "phantom", folder / "chests", counts={"train": PHANTOMS}, size=cfg.data.image_size)
+        pack(
+            "chest",
+            folder / "chests",
+            PackSettings(kind="phantom", counts={"train": PHANTOMS}, size=cfg.data.image_size),
+        )
         data = [str(folder / "chests")]
     fields = cfg.model_dump(mode="json")
     fields["data"] |= {"path": data}

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from ddpm_lmk.config import Section
 from ddpm_lmk.config.load import load_run, load_yaml, validate
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.engine.forecast import Forecast
@@ -162,7 +163,8 @@ def _pack_once(out: Path, dataset: DemoPack, size: int) -> None:
         Manifest.open(out).close()  # refuses damaged shards before minutes of training
         return
     with progress(f"packing {out.name}") as show:
-        pack(dataset.source, "phantom", out, size=size, counts=dataset.counts, seed=dataset.seed, progress=show)
+        settings = PackSettings(kind="phantom", size=size, counts=dataset.counts, seed=dataset.seed)
+        pack(dataset.source, out, settings, progress=show)
 
 
 def refuse_another_recipe(demo: Demo) -> None:

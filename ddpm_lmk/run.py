@@ -25,7 +25,7 @@ from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.leakage import Uncompared
 from ddpm_lmk.data.loading.backend import choose_backend
 from ddpm_lmk.data.loading.corpus import fingerprints_of
-from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.manifest import open_datasets
 from ddpm_lmk.engine.collectives import AllRanks
 from ddpm_lmk.engine.device_fit import Fitted, fit_to_device, is_free
 from ddpm_lmk.engine.forecast import LONG_S, Forecast, Work, steps_done
@@ -190,7 +190,7 @@ def _fitted(cfg: RunConfig, parallel: Parallel, run: RunDir) -> Fitted:
         _warn_of_emulation(cfg, fitted, parallel)
         return fitted
     with parallel.together():
-        manifests = [Manifest.open(path) for path in cfg.data.path] if _needs_data(cfg) else []
+        manifests = open_datasets(cfg.data) if _needs_data(cfg) else []
     images = sum(len(manifest.rows(cfg.data.splits)) for manifest in manifests)
     outputs = sum(manifest.spec.num_landmarks for manifest in manifests) if cfg.task.kind == "landmarks" else 1
     steps = cfg.train.length.steps(cfg.train.group_size, cfg.data.shots or images)

@@ -63,10 +63,16 @@ def real_data() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def packed_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packed skulls of 32 pixels: 12 for training, 4 for validation, 6 for testing. Do not write into it."""
+    from ddpm_lmk.data.pack_settings import PackSettings
     from ddpm_lmk.data.shards.pack import pack
 
     out = tmp_path_factory.mktemp("phantoms") / "skulls"
-    pack("skull", "phantom", out, size=32, counts={"train": 12, "val": 4, "test": 6}, seed=7, workers=1)
+    pack(
+        "skull",
+        out,
+        PackSettings(kind="phantom", size=32, counts={"train": 12, "val": 4, "test": 6}, seed=7),
+        workers=1,
+    )
     return out
 
 

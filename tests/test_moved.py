@@ -14,6 +14,7 @@ import safetensors.torch
 from rich.console import Console
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, DataError, RunConflictError
@@ -35,7 +36,12 @@ def parallel() -> Parallel:
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack of the same shape, of other patients."""
     out = tmp_path_factory.mktemp("others") / "skulls"
-    pack("skull", "phantom", out, size=32, counts={"train": 12, "val": 4, "test": 6}, seed=8, workers=1)
+    pack(
+        "skull",
+        out,
+        PackSettings(kind="phantom", size=32, counts={"train": 12, "val": 4, "test": 6}, seed=8),
+        workers=1,
+    )
     return out
 
 

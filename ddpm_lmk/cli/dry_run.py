@@ -35,13 +35,13 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
         instead: what to say where the run takes very long.
     """
     from ddpm_lmk.data.loading.corpus import training_corpora
-    from ddpm_lmk.data.shards.manifest import Manifest
+    from ddpm_lmk.data.shards.manifest import open_datasets
     from ddpm_lmk.engine.device_fit import device_bytes, fit_to_device, memory_gib
     from ddpm_lmk.engine.parallel import Parallel
     from ddpm_lmk.engine.precision import emulation_warning
     from ddpm_lmk.tasks import build_task
 
-    manifests = [Manifest.open(path) for path in cfg.data.path]
+    manifests = open_datasets(cfg.data)
     if cfg.task.stage == "pretrain":  # without the images left out as duplicates
         counts = [len(corpus.rows) for corpus in training_corpora(cfg)]
     else:

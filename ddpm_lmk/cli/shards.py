@@ -113,17 +113,16 @@ def pack(
     id_map: IdMap = None,
 ) -> None:
     """Decode and resize x-rays once, and write them as WebDataset shards with an index."""
-    settings: dict[str, Any] = dict(locals())  # words and numbers are checked, and named, by PackSettings
-    settings |= {
-        "thresholds": thresholds or (),
-        "spacing_pair": _pair(spacing_pair),
-        "counts": _counts(counts or []),
-    }
+    given = dict(locals())
+    from ddpm_lmk.data.pack_settings import PackSettings
     from ddpm_lmk.data.shards.pack import pack as pack_shards
     from ddpm_lmk.system.console import progress
 
+    chosen = {key: given[key] for key in PackSettings.model_fields if key in given}  # checked, and named, there
+    chosen |= {"name": name or "", "thresholds": thresholds or (), "spacing_pair": _pair(spacing_pair)}
+    settings = PackSettings.model_validate(chosen | {"counts": _counts(counts or [])})
     with progress(f"packing {source}") as show:
-        summary = pack_shards(**settings, progress=show)
+        summary = pack_shards(source, out, settings, id_key=id_key, id_map=id_map, workers=workers, progress=show)
     _tell(summary)
 
 
@@ -171,7 +170,8 @@ def verify(folder: PackArgument) -> None:
 @shards_app.command()
 def index(folder: ShardsArgument) -> None:
     """Rebuild a lost or damaged index.npy from the shards."""
-    from ddpm_lmk.data.shards.manifest import read_header, rebuild_index
+    from ddpm_lmk.data.shards.index import rebuild_index
+    from ddpm_lmk.data.shards.manifest import read_header
 
     typer.echo(str(rebuild_index(folder, read_header(folder))))
 
@@ -183,10 +183,10 @@ def sign(
 ) -> None:
     """Sign a pack; where LMK_SIGNING_KEY names the key file, only packs signed with it are read."""
     from ddpm_lmk.data.shards.manifest import Manifest
-    from ddpm_lmk.data.shards.signing import sign as sign_pack
+    from ddpm_lmk.data.shards.manifest import sign as sign_shards
 
     Manifest.open(folder).close()
-    typer.echo(str(sign_pack(folder, key)))
+    typer.echo(str(sign_shards(folder, key)))
 
 
 @shards_app.command()
@@ -273,11 +273,11 @@ def _pair(text: str | None) -> tuple[int, int] | None:
     return int(first), int(second)
 
 
-def _counts(words: list[str]) -> dict[str, int] | None:
+def _counts(words: list[str]) -> dict[str, int]:
     counts = {}
     for word in words:
         split, equals, number = word.partition("=")
         if not equals or not split or not number.isdigit():
             raise ConfigError(f"--count {word!r}; wanted SPLIT=N, e.g. train=400")
         counts[split] = int(number)
-    return counts or None
+    return counts

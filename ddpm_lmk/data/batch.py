@@ -7,12 +7,13 @@ integers, the centre of the top-left pixel is (0, 0).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ddpm_lmk.data.loading.bad_samples import BadSample
+if TYPE_CHECKING:
+    from ddpm_lmk.data.loading.bad_samples import BadSample
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Batch:
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)
+            # Both are read on the host at every step; on a device each reading would wait for its queue.
             if isinstance(value := getattr(self, field.name), Tensor) and field.name not in ("positions", "domain")
         }
         return replace(self, **moved)

@@ -1,7 +1,7 @@
 """Facts of a dataset: its landmarks, how millimetres are found, and the thresholds its papers report.
 
-A spec says nothing about files (that is `raw`) and nothing about one sample (that is `records`). The three public sets
-are the paper's (paper.md, sections 3 and 4); phantoms mirror them; a table of one's own makes its own spec.
+Files are described in `sources`, single samples in `shards.records`. The three public sets are the paper's
+(docs/method.md, sections 3 and 4); phantoms mirror them; a table of one's own makes its own spec.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DatasetSpec(Section):
     )
     spacing: Spacing = Field(default_factory=NoSpacing, description="how millimetres are found")
     paper_factor: Literal["none", "swapped", "pair_squeezed"] = Field(
-        "none", description="how the paper's released code turns 256-grid pixels into millimetres (paper.md, section 3)"
+        "none", description="how the released code turns 256-grid pixels into millimetres (docs/method.md, section 3)"
     )
     paper_pair: PairSpacing | None = Field(
         None, description="the pair that `pair_squeezed` measures in the squeezed frame"
@@ -107,13 +107,18 @@ class DatasetSpec(Section):
             stated: what the sample itself says, mm per native px.
         """
         if isinstance(self.spacing, NoSpacing):
-            return stated
+            return stated  # kept for whoever reads the shards, though errors are in pixels
         if isinstance(self.spacing, PairSpacing) and points is not None:
             distance = float(np.linalg.norm(points[self.spacing.i] - points[self.spacing.j]))
-            return self.spacing.mm / distance if distance > 0 else None
+            return self.spacing.mm / distance if distance > 0 else None  # one point twice: a placeholder
         if isinstance(self.spacing, FixedSpacing) and stated is None:
             return self.spacing.mm_per_px
         return stated
+
+
+def pair_spacing(pair: tuple[int, int]) -> PairSpacing:
+    """Spacing by two landmarks that are taken to lie 50 mm apart: the width of a wrist, as in the hand atlas."""
+    return PairSpacing(i=pair[0], j=pair[1], mm=50.0)
 
 
 def unlabelled(name: str) -> DatasetSpec:
@@ -127,7 +132,7 @@ def mixture(specs: Sequence[DatasetSpec]) -> DatasetSpec:
     Raises:
         ConfigError: two different specs have one name.
     """
-    parts = list({spec.name: spec for spec in specs}.values())
+    parts = list({spec.name: spec for spec in specs}.values())  # in order of first mention, which orders the maps
     for spec in specs:
         if spec not in parts:
             raise ConfigError(
@@ -136,6 +141,7 @@ def mixture(specs: Sequence[DatasetSpec]) -> DatasetSpec:
             )
     if len(parts) == 1:
         return parts[0]
+    # Two sets may both have a `gonion`, which their annotators do not place alike.
     names = tuple(f"{part.name}.{name}" for part in parts for name in part.landmark_names)
     return DatasetSpec(name="+".join(part.name for part in parts)[:80], landmark_names=names, parts=tuple(parts))
 
@@ -143,7 +149,7 @@ def mixture(specs: Sequence[DatasetSpec]) -> DatasetSpec:
 _CHEST_NAMES = tuple(
     f"{side}_{place}" for side in ("right", "left") for place in ("apex", "costophrenic", "cardiophrenic")
 )
-_CEPH_NAMES = (
+_CEPH_NAMES = (  # in the order of the challenge's label files, whose lines have no names
     *(
         "sella",
         "nasion",
@@ -169,14 +175,14 @@ _HAND_NAMES = (
 )
 
 # The annotators of the hand atlas wrote 50 mm / |p1 - p5| into their image headers (9 of 9 files agree); the paper's
-# code measures 0 to 4, which differs by 7 % on average. `pack(spacing_pair=...)` changes the first; the second stays.
-_ANNOTATORS_PAIR = PairSpacing(i=1, j=5, mm=50.0)
-_PAPER_PAIR = PairSpacing(i=0, j=4, mm=50.0)
+# code measures 0 to 4, which differs by 7 % on average. `--spacing-pair` changes the first; the second stays.
+_ANNOTATORS_PAIR = pair_spacing((1, 5))
+_PAPER_PAIR = pair_spacing((0, 4))
 
 SPECS: dict[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
-        DatasetSpec(name="chest", landmark_names=_CHEST_NAMES, unit="px", sdr_thresholds=(3, 6, 9)),
+        DatasetSpec(name="chest", landmark_names=_CHEST_NAMES, unit="px", sdr_thresholds=(3, 6, 9)),  # no spacing known
         DatasetSpec(
             name="cephalometric",
             landmark_names=_CEPH_NAMES,

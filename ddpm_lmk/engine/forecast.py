@@ -12,7 +12,7 @@ from typing import Any
 
 from ddpm_lmk.config import LandmarksConfig, RunConfig
 from ddpm_lmk.data.loading.order import GroupPlan
-from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.manifest import open_datasets
 from ddpm_lmk.rundir import retention
 from ddpm_lmk.system.console import about, duration
 
@@ -46,7 +46,7 @@ class Work:
             steps: all of the run, where more is known of them than its run file and packs say.
             counts: images by split of data that is not packed yet; raises what opening its packs raises without.
         """
-        manifests = [] if counts is not None else [Manifest.open(path) for path in cfg.data.path]
+        manifests = [] if counts is not None else open_datasets(cfg.data)
         of_each = [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
         images = sum(learnt(cfg, count) for count in of_each or [(counts or {}).get("train", 0)])
         train, is_pretraining = cfg.train, cfg.task.stage == "pretrain"

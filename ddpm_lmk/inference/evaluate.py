@@ -25,7 +25,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, training_corpora
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError

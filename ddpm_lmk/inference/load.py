@@ -15,7 +15,7 @@ from torch import nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import validate
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.spec import DatasetSpec, unlabelled
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.precision import is_emulated

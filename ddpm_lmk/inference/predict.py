@@ -27,9 +27,8 @@ from ddpm_lmk.data.images.sandbox import Isolation
 from ddpm_lmk.data.images.sandbox_worker import Answer
 from ddpm_lmk.data.loading.augment import compose, invert, no_changes, resize_matrix
 from ddpm_lmk.data.loading.warp import develop
-from ddpm_lmk.data.shards.decoding import begins_as_dicom
 from ddpm_lmk.data.shards.records import to_stored_matrix
-from ddpm_lmk.data.sources.walk import walk
+from ddpm_lmk.data.sources.walk import begins_as_dicom, walk
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.inference.load import LoadedRun, open_run
 from ddpm_lmk.inference.predictions import Found, to_native

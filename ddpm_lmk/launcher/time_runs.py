@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.manifest import open_datasets
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.forecast import Timing
 from ddpm_lmk.engine.step_timing import BUDGET_S, time_steps
@@ -112,7 +112,7 @@ def _together(answers: Sequence[dict[str, Any] | str], began: float) -> Timing |
 
 def spec_of(cfg: RunConfig) -> DatasetSpec:
     """Facts of the run's data, together where it has several labelled sets."""
-    return preflight.spec_of(cfg, [Manifest.open(path).spec for path in cfg.data.path])
+    return preflight.spec_of(cfg, [dataset.spec for dataset in open_datasets(cfg.data)])
 
 
 def time_here(

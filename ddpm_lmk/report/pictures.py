@@ -13,7 +13,7 @@ import numpy as np
 
 from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.drawing import draw_overlay, encode_jpeg, to_uint8
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import open_datasets
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.report import html
 from ddpm_lmk.report.collect import Run, Study
@@ -91,7 +91,7 @@ def _panel(run: Run | None, name: str, labels: int) -> str:
 def _draw(run: Run, name: str, longest: int, *, cropped: bool = False) -> bytes:
     """JPEG of one test picture in its native aspect with found and annotated points, whole or around the landmarks."""
     cfg = load_run(run.home / "config.yaml")
-    packs = [Manifest.open(path) for path in cfg.data.path]
+    packs = open_datasets(cfg.data)
     manifest = next((pack for pack in packs if pack.dataset == run.results["dataset"]), packs[0])
     for row in manifest.rows([run.results["split"]]):
         record = manifest.read_record(int(row))

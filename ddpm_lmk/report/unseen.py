@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_lmk.data.duplicates import report
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.inference.scoring import mean_and_std
 from ddpm_lmk.report.collect import Run, Spread, Study, parents_of

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import config_hash, load_run
 from ddpm_lmk.data.loading.order import GroupPlan
-from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.manifest import open_datasets
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.rundir.lock import is_finished
 from ddpm_lmk.sweep.file import Grid, ReadSweep, RowText, is_stage, read_sweep, stage_of
@@ -68,7 +68,7 @@ class SweepRun:
     def _count_images(self) -> int | None:
         """Images of the training splits, where the data is there."""
         try:
-            return sum(len(Manifest.open(path).rows(self.cfg.data.splits)) for path in self.cfg.data.path)
+            return sum(len(dataset.rows(self.cfg.data.splits)) for dataset in open_datasets(self.cfg.data))
         except DataError:
             return None
 

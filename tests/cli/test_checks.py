@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.spec import SPECS
@@ -80,11 +81,11 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, packed_phantoms: Path) -> Places:
     root = tmp_path_factory.mktemp("places")
-    pack("skull", "phantom", root / "untested", size=SIZE, counts={"train": 4}, workers=1)
+    pack("skull", root / "untested", PackSettings(kind="phantom", size=SIZE, counts={"train": 4}), workers=1)
     _table(root / "single", "sella")
     _table(root / "pinched", *SPECS["hand"].landmark_names, spec="hand")
     _films(root / "films", 3)
-    pack(root / "films", "folder", root / "unlabelled", size=SIZE, workers=1)
+    pack(root / "films", root / "unlabelled", PackSettings(kind="folder", size=SIZE), workers=1)
     words = (f"data.path={packed_phantoms}", "evaluate.samples=0", "--cpu", 1)
     pretrain = ("pretrain", SMOKE / "pretrain.yaml", *words)
     for name, more in (("parent", "train.ema=null"), ("wide", "model.width=16"), ("torn", "seed=1")):
@@ -115,7 +116,7 @@ def _table(out: Path, *landmarks: str, **settings: Any) -> None:
         points[4:5] = [(20.01, 20)] if i == 5 else points[4:5]
         labels += [f"{i},{n},{name},{x},{y}" for n, (name, (x, y)) in enumerate(zip(landmarks, points))]
     (source / "landmarks.csv").write_text("\n".join(labels) + "\n")
-    pack(source, "table", out, size=SIZE, workers=1, **settings)
+    pack(source, out, PackSettings(kind="table", size=SIZE, **settings), workers=1)
 
 
 def _sweep(folder: Path, words: list[str]) -> Path:
@@ -229,7 +230,7 @@ def test_a_pack_that_was_made_anew_is_refused_alike(lmk: Lmk, places: Places, tm
     run = ("finetune", SMOKE / "finetune.yaml", *words, "data.shots=2", "--cpu", 1, "--out", tmp_path / "run")
     assert lmk(*run, "train.length=2 steps").code == 0
     shutil.rmtree(data)
-    pack("skull", "phantom", data, size=SIZE, counts={"train": 4}, seed=5, workers=1)
+    pack("skull", data, PackSettings(kind="phantom", size=SIZE, counts={"train": 4}, seed=5), workers=1)
     for more in ((), ("--dry-run",)):
         result = lmk(*run, *more)
         assert result.code == 3
@@ -306,7 +307,7 @@ def test_packs_of_the_same_landmarks_are_learnt_together_and_scored_each_by_itse
     lmk: Lmk, places: Places, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    pack("skull", "phantom", other, size=SIZE, counts={"train": 4, "test": 3}, seed=9, workers=1)
+    pack("skull", other, PackSettings(kind="phantom", size=SIZE, counts={"train": 4, "test": 3}, seed=9), workers=1)
     words = (f"data.path=[{places.good},{other}]", "data.shots=2", "train.length=2 steps", "--cpu", 1)
     result = lmk("finetune", SMOKE / "finetune.yaml", *words, "--out", tmp_path / "run")
     assert result.code == 0, result.err

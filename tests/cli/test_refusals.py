@@ -115,7 +115,7 @@ def test_folder_that_is_not_packed_is_told_the_command_that_packs_it(
     (films / "images.csv").write_text("image_id,file,split\n")
     refused(films, "--kind table")
     refused(tmp_path / "nowhere", "is not there")
-    refused(packed_phantoms.parent, "holds 1 packs; name one", str(packed_phantoms))
+    refused(packed_phantoms.parent, "holds 1 packed sets; name one", str(packed_phantoms))
 
 
 def test_damaged_weights_are_refused(lmk: Lmk, packed_phantoms: Path, pretrained: Path, tmp_path: Path) -> None:

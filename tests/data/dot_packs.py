@@ -10,8 +10,8 @@ import numpy as np
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.images.resize import encode
-from ddpm_lmk.data.shards.records import Encoding, to_stored_matrix
-from ddpm_lmk.data.shards.verify import SampleRecord, ShardWriter
+from ddpm_lmk.data.shards.records import Encoding, SampleRecord, to_stored_matrix
+from ddpm_lmk.data.shards.writer import ShardWriter
 from ddpm_lmk.data.spec import DatasetSpec, PairSpacing, unlabelled
 
 NATIVE = (300, 200)
@@ -87,7 +87,7 @@ def run_config(
 
 def corrupt(pack: Path, rows: list[int]) -> None:
     """Flip a byte of the image of each row, in the shard."""
-    from ddpm_lmk.data.shards.verify import Manifest
+    from ddpm_lmk.data.shards.manifest import Manifest
 
     manifest = Manifest.open(pack)
     for row in rows:

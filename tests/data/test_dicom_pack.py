@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.data.sources.ids import secret_key
 from ddpm_lmk.errors import ConfigError, DataError
 from tests.data.dicoms import FILM, dataset, malformed, to_bytes
@@ -28,7 +29,7 @@ def tree(tmp_path):
 
 
 def test_a_tree_is_packed_with_hashed_names_and_patients(tree, tmp_path):
-    summary = pack(tree, "dicom", tmp_path / "out", size=32, workers=1, id_map=tmp_path / "map.csv")
+    summary = pack(tree, tmp_path / "out", PackSettings(kind="dicom", size=32), workers=1, id_map=tmp_path / "map.csv")
     assert (summary.packed, dict(summary.reasons)) == (6, {"NOT_DICOM": 1})
     manifest = Manifest.open(tmp_path / "out")
     records = [manifest.read_record(row) for row in range(6)]
@@ -49,7 +50,7 @@ def test_words_for_a_patient_who_was_taken_out_are_nobody(tmp_path):
         ("ANONYMOUS", "Anonymized ", "000000", "unknown", "", "XXXX", "0042", "anonymous1")
     ):
         (root / str(number)).write_bytes(to_bytes(dataset(np.roll(FILM, 3 * number, 1), PatientID=patient)))
-    pack(root, "dicom", tmp_path / "out", size=32, workers=1, id_map=tmp_path / "map.csv")
+    pack(root, tmp_path / "out", PackSettings(kind="dicom", size=32), workers=1, id_map=tmp_path / "map.csv")
     manifest = Manifest.open(tmp_path / "out")
     records = [manifest.read_record(row) for row in range(8)]
     with open(tmp_path / "map.csv", newline="") as file:
@@ -59,12 +60,12 @@ def test_words_for_a_patient_who_was_taken_out_are_nobody(tmp_path):
 
 def test_a_list_names_files_of_many_folders(tree, tmp_path):
     (tmp_path / "list.txt").write_text(f"# some\n{tree}/study-4711/IM0\nDoe_Jane/study-4711/IM5\n")
-    assert pack(tmp_path / "list.txt", "dicom", tmp_path / "out", size=32, workers=1).packed == 2
+    assert pack(tmp_path / "list.txt", tmp_path / "out", PackSettings(kind="dicom", size=32), workers=1).packed == 2
 
 
 def test_nothing_private_is_in_the_pack(tree, tmp_path, capfd):
     (tree / "study-4711" / "Jane_Doe_broken").write_bytes(to_bytes(dataset())[:900])
-    pack(tree, "dicom", tmp_path / "out", size=32, workers=1)
+    pack(tree, tmp_path / "out", PackSettings(kind="dicom", size=32), workers=1)
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     said = "".join(capfd.readouterr()).encode()
     assert [word for word in PRIVATE if word in written + said] == []
@@ -73,15 +74,15 @@ def test_nothing_private_is_in_the_pack(tree, tmp_path, capfd):
 
 def test_one_key_gives_one_name_and_others_may_not_read_it(tree, tmp_path):
     for name in ("a", "b"):
-        pack(tree, "dicom", tmp_path / name, name="own", size=32, workers=1, id_key=tmp_path / "key")
+        pack(tree, tmp_path / name, PackSettings(kind="dicom", name="own", size=32), workers=1, id_key=tmp_path / "key")
     assert Manifest.open(tmp_path / "a").fingerprint == Manifest.open(tmp_path / "b").fingerprint
     (tmp_path / "key").chmod(0o644)
     with pytest.raises(ConfigError, match="may be read by others"):
-        pack(tree, "dicom", tmp_path / "c", name="own", size=32, workers=1, id_key=tmp_path / "key")
+        pack(tree, tmp_path / "c", PackSettings(kind="dicom", name="own", size=32), workers=1, id_key=tmp_path / "key")
 
 
 def test_patients_are_not_split_between_training_and_validation(tree, tmp_path):
-    pack(tree, "dicom", tmp_path / "out", size=32, workers=1, val_fraction=0.5)
+    pack(tree, tmp_path / "out", PackSettings(kind="dicom", size=32, val_fraction=0.5), workers=1)
     manifest = Manifest.open(tmp_path / "out")
     records = [manifest.read_record(row) for row in range(6)]
     assert len({(record.group, record.split) for record in records}) == 3
@@ -92,11 +93,11 @@ def test_a_packing_that_failed_leaves_no_key_that_it_made(tmp_path):
     root.mkdir()
     (root / "broken").write_bytes(to_bytes(dataset())[:900])
     with pytest.raises(DataError, match="nothing to pack"):
-        pack(root, "dicom", tmp_path / "out", size=32, workers=1)
+        pack(root, tmp_path / "out", PackSettings(kind="dicom", size=32), workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["films"]
     secret_key(tmp_path / "out.key")
     with pytest.raises(DataError, match="nothing to pack"):
-        pack(root, "dicom", tmp_path / "out", size=32, workers=1)
+        pack(root, tmp_path / "out", PackSettings(kind="dicom", size=32), workers=1)
     assert (tmp_path / "out.key").is_file()
 
 
@@ -104,6 +105,6 @@ def test_what_was_passed_over_is_counted_by_name(tree, tmp_path):
     for number, tags in enumerate(({"WindowCenter": b"1,5"}, {"WindowCenter": b"n/a", "PixelSpacing": b"x"})):
         made = malformed(dataset(np.roll(FILM, 30 + number, 1), WindowWidth=900), **tags)
         (tree / f"odd-{number}").write_bytes(to_bytes(made))
-    summary = pack(tree, "dicom", tmp_path / "out", size=32, workers=1)
+    summary = pack(tree, tmp_path / "out", PackSettings(kind="dicom", size=32), workers=1)
     assert summary.packed == 8
     assert "passed over: PixelSpacing of 1 images, WindowCenter of 2 images" in " ".join(summary.warnings)

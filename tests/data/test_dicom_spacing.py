@@ -6,8 +6,9 @@ import pytest
 pytest.importorskip("pydicom")
 
 from ddpm_lmk.data.images.decode import film_from_bytes
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import Manifest
 from tests.data.dicoms import FILM, dataset, malformed, to_bytes
 
 PATIENT, IMAGER, SCANNED = {"PixelSpacing": [0.16] * 2}, {"ImagerPixelSpacing": [0.2] * 2}, "NominalScannedPixelSpacing"
@@ -96,7 +97,7 @@ def test_the_record_says_where_a_spacing_is_from_and_packing_says_that_it_is_at_
     for number, tags in enumerate((IMAGER, IMAGER | FACTOR, IMAGER | {"PixelSpacing": [1, 1]})):
         made = dataset(np.roll(FILM, number, 1), **tags)
         (tmp_path / "films" / f"{number}").write_bytes(to_bytes(made))
-    summary = pack(tmp_path / "films", "dicom", tmp_path / "out", size=32, workers=1)
+    summary = pack(tmp_path / "films", tmp_path / "out", PackSettings(kind="dicom", size=32), workers=1)
     assert any("1 images state their spacing at the detector only" in warning for warning in summary.warnings)
     contradiction = "unknown: PixelSpacing and ImagerPixelSpacing contradict each other"
     assert f"the spacing of 1 images is {contradiction}" in summary.warnings

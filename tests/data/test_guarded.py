@@ -17,7 +17,8 @@ from ddpm_lmk.data.images import sandbox as guarded
 from ddpm_lmk.data.images.decode import RefusedImageError
 from ddpm_lmk.data.images.resize import encode
 from ddpm_lmk.data.images.sandbox import decode_guarded
-from ddpm_lmk.data.shards.verify import Manifest, verify
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.verify import verify
 from tests.data.dot_packs import pack_dots, run_config
 
 TOLD = {

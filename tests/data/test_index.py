@@ -12,8 +12,8 @@ from ddpm_lmk.cli.app import run
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.loading.order import SampleOrder
-from ddpm_lmk.data.shards.manifest import Manifest, read_header, rebuild_index
-from ddpm_lmk.data.shards.rows import ListedRows, SplitRows
+from ddpm_lmk.data.shards.index import ListedRows, SplitRows, rebuild_index
+from ddpm_lmk.data.shards.manifest import Manifest, read_header
 from ddpm_lmk.errors import DataError
 from tests.data.dot_packs import pack_dots, run_config
 
@@ -55,12 +55,6 @@ def test_rows_that_are_not_listed_are_those_that_would_be(
         assert np.array_equal(rows[places], listed[places])
     with pytest.raises(IndexError):
         rows[len(listed)]
-
-
-def test_rows_can_be_left_out_in_two_turns(pack: Path) -> None:
-    once, _ = rows_of(pack, "train", without=np.array([14, 15, 30]))
-    twice = rows_of(pack, "train", without=np.array([15]))[0].but(np.array([14, 30, 0]))
-    assert once.tolist() == twice.tolist()
 
 
 def test_the_order_is_that_of_listed_rows(pack: Path) -> None:

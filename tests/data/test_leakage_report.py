@@ -14,6 +14,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.leakage import exclusion
 from ddpm_lmk.data.loading.corpus import evaluation_corpora, training_corpora
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.errors import DataError
@@ -25,7 +26,7 @@ from tests.data.test_leaks import HEAD, chests, save
 @pytest.fixture(scope="module")
 def skulls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("leakage") / "skulls"
-    pack("skull", "phantom", out, size=32, counts={"train": 6, "test": 4}, workers=1)
+    pack("skull", out, PackSettings(kind="phantom", size=32, counts={"train": 6, "test": 4}), workers=1)
     return out
 
 
@@ -128,7 +129,7 @@ def test_labelled_films_that_are_test_films_too_are_counted(tmp_path: Path) -> N
     (tmp_path / "raw" / "images.csv").write_text(HEAD + "a,a.png,train,\nb,b.jpg,test,\nc,c.png,test,\n")
     rows = [f"{name},0,p,30,{20 + number}\n" for number, name in enumerate("abc")]
     (tmp_path / "raw" / "landmarks.csv").write_text("image_id,landmark_index,landmark_name,x,y\n" + "".join(rows))
-    pack(tmp_path / "raw", "table", tmp_path / "packed", size=32, unit="px", workers=1)
+    pack(tmp_path / "raw", tmp_path / "packed", PackSettings(kind="table", size=32, unit="px"), workers=1)
     cfg = config(tmp_path / "packed", "landmarks")
     score = report.of_score(None, evaluation_corpora(cfg, "test")[0], training_corpora(cfg)[0])
     assert score["training"] == {"status": "overlap", "images": 1, "kinds": {"near copy": 1}}

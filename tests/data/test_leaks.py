@@ -16,6 +16,7 @@ from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, PRINT_DTYPE, check_
 from ddpm_lmk.data.duplicates.leakage import Source, compare, exclusion, seen
 from ddpm_lmk.data.duplicates.search import copies_of, first_of_its_kind
 from ddpm_lmk.data.loading.corpus import training_corpora
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
@@ -62,8 +63,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for number, how in enumerate(("png", "jpeg", "half", "exif")):
         save(root / "corpus" / f"leak-{number}-{how}", tested[number], how)
         save(root / "corpus" / f"zcopy-{number}-{how}", own[number], how)
-    pack(root / "set", "table", root / "packs" / "set", size=64, workers=1)
-    pack(root / "corpus", "folder", root / "packs" / "corpus", size=96, workers=1)
+    pack(root / "set", root / "packs" / "set", PackSettings(kind="table", size=64), workers=1)
+    pack(root / "corpus", root / "packs" / "corpus", PackSettings(kind="folder", size=96), workers=1)
     return {name: root / "packs" / name for name in ("set", "corpus")}
 
 
@@ -110,7 +111,7 @@ def test_the_stream_never_shows_what_is_left_out(pool: dict[str, Path]) -> None:
 
 def test_a_pack_whose_every_film_is_protected_says_so(pool: dict[str, Path], tmp_path: Path) -> None:
     save(tmp_path / "raw" / "a", chests(1)[0])
-    pack(tmp_path / "raw", "folder", tmp_path / "packed", size=64, workers=1)
+    pack(tmp_path / "raw", tmp_path / "packed", PackSettings(kind="folder", size=64), workers=1)
     cfg = run_config(tmp_path / "packed", task="denoise", data={"protect": [str(pool["set"])]})
     with pytest.raises(DataError, match="all 1 images of train are in protected splits"):
         training_corpora(cfg)
@@ -124,7 +125,7 @@ def test_patients_of_test_films_are_left_out(tmp_path: Path) -> None:
         save(tmp_path / "raw" / f"{number}", film)
     rows = [f"i{n},{n}.png,{splits[n]},{('anna', 'anna', 'bert', '', '')[n]}\n" for n in range(5)]
     (tmp_path / "raw" / "images.csv").write_text(HEAD + "".join(rows))
-    pack(tmp_path / "raw", "table", tmp_path / "packed", size=32, workers=1)
+    pack(tmp_path / "raw", tmp_path / "packed", PackSettings(kind="table", size=32), workers=1)
     corpus = training_corpora(run_config(tmp_path / "packed", task="denoise"))[0]
     assert named(corpus.manifest, corpus.rows) == ["i2", "i3", "i4"]
 
@@ -257,6 +258,6 @@ def test_the_command_lists_what_a_run_would_leave_out(
 
 def test_real_films_are_not_taken_for_one_another(real_data, tmp_path: Path) -> None:
     """Of 243 chests, many of one patient and hours apart, none repeats another."""
-    pack(real_data("hannover_cxr"), "table", tmp_path / "packed", size=64)
+    pack(real_data("hannover_cxr"), tmp_path / "packed", PackSettings(kind="table", size=64))
     first, _ = first_of_its_kind(prints_of(Manifest.open(tmp_path / "packed")))
     assert np.array_equal(first, np.arange(243))

@@ -15,7 +15,7 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.loading.augment import draw_changes
 from ddpm_lmk.data.loading.backend import choose_backend
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError
 from tests.data.dot_packs import NATIVE, pack_dots, run_config
 

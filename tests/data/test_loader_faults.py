@@ -13,7 +13,7 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.loading import corpus
 from ddpm_lmk.data.loading.loader import TrainLoader
 from ddpm_lmk.data.shards import remote
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.errors import DataError, StoppedError
 from tests.data.dot_packs import corrupt, pack_dots, run_config
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder, few_shot_rows, keyed_seed, keyed_uniform
-from ddpm_lmk.data.shards.rows import ListedRows
+from ddpm_lmk.data.shards.index import ListedRows
 from ddpm_lmk.errors import ConfigError
 
 POSITIONS = np.arange(100_000)

@@ -16,6 +16,7 @@ from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, keep_prints, prints_of
 from ddpm_lmk.data.duplicates.leakage import Source, compare, exclusion, uncompared_patients
 from ddpm_lmk.data.images.decode import film_from_bytes
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
@@ -56,12 +57,9 @@ def make(root: Path, what: str, which: str) -> Manifest:
         (source / "list.txt").write_text("".join(f"{number}.dcm\n" for number in range(4)))
     pack(
         source / "list.txt" if kind == "folder" else source,
-        kind,  # type: ignore[arg-type]
         root / "packs" / which / what.replace(" ", "-"),
-        name=which,
-        size=32,
+        PackSettings(kind=kind, name=which, size=32, split=split if kind != "table" else None),
         workers=1,
-        split=split if kind != "table" else None,
         id_key=root / key if key else None,
     )
     return Manifest.open(root / "packs" / which / what.replace(" ", "-"))

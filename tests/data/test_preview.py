@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.preview import show
 from ddpm_lmk.data.preview.sheet import CAPTION, COLUMNS, GAP, TILE, TITLE, fitted
 from ddpm_lmk.data.shards.pack import pack
@@ -18,7 +19,7 @@ from tests.data.test_leaks import HEAD, chests, save
 @pytest.fixture(scope="module")
 def hands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("show") / "hands"
-    pack("hand", "phantom", out, size=64, counts={"train": 3, "test": 2}, workers=1)
+    pack("hand", out, PackSettings(kind="phantom", size=64, counts={"train": 3, "test": 2}), workers=1)
     return out
 
 
@@ -52,8 +53,8 @@ def test_a_pool_is_shown_with_its_leaks_and_what_was_refused(hands: Path, tmp_pa
     save(tmp_path / "more" / "new", chests(1, first=9)[0])
     (tmp_path / "more" / "broken<b>.png").write_bytes(b"nothing")
     packs = [tmp_path / "packs" / name for name in ("set", "more")]
-    pack(tmp_path / "set", "table", packs[0], size=64, workers=1)
-    pack(tmp_path / "more", "folder", packs[1], size=64, workers=1)
+    pack(tmp_path / "set", packs[0], PackSettings(kind="table", size=64), workers=1)
+    pack(tmp_path / "more", packs[1], PackSettings(kind="folder", size=64), workers=1)
     shown = show([*packs, hands], tmp_path / "look")
     assert ("also in a protected split", "1 (1 near copy)") in shown.lines
     pairs = cv2.imread(str(tmp_path / "look" / "copies.png"))
@@ -68,7 +69,7 @@ def test_a_pool_is_shown_with_its_leaks_and_what_was_refused(hands: Path, tmp_pa
 
 def test_many_films_make_several_lines(hands: Path, tmp_path: Path) -> None:
     films = tmp_path / "films"
-    pack("chest", "phantom", films, size=32, counts={"train": COLUMNS + 1}, workers=1)
+    pack("chest", films, PackSettings(kind="phantom", size=32, counts={"train": COLUMNS + 1}), workers=1)
     sheet = cv2.imread(str(show(films, tmp_path / "look").sheet))
     assert sheet.shape[0] == TITLE + 2 * (TILE + CAPTION + GAP)
 

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.shards.verify import Manifest, SampleRecord, verify
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.records import SampleRecord
+from ddpm_lmk.data.shards.verify import verify
 
 SIZE = 64
 PICTURES = {".png", ".jpg", ".jpeg"}

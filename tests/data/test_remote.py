@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from ddpm_lmk.cli.app import run
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
+from ddpm_lmk.data.preview import show
 from ddpm_lmk.data.shards import remote
-from ddpm_lmk.data.shards import remote as retries
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.remote import CacheSettings, ShardCache
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.verify import verify
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, StoppedError
 from tests.data.dot_packs import corrupt, pack_dots
 from tests.data.streams import assert_same, config, stream
@@ -25,6 +28,7 @@ from tests.extras import needs_extra
 
 pytestmark = needs_extra("cloud")
 
+BOTH = pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
 SHARD_BYTES = 25_000  # somewhat more than one shard of the packs below
 
 
@@ -37,14 +41,14 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
     monkeypatch.setattr(remote, "STALL_S", 0.5)
     with serve(pack.parent) as running:
         yield running
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
+@BOTH
 def test_a_web_server_gives_the_stream_of_the_local_folder(server, pack, tmp_path, cache_gib, workers):
     cfg = config(f"{server.url}/dots", tmp_path, cache_gib=cache_gib, workers=workers)
     assert_same(stream(cfg), stream(config(pack, tmp_path)))
@@ -64,7 +68,7 @@ def test_a_web_server_gives_the_stream_of_the_local_folder(server, pack, tmp_pat
         *(("flip", "denoise"), ("flip", "landmarks")),
     ],
 )
-@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
+@BOTH
 def test_what_fails_for_a_while_is_tried_again_and_changes_nothing(server, pack, tmp_path, cache_gib, fault, task):
     every = {"flip": 2, "hang": 12, "slow": 6}.get(fault, 3)
     server.fault = lambda name, number: fault if name.endswith(".tar") and number % every == 0 else None
@@ -73,7 +77,7 @@ def test_what_fails_for_a_while_is_tried_again_and_changes_nothing(server, pack,
     assert len(server.requests) > 3
 
 
-@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
+@BOTH
 def test_a_server_that_stays_away_stops_the_run_resumably_and_makes_no_sample_corrupt(server, tmp_path, cache_gib):
     loader = open_loader(config(f"{server.url}/dots", tmp_path, cache_gib=cache_gib), stage="train")
     server.fault = lambda name, number: "500" if name.endswith(".tar") else None
@@ -130,7 +134,7 @@ def test_a_sample_that_is_corrupt_at_its_origin_is_replaced_as_it_is_locally(tmp
     assert {sample.row for group in found for sample in group.bad} == {bad}
 
 
-@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["whole shards", "ranges"])
+@BOTH
 def test_a_server_that_tells_no_lengths_gives_the_same_stream(server, pack, tmp_path, cache_gib):
     server.tells_length = False
     assert_same(stream(config(f"{server.url}/dots", tmp_path, cache_gib=cache_gib)), stream(config(pack, tmp_path)))
@@ -169,7 +173,7 @@ import hashlib, sys
 from pathlib import Path
 from ddpm_lmk.data.duplicates.fingerprints import write_prints
 from ddpm_lmk.data.shards.remote import CacheSettings
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 manifest = Manifest.open(sys.argv[1], CacheSettings(Path(sys.argv[2])))
 print(hashlib.sha256(b"".join(manifest.read_bytes(row) for row in range(len(manifest)))).hexdigest())
 """
@@ -184,12 +188,59 @@ def test_processes_that_start_together_fetch_every_shard_once(server, tmp_path):
     assert len(shards) == len(set(shards)) > 3
 
 
-def test_a_password_in_a_url_is_refused_and_not_repeated(tmp_path):
+def test_a_url_with_a_password_or_of_a_kind_nobody_knows_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="environment") as caught:
         Manifest.open("https://me:hunter2@example.org/pack", CacheSettings(tmp_path))
     assert "hunter2" not in str(caught.value)
-
-
-def test_a_kind_of_url_nobody_knows_names_the_extra(tmp_path):
     with pytest.raises(LaunchError, match=r"ddpm-lmk\[cloud\]"):
         Manifest.open("gopher://example.org/pack", CacheSettings(tmp_path))
+
+
+# --- `shards verify` and `shards show` of a URL: what lies there now is checked, whatever the cache holds
+
+
+@pytest.fixture
+def site(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server of a copy that may be damaged."""
+    shutil.copytree(pack, tmp_path / "web" / "dots")
+    monkeypatch.setenv("LMK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
+    with serve(tmp_path / "web") as running:
+        yield running
+
+
+def test_good_shards_are_good_and_nothing_stays_on_this_disk(site, pack, tmp_path, capsys):
+    assert run(["shards", "verify", f"{site.url}/dots"]) == 0
+    printed = capsys.readouterr()
+    assert f"{site.url}/dots: good; 28 samples (train 24, test 4)" in printed.out
+    assert "was not looked at" in printed.out + printed.err
+    assert sum(name.endswith(".tar") for name, _ in site.requests) == verify(pack).shards
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["drop", "500", "slow"])
+def test_what_fails_for_a_while_is_no_damage(site, tmp_path, fault):
+    site.fault = lambda name, number: fault if number % 2 else None
+    report = verify(f"{site.url}/dots", CacheSettings(tmp_path / "cache"))
+    assert report.is_good
+    assert not report.is_listed
+
+
+def test_damage_is_found_though_the_cache_still_holds_a_good_copy(site, tmp_path):
+    manifest = Manifest.open(f"{site.url}/dots", CacheSettings(tmp_path / "cache"))
+    manifest.read_bytes(4)
+    manifest.close()
+    corrupt(site.root / "dots", [4])
+    refused = site.root / "dots" / "refused.jsonl"
+    refused.write_bytes(refused.read_bytes() + b" ")
+    assert run(["shards", "verify", f"{site.url}/dots"]) == 3
+    report = verify(f"{site.url}/dots", CacheSettings(tmp_path / "cache"))
+    assert report.problems[0] == "refused.jsonl: missing, or sha256 differs from the manifest"
+    assert f"row 4 of {site.url}/dots: the image is not what was packed" in report.problems[1]
+
+
+def test_a_url_is_shown_as_a_local_folder(site, pack, tmp_path):
+    here = show(pack, tmp_path / "here", count=4)
+    assert run(["shards", "show", f"{site.url}/dots", "--out", str(tmp_path / "there"), "--count", "4"]) == 0
+    assert (tmp_path / "there" / here.sheet.name).read_bytes() == here.sheet.read_bytes()
+    assert (tmp_path / "there" / here.page.name).is_file()

@@ -7,14 +7,13 @@ import cv2
 import numpy as np
 import pytest
 
-from ddpm_lmk.data.sources.base import image_files, parse_decimal
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.sources.base import parse_decimal
 from ddpm_lmk.data.sources.folder import read_folder
 from ddpm_lmk.data.sources.public import CHEST_EXCLUDED, read_cephalometric, read_chest, read_hand
 from ddpm_lmk.data.sources.table import read_table
 from ddpm_lmk.errors import ConfigError, DataError
 
-TABLE = {"name": "mine", "split": None, "annotator": "mean", "spec": None, "unit": None, "thresholds": ()}
-TABLE |= {"spacing_pair": None, "keep_unlabelled": False}
 HEADER = "image_id,landmark_index,landmark_name,x,y\n"
 
 
@@ -23,6 +22,14 @@ def table(root, images="a,a.png,train\nb,b.png,test\n", labels=None, columns="im
     if labels is not None:
         (root / "landmarks.csv").write_text(labels, "utf-8")
     return root
+
+
+def read(root, **settings):
+    return read_table(root, PackSettings(kind="table", name="mine", **settings), None)
+
+
+def pool(root, **settings):
+    return read_folder(root, PackSettings(kind="folder", name="pool", **settings), None)
 
 
 def labels_for(*ids, header=HEADER):
@@ -54,26 +61,22 @@ def test_a_folder_is_read_in_order_of_id_and_split_by_hash(tmp_path):
     for name in ("b/2.png", "a.JPG", "b/10.tif", ".hidden.png", "b/.x/3.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(b"")
-    found = read_folder(tmp_path, name="pool", split="train", val_fraction=0.5, seed=0)
+    found = pool(tmp_path, val_fraction=0.5)
     assert [sample.id for sample in found.samples] == ["a", "b/10", "b/2"]
     before = splits(found)
     (tmp_path / "b/3.png").write_bytes(b"")
-    after = splits(read_folder(tmp_path, name="pool", split="train", val_fraction=0.5, seed=0))
+    after = splits(pool(tmp_path, val_fraction=0.5))
     assert {key: after[key] for key in before} == before
-
-
-def test_the_validation_share_of_a_folder_is_about_what_was_asked(tmp_path):
     for number in range(400):
         (tmp_path / f"{number}.png").write_bytes(b"")
-    found = read_folder(tmp_path, name="pool", split="train", val_fraction=0.25, seed=3)
-    assert 70 <= sum(split == "val" for split in splits(found).values()) <= 130
+    assert 70 <= sum(split == "val" for split in splits(pool(tmp_path, val_fraction=0.25, seed=3)).values()) <= 130
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no image below"):
-        image_files(tmp_path)
-    with pytest.raises(DataError, match="not a folder"):
-        image_files(tmp_path / "nowhere")
+        pool(tmp_path)
+    with pytest.raises(DataError, match="is not there"):
+        pool(tmp_path / "nowhere")
 
 
 # --- the public sets
@@ -185,70 +188,36 @@ def test_hand_splits_are_550_59_and_the_rest_sorted_as_text(real_data, tmp_path)
 
 
 def test_the_real_ceph_table_follows_its_spec(real_data):
-    found = read_table(real_data("isbi2015_ceph"), **{**TABLE, "spec": "cephalometric"})
+    found = read(real_data("isbi2015_ceph"), spec="cephalometric")
     assert (len(found.samples), found.spec.unit, found.spec.num_landmarks) == (300, "mm", 19)
     assert list(splits(found).values()).count("test1") == 150
     np.testing.assert_array_equal(found.samples[0].points[0], [832, 993.5])
-
-
-def test_one_reader_of_a_table_may_have_a_file_of_its_own(real_data):
-    found = read_table(real_data("isbi2015_ceph"), **{**TABLE, "spec": "cephalometric", "annotator": "senior"})
-    np.testing.assert_array_equal(found.samples[0].points[0], [835, 996])
+    senior = read(real_data("isbi2015_ceph"), spec="cephalometric", annotator="senior")  # in a file of its own
+    np.testing.assert_array_equal(senior.samples[0].points[0], [835, 996])
 
 
 def test_the_annotators_pair_agrees_with_the_stated_spacing_of_the_hands(real_data):
-    found = read_table(real_data("dha_hand"), **{**TABLE, "spec": "hand"})
+    found = read(real_data("dha_hand"), spec="hand")
     assert len(found.samples) == 9
     for sample in found.samples:
         assert found.spec.resolve_spacing(sample.points, None) == pytest.approx(sample.mm_per_px, abs=1e-6)
     assert found.refused == [{"id": "3128", "code": "NO_LABEL", "reason": "no row in landmarks.csv"}]
 
 
-def test_a_table_makes_its_own_spec(tmp_path):
-    table(tmp_path, "a,a.png,train,0.2\nb,b.png,test,0.3\n", labels_for("a", "b"), "image_id,file,split,mm_per_pixel")
-    found = read_table(tmp_path, **{**TABLE, "thresholds": (2.0, 4.0)})
-    assert (found.spec.landmark_names, found.spec.unit) == (("n0", "n1"), "mm")
-    assert (found.spec.sdr_thresholds, found.spec.spacing.kind) == ((2.0, 4.0), "file")
-
-
 def test_without_spacing_a_table_is_in_pixels_and_never_in_guessed_millimetres(tmp_path):
     table(tmp_path, labels=labels_for("a", "b"))
-    assert read_table(tmp_path, **TABLE).spec.unit == "px"
+    assert read(tmp_path).spec.unit == "px"
     with pytest.raises(DataError, match="2 of 2 labelled images have no mm_per_pixel"):
-        read_table(tmp_path, **{**TABLE, "unit": "mm"})
+        read(tmp_path, unit="mm")
 
 
-def test_a_table_without_landmarks_is_unlabelled(tmp_path):
-    found = read_table(table(tmp_path), **TABLE)
-    assert found.spec.num_landmarks == 0
-    assert splits(found) == {"a": "train", "b": "test"}
-
-
-def test_split_may_be_given_instead_of_a_column(tmp_path):
+def test_a_table_without_landmarks_is_unlabelled_and_its_split_may_be_given(tmp_path):
+    found = read(table(tmp_path))
+    assert (found.spec.num_landmarks, splits(found)) == (0, {"a": "train", "b": "test"})
     table(tmp_path, "a,a.png\n", columns="image_id,file")
-    assert splits(read_table(tmp_path, **{**TABLE, "split": "test"})) == {"a": "test"}
+    assert splits(read(tmp_path, split="test")) == {"a": "test"}
     with pytest.raises(DataError, match="no column 'split'"):
-        read_table(tmp_path, **TABLE)
-
-
-def test_several_annotators_are_averaged_or_chosen(tmp_path):
-    rows = [("a", 0, 1, 2, "x"), ("a", 0, 3, 6, "y"), ("b", 0, 5, 5, "x")]
-    text = "image_id,landmark_index,x,y,annotator\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
-    table(tmp_path, labels=text)
-    np.testing.assert_array_equal(read_table(tmp_path, **TABLE).samples[0].points, [[2, 4]])
-    only = read_table(tmp_path, **{**TABLE, "annotator": "y"})
-    np.testing.assert_array_equal(only.samples[0].points, [[3, 6]])
-    assert [line["id"] for line in only.refused] == ["b"]
-    with pytest.raises(ConfigError, match="has x, y"):
-        read_table(tmp_path, **{**TABLE, "annotator": "z"})
-
-
-def test_an_image_without_labels_is_listed_or_kept(tmp_path):
-    table(tmp_path, labels=labels_for("a", "c"))
-    found = read_table(tmp_path, **TABLE)
-    assert [line["id"] for line in found.refused] == ["b"]
-    kept = read_table(tmp_path, **{**TABLE, "keep_unlabelled": True})
-    assert [sample.points is None for sample in kept.samples] == [False, True]
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -270,19 +239,19 @@ def test_an_image_without_labels_is_listed_or_kept(tmp_path):
 )
 def test_a_contradictory_table_is_refused_with_file_and_line(tmp_path, images, labels, message):
     with pytest.raises(DataError, match=message):
-        read_table(table(tmp_path, images, labels), **TABLE)
+        read(table(tmp_path, images, labels))
 
 
 @pytest.mark.parametrize("value", ["0", "-0.1", "nan"])
 def test_a_spacing_that_is_no_length_is_refused(tmp_path, value):
     table(tmp_path, f"a,a.png,train,{value}\n", columns="image_id,file,split,mm_per_pixel")
     with pytest.raises(DataError, match=r"images\.csv line 2"):
-        read_table(tmp_path, **TABLE)
+        read(tmp_path)
 
 
 def test_labels_of_another_set_do_not_pass_as_a_known_one(tmp_path):
     table(tmp_path, labels=labels_for("a", "b"))
     with pytest.raises(DataError, match="has 2 landmarks, spec chest has 6"):
-        read_table(tmp_path, **{**TABLE, "spec": "chest"})
+        read(tmp_path, spec="chest")
     with pytest.raises(ConfigError, match="not known"):
-        read_table(tmp_path, **{**TABLE, "spec": "knee"})
+        read(tmp_path, spec="knee")

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.sources.base import RawDataset
-from ddpm_lmk.data.sources.ids import open_key
+from ddpm_lmk.data.sources.ids import KeyedIds, open_key
 from ddpm_lmk.data.sources.table import read_table
 from ddpm_lmk.errors import ConfigError, DataError
 
-OPTIONS: dict[str, Any] = {"name": "mine", "split": None, "annotator": "mean", "spec": None, "unit": None}
-OPTIONS |= {"thresholds": (3.0,), "spacing_pair": None, "keep_unlabelled": False}
 IMAGES = "image_id,file,split\n" + "".join(f"{number:03d},{number:03d}.png,train\n" for number in range(1, 11))
 NAMES = ("Nasenrücken", "鼻根点")
 
@@ -33,11 +32,18 @@ def landmarks(separator: str = ",", decimal: str = ".", *, names: tuple[str, str
     return "\n".join(rows) + "\n"
 
 
-def read(root: Path, labels: str | bytes | None, images: str | bytes = IMAGES, **options: Any) -> RawDataset:
+def read(
+    root: Path,
+    labels: str | bytes | None,
+    images: str | bytes = IMAGES,
+    keys: KeyedIds | None = None,
+    thresholds: tuple[float, ...] = (3.0,),
+    **settings: Any,
+) -> RawDataset:
     for name, content in (("images.csv", images), ("landmarks.csv", labels)):
         if content is not None:
             (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_table(root, **(OPTIONS | options))
+    return read_table(root, PackSettings(kind="table", name="mine", thresholds=thresholds, **settings), keys)
 
 
 def assert_right(found: RawDataset, names: tuple[str, str] = NAMES) -> None:
@@ -151,6 +157,8 @@ def test_each_annotator_of_an_image_gives_every_landmark_or_the_image_is_left_ou
     np.testing.assert_array_equal(points["003"], [[7, 8]])
     assert "002" not in points
     np.testing.assert_array_equal(list(read(tmp_path, rows, annotator="a").samples)[1].points, [[5, 6]])
+    with pytest.raises(ConfigError, match="has a, b"):
+        read(tmp_path, rows, annotator="z")
 
 
 def test_places_that_repeat_to_the_last_digit_are_told(tmp_path: Path) -> None:
@@ -226,7 +234,8 @@ def test_a_key_hides_ids_and_patients_and_is_the_same_for_all_kinds(tmp_path: Pa
 
 def test_millimetres_bring_the_usual_thresholds_and_pixels_a_word(tmp_path: Path) -> None:
     with_spacing = IMAGES.replace("split\n", "split,mm_per_pixel\n").replace(",train\n", ",train,0.1\n")
-    assert read(tmp_path, landmarks(), with_spacing, thresholds=()).spec.sdr_thresholds == (2, 2.5, 3, 4)
+    spec = read(tmp_path, landmarks(), with_spacing, thresholds=()).spec
+    assert (spec.unit, spec.spacing.kind, spec.sdr_thresholds) == ("mm", "file", (2, 2.5, 3, 4))
     found = read(tmp_path, landmarks(), thresholds=())
     assert found.spec.sdr_thresholds == ()
     assert any("no success rate (SDR) is known for them; give --threshold" in line for line in found.warnings)
@@ -258,26 +267,20 @@ def test_points_of_a_larger_original_are_never_moved_into_a_corner(tmp_path: Pat
     label(films(tmp_path), [(700, 300), (1459, 1690)])
     wanted = "points reach 1469 x 1700, the file is 413 x 512: fill in orig_width and orig_height"
     with pytest.raises(DataError, match=wanted):
-        pack(tmp_path, "table", tmp_path / "out", clip_landmarks=clip, workers=1)
+        pack(tmp_path, tmp_path / "out", PackSettings(kind="table", clip_landmarks=clip), workers=1)
 
 
 def test_slips_over_the_edge_are_counted_when_they_are_clipped(tmp_path: Path) -> None:
     label(films(tmp_path), [(410, 300), (100, 100)])
     with pytest.raises(DataError, match=r"8 images have landmarks outside .* or pass --clip-landmarks"):
-        pack(tmp_path, "table", tmp_path / "out", workers=1)
-    summary = pack(tmp_path, "table", tmp_path / "out", clip_landmarks=True, workers=1)
+        pack(tmp_path, tmp_path / "out", PackSettings(kind="table"), workers=1)
+    summary = pack(tmp_path, tmp_path / "out", PackSettings(kind="table", clip_landmarks=True), workers=1)
     assert "--clip-landmarks moved 8 points of 8 images, by up to 8.0 px" in summary.warnings
     record = Manifest.open(tmp_path / "out").read_record(9)
     np.testing.assert_array_equal(record.points, [[412, 310], [110, 110]])
 
 
-def test_exchanged_coordinates_are_not_clipped_either(tmp_path: Path) -> None:
-    label(films(tmp_path, 200, 500), [(450, 20)])
-    with pytest.raises(DataError, match="x and y look exchanged"):
-        pack(tmp_path, "table", tmp_path / "out", clip_landmarks=True, workers=1)
-
-
 def test_landmarks_that_all_lie_in_one_corner_are_told(tmp_path: Path) -> None:
     label(films(tmp_path), [(50, 60), (100, 120)])
-    summary = pack(tmp_path, "table", tmp_path / "out", workers=1)
+    summary = pack(tmp_path, tmp_path / "out", PackSettings(kind="table"), workers=1)
     assert any("no landmark of 10 images lies beyond 27% of the width and 25% of the" in s for s in summary.warnings)

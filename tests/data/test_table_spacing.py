@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("pydicom")
 
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.errors import DataError
 from tests.data.dicoms import FILM, dataset, to_bytes
 
@@ -31,7 +32,7 @@ def table(root, spacings, *, columns="", cells=None, shape=(60, 40)):
 
 
 def packed(root, **settings):
-    pack(root, "table", root.parent / "out", size=32, workers=1, **settings)
+    pack(root, root.parent / "out", PackSettings(kind="table", size=32, **settings), workers=1)
     manifest = Manifest.open(root.parent / "out")
     spacings = [manifest.read_record(row).mm_per_px for row in range(len(manifest))]
     return json.loads((root.parent / "out" / "manifest.json").read_text())["spec"], spacings
@@ -52,7 +53,7 @@ def test_what_a_table_states_goes_before_what_its_files_state(tmp_path):
 def test_a_table_whose_files_leave_one_spacing_open_is_in_pixels_or_refused(tmp_path):
     root = table(tmp_path / "t", [PATIENT, {}])
     with pytest.raises(DataError, match="1 of 2 labelled images have no mm_per_pixel, nor are they DICOM files that"):
-        pack(root, "table", tmp_path / "mm", unit="mm", workers=1)
+        pack(root, tmp_path / "mm", PackSettings(kind="table", unit="mm"), workers=1)
     assert packed(root)[0]["unit"] == "px"
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.data.sources.tar import DamagedTarError, members
 from ddpm_lmk.errors import DataError
 
@@ -54,7 +55,7 @@ def hostile(tmp_path):
 
 def test_only_plain_pictures_are_packed_and_the_rest_is_listed(hostile, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    summary = pack(hostile, "folder", tmp_path / "out", size=32, workers=1)
+    summary = pack(hostile, tmp_path / "out", PackSettings(kind="folder", size=32), workers=1)
     assert [Manifest.open(tmp_path / "out").read_record(row).id for row in range(summary.packed)] == ["a", "z"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
     assert len(lines) == 12
@@ -96,7 +97,7 @@ def test_a_damaged_archive_is_an_error_and_not_a_shorter_one(tmp_path, damage):
         data = b""
     (tmp_path / "x.tar").write_bytes(data)
     with pytest.raises(DataError, match="restore it"):
-        pack(tmp_path / "x.tar", "folder", tmp_path / "out", size=32, workers=1)
+        pack(tmp_path / "x.tar", tmp_path / "out", PackSettings(kind="folder", size=32), workers=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -108,12 +109,12 @@ def test_a_folder_of_tars_is_packed_whole_and_each_is_a_folder_of_its_own(tmp_pa
             for film in range(2):  # the same names in each
                 add(tar, f"{film}.png", picture(10 * number + film))
             add(tar, "notes.txt")
-    summary = pack(source, "folder", tmp_path / "out", size=32, workers=1)
+    summary = pack(source, tmp_path / "out", PackSettings(kind="folder", size=32), workers=1)
     manifest = Manifest.open(tmp_path / "out")
     ids = [manifest.read_record(row).id for row in range(len(manifest))]
     assert ids == [f"set-{number}/{film}" for number in range(3) for film in range(2)]
     assert dict(summary.reasons) == {"TAR_MEMBER": 3}
-    alone = pack(source / "set-1.tar", "folder", tmp_path / "alone", size=32, workers=1)
+    alone = pack(source / "set-1.tar", tmp_path / "alone", PackSettings(kind="folder", size=32), workers=1)
     assert alone.packed == 2
     assert Manifest.open(tmp_path / "alone").read_bytes(1) == manifest.read_bytes(3)
 
@@ -126,8 +127,8 @@ def test_one_damaged_tar_of_several_is_named_and_pictures_beside_tars_are_refuse
             add(tar, "a.png", picture(number))
     (source / "x.png").write_bytes(picture(9))
     with pytest.raises(DataError, match=r"holds tars \(0.tar\) and pictures \(x.png\)"):
-        pack(source, "folder", tmp_path / "out", size=32, workers=1)
+        pack(source, tmp_path / "out", PackSettings(kind="folder", size=32), workers=1)
     (source / "x.png").unlink()
     (source / "1.tar").write_bytes((source / "1.tar").read_bytes()[:700])
     with pytest.raises(DataError, match=r"1\.tar: .*restore it"):
-        pack(source, "folder", tmp_path / "out", size=32, workers=1)
+        pack(source, tmp_path / "out", PackSettings(kind="folder", size=32), workers=1)

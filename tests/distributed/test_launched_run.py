@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from tests.cli.commands import run_command
 from tests.data.dot_packs import corrupt
 from tests.engine import processes

@@ -19,7 +19,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.loading.bad_samples import Quarantine
 from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder, keyed_uniform
-from ddpm_lmk.data.shards.rows import ListedRows
+from ddpm_lmk.data.shards.index import ListedRows
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.optim import moments

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.system.machine import hardware, versions
 from tests.engine import processes
@@ -101,7 +102,12 @@ def every_damage(forge: Forge, folder: Path) -> dict[str, int]:
 def campaign(folder: Path, say: Callable[[str], Any]) -> dict[str, Any]:
     """All parts, one after the other, and the figures of each."""
     phantoms = folder / "phantoms"
-    pack("skull", "phantom", phantoms, size=32, counts={"train": 4, "val": 2, "test": 3}, seed=7, workers=1)
+    pack(
+        "skull",
+        phantoms,
+        PackSettings(kind="phantom", size=32, counts={"train": 4, "val": 2, "test": 3}, seed=7),
+        workers=1,
+    )
     with Forge() as forge:
         (folder / "plain").mkdir()
         wanted = undisturbed(forge, folder / "plain")

@@ -27,8 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.data.images.sandbox import DEADLINE_S, MEMORY_BYTES, Isolation
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, verify
+from ddpm_lmk.data.shards.records import CorruptSampleError
+from ddpm_lmk.data.shards.verify import verify
 from ddpm_lmk.data.sources.tar import DamagedTarError, members
 from ddpm_lmk.errors import LmkError
 from ddpm_lmk.system.machine import hardware, versions
@@ -174,7 +177,7 @@ _PACKS = (("raw", 8), ("png", 16), ("jpeg", 8))
 def packed(folder: Path, encoding: str, bits: int) -> tuple[Path, list[tuple[bytes, bytes]]]:
     """A small pack, and the pixels and record of each sample."""
     counts = {"train": 3, "test": 1}
-    pack("hand", "phantom", folder, size=32, counts=counts, encoding=encoding, bits=bits, workers=1)  # type: ignore[arg-type]
+    pack("hand", folder, PackSettings(kind="phantom", size=32, counts=counts, encoding=encoding, bits=bits), workers=1)  # type: ignore[arg-type]
     manifest = Manifest.open(folder)
     rows = [_row(manifest, row) for row in range(len(manifest))]
     manifest.close()

@@ -32,6 +32,7 @@ from PIL import Image
 from ddpm_lmk.cli.app import run
 from ddpm_lmk.data.images.decode import ReadOptions, RefusedImageError, film_from_bytes
 from ddpm_lmk.data.images.dicom import read_spacing
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import PackSummary, pack
 from ddpm_lmk.errors import ConfigError, DataError
@@ -267,7 +268,7 @@ def _films(folder: Path, names: list[str]) -> None:
 def _outcome(source: Path, out: Path, **settings: Any) -> PackSummary | None:
     """What packing a table comes to; None where it is refused, in one line."""
     try:
-        return pack(source, "table", out, size=32, workers=1, **settings)
+        return pack(source, out, PackSettings(kind="table", size=32, **settings), workers=1)
     except (DataError, ConfigError) as error:
         _require_one_line(error)
         return None
@@ -425,11 +426,18 @@ def _patients_pack(folder: Path, name: str, kind: str, persons: list[str], first
             rows.append(f"{name}{number},{number}.png,{'train' if name == 'pool' else 'test'},{person}")
         if kind != "folder":
             (source / "images.csv").write_text("\n".join(rows) + "\n")
-    settings: dict[str, Any] = {"id_key": key} if kind in ("dicom", "keyed table") else {}
+    settings: dict[str, Any] = {}
+    id_key = key if kind in ("dicom", "keyed table") else None
     if kind in ("dicom", "folder") and name == "set":
         settings["split"] = "test"
     known: Any = kind.rsplit(maxsplit=1)[-1]
-    pack(source, known, folder / f"{name}.pack", name=name, size=32, workers=1, **settings)
+    pack(
+        source,
+        folder / f"{name}.pack",
+        PackSettings(kind=known, name=name, size=32, **settings),
+        workers=1,
+        id_key=id_key,
+    )
 
 
 FAMILIES: dict[str, Callable[[int], list[Trial]]] = {

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.system import heartbeat, machine
 from tests.faults import breaking
@@ -41,7 +42,7 @@ def campaign(folder: Path, *, targets: tuple[str, ...] = TARGETS, phases: tuple[
     """All of it; the result says what was seen and whether every limit was kept."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the run would inherit that it is ignored
     data, out = folder / "data", folder / "run"
-    pack("skull", "phantom", data, size=32, counts={"train": 12, "val": 60}, seed=7, workers=1)
+    pack("skull", data, PackSettings(kind="phantom", size=32, counts={"train": 12, "val": 60}, seed=7), workers=1)
     run_file = write_run(
         folder,
         data,

@@ -35,6 +35,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.system import machine
 from tests.data.web import serve
@@ -60,7 +61,12 @@ class Place:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder, self.pool, self.films = folder, folder / "pool", folder / "films"
         self.cache = folder / "cache"
-        pack("skull", "phantom", self.pool, size=32, counts={"train": 12, "val": 4, "test": 6}, seed=7, workers=1)
+        pack(
+            "skull",
+            self.pool,
+            PackSettings(kind="phantom", size=32, counts={"train": 12, "val": 4, "test": 6}, seed=7),
+            workers=1,
+        )
         self.films.mkdir()
         dice = np.random.default_rng(0)
         for number in range(400):

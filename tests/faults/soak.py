@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.system import machine
 from tests.faults.harness import Started, digests, events, steps_done, write_run
@@ -40,7 +41,7 @@ def soak(
     draw = random.Random(seed)
     if run_file is None:
         data = folder / "data"
-        pack("skull", "phantom", data, size=32, counts={"train": 12}, seed=7, workers=1)
+        pack("skull", data, PackSettings(kind="phantom", size=32, counts={"train": 12}, seed=7), workers=1)
         exactness = {} if len(set(worlds)) == 1 else {"exactness": "exact", "micro_batch": 1}
         run_file = write_run(folder, data, length=f"{steps} steps", checkpoint_every="4 steps", **exactness)
     began = time.monotonic()

@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import yaml
 
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.system import machine
 from tests.faults.harness import ROOT
@@ -158,7 +159,7 @@ def _start(file: Path, out: Path) -> subprocess.Popen[bytes]:
 
 def _write(folder: Path, shots: Sequence[int], seeds: Sequence[int], steps: int) -> Path:
     data = folder / "data"
-    pack("skull", "phantom", data, size=32, counts={"train": 4, "test": 4}, seed=7, workers=1)
+    pack("skull", data, PackSettings(kind="phantom", size=32, counts={"train": 4, "test": 4}, seed=7), workers=1)
     run = FINE_TUNING | {"data": {"path": str(data), "image_size": 32, "workers": 0}}
     run["train"] = {"length": f"{steps} steps", "group_size": 2, "log_every": "1 steps", "checkpoint_every": "5 steps"}
     (folder / "run.yaml").write_text(yaml.safe_dump(run))

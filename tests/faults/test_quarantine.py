@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.launcher import Placement, launch

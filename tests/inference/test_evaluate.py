@@ -17,9 +17,10 @@ from torch import nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.phantom import render
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, ConfigError, DataError, LaunchError
 from ddpm_lmk.inference import scoring
@@ -160,7 +161,7 @@ def test_evaluating_a_finished_run_gives_its_scores_again(
 
 
 def test_a_set_with_other_landmarks_is_refused(landmark_run: Path, tmp_path: Path) -> None:
-    pack("chest", "phantom", tmp_path / "chests", counts={"test": 2}, size=32, workers=1)
+    pack("chest", tmp_path / "chests", PackSettings(kind="phantom", counts={"test": 2}, size=32), workers=1)
     with pytest.raises(
         DataError, match="the 6 landmarks of phantom-chest, but what was learnt is the 19 of phantom-skull"
     ):
@@ -211,7 +212,7 @@ def test_predicting_a_file_equals_scoring_it_from_shards(
     points = [f"{file.stem},{index},{name},9,9" for file in files for index, name in enumerate(names)]
     header = "image_id,landmark_index,landmark_name,x,y"
     (tmp_path / "table" / "landmarks.csv").write_text("\n".join([header, *points]) + "\n")
-    pack(tmp_path / "table", "table", tmp_path / "packed", size=32, workers=1)
+    pack(tmp_path / "table", tmp_path / "packed", PackSettings(kind="table", size=32), workers=1)
     evaluate_run(landmark_run, data=tmp_path / "packed", split="test", out=tmp_path / "scored", device="cpu")
     predict_images(landmark_run, files, tmp_path / "out", device="cpu")
     packed = read_csv(tmp_path / "scored" / "predictions.csv")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ddpm_lmk.config import Duration, EvaluateConfig, RunConfig
 from ddpm_lmk.data import open_loader
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.spec import SPECS, mixture
 from ddpm_lmk.errors import ConfigError, DataError
@@ -30,7 +31,12 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Chests in pixels and hands in millimetres, 6 and 37 landmarks."""
     folder = tmp_path_factory.mktemp("packs")
     for kind, seed in (("chest", 1), ("hand", 2)):
-        pack(kind, "phantom", folder / kind, size=SIZE, counts={"train": 6, "test": 3}, seed=seed, workers=1)
+        pack(
+            kind,
+            folder / kind,
+            PackSettings(kind="phantom", size=SIZE, counts={"train": 6, "test": 3}, seed=seed),
+            workers=1,
+        )
     return [str(folder / kind) for kind in ("chest", "hand")]
 
 

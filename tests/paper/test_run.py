@@ -10,6 +10,7 @@ import pytest
 
 from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.loading.corpus import training_corpora
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.errors import ConfigError
@@ -25,7 +26,10 @@ def skulls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Skulls resized as the released fine-tuning does it: blurred first."""
     out = tmp_path_factory.mktemp("paper") / "skulls"
     pack(
-        "skull", "phantom", out, size=32, filter="gaussian", counts={"train": 5, "val": 3, "test": 4}, seed=7, workers=1
+        "skull",
+        out,
+        PackSettings(kind="phantom", size=32, filter="gaussian", counts={"train": 5, "val": 3, "test": 4}, seed=7),
+        workers=1,
     )
     return out
 

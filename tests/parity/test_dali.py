@@ -14,7 +14,8 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.loading.backend import choose_backend, measured_backend
-from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.errors import ConfigError
 from tests.data.dot_packs import corrupt, pack_dots, run_config
 from tests.extras import needs_extra

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.report.collect import collect, paper_rows
@@ -128,7 +129,7 @@ def test_reports_are_the_same_bytes_every_time(known_sweep: Path, tmp_path: Path
 
 
 def test_overlays_show_best_median_and_worst_picture_from_the_packed_data(tmp_path: Path) -> None:
-    pack("skull", "phantom", tmp_path / "data", counts={"train": 2, "test": 5}, size=64, workers=1)
+    pack("skull", tmp_path / "data", PackSettings(kind="phantom", counts={"train": 2, "test": 5}, size=64), workers=1)
     manifest = Manifest.open(tmp_path / "data")
     records = [manifest.read_record(int(row)) for row in manifest.rows(["test"])]
     truth = {r.id: (r.points, r.native_size, r.mm_per_px) for r in records}

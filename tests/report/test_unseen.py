@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_lmk.data.shards.verify import Manifest
+from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.report import unseen
 from ddpm_lmk.report.collect import Study, collect
 from tests.known_runs import put, write_run

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_lmk.data.shards.rows import Ints
+from ddpm_lmk.data.shards.index import Ints
 
 RADIUS = 4  # of 64 low-frequency bits
 MOST_DETAIL_BITS = 24  # of 256

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_lmk.data.loading.corpus import Corpus
-from ddpm_lmk.data.shards.rows import SplitRows
+from ddpm_lmk.data.shards.index import SplitRows
 from ddpm_lmk.errors import DataError
 
 log = logging.getLogger(__name__)

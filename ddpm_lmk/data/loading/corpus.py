@@ -18,9 +18,10 @@ from ddpm_lmk.config import DataConfig, RunConfig
 from ddpm_lmk.data.duplicates.leakage import exclusion
 from ddpm_lmk.data.loading.augment import Floats, compose, resize_matrix
 from ddpm_lmk.data.loading.order import few_shot_rows
+from ddpm_lmk.data.shards.index import ByShard, ListedRows, SplitRows
+from ddpm_lmk.data.shards.manifest import Manifest, open_datasets
+from ddpm_lmk.data.shards.records import CorruptSampleError, SampleRecord, to_stored_matrix
 from ddpm_lmk.data.shards.remote import CacheSettings, with_retries
-from ddpm_lmk.data.shards.rows import ByShard, ListedRows, SplitRows
-from ddpm_lmk.data.shards.verify import CorruptSampleError, Manifest, SampleRecord, to_stored_matrix
 from ddpm_lmk.errors import ConfigError, DataError
 
 HELD_OUT = "held_out"
@@ -163,7 +164,7 @@ def _open_splits(data: DataConfig, splits: Sequence[str], *, labelled: bool, is_
 
     `is_pool`: images are learnt from without labels, so leaks and copies are left out (see `leaks`).
     """
-    manifests = [Manifest.open(path, CacheSettings.of(data)) for path in data.path]
+    manifests = open_datasets(data)
     for manifest in manifests:
         _want_packed(manifest, data.packed)
     prints = [manifest.fingerprint for manifest in manifests]

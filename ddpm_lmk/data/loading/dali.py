@@ -30,8 +30,8 @@ from ddpm_lmk.data.loading.augment import Changes, Floats, invert
 from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.loading.pixels import needs_16_bits
 from ddpm_lmk.data.loading.warp import Intensity, tone
+from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.data.shards.remote import with_retries
-from ddpm_lmk.data.shards.verify import CorruptSampleError
 from ddpm_lmk.errors import DataError, LaunchError
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from ddpm_lmk.data.loading.corpus import Corpus, Facts, evaluation_corpora, fing
 from ddpm_lmk.data.loading.dali import DaliPixels
 from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder, keyed_uniform
 from ddpm_lmk.data.loading.pixels import Residency, ResidentPixels, StreamPixels, open_pixels
-from ddpm_lmk.data.shards.verify import CorruptSampleError, SampleRecord
+from ddpm_lmk.data.shards.records import CorruptSampleError, SampleRecord
 from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.errors import ConfigError, DataError
 

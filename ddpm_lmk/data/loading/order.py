@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.shards.rows import ByShard, Ints
+from ddpm_lmk.data.shards.index import ByShard, Ints
 from ddpm_lmk.errors import ConfigError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ddpm_lmk.data.loading.augment import Changes
 from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.loading.warp import Intensity, develop
-from ddpm_lmk.data.shards.verify import CorruptSampleError
+from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.errors import ResourceError
 from ddpm_lmk.system.machine import available_bytes
 

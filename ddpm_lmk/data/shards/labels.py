@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ddpm_lmk.data.shards.decoding import Packed
-from ddpm_lmk.data.shards.pack_settings import PackSettings
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.records import SampleRecord, to_stored_matrix
 from ddpm_lmk.data.sources.base import RawSample
 from ddpm_lmk.data.spec import DatasetSpec
@@ -21,99 +21,111 @@ _FEW = 5  # images, of which nothing is concluded
 _NAMED = 3
 
 
+@dataclass
+class Findings:
+    """What is known of the labels so far; it is noted with every finished shard, so that packing can be resumed."""
+
+    outside: list[str] = field(default_factory=list)
+    is_swap: bool = True  # would exchanging x and y bring every outside point inside?
+    is_near: bool = True  # would clipping move none of them far?
+    furthest: list[float] = field(default_factory=lambda: [1.0, 0, 0, 0, 0])  # excess, points' x and y, width, height
+    without_mm: list[str] = field(default_factory=list)
+    clipped_images: int = 0
+    clipped_points: int = 0
+    longest_clip_px: float = 0.0
+    labelled: int = 0
+    reach: list[float] = field(default_factory=lambda: [0.0, 0.0])  # shares of width and height that points reach
+
+
 class Labels:
-    """Makes records; `state` and `restore` carry what it has seen over an interruption."""
+    """Makes records, and keeps `findings` about all labels together."""
 
     def __init__(self, spec: DatasetSpec, settings: PackSettings) -> None:
         self._spec, self._settings = spec, settings
-        self._outside: list[str] = []
-        self._is_swap = True  # would exchanging x and y bring every outside point inside?
-        self._is_near = True  # would clipping move none of them far?
-        self._furthest: list[float] = [1.0, 0, 0, 0, 0]  # by the largest excess: factor, points' x and y, width, height
-        self._without_mm: list[str] = []
-        self._clipped: list[float] = [0, 0, 0.0]  # images, points, longest way in px
-        self._reach: list[float] = [0, 0.0, 0.0]  # labelled images, shares of width and height that points reach
+        self.findings = Findings()
 
-    def state(self) -> dict[str, Any]:
-        """What was wrong so far."""
-        return {name: getattr(self, f"_{name}") for name in _STATE}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
-        for name in _STATE:
-            setattr(self, f"_{name}", state[name])
-
-    def record(self, item: Packed) -> SampleRecord:
-        """The record of one picture."""
-        sample, points = item.sample, item.sample.points
+    def record(self, sample: RawSample, native_size: tuple[int, int], facts: dict[str, Any] | None) -> SampleRecord:
+        """The record of a sample, with what its file says: its size and technical facts."""
+        points = sample.points
         if points is not None:
-            points = self._inside(sample, points, item.native)
+            points = self._placed(sample, points, native_size)
         spacing = self._spec.resolve_spacing(points, sample.mm_per_px)
         if points is not None and spacing is None and self._spec.unit == "mm":
-            self._without_mm.append(sample.id)
+            self.findings.without_mm.append(sample.id)
         return SampleRecord(
             id=sample.id,
             dataset=self._settings.name,
             split=sample.split,
             points=points,
-            native_size=item.native,
+            native_size=native_size,
             mm_per_px=spacing,
             group=sample.group,
-            to_stored=to_stored_matrix(item.native, self._settings.size, self._settings.aspect),
-            source=item.facts,
+            to_stored=to_stored_matrix(native_size, self._settings.size, self._settings.aspect),
+            source=facts,
         )
 
-    def _inside(self, sample: RawSample, points: np.ndarray, native: tuple[int, int]) -> np.ndarray:
-        size = np.array(native, dtype=np.float64)
+    def _placed(self, sample: RawSample, points: np.ndarray, native_size: tuple[int, int]) -> np.ndarray:
+        """The points, clipped if that was asked for and moves them little; what lies outside is noted."""
+        noted, size = self.findings, np.array(native_size, dtype=np.float64)
         reach = points.max(0) / size
-        self._reach = [self._reach[0] + 1, *(max(old, float(new)) for old, new in zip(self._reach[1:], reach))]
+        noted.labelled += 1
+        noted.reach = [max(old, float(new)) for old, new in zip(noted.reach, reach)]
+        clipped = np.clip(points, 0.0, size - 1)
         if _all_inside(points, size):
-            return np.clip(points, 0.0, size - 1) if self._settings.clip_landmarks else points
-        way = np.abs(points - np.clip(points, 0.0, size - 1)).max(1)  # [N] px to the image
-        if self._settings.clip_landmarks and way.max() <= _MOST_CLIPPED * size.max():
-            images, moved, longest = self._clipped
-            self._clipped = [images + 1, moved + int((way > _TOLERANCE_PX).sum()), max(longest, float(way.max()))]
-            return np.clip(points, 0.0, size - 1)
-        self._outside.append(sample.id)
-        self._is_swap &= _all_inside(points[:, ::-1], size)
-        self._is_near &= bool(way.max() <= _MOST_CLIPPED * size.max())
-        if reach.max() > self._furthest[0] and sample.native_size is None:
-            self._furthest = [float(reach.max()), *map(float, points.max(0)), *native]
+            return clipped if self._settings.clip_landmarks else points
+        way = np.abs(points - clipped).max(1)  # [N] px to the image
+        is_near = bool(way.max() <= _MOST_CLIPPED * size.max())
+        if self._settings.clip_landmarks and is_near:
+            noted.clipped_images += 1
+            noted.clipped_points += int((way > _TOLERANCE_PX).sum())
+            noted.longest_clip_px = max(noted.longest_clip_px, float(way.max()))
+            return clipped
+        noted.outside.append(sample.id)
+        noted.is_swap &= _all_inside(points[:, ::-1], size)
+        noted.is_near &= is_near
+        if reach.max() > noted.furthest[0] and sample.native_size is None:
+            noted.furthest = [float(reach.max()), *map(float, points.max(0)), *native_size]
         return points
 
     def warnings(self) -> list[str]:
         """What was done to labels, and what looks odd about all of them together."""
-        said = []
-        images, moved, longest = self._clipped
-        if images:
-            said.append(f"--clip-landmarks moved {moved} points of {images} images, by up to {longest:.1f} px")
-        count, right, bottom = self._reach
-        if count >= _FEW and max(right, bottom) < _CORNER:
-            said.append(
-                f"no landmark of {count} images lies beyond {right:.0%} of the width and {bottom:.0%} of the height; "
-                "if these are not pixels of the files, fill in orig_width and orig_height"
+        lines, noted = [], self.findings
+        if noted.clipped_images:
+            lines.append(
+                f"--clip-landmarks moved {noted.clipped_points} points of {noted.clipped_images} images, "
+                f"by up to {noted.longest_clip_px:.1f} px"
             )
-        return said
+        right, bottom = noted.reach
+        # All in one corner: coordinates of a smaller copy, or shares of something else than the sides.
+        if noted.labelled >= _FEW and max(right, bottom) < _CORNER:
+            lines.append(
+                f"no landmark of {noted.labelled} images lies beyond {right:.0%} of the width and {bottom:.0%} of the "
+                "height; if these are not pixels of the files, fill in orig_width and orig_height"
+            )
+        return lines
 
     def raise_if_wrong(self) -> None:
-        """Raise DataError for points outside their image, or for millimetres that nobody can know."""
-        if self._outside:
-            found = f"{len(self._outside)} images have landmarks outside ({_some(self._outside)})"
-            raise DataError(f"{found}; {self._advice()}")
-        if self._without_mm:
+        """Raise DataError for points outside their image, or for millimetres that nobody can know.
+
+        A wrong label is worse than a missing image, so these stop the packing instead of being listed as refused.
+        """
+        outside, without_mm = self.findings.outside, self.findings.without_mm
+        if outside:
+            raise DataError(f"{len(outside)} images have landmarks outside ({_first_of(outside)}); {self._advice()}")
+        if without_mm:
             raise DataError(
-                f"{len(self._without_mm)} labelled images have no pixel spacing ({_some(self._without_mm)}), "
-                f"but errors are wanted in mm; fill in mm_per_pixel, or use unit=px"
+                f"{len(without_mm)} labelled images have no pixel spacing ({_first_of(without_mm)}), "
+                "but errors are wanted in mm; fill in mm_per_pixel, or use unit=px"
             )
 
     def _advice(self) -> str:
         """What to do about points outside: clipping only where it would move them a little."""
-        if self._is_near:
-            swap = "see whether x and y are exchanged; " if self._is_swap else ""
+        if self.findings.is_near:
+            swap = "see whether x and y are exchanged; " if self.findings.is_swap else ""
             return f"{swap}correct them, or pass --clip-landmarks"
-        if self._is_swap:
+        if self.findings.is_swap:
             return "x and y look exchanged"
-        _, x, y, width, height = self._furthest
+        _, x, y, width, height = self.findings.furthest
         if width and self._settings.kind == "table":
             return (
                 f"points reach {x:.0f} x {y:.0f}, the file is {width:.0f} x {height:.0f}: "
@@ -122,12 +134,9 @@ class Labels:
         return f"correct them; they are too far out to be clipped (over {_MOST_CLIPPED:.0%} of the longer side)"
 
 
-_STATE = ("outside", "is_swap", "is_near", "furthest", "without_mm", "clipped", "reach")
-
-
 def _all_inside(points: np.ndarray, size: np.ndarray) -> bool:
     return bool(((points >= -_TOLERANCE_PX) & (points <= size - 1 + _TOLERANCE_PX)).all())
 
 
-def _some(ids: Sequence[str]) -> str:
+def _first_of(ids: Sequence[str]) -> str:
     return ", ".join(repr(sample_id) for sample_id in ids[:_NAMED]) + (", ..." if len(ids) > _NAMED else "")

@@ -1,7 +1,4 @@
-"""One packed sample: its row in the index, its JSON member, and the map from native to stored pixels.
-
-`records` knows bytes and coordinates; files and folders of shards are in `shards` and `writer`.
-"""
+"""The format of shards: a sample's row in `index.npy`, its JSON member, the map from native to stored pixels."""
 
 from __future__ import annotations
 
@@ -16,11 +13,14 @@ import numpy as np
 
 from ddpm_lmk.errors import DataError
 
+FORMAT, FORMAT_VERSION = "ddpm-lmk-shards", 1
+
 Aspect = Literal["squeeze", "pad"]
 Encoding = Literal["raw", "png", "jpeg"]
 
 EXTENSIONS: dict[str, str] = {"raw": "npy", "png": "png", "jpeg": "jpg"}
 
+# Fixed width, so that ten million samples are one memory map and no Python objects.
 INDEX_DTYPE = np.dtype(
     [
         ("shard", "<u4"),
@@ -97,7 +97,7 @@ def member_key(sample_id: str) -> str:
 
 
 def record_to_json(record: SampleRecord) -> bytes:
-    """The JSON member. Its last field seals the bytes before it, so that a changed coordinate does not go unseen."""
+    """The JSON member. Its last field is a digest of the bytes before it, so that a changed coordinate is noticed."""
     fields: dict[str, Any] = {
         "id": record.id,
         "dataset": record.dataset,
@@ -114,28 +114,30 @@ def record_to_json(record: SampleRecord) -> bytes:
 
 
 def record_from_json(data: bytes, *, size: int, aspect: Aspect) -> SampleRecord:
-    """Parse a JSON member.
-
-    Raises:
-        CorruptSampleError: the seal is broken.
-    """
+    """Parse a JSON member; CorruptSampleError where its digest does not fit."""
     body, seal = data[:-_SEAL_SIZE], data[-_SEAL_SIZE:]
     if seal != _SEAL + _digest(body) + b'"}':
         raise CorruptSampleError("a sample's JSON is not what was packed; run `ddpm-lmk shards verify` and pack again")
     fields = json.loads(data)
-    width, height = fields["native_size"]
+    native_size = (fields["native_size"][0], fields["native_size"][1])
     return SampleRecord(
         id=fields["id"],
         dataset=fields["dataset"],
         split=fields["split"],
         points=None if fields["points"] is None else np.asarray(fields["points"], dtype=np.float64),
-        native_size=(width, height),
+        native_size=native_size,
         mm_per_px=fields["mm_per_px"],
         group=fields["group"],
-        to_stored=to_stored_matrix((width, height), size, aspect),
-        source=fields.get("source"),
+        to_stored=to_stored_matrix(native_size, size, aspect),
+        source=fields.get("source"),  # absent in shards of before format, bits and spacing were noted
     )
 
 
 def _digest(body: bytes) -> bytes:
     return hashlib.sha256(body).hexdigest()[:16].encode("ascii")
+
+
+def fingerprint_of(header: dict[str, Any]) -> str:
+    """sha256 over settings, spec, index and shard digests: equal for equal data, whoever packed it."""
+    covered = {key: value for key, value in header.items() if key != "fingerprint"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode("ascii")).hexdigest()

@@ -1,27 +1,15 @@
-"""Packs on a web server or in an object store: any URL that fsspec opens (http, s3, gs), read through a local cache.
+"""Shards behind a URL that fsspec opens (http, s3, gs): retries, a cache of whole shards on the local disk, ranges.
 
-Whole shards are fetched, once per machine, and read from the copies, as long as two shuffle windows of them fit into
-the cache: the samples of a window are drawn from all its shards, so all of each will be needed. Otherwise single
-samples are fetched by range. A byte that was damaged on the way, or on the local disk, is fetched again before a sample
-counts as corrupt. What a server answers is for `origin`.
-
-A folder behind a URL, by way of fsspec: http, s3, gs and whatever else it opens.
-
-What fails for a while (drops, timeouts, 5xx) is an `OSError`, to be tried again; what will not come (4xx) is a
-`DataError`. Credentials come from the environment, never from the URL.
-
-Copies of remote shards on a local disk: bounded, least recently used first out, shared by all processes there.
-
-A copy that exists is whole: it is written under another name and renamed. Who wants a shard that another process is
-fetching waits for it. Readers open a copy for each read, so a dropped one frees its space at once.
-
-Reading from a file system or a server that may fail for a while. That never makes a sample corrupt.
+Whole shards are fetched, once per machine, as long as two shuffle windows of them fit into the cache: the samples of a
+window are drawn from all its shards, so all of each will be needed. Otherwise single samples are fetched by range.
+What fails for a while (drops, timeouts, 5xx) is an `OSError`, which is tried again and never makes a sample corrupt;
+what will not come (4xx) is a `DataError`. Credentials come from the environment, never from the URL.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -31,22 +19,35 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 from ddpm_lmk.config import DataConfig
-from ddpm_lmk.data.shards import signing
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, ResourceError, StoppedError
+from ddpm_lmk.system.files import write_bytes
 
 RETRY_DELAYS_S = (0.2, 1.0, 3.0, 6.0)  # a network mount that is back within ten seconds costs nothing
 GIVE_UP_S = 30.0  # clients of object stores try again too; at 60 s a launcher takes the rank for dead
+CONNECT_S = 10.0
+STALL_S = 10.0  # without a byte, after which a request counts as failed
+_TRY_LATER = {408, 425, 429}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_FETCHERS = 4  # shards fetched ahead at a time
+_CHECKS = 16  # shards looked for at a time when a dataset is opened
+_LOCKS = ".locks"
+_UNFINISHED = ".unfinished-"
+_TOUCH_EVERY_S = 10.0
 
-Argument = TypeVar("Argument")
+log = logging.getLogger(__name__)
+
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def with_retries(read: Callable[[Argument], Result], what: Argument) -> Result:
-    """Call `read(what)`, again after a pause when the file system fails.
+def with_retries(read: Callable[Arguments, Result], *what: Arguments.args, **how: Arguments.kwargs) -> Result:
+    """Call `read(*what)`, again after a pause when the file system or the server fails.
 
     Raises:
         StoppedError: it failed five times, or for half a minute.
@@ -54,8 +55,9 @@ def with_retries(read: Callable[[Argument], Result], what: Argument) -> Result:
     began = time.monotonic()
     for number, delay in enumerate((*RETRY_DELAYS_S, None), start=1):
         try:
-            return read(what)
+            return read(*what, **how)
         except (OSError, DataError) as error:
+            # A DataError that an OSError caused is a shard that could not be opened; all others are final.
             cause = error if isinstance(error, OSError) else error.__cause__
             if not isinstance(cause, OSError):
                 raise
@@ -69,30 +71,50 @@ def with_retries(read: Callable[[Argument], Result], what: Argument) -> Result:
     raise AssertionError("unreachable")
 
 
-_LOCKS = ".locks"
-_UNFINISHED = ".unfinished-"
-_TOUCH_EVERY_S = 10.0
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where copies of remote shards are kept, how much of them, and how many shards are in use at a time."""
+
+    folder: Path | None = None  # None: LMK_CACHE, or .cache/ddpm-lmk in the home directory
+    limit_gib: float = 64.0
+    window: int = 1
+
+    @classmethod
+    def of(cls, data: DataConfig) -> CacheSettings:
+        """What a run file says."""
+        folder = None if data.cache_dir is None else Path(data.cache_dir)
+        return cls(folder, data.cache_gib, data.shuffle_window)
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        return self.folder or Path(os.environ.get("LMK_CACHE") or Path.home() / ".cache" / "ddpm-lmk")
+
+
+def is_remote(path: str | Path) -> bool:
+    """Is this a URL?"""
+    return "://" in str(path)
 
 
 class ShardCache:
-    """The copies of one pack in `folder`; the limit holds for all packs beside it.
+    """Copies of the shards of one dataset in `folder`, shared by all processes of a machine.
+
+    A copy that exists is whole: it is written under another name and renamed. Readers open a copy for each read, so one
+    that is dropped frees its space at once.
 
     Args:
-        folder: made if it is not there; its parent is the cache.
-        limit_bytes: of all shards in the cache together.
+        folder: made if it is not there; its parent is the cache of all datasets.
+        limit_bytes: of all shards in that parent together; least recently used first out.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self._limit = folder, limit_bytes
         (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
-        self._touched: dict[str, float] = {}
 
     def has(self, name: str, size: int) -> bool:
         """Is there a whole copy?"""
-        try:
-            return (self.folder / name).stat().st_size == size
-        except OSError:
-            return False
+        stat = _stat(self.folder / name)
+        return stat is not None and stat.st_size == size
 
     def get(self, name: str, size: int, fetch: Callable[[Path], None]) -> Path:
         """The path of a copy, fetched if need be; `fetch` writes one to the path it is given.
@@ -100,83 +122,54 @@ class ShardCache:
         Raises:
             Whatever `fetch` raises; OSError if the disk refuses.
         """
+        copy = self.folder / name
         if not self.has(name, size):
-            with _locked(self.folder / _LOCKS / name):
+            with FileLock(self.folder / _LOCKS / name):  # whoever wants the same shard waits for it
                 if not self.has(name, size):
                     unfinished = self.folder / f"{_UNFINISHED}{size}-{name}"
                     self._make_room(size, unfinished)
                     fetch(unfinished)
-                    unfinished.replace(self.folder / name)
-        self._touch(name)
-        return self.folder / name
+                    unfinished.replace(copy)
+        stat = _stat(copy)
+        if stat is not None and time.time() - stat.st_mtime > _TOUCH_EVERY_S:  # seldom: a cache may lie on NFS
+            with contextlib.suppress(FileNotFoundError):  # dropped by another process; whoever reads it will notice
+                os.utime(copy)
+        return copy
 
     def drop(self, name: str) -> None:
         """Remove a copy."""
         (self.folder / name).unlink(missing_ok=True)
 
-    def _touch(self, name: str) -> None:
-        now = time.monotonic()
-        if now - self._touched.get(name, -_TOUCH_EVERY_S) >= _TOUCH_EVERY_S:
-            self._touched[name] = now
-            try:
-                os.utime(self.folder / name)
-            except FileNotFoundError:
-                del self._touched[name]  # dropped by another process; whoever reads it will see
-
     def _make_room(self, size: int, unfinished: Path) -> None:
-        """Drop copies until one of `size` fits, and claim its place: `unfinished` counts from now on."""
+        """Drop copies until one of `size` fits, and reserve its place: `unfinished` counts from now on.
+
+        What a killed process left unfinished grows old and goes like a copy. One that is being written does not.
+        """
         root = self.folder.parent
-        with _locked(root / ".lock"):
-            # In this order, so that one that is being renamed is seen twice rather than never.
-            used = size + sum(_claimed(path) for path in root.glob(f"*/{_UNFINISHED}*") if path != unfinished)
-            copies = sorted(_stats(path for path in root.glob("*/*.tar") if not path.name.startswith(_UNFINISHED)))
-            used += sum(length for _, length, _ in copies)
+        with FileLock(root / ".lock"):
+            others = [(stat, path) for path in root.glob("*/*.tar") if path != unfinished and (stat := _stat(path))]
+            copies = sorted((stat.st_mtime_ns, _reserved(path, stat), path) for stat, path in others)
+            excess = size + sum(length for _, length, _ in copies) - self._limit
             for _, length, path in copies:
-                if used <= self._limit:
+                if excess <= 0:
                     break
                 path.unlink(missing_ok=True)
-                used -= length
+                excess -= length
             unfinished.touch()
 
 
-def _claimed(unfinished: Path) -> int:
-    """Bytes of a copy that is being fetched; one whose process died is removed."""
-    size, _, name = unfinished.name.removeprefix(_UNFINISHED).partition("-")
-    descriptor = os.open(unfinished.parent / _LOCKS / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _stat(path: Path) -> os.stat_result | None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(size)
-    finally:
-        os.close(descriptor)
-    unfinished.unlink(missing_ok=True)
-    return 0
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
-def _stats(paths: Iterable[Path]) -> Iterator[tuple[int, int, Path]]:
-    """Time of last use, size and path of files that are still there."""
-    for path in paths:
-        try:
-            found = path.stat()
-        except FileNotFoundError:
-            continue
-        yield found.st_mtime_ns, found.st_size, path
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-CONNECT_S = 10.0
-STALL_S = 10.0  # without a byte, after which a request counts as failed
-_TRY_LATER = {408, 425, 429}
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+def _reserved(path: Path, stat: os.stat_result) -> int:
+    """Bytes of a copy; of one that is being fetched those that it will have, which its name says."""
+    if path.name.startswith(_UNFINISHED):
+        return int(path.name.removeprefix(_UNFINISHED).partition("-")[0])
+    return stat.st_size
 
 
 class Origin:
@@ -239,8 +232,6 @@ class Origin:
         where = f"{self.url}/{name}"
         try:
             yield
-        except LmkError:
-            raise
         except Exception as error:
             status = _status(error)
             if getattr(error, "errno", None) in _NO_ROOM:
@@ -252,7 +243,7 @@ class Origin:
                 reason = f"status {status}" if status else type(error).__name__
                 # Not `from error`: an OSError as the cause would mean that trying again may help.
                 raise DataError(f"{where} is not there or not for us ({reason}); check data.path and access") from None
-            if type(error).__name__ == "NoCredentialsError":
+            if type(error).__name__ == "NoCredentialsError":  # of botocore, which need not be installed
                 raise DataError(f"{where} wants credentials and the environment has none (for s3: AWS_*)") from None
             raise OSError(errno.EIO, f"{where}: {type(error).__name__} {error}".strip()) from error
 
@@ -278,66 +269,30 @@ def _options(scheme: str) -> dict[str, Any]:
     return {}
 
 
-log = logging.getLogger(__name__)
-
-_FETCHERS = 4  # shards fetched ahead at a time
-_CHECKS = 16  # shards looked for at a time when a pack is opened
-
-Opened = TypeVar("Opened")
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """Where copies of remote shards are kept, how much of them, and how many shards are in use at a time."""
-
-    folder: Path | None = None  # None: LMK_CACHE, or .cache/ddpm-lmk in the home directory
-    limit_gib: float = 64.0
-    window: int = 1
-
-    @classmethod
-    def of(cls, data: DataConfig) -> CacheSettings:
-        """What a run file says."""
-        folder = None if data.cache_dir is None else Path(data.cache_dir)
-        return cls(folder, data.cache_gib, data.shuffle_window)
-
-    @property
-    def root(self) -> Path:
-        """The folder."""
-        return self.folder or Path(os.environ.get("LMK_CACHE") or Path.home() / ".cache" / "ddpm-lmk")
-
-
-def is_remote(path: str | Path) -> bool:
-    """Is this a URL?"""
-    return "://" in str(path)
-
-
 class RemoteShards:
-    """The shards of a remote pack; safe from many threads. Answers the calls of `LocalShards`."""
+    """The shards of a remote dataset; safe from many threads. Answers the calls of `LocalShards`, from copies."""
 
     is_remote = True
 
     def __init__(self, origin: Origin, shards: Sequence[dict[str, Any]], folder: Path, settings: CacheSettings) -> None:
         self._origin, self._shards, self._folder = origin, shards, folder
         limit = int(settings.limit_gib * 2**30)
-        self.is_whole = 2 * settings.window * max(shard["size"] for shard in shards) <= limit
-        how = "whole shards are cached" if self.is_whole else "the cache is too small for two windows: read by range"
+        # Two windows: the loader has the next one fetched while it draws from the present one.
+        is_whole = 2 * settings.window * max(shard["size"] for shard in shards) <= limit
+        how = "whole shards are cached" if is_whole else "the cache is too small for two windows: read by range"
         log.info("%s: %s (%s, data.cache_gib=%g)", origin.url, how, folder, settings.limit_gib)
         self._cache = ShardCache(folder, limit)
-        self._ahead = ThreadPoolExecutor(_FETCHERS, "fetch") if self.is_whole else None
+        self._ahead = ThreadPoolExecutor(_FETCHERS, "fetch") if is_whole else None  # None: by range
         self._expected: set[int] = set()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes of a shard from `offset` on, tried again while the server fails. Raises StoppedError."""
-        if not self.is_whole:
-            return self._read_range((shard, offset, size))
-        return with_retries(lambda place: self._read_copy(*place), (shard, offset, size))
+        if self._ahead is None:
+            return self.read_origin(shard, offset, size)
+        return with_retries(self._read_copy, shard, offset, size)
 
-    def read_origin(self, shard: int, offset: int, size: int) -> bytes | None:
-        """The same bytes, fetched anew."""
-        return self._read_range((shard, offset, size))
-
-    def _read_range(self, place: tuple[int, int, int]) -> bytes:
-        return with_retries(lambda place: self._origin.read_range(self._shards[place[0]]["name"], *place[1:]), place)
+    def read_origin(self, shard: int, offset: int, size: int) -> bytes:
+        return with_retries(self._origin.read_range, self._shards[shard]["name"], offset, size)
 
     def _read_copy(self, shard: int, offset: int, size: int) -> bytes:
         while True:
@@ -351,11 +306,9 @@ class RemoteShards:
                 os.close(handle)
 
     def forget(self, shard: int) -> None:
-        """Drop the copy of a shard, which is damaged."""
         self._cache.drop(self._shards[shard]["name"])
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Fetch these in the background, unless they are here."""
         if self._ahead is None:
             return
         for shard in shards:
@@ -373,28 +326,24 @@ class RemoteShards:
         with ThreadPoolExecutor(_CHECKS) as pool:
             sizes = list(pool.map(lambda known: with_retries(self._origin.size, known["name"]), missing))
         for known, size in zip(missing, sizes, strict=True):
-            self._want_size(known, size)
+            self._require_size(known, size)
 
     def path(self, shard: int) -> Path:
-        """The copy of a shard, fetched if need be; dropped when the cache needs room."""
         return with_retries(self._copy, shard)
 
     def beside(self, name: str) -> Path | None:
-        """A copy of a file beside the shards, where there is one."""
         path = self._folder / name
         if not path.is_file():
             try:
-                _write(path, with_retries(self._origin.read, name))
+                write_bytes(path, with_retries(self._origin.read, name))
             except DataError:
                 return None
         return path
 
     def names(self) -> set[str] | None:
-        """What lies in the folder behind the URL; None: that cannot be told."""
-        return with_retries(lambda origin: origin.names(), self._origin)
+        return with_retries(self._origin.names)
 
     def close(self) -> None:
-        """Fetch nothing more ahead."""
         if self._ahead is not None:
             self._ahead.shutdown(wait=False, cancel_futures=True)
 
@@ -404,12 +353,12 @@ class RemoteShards:
 
     def _fetch(self, known: dict[str, Any], path: Path) -> None:
         self._origin.fetch(known["name"], path)
-        got = path.stat().st_size
-        if got != known["size"]:
-            self._want_size(known, self._origin.size(known["name"]))
-            raise OSError(errno.EIO, f"{self._origin.url}/{known['name']}: got {got} of {known['size']} bytes")
+        length = path.stat().st_size
+        if length != known["size"]:
+            self._require_size(known, self._origin.size(known["name"]))  # else it was cut off on the way: try again
+            raise OSError(errno.EIO, f"{self._origin.url}/{known['name']}: got {length} of {known['size']} bytes")
 
-    def _want_size(self, known: dict[str, Any], size: int | None) -> None:
+    def _require_size(self, known: dict[str, Any], size: int | None) -> None:
         if size not in (None, known["size"]):
             raise DataError(
                 f"shard {self._origin.url}/{known['name']} has {size} bytes, {known['size']} wanted: cut off or "
@@ -425,36 +374,33 @@ class RemoteShards:
             self._expected.discard(shard)
 
 
-def fetch_manifest(origin: Origin, settings: CacheSettings) -> Path:
-    """Copy the manifest of a pack; returns the folder for this very pack in the cache."""
+def fetch_manifest(origin: Origin, settings: CacheSettings, *, beside: Sequence[str]) -> Path:
+    """Copy the manifest of a dataset and the files `beside` it; returns the folder for this very manifest in the cache.
+
+    Its name is a digest of the manifest, so that a dataset that was packed again has a folder of its own.
+    """
     content = with_retries(origin.read, "manifest.json")
     folder = settings.root / hashlib.sha256(content).hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(folder / "manifest.json", content)
-        if signing.is_wanted():
-            _write(folder / signing.FILE_NAME, with_retries(origin.read, signing.FILE_NAME))
-    except OSError as error:
+        write_bytes(folder / "manifest.json", content)
+        for name in beside:
+            write_bytes(folder / name, with_retries(origin.read, name))
+    except (OSError, ResourceError) as error:
         raise ResourceError(
-            f"cannot write the shard cache {folder}: {error.strerror}; set data.cache_dir or LMK_CACHE"
+            f"cannot write the shard cache {folder} ({error}); set data.cache_dir or LMK_CACHE"
         ) from error
     return folder
 
 
-def fetch_index(origin: Origin, folder: Path, open_it: Callable[[], Opened]) -> Opened:
-    """Copy the index and the prints of a pack, unless good copies are there, and open the index."""
+def fetch_index(origin: Origin, folder: Path, open_it: Callable[[], Result]) -> Result:
+    """Copy the index and the fingerprints of a dataset, unless good copies are there, and open the index."""
     try:
         return open_it()
     except DataError:
-        _write(folder / "index.npy", with_retries(origin.read, "index.npy"))
+        write_bytes(folder / "index.npy", with_retries(origin.read, "index.npy"))
     try:
-        _write(folder / "prints.bin", with_retries(origin.read, "prints.bin"))
+        write_bytes(folder / "prints.bin", with_retries(origin.read, "prints.bin"))
     except DataError:
-        log.info("%s has no prints.bin; a pool that needs prints computes them", origin.url)
+        log.info("%s has no prints.bin; a pool that needs fingerprints computes them", origin.url)
     return open_it()
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)

@@ -1,4 +1,4 @@
-"""Packed shards: what to import for writing (`ShardWriter`), reading (`Manifest`) and the full check (`verify`)."""
+"""`shards verify`: reads every byte of a dataset and holds it against manifest and index."""
 
 from __future__ import annotations
 
@@ -12,30 +12,19 @@ from pathlib import Path
 
 from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME as PRINTS
 from ddpm_lmk.data.duplicates.fingerprints import check_prints
-from ddpm_lmk.data.shards.manifest import Manifest
-from ddpm_lmk.data.shards.records import EXTENSIONS, INDEX_DTYPE, CorruptSampleError, SampleRecord, to_stored_matrix
+from ddpm_lmk.data.shards.manifest import SIGNATURE, Manifest
+from ddpm_lmk.data.shards.records import EXTENSIONS, SampleRecord
 from ddpm_lmk.data.shards.remote import CacheSettings, is_remote
-from ddpm_lmk.data.shards.signing import FILE_NAME as SIGNATURE
-from ddpm_lmk.data.shards.writer import ShardWriter
 from ddpm_lmk.data.sources.tar import DamagedTarError, TrailingBytesError, members
 from ddpm_lmk.errors import CheckpointError, DataError
 
-__all__ = [
-    "INDEX_DTYPE",
-    "CorruptSampleError",
-    "Manifest",
-    "SampleRecord",
-    "ShardWriter",
-    "VerifyReport",
-    "to_stored_matrix",
-    "verify",
-]
+_ANY_GIB = 1e6  # a shard is dropped when it has been checked
 
 
 @dataclass
 class VerifyReport:
-    """What a full check saw. `problems`: one line each; `foreign`: what has no business in a shard or beside it;
-    `is_listed`: whether it could be seen what lies beside.
+    """What a full check found. `problems`: one line each; `foreign`: what has no business in a shard or beside it;
+    `is_listed`: whether the server lists its folder, so that foreign files could be looked for.
     """
 
     root: str | Path
@@ -76,16 +65,18 @@ def verify(path: str | Path, cache: CacheSettings | None = None) -> VerifyReport
         DataError: the folder cannot even be opened: manifest or index changed, a shard missing, cut off or grown.
         StoppedError: a server does not answer.
     """
-    with _opened(path, cache or CacheSettings()) as manifest:
+    with _opened(path, cache or CacheSettings()) as manifest:  # header, index and sizes are checked by opening
         report = VerifyReport(path, samples=len(manifest), shards=len(manifest.shards))
         report.per_split = manifest.count_per_split()
-        names = manifest.names()
+        names = manifest.files.names()
         report.is_listed = names is not None
-        report.foreign += sorted((names or set()) - _expected_files(manifest))
-        report.problems += _beside(manifest)
+        packed = {"manifest.json", "index.npy", "refused.jsonl", PRINTS, SIGNATURE}
+        report.foreign += sorted((names or set()) - packed - {shard["name"] for shard in manifest.shards})
+        report.problems += _problems_beside(manifest)
         last_id = ""
         for number in range(len(manifest.shards)):
             last_id = _verify_shard(manifest, number, last_id, report)
+        # Of a URL the root is a folder of the cache that is gone by now.
         report.problems = [line.replace(str(manifest.root), str(path)) for line in report.problems]
     return report
 
@@ -105,29 +96,11 @@ def _opened(path: str | Path, cache: CacheSettings) -> Iterator[Manifest]:
         manifest.close()
 
 
-_ANY_GIB = 1e6  # a shard is dropped when it has been checked
-
-
-def _verify_shard(manifest: Manifest, number: int, last_id: str, report: VerifyReport) -> str:
-    """Add what is wrong with a shard; returns the id of its last sample."""
-    shard = manifest.shards[number]
-    report.bytes += shard["size"]
-    before = len(report.problems) + len(report.foreign)
-    _verify_members(manifest, number, report)
-    for row in range(*manifest.starts[number : number + 2].tolist()):
-        last_id = _verify_row(manifest, row, last_id, report)
-    if _sha256(manifest.shard_path(number)) != shard["sha256"]:
-        is_harmless = before == len(report.problems) + len(report.foreign)
-        where = ", in a header or padding: every sample is as it was packed" if is_harmless else ""
-        report.problems.append(f"{shard['name']}: sha256 differs from the manifest{where}")
-    manifest.forget(number)
-    return last_id
-
-
-def _beside(manifest: Manifest) -> list[str]:
+def _problems_beside(manifest: Manifest) -> list[str]:
     """Problems of the files that are not shards; the index was checked when it was opened."""
     problems = []
     content = (manifest.root / "manifest.json").read_bytes()
+    # The fingerprint covers what the JSON means; a blank that was added changes no meaning, but is a changed byte.
     if content != json.dumps(json.loads(content), indent=1).encode("ascii"):
         problems.append("manifest.json: not the bytes that were written, though they mean the same")
     if manifest.refused_sha256 is not None and _sha256(manifest.beside("refused.jsonl")) != manifest.refused_sha256:
@@ -140,27 +113,31 @@ def _beside(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _sha256(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _verify_shard(manifest: Manifest, number: int, last_id: str, report: VerifyReport) -> str:
+    """Add what is wrong with a shard; returns the id of its last sample that can be read."""
+    shard = manifest.shards[number]
+    report.bytes += shard["size"]
+    before = len(report.problems) + len(report.foreign)
+    _verify_members(manifest, number, report)
+    for row in range(*manifest.starts[number : number + 2].tolist()):
+        try:
+            record = _checked_record(manifest, row)
+        except DataError as error:
+            report.problems.append(str(error))
+            continue
+        if row and record.id <= last_id:
+            report.problems.append(f"row {row}: ids are not ascending or come twice")
+        last_id = record.id
+    if _sha256(manifest.files.path(number)) != shard["sha256"]:
+        is_harmless = before == len(report.problems) + len(report.foreign)
+        where = ", in a header or padding: every sample is as it was packed" if is_harmless else ""
+        report.problems.append(f"{shard['name']}: sha256 differs from the manifest{where}")
+    manifest.files.forget(number)  # a copy: the check of a terabyte needs room for one shard
+    return last_id
 
 
-def _verify_row(manifest: Manifest, row: int, last_id: str, report: VerifyReport) -> str:
-    """Add what is wrong with a row; returns its id, or the last one where it cannot be read."""
-    try:
-        record = _checked_row(manifest, row)
-    except DataError as error:
-        report.problems.append(str(error))
-        return last_id
-    if row and record.id <= last_id:
-        report.problems.append(f"row {row}: ids are not ascending or come twice")
-    return record.id
-
-
-def _checked_row(manifest: Manifest, row: int) -> SampleRecord:
-    manifest.decode(row)
+def _checked_record(manifest: Manifest, row: int) -> SampleRecord:
+    manifest.decode(row)  # the bytes may be as they were packed and still be no image
     record = manifest.read_record(row)
     entry = manifest.index[row]
     if record.native_size != (entry["width"], entry["height"]) or record.split != manifest.splits[entry["split"]]:
@@ -171,13 +148,14 @@ def _checked_row(manifest: Manifest, row: int) -> SampleRecord:
 
 
 def _verify_members(manifest: Manifest, number: int, report: VerifyReport) -> None:
+    """Every member of the tar is in the index, and every entry of the index is a member."""
     shard = manifest.shards[number]
     rows = manifest.index[manifest.starts[number] : manifest.starts[number + 1]]
-    wanted = {int(offset): f".{EXTENSIONS[manifest.encoding]}" for offset in rows["offset"]}
-    wanted |= {int(offset): ".json" for offset in rows["json_offset"]}
+    listed = {int(offset): f".{EXTENSIONS[manifest.encoding]}" for offset in rows["offset"]}
+    listed |= {int(offset): ".json" for offset in rows["json_offset"]}
     try:
-        for member, fault in members(manifest.shard_path(number)):
-            suffix = wanted.pop(member.offset_data, None)
+        for member, fault in members(manifest.files.path(number)):
+            suffix = listed.pop(member.offset_data, None)
             if fault is not None or suffix is None or "/" in member.name or not member.name.endswith(suffix):
                 why = "" if fault is None else f" ({fault})"
                 report.foreign.append(f"{member.name!r} in {shard['name']}{why}")
@@ -185,11 +163,12 @@ def _verify_members(manifest: Manifest, number: int, report: VerifyReport) -> No
         pass  # harms no sample; the digest of the shard tells
     except DamagedTarError as error:
         report.problems.append(f"{shard['name']}: {error}")
-    if wanted:
-        report.problems.append(f"{shard['name']}: {len(wanted)} members of the index are not in the tar")
+    if listed:
+        report.problems.append(f"{shard['name']}: {len(listed)} members of the index are not in the tar")
 
 
-def _expected_files(manifest: Manifest) -> set[str]:
-    return {"manifest.json", "index.npy", "refused.jsonl", PRINTS, SIGNATURE} | {
-        shard["name"] for shard in manifest.shards
-    }
+def _sha256(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

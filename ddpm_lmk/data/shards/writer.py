@@ -1,38 +1,39 @@
 """Writes shards: WebDataset tars, the index and the manifest, so that what exists under its final name is complete.
 
 Bytes depend only on what is added and on the settings: no times, no owners, no paths of this machine. Pixels come
-encoded, from `decode`.
-
-A packing that is under way, or was interrupted and can go on: the folder `.NAME.partial` beside the pack.
-
-It holds the finished shards (`pack/`), the index and the refusals so far, and a journal with a line for every finished
-shard. What was not in the journal when the writer was killed is cut off and done again. One process at a time.
+encoded, from `images.resize`. What is under way, or was interrupted and can be resumed, lies in the folder
+`.NAME.partial` beside the target: the finished shards (`pack/`) and a database of the rows and refusals so far, in
+which a transaction ends with every finished shard. What a killed writer had not committed is done again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import heapq
 import io
 import json
 import os
 import shutil
+import sqlite3
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ddpm_lmk.data.shards.records import (
     EXTENSIONS,
+    FORMAT,
+    FORMAT_VERSION,
     INDEX_DTYPE,
     Aspect,
     Encoding,
     SampleRecord,
+    fingerprint_of,
     index_row,
     member_key,
     record_to_json,
@@ -41,185 +42,37 @@ from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError, ResourceError, RunConflictError
 from ddpm_lmk.system.files import flush
 
+SHARD_BYTES = 64 << 20  # about a thousand raw 256 x 256 images; the loader shuffles inside a window of shards
 _ROWS_AT_ONCE = 1 << 16
-
-
-class Unfinished:
-    """The folder, locked.
-
-    Raises:
-        RunConflictError: another process is packing there.
-        ResourceError: it cannot be written.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self._root = _folder(out)
-        self.pack = self._root / "pack"
-        self.shards: list[dict[str, Any]] = []
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ResourceError(f"cannot write beside {out}: {error.strerror}; choose another --out") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise RunConflictError(f"another process is packing into {out}; wait, or choose another --out") from None
-        self._journal: BinaryIO | None = None
-        self._rows: BinaryIO | None = None
-        self._refused: BinaryIO | None = None
-
-    def resume(self, identity: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Take up what is there, if it is of the same `identity`; else begin anew. Returns the last state noted."""
-        lines = [] if identity is None else self._read_journal()
-        done = self._whole(lines[1:]) if lines and lines[0] == {"identity": identity} else []
-        if not done:
-            self.restart(identity)
-            return None
-        self._open("r+b")
-        assert self._rows is not None
-        assert self._refused is not None
-        self._rows.truncate(done[-1]["rows"] * INDEX_DTYPE.itemsize)
-        self._refused.truncate(done[-1]["refused_bytes"])
-        self._rewrite_journal([lines[0], *done])
-        self.shards = [line["shard"] for line in done]
-        for path in self.pack.iterdir():
-            if path.name not in {shard["name"] for shard in self.shards}:
-                path.unlink()
-        for file in (self._rows, self._refused):
-            file.seek(0, os.SEEK_END)
-        return done[-1]["state"]
-
-    def restart(self, identity: dict[str, Any] | None) -> None:
-        """Forget everything."""
-        self._close()
-        shutil.rmtree(self.pack, ignore_errors=True)
-        self.pack.mkdir()
-        self.shards = []
-        self._rewrite_journal([{"identity": identity}])
-        self._open("w+b")
-
-    def add_row(self, row: bytes) -> None:
-        """Append a row of the index."""
-        assert self._rows is not None
-        self._rows.write(row)
-
-    def refuse(self, line: dict[str, Any]) -> None:
-        """Append a line about a picture that was left out."""
-        assert self._refused is not None
-        self._refused.write(json.dumps(line).encode("ascii") + b"\n")
-
-    def note(self, shard: dict[str, Any], state: dict[str, Any]) -> None:
-        """Say that a shard is finished; from here on it is kept."""
-        assert self._rows is not None
-        assert self._refused is not None
-        assert self._journal is not None
-        for file in (self._rows, self._refused):
-            _flush(file)
-        self.shards.append(shard)
-        rows = self._rows.tell() // INDEX_DTYPE.itemsize
-        line = {"shard": shard, "rows": rows, "refused_bytes": self._refused.tell(), "state": state}
-        self._journal.write(json.dumps(line).encode("ascii") + b"\n")
-        _flush(self._journal)
-
-    def rows(self) -> Iterator[np.ndarray]:
-        """The index so far, in blocks."""
-        assert self._rows is not None
-        self._rows.flush()
-        with open(self._root / "index.part", "rb") as file:
-            while block := file.read(_ROWS_AT_ONCE * INDEX_DTYPE.itemsize):
-                yield np.frombuffer(block, INDEX_DTYPE)
-
-    def refusals(self) -> Iterator[dict[str, Any]]:
-        """The refusals so far, in order."""
-        assert self._refused is not None
-        self._refused.flush()
-        with open(self._root / "refused.part", "rb") as file:
-            for line in file:
-                yield json.loads(line)
-
-    def leave(self, *, keep: bool) -> None:
-        """Unlock; without `keep`, or where no shard was finished, nothing stays."""
-        self._close()
-        if not (keep and self.shards):
-            shutil.rmtree(self._root, ignore_errors=True)
-        os.close(self._lock)
-
-    def _read_journal(self) -> list[dict[str, Any]]:
-        """Whole lines; the last may have been cut off."""
-        lines: list[dict[str, Any]] = []
-        try:
-            with open(self._root / "journal.jsonl", "rb") as file:
-                lines.extend(json.loads(line) for line in file if line.endswith(b"\n"))
-        except (FileNotFoundError, ValueError):
-            pass
-        return lines
-
-    def _whole(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those whose shard, rows and refusals are all there."""
-        try:
-            sizes = {path.name: path.stat().st_size for path in self.pack.iterdir()}
-            rows = (self._root / "index.part").stat().st_size // INDEX_DTYPE.itemsize
-            refused_bytes = (self._root / "refused.part").stat().st_size
-        except OSError:
-            return []
-        whole: list[dict[str, Any]] = []
-        for line in lines:
-            if sizes.get(line["shard"]["name"]) != line["shard"]["size"]:
-                break
-            if line["rows"] > rows or line["refused_bytes"] > refused_bytes:
-                break
-            whole.append(line)
-        return whole
-
-    def _rewrite_journal(self, lines: list[dict[str, Any]]) -> None:
-        temporary = self._root / "journal.tmp"
-        self._journal = open(temporary, "wb")  # noqa: SIM115 - lives as long as the folder
-        self._journal.writelines(json.dumps(line).encode("ascii") + b"\n" for line in lines)
-        _flush(self._journal)
-        temporary.replace(self._root / "journal.jsonl")
-        flush(self._root)
-
-    def _open(self, mode: Literal["r+b", "w+b"]) -> None:
-        self._rows = open(self._root / "index.part", mode)  # noqa: SIM115 - they live as long as the folder
-        self._refused = open(self._root / "refused.part", mode)  # noqa: SIM115
-
-    def _close(self) -> None:
-        for file in (self._journal, self._rows, self._refused):
-            if file is not None:
-                file.close()
+_SCHEMA = """
+BEGIN;
+CREATE TABLE packing (identity TEXT);
+CREATE TABLE shards (facts TEXT, state TEXT);
+CREATE TABLE samples (digest BLOB, row BLOB);
+CREATE INDEX by_digest ON samples (digest);
+CREATE TABLE refused (line TEXT);
+"""
 
 
 def is_begun(out: Path) -> bool:
-    """Is there a packing into `out` that can go on?"""
-    return _folder(out).exists()
+    """Is there a packing into `out` that can be resumed?"""
+    return _partial_folder(out).exists()
 
 
-def _folder(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-FORMAT = "ddpm-lmk-shards"
-FORMAT_VERSION = 1
-SHARD_BYTES = 64 << 20  # about a thousand raw 256 x 256 images; the loader shuffles inside a window of shards
+def _partial_folder(out: Path) -> Path:
+    return out.absolute().with_name(f".{out.name}.partial")
 
 
 class ShardWriter:
     """Context manager: `add` samples in ascending order of id; leaving it without an error makes `out` appear, whole.
 
-    Whatever stops it, finished shards stay beside `out`, and a writer of the same `identity` goes on after them;
-    `resumed` is then the state noted with the last one. An error of the data leaves nothing.
+    Whatever stops it, finished shards stay beside `out`, and a writer of the same header and `made_with` resumes after
+    them; `resumed` is then the state noted with the last one. An error of the data leaves nothing.
 
     Args:
         left_out: lines for `refused.jsonl` that are known before, in any order.
         made_with: what else decides the bytes, such as versions; None: an interrupted writing is begun anew.
-        state: what the caller wants to have back when it goes on after the last finished shard; plain JSON.
+        state: what the caller wants to have back when it resumes after the last finished shard; plain JSON.
 
     Raises:
         RunConflictError: `out` exists and is not an empty directory, or another process is writing it.
@@ -246,160 +99,216 @@ class ShardWriter:
     ) -> None:
         self.out = out.absolute()
         self.resumed: dict[str, Any] | None = None
-        self._splits = tuple(splits)
-        self._extension = EXTENSIONS[encoding]
-        self._shard_bytes = shard_bytes
         self._header: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "dataset": dataset,
             "spec": spec.model_dump(mode="json"),
-            "splits": list(self._splits),
+            "splits": list(splits),
             "encoding": encoding,
             "bits": bits,
             "stored_size": stored_size,
             "aspect": aspect,
             "settings": settings,
         }
-        self._identity = None if made_with is None else json.loads(json.dumps({**self._header, "made_with": made_with}))
-        self._state = state
-        self._left_out = sorted(left_out, key=_id_of)
-        self._last_id: str | None = None
+        self._identity = None if made_with is None else json.dumps({**self._header, "made_with": made_with})
+        self._shard_bytes, self._state = shard_bytes, state
+        self._left_out = sorted(left_out, key=_id_of)  # not in the database: a resumed call brings them again
+        self._folder = _partial_folder(out)
+        self._lock = FileLock(self._folder / "lock", blocking=False)
+        self._db: sqlite3.Connection | None = None
         self._shard: _Shard | None = None
-        self._under_way: Unfinished | None = None
+        self._shards: list[dict[str, Any]] = []  # finished
+        self._last_id: str | None = None
         self._count = 0
 
     def __enter__(self) -> ShardWriter:
         refuse_existing(self.out)
-        self._under_way = Unfinished(self.out)
-        noted = self._under_way.resume(self._identity)
-        if noted is not None:
-            self._last_id, self.resumed = noted["last_id"], noted["caller"]
-            self._count = sum(shard["count"] for shard in self._under_way.shards)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self._resume()
+        except Timeout:
+            raise RunConflictError(
+                f"another process is packing into {self.out}; wait, or choose another --out"
+            ) from None
+        except (OSError, sqlite3.Error) as error:
+            self._disconnect()
+            self._lock.release()
+            raise ResourceError(f"cannot write beside {self.out}: {_reason(error)}; choose another --out") from error
         return self
 
+    def _resume(self) -> None:
+        """Take up what is there, if it was made of the same; else begin anew."""
+        noted: list[tuple[str, str]] = []
+        try:
+            self._connect()
+            is_same = self.db.execute("SELECT identity FROM packing").fetchone() == (self._identity,)
+            if is_same and self._identity is not None:
+                noted = self.db.execute("SELECT facts, state FROM shards ORDER BY rowid").fetchall()
+        except sqlite3.DatabaseError:  # no tables: new; or damaged
+            pass
+        shards = [json.loads(facts) for facts, _ in noted]
+        pack = self._folder / "pack"
+        sizes = {path.name: path.stat().st_size for path in pack.iterdir()} if pack.is_dir() else {}
+        if not shards or any(sizes.get(shard["name"]) != shard["size"] for shard in shards):
+            self.restart()
+            return
+        for name in sizes.keys() - {shard["name"] for shard in shards}:
+            (pack / name).unlink()  # it was being written
+        self.db.execute("BEGIN")
+        state = json.loads(noted[-1][1])
+        self._shards, self._count = shards, sum(shard["count"] for shard in shards)
+        self._last_id, self.resumed = state["last_id"], state["caller"]
+
     def restart(self) -> None:
-        """Forget what was taken up: the source is another one."""
-        self._unfinished.restart(self._identity)
-        self.resumed, self._last_id, self._count = None, None, 0
+        """Forget what was resumed: the source is another one."""
+        self._disconnect()
+        for path in self._folder.glob("progress.*"):
+            path.unlink()
+        shutil.rmtree(self._folder / "pack", ignore_errors=True)
+        (self._folder / "pack").mkdir()
+        self._shards, self._last_id, self._count, self.resumed = [], None, 0, None
+        self._connect()
+        self.db.executescript(_SCHEMA)
+        self.db.execute("INSERT INTO packing VALUES (?)", (self._identity,))
 
-    def rows(self) -> Iterator[np.ndarray]:
-        """Index rows of what is written so far, in blocks."""
-        return self._unfinished.rows()
+    @property
+    def db(self) -> sqlite3.Connection:
+        """The rows and refusals so far; a transaction is open, which ends with a finished shard."""
+        assert self._db is not None, "used outside of its `with`"
+        return self._db
 
-    def all_refusals(self) -> Iterator[dict[str, Any]]:
-        """Every line of `refused.jsonl` so far, in order of id."""
-        return heapq.merge(self._left_out, self._unfinished.refusals(), key=_id_of)
+    def _connect(self) -> None:
+        # The folder is locked already, and SQLite's own locks do not work on every network file system.
+        where = f"{(self._folder / 'progress.sqlite').as_uri()}?vfs=unix-none"
+        self._db = sqlite3.connect(where, uri=True, isolation_level=None)
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
 
     def add(self, record: SampleRecord, image: bytes) -> None:
         """Append one sample: the encoded image and its record."""
         if self._last_id is not None and record.id <= self._last_id:
             raise DataError(f"image id {record.id!r} comes twice; ids must differ (rename one of the files or rows)")
         self._last_id = record.id
-        number = len(self._unfinished.shards)
+        number = len(self._shards)
         if self._shard is None:
-            self._shard = _Shard(self._unfinished.pack / f"shard-{number:06d}.tar")
-        key = member_key(record.id)
-        text = record_to_json(record)
-        row = index_row(record, image, len(text), shard=number, split=self._splits.index(record.split))
-        row["offset"] = self._shard.append(f"{key}.{self._extension}", image)
+            self._shard = _Shard(self._folder / "pack" / f"shard-{number:06d}.tar")
+        key, text = member_key(record.id), record_to_json(record)
+        split = self._header["splits"].index(record.split)
+        row = index_row(record, image, len(text), shard=number, split=split)
+        row["offset"] = self._shard.append(f"{key}.{EXTENSIONS[self._header['encoding']]}", image)
         row["json_offset"] = self._shard.append(f"{key}.json", text)
-        self._unfinished.add_row(row.tobytes())
+        self.db.execute("INSERT INTO samples VALUES (?, ?)", (row["sha256"].tobytes(), row.tobytes()))
         self._count += 1
-        if self._shard.tell() >= self._shard_bytes:
+        if self._shard.size >= self._shard_bytes:
             self._finish_shard()
 
     def refuse(self, line: dict[str, Any]) -> None:
         """Note one image that is left out: its `id`, in ascending order, and the reason."""
-        self._unfinished.refuse(line)
+        self.db.execute("INSERT INTO refused VALUES (?)", (json.dumps(line),))
+
+    def holds(self, image: bytes) -> bool:
+        """Was the very same encoded image added before?"""
+        digest = hashlib.sha256(image).digest()[:16]
+        return self.db.execute("SELECT 1 FROM samples WHERE digest = ? LIMIT 1", (digest,)).fetchone() is not None
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """Index rows of what is written so far, in blocks."""
+        cursor = self.db.execute("SELECT row FROM samples ORDER BY rowid")
+        while rows := cursor.fetchmany(_ROWS_AT_ONCE):
+            yield np.frombuffer(b"".join(row for (row,) in rows), INDEX_DTYPE)
+
+    def refusals(self) -> Iterator[dict[str, Any]]:
+        """Every line of `refused.jsonl` so far, in order of id."""
+        lines = (json.loads(line) for (line,) in self.db.execute("SELECT line FROM refused ORDER BY rowid"))
+        return heapq.merge(self._left_out, lines, key=_id_of)
+
+    def _finish_shard(self) -> None:
+        assert self._shard is not None
+        shard, self._shard = self._shard.finish(), None
+        self._shards.append(shard)
+        state = {"last_id": self._last_id, "caller": self._state()}
+        self.db.execute("INSERT INTO shards VALUES (?, ?)", (json.dumps(shard), json.dumps(state)))
+        self.db.execute("COMMIT")  # only now, when the shard is on the disk
+        self.db.execute("BEGIN")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        keep = not isinstance(value, (DataError, ConfigError))
+        keep = kind is not None and not isinstance(value, (DataError, ConfigError))
         try:
             if kind is None:
-                keep = False
                 self._complete()
-        except OSError as error:
+        except (OSError, sqlite3.Error) as error:
             keep, value = True, error
         finally:
             if self._shard is not None:
-                self._shard.abandon()
-            self._unfinished.leave(keep=keep)
-        if isinstance(value, OSError):
+                self._shard.file.close()
+            self._disconnect()
+            if not (keep and self._shards):  # before the lock is released: nobody may have begun there
+                shutil.rmtree(self._folder, ignore_errors=True)
+            self._lock.release()
+        if isinstance(value, (OSError, sqlite3.Error)):
             raise ResourceError(
-                f"cannot write {self.out}: {value.strerror}; make room and give the same command: packing continues"
+                f"cannot write {self.out}: {_reason(value)}; make room and give the same command: packing continues"
             ) from value
-
-    @property
-    def _unfinished(self) -> Unfinished:
-        assert self._under_way is not None, "used outside of its `with`"
-        return self._under_way
 
     def _complete(self) -> None:
         if not self._count:
             raise DataError("no image could be packed; see the reasons above or give another source")
         if self._shard is not None:
             self._finish_shard()
-        pack = self._unfinished.pack
-        lines = (json.dumps(line).encode("ascii") + b"\n" for line in self.all_refusals())
+        pack = self._folder / "pack"
+        lines = (json.dumps(line).encode("ascii") + b"\n" for line in self.refusals())
         self._header["refused_sha256"] = _write_durably(pack / "refused.jsonl", lines)
         self._header["count"] = self._count
-        self._header["shards"] = self._unfinished.shards
+        self._header["shards"] = self._shards
         blocks = (block.tobytes() for block in self.rows())
-        self._header["index_sha256"] = _write_durably(pack / "index.npy", [_npy_header(self._count)], blocks)
+        self._header["index_sha256"] = _write_durably(pack / "index.npy", chain([_npy_header(self._count)], blocks))
         self._header["fingerprint"] = fingerprint_of(self._header)
         _write_durably(pack / "manifest.json", [json.dumps(self._header, indent=1).encode("ascii")])
-        flush(pack)
+        flush(pack)  # names before the rename that makes them visible
         refuse_existing(self.out)
         pack.rename(self.out)
         flush(self.out.parent)
 
-    def _finish_shard(self) -> None:
-        assert self._shard is not None
-        shard, self._shard = self._shard, None
-        self._unfinished.note(shard.finish(), {"last_id": self._last_id, "caller": self._state()})
-
 
 class _Shard:
-    """One tar being written: hashes while it writes, and tells where each member's content begins."""
+    """One tar being written: hashes while it writes, and tells where each member's content begins.
+
+    `tarfile` writes no digest, and puts the time and the owner into every header unless each is overwritten.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - lives as long as the shard
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._count = 0
+        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 - lives as long as the shard
+        self.size = 0
+        self._path, self._count, self._hash = path, 0, hashlib.sha256()
 
     def append(self, name: str, content: bytes) -> int:
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(content), 0o644
         self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._size
+        offset = self.size
         self._write(content)
         self._write(bytes(-len(content) % tarfile.BLOCKSIZE))
         self._count += 1
         return offset
 
-    def tell(self) -> int:
-        return self._size
-
     def finish(self) -> dict[str, Any]:
         self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self._size % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {"name": self.path.name, "size": self._size, "sha256": self._hash.hexdigest(), "count": self._count // 2}
-
-    def abandon(self) -> None:
-        self._file.close()
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        self.file.flush()
+        os.fsync(self.file.fileno())  # before it is noted as finished
+        self.file.close()
+        return {"name": self._path.name, "size": self.size, "sha256": self._hash.hexdigest(), "count": self._count // 2}
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        self.file.write(data)
         self._hash.update(data)
-        self._size += len(data)
+        self.size += len(data)
 
 
 def refuse_existing(out: Path) -> None:
@@ -411,10 +320,8 @@ def refuse_existing(out: Path) -> None:
         raise RunConflictError(f"{out} already holds {held}; nothing was changed: use them, or choose another --out")
 
 
-def fingerprint_of(header: dict[str, Any]) -> str:
-    """sha256 over settings, spec, index and shard digests: equal for equal data, whoever packed it."""
-    covered = {key: value for key, value in header.items() if key != "fingerprint"}
-    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode("ascii")).hexdigest()
+def _reason(error: OSError | sqlite3.Error) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _id_of(line: dict[str, Any]) -> str:
@@ -429,11 +336,11 @@ def _npy_header(count: int) -> bytes:
     return buffer.getvalue()
 
 
-def _write_durably(path: Path, *parts: Iterable[bytes]) -> str:
-    """Write all parts, one after the other; returns their sha256."""
+def _write_durably(path: Path, blocks: Iterable[bytes]) -> str:
+    """Write blocks, one after the other; returns their sha256."""
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for block in chain(*parts):
+        for block in blocks:
             file.write(block)
             digest.update(block)
         file.flush()

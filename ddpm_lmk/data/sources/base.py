@@ -1,8 +1,8 @@
-"""Readers: where the images, labels and splits of a source are, as `RawSample`s in ascending order of id.
+"""What a reader makes of a source: where its images are, their labels and splits, as `RawSample`s in order of id.
 
 Readers look at names and label files, and at image headers where labels need a size; pixels are decoded later, in
-parallel. The public sets are in `raw_public`, folders, tars and DICOM trees in `raw_folder`, tables in `table`;
-phantoms are here.
+parallel. The public sets are in `public`, folders, tars and DICOM trees in `folder`, tables in `table`; phantoms are
+here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +17,14 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from ddpm_lmk.data.images.decode import SUFFIXES
 from ddpm_lmk.data.sources.ids import KeyedIds
-from ddpm_lmk.data.sources.walk import Listing, list_files
+from ddpm_lmk.data.sources.walk import Listing
 from ddpm_lmk.data.spec import SPECS, DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError
 
-Kind = Literal["folder", "dicom", "table", "phantom", "chest", "cephalometric", "hand"]
-Convention = Literal["paper", "published"]
-
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+_FIRST_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -68,17 +64,27 @@ class RawSample:
         Of the file that is size and time of change; its content would cost as much to read as to pack again.
         """
         points = None if self.points is None else self.points.tolist()
-        said = (self.id, str(self.path), self.split, points, self.native_size, self.mm_per_px, self.group, self._file())
-        return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).digest()
+        # surrogatepass: names that are no UTF-8 on the disk hold lone surrogates
+        facts = (
+            self.id,
+            str(self.path),
+            self.split,
+            points,
+            self.native_size,
+            self.mm_per_px,
+            self.group,
+            self._file(),
+        )
+        return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).digest()
 
     def _file(self) -> tuple[int, int] | None:
         if isinstance(self.path, PhantomSource):
             return None
         try:
-            found = (self.path.tar if isinstance(self.path, TarMember) else self.path).stat()
+            stat = (self.path.tar if isinstance(self.path, TarMember) else self.path).stat()
         except (OSError, ValueError):  # gone, or no name at all: whoever decodes it will say so
             return None
-        return found.st_size, found.st_mtime_ns
+        return stat.st_size, stat.st_mtime_ns
 
 
 class Samples(Protocol):
@@ -93,7 +99,7 @@ class Samples(Protocol):
 
 @dataclass
 class RawDataset:
-    """What a reader found: the samples, sorted by id, and what it left out or wants said.
+    """What a reader found: the samples, sorted by id, and what it left out or warns of.
 
     Attributes:
         splits: names of splits; empty: those of the samples.
@@ -116,16 +122,9 @@ class RawDataset:
         self.refused.append({"id": sample_id, "code": code, "reason": reason})
 
     def split_names(self) -> tuple[str, ...]:
-        """The splits, in the order in which they are written."""
-        return self.splits or ordered_splits({sample.split for sample in self.samples})
-
-
-_FIRST_SPLITS = ("train", "val", "test")
-
-
-def ordered_splits(names: set[str]) -> tuple[str, ...]:
-    """The usual three first, then the others by name."""
-    return tuple(name for name in _FIRST_SPLITS if name in names) + tuple(sorted(names.difference(_FIRST_SPLITS)))
+        """The splits, in the order in which they are written: the usual three first, then the others by name."""
+        names = set(self.splits) or {sample.split for sample in self.samples}
+        return tuple(name for name in _FIRST_SPLITS if name in names) + tuple(sorted(names.difference(_FIRST_SPLITS)))
 
 
 def parse_decimal(text: str, where: str) -> float:
@@ -142,16 +141,10 @@ def check_split_name(name: str, where: str) -> str:
     return name
 
 
-def image_files(root: Path) -> list[str]:
-    """Relative paths of the image files of a public set, sorted. Raises DataError when there is none."""
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder")
-    return [path for _, path in list_files(root, SUFFIXES, lambda path: path, Counter())]
-
-
 def folder_split(key: str, split: str, val_fraction: float, seed: int) -> str:
-    """`val` for a share of all keys, else `split`: a function of the key and the seed alone."""
+    """`val` for a share of all keys, else `split`, by key and seed alone: images that are added move no others."""
     digest = hashlib.sha256(b"%d:" % seed + os.fsencode(key)).digest()
+    # Python compares an integer with a float exactly: rounding decides nothing.
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else split
 
 

@@ -1,8 +1,8 @@
 """CSV files as people save them: encodings, separators, decimal signs, and what spreadsheets leave behind.
 
-UTF-8, or UTF-16 and UTF-32 by their mark; what is none of them is read as cp1252, which Windows writes, with a word
-about it. The separator is the one under which the wanted columns are there. What cannot be told for sure is refused;
-what the columns mean is `table`'s.
+UTF-8, or UTF-16 and UTF-32 by their mark; what is none of them is read as cp1252, which Windows writes, with a warning.
+The separator is the one under which the wanted columns are there. What cannot be told for sure is refused; what the
+columns mean is decided in `table`.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def read_csv(path: Path, wanted: Sequence[str], *, numbers: Sequence[str], verba
     """
     text, encoding, warnings = _decoded(path)
     separator, first, text = _separator(path, text, wanted)
-    lines = _whole(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), path, first)
-    header = _header(next(lines, (0, []))[1])
-    found = CsvFile(path, encoding, tuple(header), warnings=warnings)
+    lines = _numbered(text, separator, path, first)
+    header = _header(lines)
+    table = CsvFile(path, encoding, tuple(header), warnings=warnings)
     missing = [column for column in wanted if column not in header]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(filter(None, header)) or 'nothing'}")
@@ -83,14 +83,14 @@ def read_csv(path: Path, wanted: Sequence[str], *, numbers: Sequence[str], verba
             continue
         if len(cells) != len(header):
             raise DataError(f"{path} line {number}: {len(cells)} fields, the header has {len(header)}")
-        found.lines.append((number, [cell if kept else cell.strip() for cell, kept in zip(cells, is_verbatim)]))
+        table.lines.append((number, [cell if keep else cell.strip() for cell, keep in zip(cells, is_verbatim)]))
     if separator != ",":
-        _find_decimal_commas(found, separator, [column for column in numbers if column in header])
-    return found
+        _find_decimal_commas(table, separator, [column for column in numbers if column in header])
+    return table
 
 
 def _decoded(path: Path) -> tuple[str, str, list[str]]:
-    """Text, encoding, and what has to be said about it."""
+    """Text, encoding and warnings."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -107,13 +107,13 @@ def _decoded(path: Path) -> tuple[str, str, list[str]]:
                 f"{path} begins as {encoding} and is damaged at byte {error.start}; save it again"
             ) from None
         text, encoding = _as_cp1252(path, content, error.start), "cp1252"
-        line = text[: error.start].count("\n") + 1
+        line = text[: error.start].count("\n") + 1  # one byte is one letter in cp1252, so places are the same
         shown = text.splitlines()[line - 1].strip()[:60]
         warnings.append(
             f"{path} is not UTF-8 and was read as cp1252 (Windows), e.g. line {line}: {shown!r}; "
             "if that is misspelt, save it as UTF-8 and pack again"
         )
-    if "\0" in text:
+    if "\0" in text:  # UTF-16 without a mark decodes as UTF-8 with a NUL in every letter
         line = text[: text.index("\0")].count("\n") + 1
         raise DataError(f"{path} line {line}: a NUL, which no CSV text holds; save it as CSV UTF-8")
     return text, encoding, warnings
@@ -128,47 +128,50 @@ def _as_cp1252(path: Path, content: bytes, start: int) -> str:
 
 
 def _separator(path: Path, text: str, wanted: Sequence[str]) -> tuple[str, int, str]:
-    """The separator, the number of the first line, and the text without the line that told (`sep=;` of Excel)."""
-    told = re.match(r"\"?sep=(.)\"?\r?\n", text, re.IGNORECASE)
-    if told:
-        return told[1], 2, text[told.end() :]
-    best, most = ",", -1
-    for separator in _SEPARATORS:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        header = _header(next(_whole(reader, path, 1), (0, []))[1])
-        count = sum(column in header for column in wanted)
-        if count > most:
-            best, most = separator, count
-    return best, 1, text
+    """The separator, the number of the first line, and the text without the line that named it (`sep=;` of Excel)."""
+    named = re.match(r"\"?sep=(.)\"?\r?\n", text, re.IGNORECASE)
+    if named:
+        return named[1], 2, text[named.end() :]
+
+    def num_found(separator: str) -> int:
+        # Not strict: under a wrong separator the quotes of a good file stand in wrong places.
+        header = _header(_numbered(text, separator, path, 1, strict=False))
+        return sum(column in header for column in wanted)
+
+    return max(_SEPARATORS, key=num_found), 1, text  # the first of the best: commas where none finds a column
 
 
-def _header(cells: Sequence[str]) -> list[str]:
-    return [cell.strip().lower() for cell in cells]
-
-
-def _whole(reader: Iterator[list[str]], path: Path, first: int) -> Iterator[tuple[int, list[str]]]:
+def _numbered(
+    text: str, separator: str, path: Path, first: int, *, strict: bool = True
+) -> Iterator[tuple[int, list[str]]]:
+    """Lines with their numbers in the file: a cell in quotes may run over several."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict)
     try:
         for cells in reader:
-            yield reader.line_num + first - 1, cells  # type: ignore[attr-defined]
+            yield reader.line_num + first - 1, cells
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV file ({error})") from error
 
 
-def _find_decimal_commas(found: CsvFile, separator: str, columns: Sequence[str]) -> None:
+def _header(lines: Iterator[tuple[int, list[str]]]) -> list[str]:
+    return [cell.strip().lower() for cell in next(lines, (0, []))[1]]
+
+
+def _find_decimal_commas(table: CsvFile, separator: str, columns: Sequence[str]) -> None:
     """Where commas do not separate they may be decimal signs: if all of them can be, and one can be nothing else."""
-    cells = [(where, row[column]) for where, row in found.rows() for column in columns]
+    cells = [(where, row[column]) for where, row in table.rows() for column in columns]
     with_comma = [(where, cell) for where, cell in cells if "," in cell]
     if not with_comma or any("." in cell for _, cell in cells):
         return
     if not all(_COMMA_NUMBER.fullmatch(cell) for _, cell in with_comma):
         return
-    if all(_MAY_BE_THOUSANDS.fullmatch(cell) for _, cell in with_comma):
+    plain = [cell for _, cell in with_comma if not _MAY_BE_THOUSANDS.fullmatch(cell)]
+    if not plain:
         where, cell = with_comma[0]
-        plain, decimal = cell.replace(",", ""), cell.replace(",", ".")
-        raise DataError(f"{where}: {cell!r} may be {plain} or {decimal}; write numbers with a point, without thousands")
-    found.has_decimal_commas = True
-    where, cell = next((place, cell) for place, cell in with_comma if not _MAY_BE_THOUSANDS.fullmatch(cell))
-    found.warnings.append(
-        f"{found.path}: separated by {_SEPARATORS.get(separator, separator)}, with decimal commas: {cell!r} is "
-        f"{cell.replace(',', '.')}"
+        whole, decimal = cell.replace(",", ""), cell.replace(",", ".")
+        raise DataError(f"{where}: {cell!r} may be {whole} or {decimal}; write numbers with a point, without thousands")
+    table.has_decimal_commas = True
+    table.warnings.append(
+        f"{table.path}: separated by {_SEPARATORS.get(separator, separator)}, with decimal commas: {plain[0]!r} is "
+        f"{plain[0].replace(',', '.')}"
     )

@@ -1,8 +1,8 @@
-"""Names that say nothing: ids of private files are keyed hashes of their paths (HMAC-SHA256, 16 hex digits).
+"""Pseudonymous sample ids: keyed hashes of paths and patients (HMAC-SHA256, 16 hex digits).
 
-The same key gives the same ids, so that a patient is the same in two packs made with one key; without the key a name
+The same key gives the same ids, so that a patient is the same in two datasets made with one key; without the key a name
 cannot be found again by trying. The key, and the optional list of which id is which file, are for the owner's eyes and
-stay out of the pack.
+stay out of the shards.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
+from typing import TextIO
 
 from ddpm_lmk.errors import ConfigError, ResourceError, RunConflictError
 from ddpm_lmk.system.files import flush
 
-_DIGITS = 16
+_DIGITS = 16  # 64 bits: among ten million files two meet once in about 400,000 sets, which is an error then
 # What stands for a patient who was taken out, as tools that make files anonymous write it; never one person.
 _NOBODY = re.compile(r"|x+|unknown|none|null|na|n/a|nan|anon(ym(ous|i[sz]ed))?|de-?identified|removed|deleted|no ?id")
 _FOR_OTHERS = 0o077
@@ -33,12 +35,12 @@ class KeyedIds:
 
     @property
     def key_id(self) -> str:
-        """Which key this is, so that two packs can tell whether their hashes can be compared; nobody finds it by it."""
+        """Which key this is, so that two datasets can tell whether their hashes compare; nobody finds it by it."""
         return self._hash(b"key")
 
     def of_path(self, path: str) -> str:
         """The id of a file, by its path below the source."""
-        return self._hash(b"path\0" + os.fsencode(path))
+        return self._hash(b"path\0" + os.fsencode(path))  # with a word, so that no path is hashed like a patient
 
     def of_patient(self, patient: str) -> str:
         """The group of a patient, by what the file calls the patient."""
@@ -77,10 +79,11 @@ def secret_key(path: Path) -> bytes:
         ResourceError: it cannot be written or read.
     """
     try:
+        # No link is followed: in a folder of others it could lead to a key that somebody else knows.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         key = secrets.token_bytes(32)
-        _write_private(path, [key.hex() + "\n"])
+        _write_private(path, lambda file: file.write(key.hex() + "\n"))
         return key
     except OSError as error:
         raise ResourceError(f"cannot read the key file {path}: {error.strerror}; name another one") from error
@@ -103,39 +106,25 @@ def write_map(path: Path, names: Iterable[tuple[str, str]]) -> None:
     """
     if path.exists():
         raise RunConflictError(f"{path} is there already; name another --id-map")
-    _write_private(path, _csv_lines(names))
+    lines = chain([("id", "path")], names)  # not a list: there may be millions
+    _write_private(path, lambda file: csv.writer(file, lineterminator="\n").writerows(lines))
 
 
-def _csv_lines(names: Iterable[tuple[str, str]]) -> Iterable[str]:
-    yield "id,path\n"
-    lines = _Lines()
-    writer = csv.writer(lines, lineterminator="\n")
-    for row in names:
-        writer.writerow(row)
-        yield lines.last
+def _write_private(path: Path, write: Callable[[TextIO], object]) -> None:
+    """Write a file of mode 0600 in one move that never replaces a file: a key that is lost orphans all of its ids.
 
-
-class _Lines:
-    """A file of one line, for `csv`."""
-
-    last = ""
-
-    def write(self, line: str) -> None:
-        self.last = line
-
-
-def _write_private(path: Path, lines: Iterable[str]) -> None:
-    """Write a file of mode 0600 in one move."""
+    So it is not `files.write_bytes`, whose rename replaces, and whose mode the owner may open to the group.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(6)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                file.writelines(lines)
+                write(file)
                 file.flush()
                 os.fsync(descriptor)
-            os.link(temporary, path)  # unlike a rename, it never replaces
+            os.link(temporary, path)
         finally:
             temporary.unlink()
         flush(path.parent)

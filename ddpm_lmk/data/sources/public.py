@@ -1,4 +1,4 @@
-"""The three public sets of the paper, in the folders and label formats they are distributed in (paper.md, section 4).
+"""The three public sets of the paper, in the folders and label formats they come in (docs/method.md, section 4).
 
 Two conventions of splits: `paper` is what the released code does, `published` what the papers state. Labels become
 native pixels; nothing is rounded.
@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ddpm_lmk.data.images.decode import RefusedImageError, native_size
-from ddpm_lmk.data.sources.base import Convention, RawDataset, RawSample, image_files, parse_decimal
-from ddpm_lmk.data.spec import SPECS, PairSpacing
+from ddpm_lmk.data.images.decode import SUFFIXES, RefusedImageError, native_size
+from ddpm_lmk.data.pack_settings import Convention
+from ddpm_lmk.data.sources.base import RawDataset, RawSample, parse_decimal
+from ddpm_lmk.data.sources.walk import list_files
+from ddpm_lmk.data.spec import SPECS, DatasetSpec, pair_spacing
 from ddpm_lmk.errors import ConfigError, DataError
 
-# Left out by the released code (paper.md, section 3); the papers count them in.
+# Left out by the released code (docs/method.md, section 3); the papers count them in.
 CHEST_EXCLUDED = frozenset(f"CHNCXR_{number:04d}_0" for number in (59, 178, 228, 267, 276, 285, 295, 303, 310))
 _CEPH_LANDMARKS, _HAND_LANDMARKS, _CHEST_LANDMARKS = 19, 37, 6
-_CEPH_SPLITS: dict[str, tuple[tuple[int, str], ...]] = {
+_CEPH_SPLITS: dict[str, tuple[tuple[int, str], ...]] = {  # by the last number of each
     "paper": ((130, "train"), (150, "val"), (400, "test")),
     "published": ((150, "train"), (300, "test1"), (400, "test2")),
 }
@@ -39,23 +42,23 @@ def read_chest(root: Path, *, convention: Convention) -> RawDataset:
         raise DataError(f"{root / 'labels'} holds no .txt label files; is this the folder with pngs/ and labels/?")
     excluded = CHEST_EXCLUDED if convention == "paper" else frozenset()
     splits = _by_position([stem for stem in labels if stem not in excluded], (195, 34))
-    found = RawDataset(SPECS["chest"], samples := [])
+    dataset = RawDataset(SPECS["chest"], samples := [])
     for stem in sorted(images):
         if stem in excluded:
-            found.refuse(stem, "EXCLUDED", "excluded by the released code; convention=published keeps it")
+            dataset.refuse(stem, "EXCLUDED", "excluded by the released code; convention=published keeps it")
         elif stem not in labels:
-            found.refuse(stem, "NO_LABEL", "no label file")
+            dataset.refuse(stem, "NO_LABEL", "no label file")
         else:
             ratios = _chest_ratios(labels[stem])
             try:
                 size = native_size(images[stem])
             except RefusedImageError as error:
-                found.refuse(stem, error.code, str(error))
+                dataset.refuse(stem, error.code, str(error))
                 continue
-            points = ratios * np.array(size, dtype=np.float64)
+            points = ratios * np.array(size, dtype=np.float64)  # shares of the sides: not size - 1
             samples.append(RawSample(stem, images[stem], splits[stem], points, size, group=stem))
-    _warn_when_partial(found, len(splits), "labelled images")
-    return found
+    _warn_when_partial(dataset, len(splits), "labelled images")
+    return dataset
 
 
 def _chest_ratios(path: Path) -> np.ndarray:
@@ -76,19 +79,19 @@ def read_cephalometric(root: Path, *, convention: Convention, annotator: str) ->
     readers = ("junior", "senior") if annotator == "mean" else (annotator,)
     folders = [_find_folder(root, f"400_{reader}") for reader in readers]
     images = {stem: path for stem, path in _by_stem(root).items() if re.fullmatch("[0-9]{3}", stem)}
-    found = RawDataset(SPECS["cephalometric"], samples := [])
+    dataset = RawDataset(SPECS["cephalometric"], samples := [])
     for stem, path in sorted(images.items()):
         files = [folder / f"{stem}.txt" for folder in folders]
         missing = [file.parent.name for file in files if not file.is_file()]
         split = next((name for last, name in _CEPH_SPLITS[convention] if 1 <= int(stem) <= last), None)
         if missing or split is None:
             reason = f"no label file in {missing[0]}" if missing else "not one of 001 to 400"
-            found.refuse(stem, "NO_LABEL" if missing else "EXCLUDED", reason)
+            dataset.refuse(stem, "NO_LABEL" if missing else "EXCLUDED", reason)
             continue
-        points = np.mean([_ceph_points(file) for file in files], axis=0)
+        points = np.mean([_ceph_points(file) for file in files], axis=0)  # the challenge's ground truth
         samples.append(RawSample(stem, path, split, points, group=stem))
-    _warn_when_partial(found, 400, "cephalograms")
-    return found
+    _warn_when_partial(dataset, 400, "cephalograms")
+    return dataset
 
 
 def _ceph_points(path: Path) -> np.ndarray:
@@ -110,17 +113,14 @@ def read_hand(root: Path, *, spacing_pair: tuple[int, int] | None) -> RawDataset
     rows = _hand_rows(root / "labels" / "all.csv")
     spec = SPECS["hand"]
     if spacing_pair is not None:
-        pair = PairSpacing(i=spacing_pair[0], j=spacing_pair[1], mm=50.0)
-        spec = type(spec).model_validate({**spec.model_dump(), "spacing": pair.model_dump()})
+        spec = DatasetSpec.model_validate(dict(spec) | {"spacing": pair_spacing(spacing_pair)})
     labelled = [stem for stem in sorted(images) if stem in rows]
     splits = _by_position(labelled, (550, 59))
-    samples = [RawSample(stem, images[stem], splits[stem], rows[stem], group=stem) for stem in labelled]
-    found = RawDataset(spec, samples)
-    for stem in sorted(images):
-        if stem not in rows:
-            found.refuse(stem, "NO_LABEL", "no row in all.csv")
-    _warn_when_partial(found, len(rows), "rows of all.csv")
-    return found
+    dataset = RawDataset(spec, [RawSample(s, images[s], splits[s], rows[s], group=s) for s in labelled])
+    for stem in sorted(images.keys() - rows.keys()):
+        dataset.refuse(stem, "NO_LABEL", "no row in all.csv")
+    _warn_when_partial(dataset, len(rows), "rows of all.csv")
+    return dataset
 
 
 def _hand_rows(path: Path) -> dict[str, np.ndarray]:
@@ -140,19 +140,21 @@ def _hand_rows(path: Path) -> dict[str, np.ndarray]:
 
 
 def _by_stem(root: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for name in image_files(root):
+    """The image files below a folder by their names without suffix. Raises DataError when there is none."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder")
+    images: dict[str, Path] = {}
+    for _, name in list_files(root, SUFFIXES, str, Counter()):
         path = root / name
-        if found.setdefault(path.stem, path) is not path:
-            raise DataError(f"{path.stem} is there twice: {found[path.stem]} and {path}; keep one")
-    return found
+        if images.setdefault(path.stem, path) is not path:
+            raise DataError(f"{path.stem} is there twice: {images[path.stem]} and {path}; keep one")
+    return images
 
 
 def _by_position(names: Sequence[str], counts: tuple[int, int]) -> dict[str, str]:
     """Sorted names: the first are train, the next val, the rest test."""
     train, val = counts
-    codes = ["train" if i < train else "val" if i < train + val else "test" for i in range(len(names))]
-    return dict(zip(sorted(names), codes))
+    return {n: "train" if i < train else "val" if i < train + val else "test" for i, n in enumerate(sorted(names))}
 
 
 def _find_folder(root: Path, name: str) -> Path:
@@ -179,8 +181,8 @@ def _pairs(path: Path, lines: list[str], separator: str | None, *, first_line: i
     return np.array(points)
 
 
-def _warn_when_partial(found: RawDataset, wanted: int, what: str) -> None:
-    if len(found.samples) < wanted:
-        found.warnings.append(
-            f"{len(found.samples)} of {wanted} {what} are here; splits and scores are not those of the full set"
+def _warn_when_partial(dataset: RawDataset, whole: int, what: str) -> None:
+    if len(dataset.samples) < whole:
+        dataset.warnings.append(
+            f"{len(dataset.samples)} of {whole} {what} are here; splits and scores are not those of the full set"
         )

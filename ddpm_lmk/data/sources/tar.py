@@ -39,15 +39,15 @@ def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
     Raises:
         DamagedTarError: after the last readable member, where the archive does not end as it should.
     """
-    seen: set[str] = set()
+    names: set[str] = set()
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:") as tar:  # `r:`: a compressed bomb is never unpacked
                 for member in tar:
-                    yield member, _fault(member, seen, size)
-                    seen.add(member.name)
+                    yield member, _fault(member, names, size)
+                    names.add(member.name)
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                 end = tar.offset
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, UnicodeError, OSError) as error:
@@ -57,9 +57,10 @@ def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
         _check_end(file, end, size)
 
 
-def _fault(member: tarfile.TarInfo, seen: set[str], size: int) -> str | None:
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name:
+def _fault(member: tarfile.TarInfo, names: set[str], size: int) -> str | None:
+    # Nothing is extracted, so none of this could do harm here; but what holds it was not made for pictures.
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
         return "its name leads out of the archive"
     if member.type in _KINDS:
         return f"{_KINDS[member.type]}, no plain file"
@@ -67,9 +68,9 @@ def _fault(member: tarfile.TarInfo, seen: set[str], size: int) -> str | None:
         return "sparse or of an unknown kind, no plain file"
     if member.offset_data + member.size > size or member.size < 0:
         return f"said to have {member.size} bytes, more than there are"
-    if name.suffix.lower() not in ALLOWED:
-        return f"suffix {name.suffix or 'none'}, wanted {' '.join(sorted(ALLOWED))}"
-    if member.name in seen:
+    if path.suffix.lower() not in ALLOWED:
+        return f"suffix {path.suffix or 'none'}, wanted {' '.join(sorted(ALLOWED))}"
+    if member.name in names:  # readers of tars differ in which of the two they take
         return "its name comes twice"
     return None
 

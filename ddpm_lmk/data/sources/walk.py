@@ -1,30 +1,25 @@
-"""Which files there are, in order of id: walked, sorted and kept on the disk, never in memory.
+"""Which files a source has, in order of id: folders and lists walked, names sorted in a temporary database.
 
-A tree may hold millions of files, so names are sorted in pieces that are merged (an external sort). Symbolic links to
-folders are followed, but into what is walked already; hidden files and folders are skipped, and so is what archives of
-macOS leave behind.
+A tree may hold millions of files, so names are never all in memory. Symbolic links to folders are followed, but into
+what is walked already; hidden files and folders are skipped, and so is what archives of macOS leave behind.
 """
 
 from __future__ import annotations
 
-import heapq
 import io
 import os
-import tempfile
+import sqlite3
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
+from ddpm_lmk.data.images.decode import RefusedImageError, read_content
 from ddpm_lmk.data.images.dicom import is_dicom
-from ddpm_lmk.errors import DataError
+from ddpm_lmk.errors import DataError, ResourceError
 
-Name = tuple[str, str]  # id, path
-_SORTED_AT_ONCE = 50_000
-_BLOCK = 1 << 16
 _SKIPPED = (".", "__MACOSX")
+_DICOM_HEAD = 132  # the preamble and `DICM`
 
 # The files that people give where a folder or a list is wanted, by their first bytes.
 _COMPRESSED = "is compressed, and pictures are read where they lie; unpack it and give the folder"
@@ -34,7 +29,7 @@ _FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
     *((magic, _COMPRESSED) for magic in (b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")),
     *((magic, _ONE_PICTURE) for magic in (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF8")),
 )
-ARCHIVES = frozenset({".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar"})
+_ARCHIVES = frozenset({".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar"})
 
 
 def walk(root: Path, suffixes: frozenset[str] | None, others: Counter[str]) -> Iterator[str]:
@@ -61,7 +56,8 @@ def walk(root: Path, suffixes: frozenset[str] | None, others: Counter[str]) -> I
                         waiting.append((f"{path}/", trees))
                     elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
                         real = os.path.realpath(entry.path)
-                        if not any(_overlap(real, tree) for tree in trees):
+                        # One folder in the other, or the same: the link leads in a circle, or to what is walked anyway.
+                        if not any(os.path.commonpath((real, tree)) in (real, tree) for tree in trees):
                             waiting.append((f"{path}/", (*trees, real)))
                     elif suffixes is None or (suffix := os.path.splitext(path)[1].lower()) in suffixes:  # noqa: PTH122
                         yield path
@@ -71,11 +67,6 @@ def walk(root: Path, suffixes: frozenset[str] | None, others: Counter[str]) -> I
             raise DataError(
                 f"a folder below {root} cannot be listed ({error.strerror}); mend it and pack again"
             ) from None
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Does one of two real folders lie in the other, or are they the same? So a link may lead in a circle."""
-    return os.path.commonpath((one, other)) in (one, other)
 
 
 def read_list(path: Path) -> Iterator[str]:
@@ -97,7 +88,7 @@ def _refuse_no_list(path: Path, head: bytes) -> None:
     for magic, what in _FIRST_BYTES:
         if head.startswith(magic):
             raise DataError(f"{path} {what}")
-    if b"\0" in head and is_dicom(head):  # in a list the mark is a name
+    if b"\0" in head and is_dicom(head):  # without a NUL it is text: a folder of a list may be called DICM
         raise DataError(
             f"{path} is one DICOM file, not a list; give its folder, or a text file with a path on each line"
         )
@@ -107,38 +98,58 @@ def _refuse_no_list(path: Path, head: bytes) -> None:
         raise DataError(f"{path} is not text; wanted a folder, or a UTF-8 text file with a path on each line")
 
 
-class Listing:
-    """Names in ascending order of id, on the disk; can be gone through more than once."""
+def begins_as_dicom(path: Path) -> bool:
+    """Is it a DICOM file by its first bytes? Pipes are not waited for, and what cannot be read is none."""
+    try:
+        return is_dicom(read_content(path, size=_DICOM_HEAD))
+    except (OSError, RefusedImageError):
+        return False
 
-    def __init__(self, names: Iterable[Name]) -> None:
-        names = iter(names)
-        pieces: list[BinaryIO] = []
-        while piece := sorted(islice(names, _SORTED_AT_ONCE)):
-            pieces.append(_written(piece))
-        self._count = 0
-        self._file = _written(heapq.merge(*(_read(piece) for piece in pieces)))
-        weakref.finalize(self, self._file.close)
-        for file in pieces:
-            file.close()
-        self._check()
+
+class Listing:
+    """Pairs (id, path) in ascending order of id, on the disk; can be gone through more than once.
+
+    Raises:
+        DataError: an id comes twice.
+        ResourceError: there is no room in the folder for temporary files.
+    """
+
+    def __init__(self, names: Iterable[tuple[str, str]]) -> None:
+        # The empty name is a database of its own in a temporary file, which goes with the connection.
+        self._db = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        weakref.finalize(self, self._db.close)
+        self._db.execute("CREATE TABLE names (id BLOB, path BLOB)")
+        try:
+            self._db.execute("BEGIN")
+            self._db.executemany(
+                "INSERT INTO names VALUES (?, ?)", ((_bytes(id_), _bytes(path)) for id_, path in names)
+            )
+            self._db.execute("CREATE INDEX by_id ON names (id, path)")
+        except sqlite3.OperationalError as error:
+            raise ResourceError(
+                f"names of files cannot be sorted ({error}); set TMPDIR to a folder with room"
+            ) from error
+        self._count = self._db.execute("SELECT count(*) FROM names").fetchone()[0]
+        several = "SELECT id, count(*) AS times FROM names GROUP BY id HAVING times > 1"
+        twice, first = self._db.execute(f"SELECT sum(times - 1), min(id) FROM ({several})").fetchone()
+        if twice:
+            raise DataError(f"{twice} ids come twice, first {_text(first)!r}; ids must differ: rename one of the files")
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Name]:
-        yield from _read(self._file)  # not `return`: the listing, and so its file, lives as long as this
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for id_, path in self._db.execute("SELECT id, path FROM names ORDER BY id"):
+            yield _text(id_), _text(path)
 
-    def _check(self) -> None:
-        """Count the names; raise DataError where an id comes twice."""
-        last, twice, first = None, 0, ""
-        for name, _ in self:
-            self._count += 1
-            if name == last:
-                twice += 1
-                first = first or name
-            last = name
-        if twice:
-            raise DataError(f"{twice} ids come twice, first {first!r}; ids must differ: rename one of the files")
+
+def _bytes(name: str) -> bytes:
+    """Bytes that compare as the strings do, also where a name is no UTF-8 on the disk and holds lone surrogates."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogatepass")
 
 
 def list_files(
@@ -155,32 +166,12 @@ def list_files(
     listing = Listing((id_of(path), path) for path in paths)
     if not len(listing):
         looked_for = "files" if suffixes is None else " ".join(sorted(suffixes))
-        seen = f", found {describe_others(others)}" if others else ""
-        raise DataError(f"no image below {source}; looked for {looked_for}{seen}")
+        found = f", found {describe_others(others)}" if others else ""
+        raise DataError(f"no image below {source}; looked for {looked_for}{found}")
     return listing
 
 
 def describe_others(others: Counter[str]) -> str:
     """Files of other suffixes in words, the most frequent first, and what to do about archives among them."""
     counts = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common(5))
-    return f"{counts}; archives are not looked into: unpack them" if ARCHIVES & set(others) else counts
-
-
-def _written(names: Iterable[Name]) -> BinaryIO:
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the listing
-    for name, path in names:
-        file.write(os.fsencode(name) + b"\0" + os.fsencode(path) + b"\0")
-    file.flush()
-    return file
-
-
-def _read(file: BinaryIO) -> Iterator[Name]:
-    """Reads by position, so that several may read one file."""
-    rest, offset = b"", 0
-    while block := os.pread(file.fileno(), _BLOCK, offset):
-        offset += len(block)
-        *parts, rest = (rest + block).split(b"\0")
-        if len(parts) % 2:
-            rest = parts.pop() + b"\0" + rest
-        for name, path in zip(parts[::2], parts[1::2]):
-            yield os.fsdecode(name), os.fsdecode(path)
+    return f"{counts}; archives are not looked into: unpack them" if _ARCHIVES & set(others) else counts

@@ -142,7 +142,7 @@ def run_demo(out: Path, placement: Placement, *, configs: Path | None = None) ->
         LmkError: whatever a stage raises.
     """
     demo = Demo.load(out, placement, configs or shipped("configs") / "demo")
-    refuse_another_recipe(demo)
+    refuse_another_recipe(demo)  # before minutes are spent on what would end in a table of unlike runs
     say(f"1/4 packing synthetic x-rays into {out / 'shards'}")
     for name, dataset in demo.shards.packs.items():
         _pack_once(out / "shards" / name, dataset, demo.shards.size)
@@ -190,6 +190,7 @@ def _pretrain(demo: Demo) -> None:
     cfg, out, placement = demo.pretraining.cfg, demo.pretraining.folder, demo.training_placement
     for remark in check_run(cfg, out, placement):
         say(remark)
+    # Timed before the first stage, together with the sweep: a run that timed itself would say only its own part.
     job: dict[str, Any] = {"config": cfg.model_dump(mode="json"), "out": str(out), "is_foretold": False}
     whole = demo.whole("pre-training")
     if demo.forecast is not None and whole is not None:

@@ -42,8 +42,9 @@ class State:
 
 def main() -> int:
     """Carry out the command line of this process; returns its exit code."""
-    files.protect()
+    files.protect()  # what is written is about patients
     accept_any_encoding()
+    # Variables of an outer torchrun or mpirun would make torch wait for ranks that nobody starts.
     for line in environment.stand_alone():
         say(f"note: {line}")
     return run(sys.argv[1:])
@@ -54,7 +55,7 @@ def run(arguments: list[str]) -> int:
     State.debug = False  # tests call this many times in one process
     try:
         app(args=arguments, prog_name="ddpm-lmk")
-    except SystemExit as stop:
+    except SystemExit as stop:  # how click leaves, also after --help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LmkError as error:
         if State.debug:
@@ -102,7 +103,7 @@ def doctor(
     from ddpm_lmk.config.load import load_run
     from ddpm_lmk.launcher import place
 
-    # Its data need not be here.
+    # Its data need not be here: only the size of its checkpoints counts.
     cfg = None if run_file is None else load_run(run_file, ["data.path=.", "data.weights=null"])
     findings = examine(out, cfg=cfg)
     if rdzv is not None:

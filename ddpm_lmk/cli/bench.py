@@ -63,6 +63,7 @@ def bench(
     for number, script in enumerate(chosen, 1):
         say(f"bench {script} ({number} of {len(chosen)}) {' '.join(context.args)}".rstrip())
         words = [*context.args, *shared, "--out", str(out)]
+        # In a process of its own: memory, threads and chosen kernels of one benchmark must not weigh on the next.
         code = subprocess.run([sys.executable, str(scripts[script]), *words], check=False).returncode
         if code:
             failed[script] = code

@@ -23,6 +23,7 @@ from ddpm_lmk.launcher.placement import split_address
 from ddpm_lmk.system.limits import absent
 from ddpm_lmk.system.machine import FLOORS, advice, below_floor, granted_cores, nvidia_driver, version
 
+# The package that stands for all of an extra.
 EXTRAS = {
     "nvidia-dali-cuda130": "dali",
     "deepspeed": "deepspeed",
@@ -32,13 +33,14 @@ EXTRAS = {
     "onnxscript": "onnx",
 }
 PROBE_MIB = 64
-LOW_DISK_GIB = 5.0
+LOW_DISK_GIB = 5.0  # a few checkpoints of the paper's network, 79.5 M parameters
 LOW_SHM_GIB = 1.0  # Docker's default is 64 MiB
 LIMITS = (
+    # Every loading process keeps its shards open.
     ("open files", resource.RLIMIT_NOFILE, 1024, "many shards need more; ulimit -n 4096"),
     ("processes", resource.RLIMIT_NPROC, 512, "threads count too; ulimit -u 4096"),
 )
-MEETING_S = 60
+MEETING_S = 60  # to start the same command on all nodes by hand
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,16 @@ def check_gpus() -> Iterator[Finding]:
             how = "" if has_bf16 else "no instructions for bf16: train.precision=auto is fp32; time fp16 too"
             bf16 = "yes" if has_bf16 else "no"
             yield Finding("ok" if has_bf16 else "note", f"gpu {index}", f"{name}, {size}, bf16 {bf16}", how)
-        if len(set(names)) > 1:
+        if len(set(names)) > 1:  # kernels differ between kinds, and with them the last bits
             how = "one run on both waits for the slower, and is at most of class ordered; choose with "
             how += "CUDA_VISIBLE_DEVICES"
             yield Finding("note", "gpus", f"of {len(set(names))} kinds: {', '.join(sorted(set(names)))}", how)
     elif torch.version.cuda is None:
         how = "runs use the CPU; for a GPU install the CUDA build: pip install torch from PyPI without a CPU index"
         yield Finding("note", "gpu", "this torch is a CPU build", how)
-    elif hidden is not None and hidden.strip() in ("", "-1"):
+    elif hidden is not None and hidden.strip() in ("", "-1"):  # both hide all devices
         yield Finding("note", "gpu", f"hidden by CUDA_VISIBLE_DEVICES={hidden!r}", "unset it to use them")
-    elif driver:
+    elif driver:  # most often the driver is older than this torch
         how = f"the driver is there but torch cannot use it; wanted one for CUDA {torch.version.cuda} or newer"
         yield Finding("problem", "gpu", wanted, how)
     else:
@@ -137,6 +139,7 @@ def check_gpus() -> Iterator[Finding]:
 
 def check_disk(folder: Path, cfg: RunConfig | None) -> Iterator[Finding]:
     """Free space against the checkpoints of a run, and how fast a file is written and synced where runs would go."""
+    # The folder may not be there yet; its disk is that of the nearest one that is.
     place = next((parent for parent in (folder, *folder.absolute().parents) if parent.is_dir()), Path("/"))
     free_gib = shutil.disk_usage(place).free / 2**30
     try:

@@ -55,6 +55,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     world = placement.processes * placement.nodes
     share = cfg.model_copy(update={"train": train.model_copy(update={"group_size": train.group_size // world})})
     parallel = Parallel("cuda" if placement.device == "cuda" else "cpu")
+    # Processes on the CPU share its memory, those on GPUs have one each.
     room = device_bytes(parallel) // (placement.processes if placement.device == "cpu" else 1)
     # What `auto` becomes, by the memory model alone: a run on a GPU also tries a step, which takes its time.
     fitted = fit_to_device(share, task.out_channels, parallel, steps=steps, room=room, probe=lambda run: True)
@@ -94,6 +95,7 @@ def _time(cfg: RunConfig, placement: Placement, out: Path, steps: int, instead: 
     if isinstance(forecast, str):
         return [("time", f"not known: {forecast}")]
     words = [str(forecast)]
+    # Steps are timed without their all-reduce, so that no process group has to be started for a forecast.
     words += ["without communication between processes"] if placement.processes > 1 else []
     words += [f"{placement.nodes} nodes like this one"] if placement.nodes > 1 else []
     rows = [("time", ", ".join(words))]
@@ -110,6 +112,7 @@ def smaller_run(cfg: RunConfig, command: Stage, run_file: Path, device: Device) 
     words = [f"data.path={paths[0] if len(paths) == 1 else '[' + ', '.join(paths) + ']'}"]
     if cfg.init.weights is None:
         return _offer(command, words)
+    # Weights of a larger network would be refused by the offered command.
     if _fits_cpu_file(cfg):
         return _offer(command, [*words, f"init.weights={cfg.init.weights}"])
     return _offer(command, [*words, "init.weights=RUN"]) + PRETRAIN_FIRST

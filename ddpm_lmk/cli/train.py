@@ -84,6 +84,7 @@ def _add_training_command(name: Stage, text: str) -> None:
             typer.Option(metavar="OTHER.yaml", help="compare with another run file", callback=shipped_file),
         ] = None,
     ) -> None:
+        # Imports take seconds, and a scheduler that asks for a stop meanwhile gets its exit code.
         with leaving_at_once():
             from ddpm_lmk.cli.dry_run import plan_run, smaller_run
             from ddpm_lmk.config import RunConfig
@@ -111,12 +112,13 @@ def _add_training_command(name: Stage, text: str) -> None:
                 refuse_if_in_use(folder)
             placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
             instead = smaller_run(cfg, name, run_file, placement.device)
+            # Before anything is written, and before ranks are started that would each say the same.
             for remark in check_run(cfg, folder, placement, fork=None if fork is None else source):
                 say(remark)
             if dry_run:
                 print_table(("", ""), plan_run(cfg, placement, source, instead=instead))
                 return
-            environment.check_copies(placement.nodes)
+            environment.check_copies(placement.nodes)  # srun and mpirun start copies of one command
             job = {"config": cfg.model_dump(mode="json"), "out": str(folder), "strict": strict, "instead": instead}
             job["fork"] = None if fork is None else str(source)
             say(f"{cfg.name}: {placement}, {folder}")
@@ -231,6 +233,7 @@ def slurm(
     from ddpm_lmk.launcher.placement import read_launch_file
     from ddpm_lmk.launcher.preflight import check_run
 
+    # The node that queues the job may have no GPU, so none is taken for granted.
     if (gpus is not None) + (cpu is not None) + (launch is not None) != 1:
         raise ConfigError("give one of --gpus N, --cpu N and --launch FILE: what each node has to start")
     if launch is not None:

@@ -19,7 +19,7 @@ from ddpm_lmk.launcher import Placement, preflight
 from ddpm_lmk.rundir import lock
 from ddpm_lmk.sweep.expand import Cell, StageRun, Sweep, SweepRun
 
-MAX_FAULTS = 3  # in one message
+MAX_FAULTS = 3  # in one message, which stays readable; the next call names the others
 REMEDY = {
     DataError: "packs.NAME=DIR or data.path=DIR names other packs",
     CheckpointError: "start.LABEL=PATH names other weights, without=[LABEL] does without",
@@ -35,6 +35,7 @@ def check_sweep(sweep: Sweep, placement: Placement) -> list[str]:
     """
     cells = [cell for cell in sweep.cells if not cell.is_done()]
     stages = [stage for stage in sweep.stages_of(cells) if not stage.is_done()]
+    # Where nothing is left to do nothing is written, so a finished sweep may lie on a disk that is read-only.
     for folder in dict.fromkeys((sweep.out, sweep.out / "cells", *(stage.folder for stage in stages))) if cells else ():
         lock.want_writable(folder)
     refuse_other_settings(sweep.out, [*stages, *cells])
@@ -69,7 +70,7 @@ class _Checks:
             preflight.want_same_data(folder, corpora)
             if stage is not None:
                 require_snapshot(cfg, stage, self._open(stage.cfg))
-            key = config_hash(cfg.model_copy(update={"seed": 0, "name": "same"}))
+            key = config_hash(cfg.model_copy(update={"seed": 0, "name": "same"}))  # neither changes what must fit
             if key not in self._checked_starts and not preflight.has_begun(folder):
                 preflight.check_start(cfg, folder, corpora, stage=None if stage is None else stage.cfg)
                 self._checked_starts.add(key)
@@ -106,7 +107,7 @@ class _Checks:
 def require_snapshot(cfg: RunConfig, stage: StageRun, corpora: Sequence[Corpus]) -> None:
     """Raise `ConfigError` where a cell starts from a snapshot that its stage will not keep."""
     weights = Path(cfg.init.weights or "")
-    if weights == stage.folder or weights.exists():
+    if weights == stage.folder or weights.exists():  # the final weights, which every run keeps; or made before
         return
     steps = sorted(snapshot_steps(stage.cfg, sum(len(corpus.rows) for corpus in corpora)))
     step = int(weights.name.removeprefix("step-"))

@@ -46,6 +46,7 @@ class SweepRun:
         train = self.cfg.train
         if num_images is None and train.length.unit == "epochs":
             return None
+        # A length in steps or images does not depend on the dataset, so any number of images gives it.
         plan = GroupPlan.of(self.cfg, num_images or 1)
         return train.length.steps(train.group_size, num_images or 1, plan.steps_per_epoch)
 
@@ -69,7 +70,7 @@ class SweepRun:
         """Images of the training splits, where the data is there."""
         try:
             return sum(len(dataset.rows(self.cfg.data.splits)) for dataset in open_datasets(self.cfg.data))
-        except DataError:
+        except DataError:  # `--dry-run` shows its table first, then the check refuses what is missing
             return None
 
 
@@ -171,6 +172,7 @@ class _Expansion:
                         "other labels"
                     )
                 cells[cell.name] = cell
+        # Weights given in place of a stage leave nothing to run for it.
         to_run = tuple(stage for name, stage in stages.items() if name not in self._read.given_stages)
         # Longest first: the last cells to end are then short ones, and few workers wait for them.
         longest_first = tuple(sorted(cells.values(), key=lambda cell: -cell.images))
@@ -212,6 +214,7 @@ class _Expansion:
         cfg = load_run(run, [*_words(settings), *self._read.run_words])
         if cfg.task.kind != "landmarks":
             raise ConfigError(f"{run}: a sweep needs a fine-tuning run (task.kind: landmarks), found {cfg.task.kind}")
+        # The words of the command line come last: these two would make all cells of a row alike.
         if (cfg.data.shots, cfg.seed) != (settings["data.shots"], settings["seed"]):
             raise ConfigError("data.shots and seed are the sweep's own; override shots=[...] and seeds=[...] instead")
         return cfg
@@ -228,6 +231,7 @@ class _Expansion:
 
     def _data(self, *names: str) -> dict[str, Any]:
         """What to set so that a run reads these datasets; without names it reads those of its run file."""
+        # `data.weights` of the run file are shares of its own datasets, and their number may be another.
         return {"data.path": [self._file.packs[name] for name in names], "data.weights": None} if names else {}
 
 
@@ -237,6 +241,7 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
 
 def recipe_key(cfg: RunConfig) -> str:
     """Equal for runs that differ in name, shots, seed, datasets and starting weights only."""
+    # What the rows and columns of a table differ in; all else has to be equal for a fair comparison.
     data = cfg.data.model_copy(update={"shots": None, "path": ()})
     init = cfg.init.model_copy(update={"weights": None})
     return config_hash(cfg.model_copy(update={"name": "same", "seed": 0, "data": data, "init": init}))

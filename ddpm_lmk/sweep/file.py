@@ -31,8 +31,10 @@ from ddpm_lmk.config.yaml import parse_word
 from ddpm_lmk.errors import ConfigError
 
 STAGE = "stage:"
+# First parts of the words that change the sweep; any other word is a key of its run files.
 OWN_KEYS = ("name", "run", "shots", "seeds", "start", "stage", "stages", "packs", "only", "without")
 
+# Labels are parts of folder names and of `key=value` words.
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=40)]
 Shots = tuple[Annotated[int, Field(ge=1)] | None, ...]
 Seeds = tuple[Annotated[int, Field(ge=0)], ...]
@@ -221,7 +223,7 @@ def _override_list(data: dict[str, Any], key: str, values: list[Any]) -> None:
     for grid in grids:
         shared = [label for label in grid.get("start") or {} if names.count(label) > 1]
         if key != "shots" or not shared or not isinstance(grid.get(key), list):
-            grid.pop(key, None)
+            grid.pop(key, None)  # so that the sweep's own list holds for it
             continue
         known = [k for other in grids if shared[0] in (other.get("start") or {}) for k in other.get(key) or values]
         unknown = [k for k in values if k not in known]
@@ -262,5 +264,6 @@ def _choose_starts(sweep: SweepFile, chosen: dict[str, list[str]]) -> SweepFile:
     grids = tuple(grid.model_copy(update={"start": start}) for grid, start in zip(sweep.grids, starts) if start)
     if not grids:
         raise ConfigError("command line: only= and without= leave no cell; name at least one start")
+    # Texts about starts that were left out are no mistake.
     rows = {label: text for label, text in sweep.rows.items() if label in left}
     return sweep.model_copy(update={"grids": grids, "rows": rows})

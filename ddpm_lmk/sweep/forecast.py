@@ -146,6 +146,7 @@ def forecast_sweep(
         budget_s: for the timed steps of one kind.
     """
     stages, cells = ([_Left.of(run) for run in runs if not run.is_done()] for runs in (sweep.stages, sweep.cells))
+    # Many networks share the time there is for timing.
     budget_s = min(budget_s, MOST_S / max(1, len({each.kind for each in (*stages, *cells)})))
     runs: dict[str, Forecast | str] = {}
     start_s = 0.0
@@ -155,14 +156,15 @@ def forecast_sweep(
             kinds.setdefault(each.kind, each)
         firsts, timings = list(kinds.values()), list[Timing | str]()
         if any(isinstance(each, Forecast) and each.total_s > DAYS_S for each in runs.values()):
-            timings = [AFTER_DAYS] * len(kinds)
+            timings = [AFTER_DAYS] * len(kinds)  # no answer changes what the user has to do about a stage of days
         elif left is stages and device == "cuda":  # one after the other, each on all GPUs
+            # Apart: a process that has used a GPU holds its context, and this one lasts as long as the sweep.
             place = Placement(device, devices or workers)
             timings = [time_run(each.run.cfg, each.spec, place, budget_s=budget_s, is_apart=True) for each in firsts]
         elif kinds:
             timings = time_apart(
                 [each.run.cfg for each in firsts],
-                processes=min(workers, len(left)),
+                processes=min(workers, len(left)),  # memory bandwidth and caches are shared with the others
                 device=device,
                 devices=devices,
                 specs=[each.spec for each in firsts],
@@ -170,6 +172,7 @@ def forecast_sweep(
                 steps=[each.work.steps for each in firsts],
             )
         of_kind = dict(zip(kinds, timings, strict=True))
+        # Workers start side by side, so the slowest start counts.
         start_s = max([start_s, *(timing.start_s for timing in timings if isinstance(timing, Timing))])
         for each in left:
             timing = of_kind[each.kind]
@@ -223,6 +226,7 @@ def _shortened(cfg: RunConfig, name: str) -> RunConfig:
 
 def _rate(run: Path) -> float:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # The median: a worker that starts late, or a pause of the machine, touches a few steps only.
     return statistics.median(line["images_per_s"] for line in lines[len(lines) // 2 :])
 
 

@@ -96,13 +96,13 @@ def _do_cell(cell: Cell, job: dict[str, Any], workbench: Workbench, report: Repo
             return
         failure = failure_file(cell)
         if (read_json(failure) or {}).get("session") == job["session"]:
-            return
+            return  # another worker of this sweep has tried it; a later command tries it again
         report("start", cell=cell.name)
-        sys.stderr.write(f"--- {cell.name}\n")
+        sys.stderr.write(f"--- {cell.name}\n")  # the log of a worker holds many cells
         started = time.monotonic()
         try:
             run.execute(cell.cfg, cell.folder, device=job["device"], workbench=workbench)
-        except StoppedError:
+        except StoppedError:  # the cell is saved, and this worker has to leave
             raise
         except Exception as error:  # a cell that fails, for whatever reason, must not stop the others
             traceback.print_exc()

@@ -164,7 +164,7 @@ def test_folder_of_images_is_predicted_whole_and_what_is_no_image_is_named(
     result = lmk("predict", finetuned, folder, folder / "b.png", "--out", tmp_path / "out")
     assert result.code == 0, result.err
     assert "3 predicted, 0 failed" in result.out
-    assert "1 files that are no images were not looked at (.txt 1)" in result.err
+    assert "1 files that are no images were skipped (.txt 1)" in result.err
     found = list(dict.fromkeys(row["file"] for row in rows_of(tmp_path / "out" / "predictions.csv")))
     assert found == [str(folder / name) for name in ("a.PNG", "b.png", "deep/c.tif")]
     (tmp_path / "empty").mkdir()

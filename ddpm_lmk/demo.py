@@ -34,7 +34,7 @@ from ddpm_lmk.system.machine import granted_cores
 from ddpm_lmk.system.shipped import shipped
 from ddpm_lmk.system.signals import check_stopped
 
-MOST_CPU_WORKERS = 4
+MOST_CPU_WORKERS = 4  # eighteen cells of seconds each: more workers spend their time on importing torch
 BUDGET_S = 2.0  # for timed steps: they delay a demo of minutes
 REPORT_S = 10.0  # figures and a page
 

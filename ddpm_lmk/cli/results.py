@@ -68,6 +68,7 @@ def predict(
     from ddpm_lmk.inference.predict import predict_images
 
     summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, frame=frame, device=device)
+    # One bad file among thousands must not cost the others; `check` decides on the exit code.
     for name, reason in summary.errors.items():
         say(f"failed: {name}: {reason}")
     if summary.passed_over:
@@ -126,7 +127,7 @@ def import_weights(
         more = ", ..." if len(found["passed_over"]) > MAX_NAMES else ""
         typer.echo(f"skipped, no weights: {', '.join(found['passed_over'][:MAX_NAMES])}{more}")
     typer.echo(f"{found['network']}; {found['num_tensors']} tensors, {found['num_parameters']:,} parameters; {out}")
-    if not found["network"].startswith("unknown"):
+    if not found["network"].startswith("unknown"):  # other tensors are kept too, but no run can use them
         typer.echo(f"a run starts from them with init.weights={out}")
 
 

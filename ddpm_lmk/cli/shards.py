@@ -18,7 +18,7 @@ shards_app = typer.Typer(name="shards", help="Pack x-rays into shards, check the
 
 PIXELS = "for pixels"
 LABELS = "for labels"
-MAX_LINES = 5
+MAX_LINES = 5  # of a list on the terminal; files hold all of them
 
 DatasetArgument = Annotated[
     str, typer.Argument(metavar="DIR|URL", help="folder written by `shards pack`, or a URL of one")
@@ -135,6 +135,7 @@ def _report(summary: PackSummary) -> None:
         say(f"... all {summary.num_refused} refused images are in {summary.out / 'refused.jsonl'}")
     if summary.resumed_at:
         say(f"resumed after the {summary.resumed_at} images of an interrupted packing")
+    # Resumed and very small packings take no measurable time.
     speed = summary.packed / max(summary.seconds, 1e-9)
     typer.echo(
         f"{summary.out}: {summary.packed} images ({_listed(summary.per_split)}), "

@@ -206,7 +206,7 @@ class SweepView:
         results = read_json(self._runs[name].folder / "results.json") or {}
         scores = results.get("protocols", {}).get("original")
         leak = (results.get("leakage") or {}).get("pretraining", {})
-        if leak.get("status") == "overlap":
+        if leak.get("status") == "overlap":  # such a score is not shown without a remark anywhere
             return f", scored on {leak['images']} images that pre-training saw: see `ddpm-lmk report`"
         return f", MRE {scores['mre']:.2f} {scores['unit']}" if scores else ""
 
@@ -215,6 +215,7 @@ def last_step(path: Path) -> int:
     """The step of the last whole line of a metrics file; 0 where there is none yet."""
     try:
         with path.open("rb") as file:
+            # Twice a second for every run: a metrics file of days has megabytes.
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]
     except OSError:
@@ -298,6 +299,7 @@ def write_summary(sweep: Sweep, *, done: Collection[str], failed: Mapping[str, s
     texts = {label: text.model_dump(exclude_none=True) for label, text in sweep.rows.items()}
     stages = {stage.name: str(stage.folder) for stage in sweep.stages}
     facts = {"kind": "sweep", "name": sweep.name, "dataset": dataset, "rows": texts, "stages": stages, "cells": rows}
+    # Whole and anew each time, so that a sweep killed at any moment leaves tables of what is done.
     files.write_json(sweep.out / "sweep.json", facts)
     files.write_text(sweep.out / "results.csv", to_csv(scores))
 

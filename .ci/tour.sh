@@ -60,7 +60,7 @@ PYTHONIOENCODING=ascii run 0 --help
 run 0 doctor --out runs
 run 0 pretrain --explain train
 run 0 init "run files"
-made "run files/README.md" "run files/configs/README.md" "run files/launch/slurm/gpu8.sbatch"
+made "run files/configs/README.md" "run files/launch/slurm/gpu8.sbatch"
 run 7 init "run files"
 has "exists and is kept"
 

@@ -37,7 +37,7 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 # What answers at once on a login node: never imports torch when imported, whatever it does when called.
 WITHOUT_TORCH = [
     *("errors", "config", "config.load", "config.explain", "config.yaml", "bench", "report.page"),
-    *("cli", "cli.shards", "cli.results", "cli.bench", "cli.offer"),
+    *("cli", "cli.app", "cli.train", "cli.shards", "cli.results", "cli.bench", "cli.dry_run", "cli.doctor"),
     *("sweep", "sweep.run", "sweep.progress", "sweep.forecast"),
     *("launcher", "launcher.rank", "launcher.supervise", "launcher.preflight", "launcher.time_runs"),
     *(

@@ -20,9 +20,9 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, DataError, RunConflictError
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.checkpoint import load_weights
-from ddpm_lmk.sweep import is_done, load_sweep, state_of
+from ddpm_lmk.sweep import load_sweep
 from ddpm_lmk.sweep.run import run_sweep
-from tests.sweep.test_sweep import write_sweep
+from tests.sweep.sweeps import write_sweep
 
 Maker = Callable[..., RunConfig]
 
@@ -119,11 +119,11 @@ def test_a_sweep_whose_packs_and_folder_moved_repeats_no_cell(
     start = {"scratch": None, "ddpm": str(tmp_path / "old" / "parent")}
     file = write_sweep(tmp_path, packed_phantoms, shots=[1], seeds=[0], start=start)
     out = tmp_path / "old" / "sweep"
-    assert run_sweep(load_sweep(file), out, console=Console(file=io.StringIO())) == 0
+    assert run_sweep(load_sweep(file, out=out), console=Console(file=io.StringIO())) == 0
     (tmp_path / "old").rename(tmp_path / "new")
     there = copied(packed_phantoms, tmp_path / "scratch")
     words = [f"data.path={there}", f"start.ddpm={tmp_path / 'new' / 'parent'}"]
-    sweep = load_sweep(file, words)
-    assert [state_of(tmp_path / "new" / "sweep", cell) for cell in sweep.cells] == ["done", "done"]
-    other = load_sweep(file, [*words, "optim.lr=0.5"])
-    assert not any(is_done(tmp_path / "new" / "sweep" / "cells" / cell.name, cell) for cell in other.cells)
+    sweep = load_sweep(file, words, out=tmp_path / "new" / "sweep")
+    assert [cell.state() for cell in sweep.cells] == ["done", "done"]
+    other = load_sweep(file, [*words, "optim.lr=0.5"], out=tmp_path / "new" / "sweep")
+    assert not any(cell.is_done() for cell in other.cells)

@@ -1,4 +1,4 @@
-"""The command line: thin, one function call per command."""
+"""The command line: thin, one function call per command, and the only place that prints results."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def bench(
     name = Path(name).stem  # benchmarks/loader.py is the file itself
     if name != "all" and name not in scripts:
         raise ConfigError(f"there is no benchmark {name!r}; use one of {', '.join(scripts)}, or all")
-    make_writable(out)
+    make_writable(out)  # before minutes of measuring
     chosen = [script for script in ALL if script in scripts] if name == "all" else [name]
     has_budget = name == "all" or budget_min != DEFAULT_BUDGET_MIN
     shared = ["--budget-s", f"{60 * budget_min / len(chosen):.0f}"] if has_budget else []
@@ -63,6 +63,7 @@ def bench(
     for number, script in enumerate(chosen, 1):
         say(f"bench {script} ({number} of {len(chosen)}) {' '.join(context.args)}".rstrip())
         words = [*context.args, *shared, "--out", str(out)]
+        # In a process of its own: memory, threads and chosen kernels of one benchmark must not weigh on the next.
         code = subprocess.run([sys.executable, str(scripts[script]), *words], check=False).returncode
         if code:
             failed[script] = code

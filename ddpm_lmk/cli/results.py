@@ -23,18 +23,19 @@ DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device"
 @results_app.command()
 def evaluate(
     run_dir: RunArgument,
-    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="packed, labelled shards")],
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="folder of labelled shards")],
     split: Annotated[str, typer.Option("--split", help="split that is scored")] = "test",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="RUN/evaluate-SPLIT")] = None,
     device: DeviceOption = "auto",
     acknowledge_leakage: AcknowledgeOption = False,
 ) -> None:
-    """Score a finished run on a split of any packed set with the same landmarks."""
+    """Score a finished run on a split of any dataset with the same landmarks."""
     from ddpm_lmk.data.duplicates.report import refuse_seen
     from ddpm_lmk.inference.evaluate import evaluate_run
 
     folder = out or run_dir / f"evaluate-{split}"
     results = evaluate_run(run_dir, data=data, split=split, out=folder, device=device)
+    # After scoring and writing: the numbers are kept, and shown only to those who know what they are.
     for line in refuse_seen([results], acknowledged=acknowledge_leakage):
         typer.echo(line)
     for protocol, scores in results["protocols"].items():
@@ -67,11 +68,12 @@ def predict(
     from ddpm_lmk.inference.predict import predict_images
 
     summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, frame=frame, device=device)
+    # One bad file among thousands must not cost the others; `check` decides on the exit code.
     for name, reason in summary.errors.items():
         say(f"failed: {name}: {reason}")
     if summary.passed_over:
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in summary.passed_over.most_common(5))
-        say(f"{summary.passed_over.total()} files that are no images were not looked at ({kinds})")
+        say(f"{summary.passed_over.total()} files that are no images were skipped ({kinds})")
     typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")
     summary.check(strict=strict)
 
@@ -123,9 +125,9 @@ def import_weights(
         typer.echo(f"also in the file: {name}, {count} tensors; --take {name} takes it instead")
     if found["passed_over"]:
         more = ", ..." if len(found["passed_over"]) > MAX_NAMES else ""
-        typer.echo(f"no weights, passed over: {', '.join(found['passed_over'][:MAX_NAMES])}{more}")
+        typer.echo(f"skipped, no weights: {', '.join(found['passed_over'][:MAX_NAMES])}{more}")
     typer.echo(f"{found['network']}; {found['num_tensors']} tensors, {found['num_parameters']:,} parameters; {out}")
-    if not found["network"].startswith("unknown"):
+    if not found["network"].startswith("unknown"):  # other tensors are kept too, but no run can use them
         typer.echo(f"a run starts from them with init.weights={out}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.system.console import print_table, progress, say
 
 if TYPE_CHECKING:
     from ddpm_lmk.data.shards.pack import PackSummary
@@ -17,12 +18,12 @@ shards_app = typer.Typer(name="shards", help="Pack x-rays into shards, check the
 
 PIXELS = "for pixels"
 LABELS = "for labels"
-MAX_LINES = 5
+MAX_LINES = 5  # of a list on the terminal; files hold all of them
 
-PackArgument = Annotated[
+DatasetArgument = Annotated[
     str, typer.Argument(metavar="DIR|URL", help="folder written by `shards pack`, or a URL of one")
 ]
-ShardsArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder written by `shards pack`")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder written by `shards pack`")]
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="folder, list or tars of x-rays; for phantoms: chest, skull or hand")
 ]
@@ -116,19 +117,16 @@ def pack(
     given = dict(locals())
     from ddpm_lmk.data.pack_settings import PackSettings
     from ddpm_lmk.data.shards.pack import pack as pack_shards
-    from ddpm_lmk.system.console import progress
 
     chosen = {key: given[key] for key in PackSettings.model_fields if key in given}  # checked, and named, there
     chosen |= {"name": name or "", "thresholds": thresholds or (), "spacing_pair": _pair(spacing_pair)}
     settings = PackSettings.model_validate(chosen | {"counts": _counts(counts or [])})
     with progress(f"packing {source}") as show:
         summary = pack_shards(source, out, settings, id_key=id_key, id_map=id_map, workers=workers, progress=show)
-    _tell(summary)
+    _report(summary)
 
 
-def _tell(summary: PackSummary) -> None:
-    from ddpm_lmk.system.console import say
-
+def _report(summary: PackSummary) -> None:
     for warning in summary.warnings:
         say(f"warning: {warning}")
     for line in summary.refused[:MAX_LINES]:
@@ -136,7 +134,8 @@ def _tell(summary: PackSummary) -> None:
     if summary.num_refused > MAX_LINES:
         say(f"... all {summary.num_refused} refused images are in {summary.out / 'refused.jsonl'}")
     if summary.resumed_at:
-        say(f"went on after {summary.resumed_at} images that an interrupted packing had done")
+        say(f"resumed after the {summary.resumed_at} images of an interrupted packing")
+    # Resumed and very small packings take no measurable time.
     speed = summary.packed / max(summary.seconds, 1e-9)
     typer.echo(
         f"{summary.out}: {summary.packed} images ({_listed(summary.per_split)}), "
@@ -152,23 +151,22 @@ def _by_code(summary: PackSummary) -> str:
 
 
 @shards_app.command()
-def verify(folder: PackArgument) -> None:
+def verify(folder: DatasetArgument) -> None:
     """Read everything again: checksums, tar members, pixels, labels and counts."""
     from ddpm_lmk.data.shards.verify import verify as verify_shards
-    from ddpm_lmk.system.console import say
 
     report = verify_shards(folder)
     for line in [*report.foreign, *report.problems][:MAX_LINES]:
         say(line)
     report.check()
     if not report.is_listed:
-        say("the server does not tell what else lies there, so that was not looked at")
+        say("the server lists no files, so foreign ones were not checked for")
     splits = _listed(report.per_split)
     typer.echo(f"{folder}: good; {report.samples} samples ({splits}) in {report.shards} shards, {_mib(report.bytes)}")
 
 
 @shards_app.command()
-def index(folder: ShardsArgument) -> None:
+def index(folder: FolderArgument) -> None:
     """Rebuild a lost or damaged index.npy from the shards."""
     from ddpm_lmk.data.shards.index import rebuild_index
     from ddpm_lmk.data.shards.manifest import read_header
@@ -178,34 +176,33 @@ def index(folder: ShardsArgument) -> None:
 
 @shards_app.command()
 def sign(
-    folder: ShardsArgument,
+    folder: FolderArgument,
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="key file; made where there is none")],
 ) -> None:
-    """Sign a pack; where LMK_SIGNING_KEY names the key file, only packs signed with it are read."""
+    """Sign a dataset; where LMK_SIGNING_KEY names the key file, only datasets signed with it are read."""
     from ddpm_lmk.data.shards.manifest import Manifest
     from ddpm_lmk.data.shards.manifest import sign as sign_shards
 
-    Manifest.open(folder).close()
+    Manifest.open(folder).close()  # a damaged one is refused: the signature is of what its manifest says
     typer.echo(str(sign_shards(folder, key)))
 
 
 @shards_app.command()
 def compare(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="packs, as data.path of a run would name them")
+        list[Path], typer.Argument(metavar="DIR...", help="datasets, as data.path of a run would name them")
     ],
     protect: Annotated[
         list[Path] | None, typer.Option("--protect", metavar="DIR", help="as data.protect; repeatable")
     ] = None,
     splits: Annotated[list[str] | None, typer.Option("--split", help="as data.splits; repeatable")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="what was found, as JSON")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="the record of it, as JSON")] = None,
 ) -> None:
-    """Find what pre-training would leave out: images of test sets, of their patients, and copies."""
+    """Find what pre-training would leave out: images of test sets, of their patients, and duplicates."""
     from ddpm_lmk.config import DataConfig
     from ddpm_lmk.data.duplicates.fingerprints import ensure_fingerprints
     from ddpm_lmk.data.duplicates.leakage import Uncompared, exclusion
     from ddpm_lmk.data.shards.manifest import Manifest
-    from ddpm_lmk.system.console import print_table
     from ddpm_lmk.system.files import write_json
 
     for folder in [*folders, *(protect or [])]:
@@ -238,13 +235,12 @@ def compare_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 
 @shards_app.command()
 def show(
-    folders: Annotated[list[str], typer.Argument(metavar="DIR|URL...", help="packs to look at, alone or as a pool")],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR|URL...", help="datasets to show, alone or as a pool")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="./show-NAME")] = None,
-    count: Annotated[int, typer.Option(min=1, max=400, help="images of each pack on the contact sheet")] = 24,
+    count: Annotated[int, typer.Option(min=1, max=400, help="images of each dataset on the contact sheet")] = 24,
 ) -> None:
-    """Contact sheets with landmarks, statistics, copies and leaks, and what was refused, as pictures and one page."""
+    """Contact sheets with landmarks, statistics, duplicates, leakage and refused images, as pictures and one page."""
     from ddpm_lmk.data.preview import show as show_shards
-    from ddpm_lmk.system.console import print_table
 
     name = _last_part(folders[0]) if len(folders) == 1 else "pool"
     shown = show_shards(folders, out or Path(f"show-{name}"), count=count)

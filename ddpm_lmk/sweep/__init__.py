@@ -1,25 +1,12 @@
-"""A table of runs: how it is written (`file`), which runs these are (`plan`, shown by `table`), whether they
-can run (`check`), running them.
+"""A table of runs: read it (`file`), expand it (`expand`), check it (`check`), time it (`forecast`), run it (`run`).
 
-`run` starts pre-training (`stages`) and then cells (`worker`), `view` shows them on a terminal, `summary` writes how
-they stand.
+`worker` is what a child process does, `progress` what is shown and written of how the sweep stands.
 """
 
 from __future__ import annotations
 
-from ddpm_lmk.sweep.expand import Cell, StageRun, Sweep, cell_folder, is_done, load_sweep, state_of
+from ddpm_lmk.sweep.expand import Cell, StageRun, Sweep, cell_folder, load_sweep
 from ddpm_lmk.sweep.file import SweepFile
-from ddpm_lmk.sweep.progress import listed_shots, plan_table
+from ddpm_lmk.sweep.progress import plan_table
 
-__all__ = [
-    "Cell",
-    "StageRun",
-    "Sweep",
-    "SweepFile",
-    "cell_folder",
-    "is_done",
-    "listed_shots",
-    "load_sweep",
-    "plan_table",
-    "state_of",
-]
+__all__ = ["Cell", "StageRun", "Sweep", "SweepFile", "cell_folder", "load_sweep", "plan_table"]

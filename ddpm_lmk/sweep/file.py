@@ -2,7 +2,7 @@
 
     name: ceph
     runs: {ours: ../finetune/ceph.yaml}       # relative to this file; `run: FILE` alone does where all cells share one
-    packs: {ceph: shards/ceph, hand: shards/hand}               # packed sets, relative to the current folder
+    packs: {ceph: shards/ceph, hand: shards/hand}               # datasets, relative to the current folder
     stages:                                   # pre-training runs; those that are missing are run first
       ddpm: {run: ../pretrain/ceph.yaml, packs: [ceph]}
     shots: [1, 5, 10]                         # null: all training images
@@ -14,11 +14,12 @@
     scales:                                   # `--scale small`: laid over the file, lists replaced
       small: {runs: {ours: ../finetune/ceph_cpu.yaml}}
 
-This module reads the file and the command line's words; `plan` makes cells of it.
+This module reads the file and the words of the command line; `expand` makes cells of it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,8 +31,10 @@ from ddpm_lmk.config.yaml import parse_word
 from ddpm_lmk.errors import ConfigError
 
 STAGE = "stage:"
+# First parts of the words that change the sweep; any other word is a key of its run files.
 OWN_KEYS = ("name", "run", "shots", "seeds", "start", "stage", "stages", "packs", "only", "without")
 
+# Labels are parts of folder names and of `key=value` words.
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=40)]
 Shots = tuple[Annotated[int, Field(ge=1)] | None, ...]
 Seeds = tuple[Annotated[int, Field(ge=0)], ...]
@@ -54,7 +57,7 @@ class Grid(Section):
 
     @property
     def packs(self) -> tuple[str, ...]:
-        """Names of packs."""
+        """Names of datasets."""
         return (self.pack,) if isinstance(self.pack, str) else self.pack
 
 
@@ -81,7 +84,7 @@ class SweepFile(Section):
     name: Label = Field(description="shown in reports")
     run: str | None = Field(None, description="fine-tuning run file, relative to the sweep file")
     runs: dict[Label, str] = Field(default_factory=dict, description="run files by name, relative to the sweep file")
-    packs: dict[Label, str] = Field(default_factory=dict, description="packed sets by name")
+    packs: dict[Label, str] = Field(default_factory=dict, description="folders of shards by name")
     stages: dict[Label, Stage] = Field(default_factory=dict, description="pre-training runs by name")
     shots: Shots | None = Field(None, min_length=1, description="labelled images of grids that give none")
     seeds: Seeds | None = Field(None, min_length=1, description="seeds of grids that give none")
@@ -91,21 +94,39 @@ class SweepFile(Section):
     scales: dict[Label, dict[str, Any]] = Field(default_factory=dict, description="variants for --scale")
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> SweepFile:
+    def _check_names(self) -> SweepFile:
         packs = [pack for grid in self.grids for pack in grid.packs]
         packs += [pack for stage in self.stages.values() for pack in stage.packs or ()]
         starts = [start for grid in self.grids for start in grid.start.values()]
         stages = [stage_of(start)[0] for start in starts if start is not None and is_stage(start)]
-        labels = {label for grid in self.grids for label in grid.start}
         for what, used, known in (
             ("packs", packs, self.packs),
             ("stages", stages, self.stages),
-            ("start (of any grid)", self.rows, labels),
+            ("start (of any grid)", self.rows, self.labels),
         ):
             unknown = [name for name in used if name not in known]
             if unknown:
                 raise ValueError(f"{unknown[0]} is used, but {what} has only: {', '.join(sorted(known)) or 'nothing'}")
         return self
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of all starts."""
+        return list(dict.fromkeys(label for grid in self.grids for label in grid.start))
+
+
+@dataclass(frozen=True)
+class ReadSweep:
+    """A sweep file at a scale, with the words of the command line that are for it applied.
+
+    Attributes:
+        given_stages: weights in place of stages (`stage.NAME=PATH`), by name.
+        run_words: the words that are for run files.
+    """
+
+    file: SweepFile
+    given_stages: dict[str, str] = field(default_factory=dict)
+    run_words: list[str] = field(default_factory=list)
 
 
 def is_stage(start: str) -> bool:
@@ -126,82 +147,89 @@ def scales_of(path: Path) -> list[str]:
     return list(load_yaml(path).get("scales") or {})
 
 
-def read_sweep(path: str | Path, words: list[str], scale: str | None) -> tuple[SweepFile, dict[str, str], list[str]]:
-    """The sweep of a file at a scale, with the words that are for it applied.
-
-    Returns:
-        The sweep, the weights given in place of stages (`stage.NAME=PATH`), and the words that are for run files.
-    """
+def read_sweep(path: str | Path, words: list[str], scale: str | None) -> ReadSweep:
+    """Read a sweep file and apply a scale and the words of the command line to it; raises `ConfigError`."""
     data = load_yaml(path)
     if scale is not None:
-        scales = data.get("scales") or {}
-        if scale not in scales:
-            raise ConfigError(f"{path} has no scale {scale!r}; it has: {', '.join(scales) or 'none'}")
-        _lay_over(data, scales[scale])
-        labels = {label for grid in _grids(data) for label in grid.get("start") or {}}
-        data["rows"] = {label: text for label, text in (data.get("rows") or {}).items() if label in labels}
-    given: dict[str, str] = {}
+        _apply_scale(data, path, scale)
+    given_stages: dict[str, str] = {}
     chosen: dict[str, list[str]] = {}
-    rest = [word for word in words if not _apply(data, word, given, chosen)]
+    run_words = [word for word in words if not _apply_word(data, word, given_stages, chosen)]
     sweep = validate(SweepFile, data, source=str(path))
-    for name in given:
+    for name in given_stages:
         if name not in sweep.stages:
             raise ConfigError(f"command line: stage.{name}: there is no such stage; known: {', '.join(sweep.stages)}")
-    return _chosen(sweep, chosen), given, rest
+    return ReadSweep(_choose_starts(sweep, chosen), given_stages, run_words)
 
 
-def _lay_over(base: dict[str, Any], over: dict[str, Any]) -> None:
+def _apply_scale(data: dict[str, Any], path: str | Path, scale: str) -> None:
+    scales = data.get("scales") or {}
+    if scale not in scales:
+        raise ConfigError(f"{path} has no scale {scale!r}; it has: {', '.join(scales) or 'none'}")
+    _merge(data, scales[scale])
+    # A scale may replace the grids; texts about starts that are gone would then be refused as unknown labels.
+    labels = {label for grid in _grids(data) for label in grid.get("start") or {}}
+    data["rows"] = {label: text for label, text in (data.get("rows") or {}).items() if label in labels}
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
     """Merge mappings key by key, in place; lists and values are replaced."""
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _lay_over(base[key], value)
+            _merge(base[key], value)
         else:
             base[key] = value
 
 
-def _apply(data: dict[str, Any], word: str, given: dict[str, str], chosen: dict[str, list[str]]) -> bool:
+def _apply_word(data: dict[str, Any], word: str, given_stages: dict[str, str], chosen: dict[str, list[str]]) -> bool:
     """Apply a word that is the sweep's own; False leaves it to the run files."""
     key, equals, text = word.partition("=")
     section, _, label = key.partition(".")
     if not equals or section not in OWN_KEYS:
         return False
     value = parse_word(text, f"command line: {key}")
-    if section in ("only", "without"):
-        chosen[section] = [str(label) for label in (value if isinstance(value, list) else [value])]
-    elif section == "stage":
-        given[label] = str(value)
-    elif section == "stages":
-        _override_stage(data, key, label, value)
-    elif section == "packs":
-        data.setdefault("packs", {})[label] = value
-    elif section == "start":
-        _override_start(data, key, label, value)
-    elif section in ("name", "run"):
-        data[key] = value
-    else:
-        _override_list(data, key, value if isinstance(value, list) else [value])
+    match section:
+        case "only" | "without":
+            chosen[section] = [str(each) for each in (value if isinstance(value, list) else [value])]
+        case "stage":
+            given_stages[label] = str(value)
+        case "stages":
+            _override_stage(data, key, label, value)
+        case "packs":
+            data.setdefault("packs", {})[label] = value
+        case "start":
+            _override_start(data, key, label, value)
+        case "shots" | "seeds":
+            _override_list(data, key, value if isinstance(value, list) else [value])
+        case _:
+            data[key] = value
     return True
 
 
 def _grids(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Grids of a file that has not been validated yet; what is no mapping is refused later, with its line."""
     return [grid for grid in data.get("grids") or [] if isinstance(grid, dict)]
 
 
 def _override_list(data: dict[str, Any], key: str, values: list[Any]) -> None:
-    """`shots=[...]` or `seeds=[...]`, for all grids; grids that share a start keep the shots that are theirs."""
+    """`shots=[...]` or `seeds=[...]`, for all grids.
+
+    Grids may share a start and split the numbers of labels among them, each with a recipe of its own (few labels, many
+    labels). Giving both all of `shots` would make every cell twice, so each keeps those of its numbers that are asked.
+    """
     data[key] = values
     grids = _grids(data)
     names = [label for grid in grids for label in grid.get("start") or {}]
     for grid in grids:
         shared = [label for label in grid.get("start") or {} if names.count(label) > 1]
         if key != "shots" or not shared or not isinstance(grid.get(key), list):
-            grid.pop(key, None)
+            grid.pop(key, None)  # so that the sweep's own list holds for it
             continue
         known = [k for other in grids if shared[0] in (other.get("start") or {}) for k in other.get(key) or values]
         unknown = [k for k in values if k not in known]
         if unknown:
-            found = ", ".join(map(str, known))
-            raise ConfigError(f"command line: shots: no grid of {shared[0]} has {unknown[0]}; its grids have: {found}")
+            listed = ", ".join(map(str, known))
+            raise ConfigError(f"command line: shots: no grid of {shared[0]} has {unknown[0]}; its grids have: {listed}")
         grid[key] = [k for k in grid[key] if k in values]
     data["grids"] = [grid for grid in data.get("grids") or [] if grid not in grids or grid.get(key) != []]
 
@@ -224,20 +252,18 @@ def _override_start(data: dict[str, Any], key: str, label: str, value: Any) -> N
         grid["start"][label] = value
 
 
-def _chosen(sweep: SweepFile, chosen: dict[str, list[str]]) -> SweepFile:
+def _choose_starts(sweep: SweepFile, chosen: dict[str, list[str]]) -> SweepFile:
     """The sweep with the starts of `only=[...]`, less those of `without=[...]`."""
-    known = {label for grid in sweep.grids for label in grid.start}
     for key, labels in chosen.items():
         for label in labels:
-            if label not in known:
-                raise ConfigError(f"command line: {key}: {label} is no start; known: {', '.join(sorted(known))}")
-    only, without = set(chosen.get("only", known)), set(chosen.get("without", []))
-    grids = []
-    for grid in sweep.grids:
-        start = {label: weights for label, weights in grid.start.items() if label in only - without}
-        if start:
-            grids.append(grid.model_copy(update={"start": start}))
+            if label not in sweep.labels:
+                known = ", ".join(sorted(sweep.labels))
+                raise ConfigError(f"command line: {key}: {label} is no start; known: {known}")
+    left = set(chosen.get("only", sweep.labels)) - set(chosen.get("without", []))
+    starts = [{label: weights for label, weights in grid.start.items() if label in left} for grid in sweep.grids]
+    grids = tuple(grid.model_copy(update={"start": start}) for grid, start in zip(sweep.grids, starts) if start)
     if not grids:
         raise ConfigError("command line: only= and without= leave no cell; name at least one start")
-    rows = {label: text for label, text in sweep.rows.items() if label in only - without}
-    return sweep.model_copy(update={"grids": tuple(grids), "rows": rows})
+    # Texts about starts that were left out are no mistake.
+    rows = {label: text for label, text in sweep.rows.items() if label in left}
+    return sweep.model_copy(update={"grids": grids, "rows": rows})

@@ -1,167 +1,234 @@
-"""How long a sweep takes here, before it starts: its stages and cells that are not done, by timed steps of each kind.
+"""How long a sweep takes here, and how many workers should share a device; both are measured before it starts.
 
-Runs that differ in name, shots, seed, packs and starting weights only take as long for an image, so one of them is
-timed, with as many others beside it as the sweep will have workers.
+Runs that differ in name, shots, seed, datasets and starting weights only take as long for an image, so one of them is
+timed, with as many others beside it as the sweep will have workers. `--per-device auto` trains the longest cell for
+some steps in one, two and four workers: a small network leaves much of a large GPU idle, and how much only the device
+knows. Each trial is a sweep of its own in a temporary folder, so what is measured is what runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import io
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
+from rich.console import Console
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.forecast import BUDGET_S, Forecast, Timing, Work, steps_done
+from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.launcher import Device, Placement
 from ddpm_lmk.launcher.time_runs import AFTER_DAYS, DAYS_S, spec_of, time_apart, time_run
-from ddpm_lmk.sweep import Cell, StageRun, Sweep, cell_folder, is_done, listed_shots
-from ddpm_lmk.sweep.expand import recipe_key
-from ddpm_lmk.sweep.progress import span_s, stage_key
+from ddpm_lmk.sweep.expand import Cell, Sweep, SweepRun, cell_folder, recipe_key
+from ddpm_lmk.sweep.progress import listed_shots, span_s
+from ddpm_lmk.sweep.run import run_sweep
 from ddpm_lmk.system.console import about, duration
+from ddpm_lmk.system.signals import check_stopped
 
 MOST_S = 30.0  # for the timed steps of a sweep, about, however many networks it has
+WORKERS_TRIED = (1, 2, 4)
+TRIAL_STEPS = 24  # the second half counts: the first warms up, and waits for the others to start
+LEAST_GAIN = 1.05  # of the rate, below which more workers are not worth their memory
+
+
+def forecast_run(
+    cfg: RunConfig, out: Path, placement: Placement, *, steps: int | None = None, budget_s: float = BUDGET_S
+) -> Forecast | str:
+    """What is left of one run in `out`, from steps timed as it would be placed; or why that is not known.
+
+    Args:
+        steps: all of the run, where more is known of them than its run file and manifests say.
+    """
+    timing = time_run(cfg, spec_of(cfg), placement, budget_s=budget_s)
+    if isinstance(timing, str):
+        return timing
+    return timing.forecast(Work.of(cfg, steps=steps, done=steps_done(out)))
 
 
 @dataclass(frozen=True)
-class Budget:
+class SweepForecast:
     """What is left of a sweep.
 
     Attributes:
-        runs: what is known of every run that is not done; or why nothing is.
+        runs: by key, the forecast of every run that is not done; or why there is none.
         start_s: until a worker has begun.
     """
 
     sweep: Sweep
-    out: Path
     workers: int
     device: Device
     runs: Mapping[str, Forecast | str] = field(default_factory=dict)
     start_s: float = 0.0
 
-    @property
-    def is_known(self) -> bool:
-        """Could every run be timed?"""
-        return len(self.seconds()) == len(self.runs)
-
     def seconds(self) -> dict[str, float]:
-        """Of every run that is not done and is known, by the name of the cell, or `stage NAME`."""
-        return {name: found.total_s for name, found in self.runs.items() if not isinstance(found, str)}
+        """Of every run that has a forecast, by key."""
+        return {key: each.total_s for key, each in self.runs.items() if isinstance(each, Forecast)}
+
+    @property
+    def unknown(self) -> str:
+        """Why a run has no forecast; empty where all have one."""
+        return next((each for each in self.runs.values() if isinstance(each, str)), "")
 
     @property
     def total_s(self) -> float:
-        """From the start of the stages to the end of the last cell."""
+        """From the start of the stages to the end of the last cell, as far as it is known."""
         seconds = self.seconds()
-        stages = [seconds[stage_key(stage)] for stage in self.sweep.stages if stage_key(stage) in seconds]
-        cells = [seconds[cell.name] for cell in self.sweep.cells if cell.name in seconds]
-        parts = [(stages, self.workers if self.device == "cpu" else 1), (cells, self.workers)]
-        return sum(span_s(jobs, at_once) + self.start_s for jobs, at_once in parts if jobs)
+        total = 0.0
+        for runs, at_once in (
+            (self.sweep.stages, self.workers if self.device == "cpu" else 1),
+            (self.sweep.cells, self.workers),
+        ):
+            jobs = [seconds[run.key] for run in runs if run.key in seconds]
+            total += span_s(jobs, at_once) + self.start_s if jobs else 0.0
+        return total
 
     def __str__(self) -> str:
         if not self.runs:
             return "nothing is left to do"
-        why = next((found for found in self.runs.values() if isinstance(found, str)), "")
         if not self.seconds():
-            return f"how long it takes is not known: {why}"
-        cells = sum(cell.name in self.runs for cell in self.sweep.cells)
-        stages = len(self.runs) - cells
-        what = [f"{stages} stage{'s' if stages > 1 else ''}"] if stages else []
-        what += [f"{cells} cell{'s' if cells > 1 else ''}"] if cells else []
-        on = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
-        how_long = f"more than {duration(self.total_s)}" if why else about(self.total_s)
-        more = f"; not all of them: {why}" if why else ""
-        return f"{how_long} here: {' and '.join(what)} on {on} (from steps timed here{more})"
+            return f"how long it takes is not known: {self.unknown}"
+        cells = sum(cell.key in self.runs for cell in self.sweep.cells)
+        parts = [(len(self.runs) - cells, "stage"), (cells, "cell")]
+        what = " and ".join(_counted(count, word) for count, word in parts if count)
+        how_long = f"more than {duration(self.total_s)}" if self.unknown else about(self.total_s)
+        more = f"; not all of them: {self.unknown}" if self.unknown else ""
+        return f"{how_long} here: {what} on {_counted(self.workers, 'worker')} (from steps timed here{more})"
+
+    def rows(self) -> list[Sequence[str]]:
+        """By stage, and by start and recipe: what, how many runs, the time of one, and of all on one worker."""
+        groups: list[tuple[str, Sequence[SweepRun]]] = [(stage.key, [stage]) for stage in self.sweep.stages]
+        groups += [(f"{cells[0].start}, {listed_shots(cells)} labels", cells) for cells in self.sweep.recipes()]
+        rows: list[Sequence[str]] = []
+        for what, runs in groups:
+            left = [self.runs[run.key] for run in runs if run.key in self.runs]
+            seconds = [each.total_s for each in left if isinstance(each, Forecast)]
+            each = " to ".join(dict.fromkeys(map(duration, (min(seconds), max(seconds))))) if seconds else "not known"
+            if left:
+                rows.append([what, str(len(left)), each, duration(sum(seconds)) if seconds else "not known"])
+        return rows
 
 
-def budget(
+@dataclass(frozen=True)
+class _Left:
+    """A run that is not done; `kind` is equal for runs that take as long for an image."""
+
+    run: SweepRun
+    work: Work
+    spec: DatasetSpec
+    kind: tuple[str, int]
+
+    @classmethod
+    def of(cls, run: SweepRun) -> _Left:
+        cfg, spec = run.cfg, spec_of(run.cfg)
+        without_length = cfg.model_copy(update={"train": cfg.train.model_copy(update={"duration": 1})})
+        kind = (recipe_key(without_length), spec.num_landmarks)
+        return cls(run, Work.of(cfg, done=steps_done(run.folder)), spec, kind)
+
+
+def forecast_sweep(
     sweep: Sweep,
-    out: Path,
     device: Device,
     *,
     workers: int,
     devices: int | None = None,
-    specs: Mapping[str, DatasetSpec] | None = None,
-    counts: Mapping[str, Mapping[str, int]] | None = None,
     budget_s: float = BUDGET_S,
-) -> Budget:
-    """Time one run of each kind that is left; raises what opening the packs raises.
+) -> SweepForecast:
+    """Time one run of each kind that is left; raises what opening the datasets raises.
 
     Args:
         devices: GPUs that the workers share in turn; None: one each.
         budget_s: for the timed steps of one kind.
-        specs, counts: facts, and images by split, of packs that are not made yet.
     """
-    left: dict[str, RunConfig] = {}
-    folders: dict[str, Path] = {}
-    for stage in sweep.stages:
-        if not is_done(stage.folder, stage):
-            left[stage_key(stage)], folders[stage_key(stage)] = stage.cfg, stage.folder
-    stages = list(left)
-    for cell in sweep.cells:
-        if not is_done(cell_folder(out, cell.name), cell):
-            left[cell.name], folders[cell.name] = cell.cfg, cell_folder(out, cell.name)
-    cells = [name for name in left if name not in stages]
-    works: dict[str, Work] = {}
-    kinds: dict[str, list[str]] = {}  # runs by what makes them alike; the first of each is timed
-    facts: dict[str, DatasetSpec] = {}
-    for name, cfg in left.items():
-        path = cfg.data.path[0]
-        works[name] = Work.of(cfg, done=steps_done(folders[name]), counts=(counts or {}).get(path))
-        facts[name] = spec_of(cfg) if path not in (specs or {}) else (specs or {})[path]
-        kinds.setdefault(f"{recipe_key(_without_length(cfg))} {facts[name].num_landmarks}", []).append(name)
-    found: dict[str, Forecast | str] = {}
+    stages, cells = ([_Left.of(run) for run in runs if not run.is_done()] for runs in (sweep.stages, sweep.cells))
+    # Many networks share the time there is for timing.
+    budget_s = min(budget_s, MOST_S / max(1, len({each.kind for each in (*stages, *cells)})))
+    runs: dict[str, Forecast | str] = {}
     start_s = 0.0
-    for names in (stages, cells):
-        alike = [[name for name in kind if name in names] for kind in kinds.values()]
-        firsts = [kind[0] for kind in alike if kind]
-        if any(isinstance(each, Forecast) and each.total_s > DAYS_S for each in found.values()):
-            found |= dict.fromkeys(names, AFTER_DAYS)
-        elif firsts:
-            each_s = min(budget_s, MOST_S / len(kinds))
-            if names is stages and device == "cuda":  # one after the other, each on all GPUs
-                place = Placement(device, devices or workers)
-                how: dict[str, Any] = {"budget_s": each_s, "is_apart": True}
-                timings = [time_run(left[name], facts[name], place, **how) for name in firsts]
-            else:
-                timings = time_apart(
-                    [left[name] for name in firsts],
-                    processes=min(workers, len(names)),
-                    device=device,
-                    devices=devices,
-                    specs=[facts[name] for name in firsts],
-                    budget_s=each_s,
-                    steps=[works[name].steps for name in firsts],
-                )
-            for kind, timing in zip([kind for kind in alike if kind], timings, strict=True):
-                start_s = max(start_s, timing.start_s) if isinstance(timing, Timing) else start_s
-                found |= {name: timing.forecast(works[name]) if isinstance(timing, Timing) else timing for name in kind}
-    return Budget(sweep, out, workers, device, found, start_s)
+    for left in (stages, cells):
+        kinds: dict[tuple[str, int], _Left] = {}
+        for each in left:
+            kinds.setdefault(each.kind, each)
+        firsts, timings = list(kinds.values()), list[Timing | str]()
+        if any(isinstance(each, Forecast) and each.total_s > DAYS_S for each in runs.values()):
+            timings = [AFTER_DAYS] * len(kinds)  # no answer changes what the user has to do about a stage of days
+        elif left is stages and device == "cuda":  # one after the other, each on all GPUs
+            # Apart: a process that has used a GPU holds its context, and this one lasts as long as the sweep.
+            place = Placement(device, devices or workers)
+            timings = [time_run(each.run.cfg, each.spec, place, budget_s=budget_s, is_apart=True) for each in firsts]
+        elif kinds:
+            timings = time_apart(
+                [each.run.cfg for each in firsts],
+                processes=min(workers, len(left)),  # memory bandwidth and caches are shared with the others
+                device=device,
+                devices=devices,
+                specs=[each.spec for each in firsts],
+                budget_s=budget_s,
+                steps=[each.work.steps for each in firsts],
+            )
+        of_kind = dict(zip(kinds, timings, strict=True))
+        # Workers start side by side, so the slowest start counts.
+        start_s = max([start_s, *(timing.start_s for timing in timings if isinstance(timing, Timing))])
+        for each in left:
+            timing = of_kind[each.kind]
+            runs[each.run.key] = timing if isinstance(timing, str) else timing.forecast(each.work)
+    return SweepForecast(sweep, workers, device, runs, start_s)
 
 
-def budget_table(found: Budget) -> Table:
-    """A row for each stage, and for the cells of a start and recipe, and their sum shared out over the workers."""
-    table = Table(title="what is left", caption=str(found))
-    for heading in ("what", "runs", "time of a run", "worker time"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
-    starts = [cells[0].start for cells in found.sweep.recipes()]
-    rows: list[tuple[str, Sequence[Cell | StageRun]]] = [(stage_key(stage), [stage]) for stage in found.sweep.stages]
-    for cells in found.sweep.recipes():
-        start = cells[0].start
-        rows.append((start if starts.count(start) == 1 else f"{start}, {listed_shots(cells)} labels", cells))
-    for what, runs in rows:
-        names = [stage_key(run) if isinstance(run, StageRun) else run.name for run in runs]
-        seconds = [found.runs[name] for name in names if name in found.runs]
-        totals = [each.total_s for each in seconds if isinstance(each, Forecast)]
-        if not seconds:
-            continue
-        least, most = (duration(pick(totals)) if totals else "not known" for pick in (min, max))
-        of_a_run = least if least == most else f"{least} to {most}"
-        table.add_row(what, str(len(seconds)), of_a_run, duration(sum(totals)) if totals else "not known")
-    return table
+def workers_per_device(wanted: str, sweep: Sweep, *, device: Device, say: Callable[[str], None]) -> int:
+    """What `--per-device` asks for: a number, or `auto` for the one with the highest rate."""
+    if wanted != "auto":
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise ConfigError(f"--per-device {wanted}: wanted a number of workers, or auto")
+        return int(wanted)
+    best, best_rate = 1, 0.0
+    for count in WORKERS_TRIED:
+        rate = measure_rate(sweep.cells[0], count, device=device)
+        if rate is None:
+            say(f"trial: {count} workers do not fit on one device")
+            break
+        say(f"trial: {_counted(count, 'worker')} on one device, {rate:.1f} images/s")
+        if rate < LEAST_GAIN * best_rate:
+            break
+        best, best_rate = count, rate
+    return best
 
 
-def _without_length(cfg: RunConfig) -> RunConfig:
-    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"duration": 1})})
+def measure_rate(cell: Cell, count: int, *, device: Device) -> float | None:
+    """Images per second of `count` workers together; None where not all of them could train."""
+    with tempfile.TemporaryDirectory(prefix="ddpm-lmk-trial-") as folder:
+        names = [f"trial-{number}" for number in range(count)]
+        cells = [replace(cell, name=name, cfg=_shortened(cell.cfg, name)) for name in names]
+        cells = [replace(cell, folder=cell_folder(Path(folder), cell.name)) for cell in cells]
+        trial, silent = Sweep("trial", Path(folder), tuple(cells)), Console(file=io.StringIO())
+        code = run_sweep(trial, per_device=count, device=device, console=silent)
+        check_stopped(code)
+        return None if code else sum(_rate(cell.folder) for cell in cells)
+
+
+def _shortened(cfg: RunConfig, name: str) -> RunConfig:
+    """The same training for some steps from random weights, nothing validated, scored or saved on the way."""
+    fields = cfg.model_dump(mode="json")
+    fields |= {"name": name}
+    fields["train"] |= {"duration": TRIAL_STEPS}
+    fields["runtime"] |= {"log_every": 1, "checkpoint_every": TRIAL_STEPS + 1}
+    fields["train"] |= {"snapshot_every": None, "evaluate_every": None, "patience": None, "select": "last"}
+    fields["data"] |= {"validation_split": None}
+    fields["optim"] |= {"plateau": None}
+    fields["init"] |= {"weights": None}
+    fields["evaluate"] |= {"split": None}
+    return RunConfig.model_validate(fields)
+
+
+def _rate(run: Path) -> float:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # The median: a worker that starts late, or a pause of the machine, touches a few steps only.
+    return statistics.median(line["images_per_s"] for line in lines[len(lines) // 2 :])
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'s' if count > 1 else ''}"

@@ -1,138 +1,52 @@
-"""Runs a sweep: its stages, then N warm workers that pull cells, a view of their progress, and the summary files.
+"""Runs a sweep: first its stages, then its cells, in child processes; shows progress and writes the summary files.
 
-OUT/cells/CELL/ is the run directory of a cell, beside it CELL.lock and, after a failure, CELL.error.json;
-OUT/sweep.json lists the cells and how they stand, OUT/results.csv their scores, OUT/logs/ what the workers said. The
-two summaries are written anew, whole, whenever a cell ends. A worker that shows no sign of progress is ended, and a
-cell that has lost its worker is tried once more by a new one. Exit code: 0 all cells are done, 1 some failed (the
-others are done), 75 stopped, or taken by another sweep in the same folder. The same command continues: finished cells
-are never run again.
+Stages run side by side on CPUs, one process each, so that what a stage learns does not depend on the number of workers;
+on GPUs one after the other, each on all of them. Then N workers pull cells until none is left. OUT/cells/CELL/ is the
+run directory of a cell, beside it CELL.lock and, after a failure, CELL.error.json; OUT/logs/ holds what the children
+wrote. A worker whose heartbeats stop is killed, and a cell that has lost its worker is tried once more by a new one.
 
-Workers of a sweep that stand still: seen by the signs they leave, as the ranks of a run are, and ended.
-
-What limit holds for which sign is `launcher.watch`'s; a worker that has not left its first one is measured from its
-start.
+Exit code: 0 all cells are done, 1 some failed (the others are done), 75 stopped, or taken by another sweep in the same
+folder. The same command continues: finished cells are never run again.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 
 from ddpm_lmk.errors import ConfigError, StoppedError
 from ddpm_lmk.launcher import supervise
-from ddpm_lmk.launcher.placement import STALL_S, Device, Placement, worker_environment
-from ddpm_lmk.sweep.check import check_sweep, needed
-from ddpm_lmk.sweep.expand import Cell, Sweep, cell_folder, is_done
-from ddpm_lmk.sweep.pretrain import Stages
-from ddpm_lmk.sweep.progress import Remaining, SweepView, stage_key, write_summary
+from ddpm_lmk.launcher.placement import STALL_S, Device, worker_environment
+from ddpm_lmk.sweep.expand import Cell, StageRun, Sweep
+from ddpm_lmk.sweep.progress import Remaining, SweepView, write_summary
+from ddpm_lmk.sweep.worker import failure_file
 from ddpm_lmk.system import files, heartbeat
-from ddpm_lmk.system.console import Whole
+from ddpm_lmk.system.children import start_child
+from ddpm_lmk.system.console import Whole, duration
 from ddpm_lmk.system.signals import MARGIN_S, InterruptedRunError, StopRequest, exit_code_of, grace_s
 
-
-class Vigil:
-    """Looks after the workers of one sweep while a `with` block lasts.
-
-    Args:
-        stacks: folder for the stacks of workers that are ended.
-        stall_s: see `launcher.LaunchFile`.
-    """
-
-    def __init__(self, stacks: Path, stall_s: float) -> None:
-        self._stacks, self._stall_s = stacks, stall_s
-        self._since: dict[int, float] = {}
-
-    def __enter__(self) -> Vigil:
-        self._room = tempfile.TemporaryDirectory(prefix="ddpm-lmk-")
-        self._pulse = Path(self._room.name)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._room.cleanup()
-
-    def expect(self, slot: int) -> dict[str, str]:
-        """A new worker is about to be started in this slot; returns what its environment needs."""
-        (self._pulse / f"rank-{slot}").unlink(missing_ok=True)
-        self._since[slot] = time.monotonic()
-        return {heartbeat.FOLDER: str(self._pulse)}
-
-    def end_if_stalled(self, slot: int, pid: int) -> str:
-        """End the worker of a slot if it is overdue, keeping its stacks; what was seen of it, or nothing."""
-        beats = [beat for beat in heartbeat.read_heartbeats(self._pulse) if (beat.rank, beat.pid) == (slot, pid)]
-        if not beats:
-            waited_s = time.monotonic() - self._since[slot]
-            if waited_s <= supervise.TIMES_UNKNOWN * self._stall_s:
-                return ""
-            supervise.kill([pid])
-            return f"gave no sign of life within {waited_s:.0f} s"
-        if not supervise.find_stalled(beats, self._stall_s):
-            return ""
-        seen = f"made no progress ({supervise.describe(beats[0])})"
-        kept = supervise.dump_stacks(self._pulse, beats, self._stacks)
-        supervise.kill([pid])
-        return f"{seen}, stacks in {kept[0]}" if kept else seen
-
-
 SOME_FAILED = 1
+STOPPED = (StoppedError.exit_code, InterruptedRunError.exit_code)
 POLL_S = 0.5
 TRIES = 2  # a cell that has lost so many workers has failed
 MAX_LOST_WORKERS = 3 * TRIES  # per worker slot
 
 
-@dataclass
-class Worker:
-    """A child process, the cell it is working on, and how often its slot was filled again."""
-
-    slot: int
-    process: subprocess.Popen[str]
-    cell: str | None = None
-    restarts: int = 0
-    stalled: str = ""  # what was seen of it when it was ended for want of progress
-
-
-@dataclass
-class SweepRun:
-    """What the running sweep knows."""
-
-    sweep: Sweep
-    out: Path
-    device: Device
-    processes: int
-    vigil: Vigil
-    per_device: int = 1
-    session: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    events: queue.Queue[tuple[Worker, dict[str, Any]]] = field(default_factory=queue.Queue)
-    done: set[str] = field(default_factory=set)
-    failed: dict[str, str] = field(default_factory=dict)
-    lost: Counter[str] = field(default_factory=Counter)  # workers, by the cell they were at
-    asked: int = 0  # the signal that asked for a stop
-
-    def ask(self, number: int) -> None:
-        """A signal asks for a stop."""
-        self.asked = number
-
-
 def run_sweep(
     sweep: Sweep,
-    out: Path,
     *,
     processes: int = 1,
     per_device: int = 1,
@@ -142,184 +56,284 @@ def run_sweep(
     seconds: Mapping[str, float] | None = None,
     whole: Whole | None = None,
 ) -> int:
-    """Run every cell of `sweep` that is not done in `out`; returns the exit code (see the module).
+    """Run every cell of `sweep` that is not done; returns the exit code (see the module). `check_sweep` comes first.
 
     Args:
         processes: GPUs, or processes on the CPU.
-        per_device: workers that share one of these (`probe` finds out how many pay).
-        stall_s: seconds without a sign of progress after which a worker is ended, where its usual pace is no slower.
-        seconds: what runs are expected to take, by name (see `remaining`).
+        per_device: workers that share one of these (see `forecast.workers_per_device`).
+        stall_s: seconds without a heartbeat after which a worker is killed, where its usual pace is no slower.
+        seconds: what runs are expected to take, by key.
         whole: what this sweep is a stage of.
 
     Raises:
-        ConfigError: `processes` is not positive. LmkError: as `check_sweep`.
+        ConfigError: `processes` is not positive.
     """
     if processes < 1:
         raise ConfigError(f"a sweep needs at least 1 process, found {processes}")
-    remarks = check_sweep(sweep, Path(out), Placement(device, processes))
-    run = SweepRun(sweep, Path(out), device, processes, Vigil(Path(out) / "stacks", stall_s), per_device)
-    (run.out / "cells").mkdir(parents=True, exist_ok=True)
-    _see_done(run)
-    left = Remaining(
-        sweep,
-        seconds or {},
-        workers=processes * per_device,
-        stages_at_once=processes if device == "cpu" else 1,
-    )
-    for name in run.done:
-        left.skip(name)
-    view = SweepView(sweep, run.out, console or Console(stderr=True), done=len(run.done), left=left, whole=whole)
-    write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
-    for remark in remarks:
-        view.say(remark)
-    if _pending(run):
-        # The first signal lets workers save and end; a second one ends them and this process.
-        with StopRequest(on_first=run.ask, within_s=grace_s(), raises=False), view, run.vigil:
-            _pre_train(run, view)
-            if _pending(run) and not run.asked:
-                _supervise(run, view)
-    _see_done(run)  # another sweep in this folder may have finished some
-    write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
-    view.summary(len(run.done), run.failed)
-    if run.asked:
-        return exit_code_of(run.asked)
-    if run.failed:
-        return SOME_FAILED
-    return StoppedError.exit_code if _pending(run) else 0
+    stages_at_once = processes if device == "cpu" else 1
+    left = Remaining(sweep, seconds or {}, workers=processes * per_device, stages_at_once=stages_at_once)
+    done = {cell.name for cell in sweep.cells if cell.is_done()}
+    view = SweepView(sweep, console or Console(stderr=True), done=len(done), left=left, whole=whole)
+    runner = SweepRunner(sweep, device, processes, per_device, stall_s, view, done)
+    return runner.run()
 
 
-def _see_done(run: SweepRun) -> None:
-    """Look into the folder for cells that are done, whoever did them."""
-    run.done |= {cell.name for cell in run.sweep.cells if is_done(cell_folder(run.out, cell.name), cell)}
-    for name in run.done & run.failed.keys():
-        del run.failed[name]
+@dataclass(eq=False)
+class Child:
+    """A process that does a stage, or a worker that pulls cells."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    slot: int = 0
+    stage: StageRun | None = None
+    cell: str | None = None  # which it works on
+    restarts: int = 0  # of the slot of a worker
+    stalled: str = ""  # what was seen of it when it was killed for want of progress
+    began: float = field(default_factory=time.monotonic)
 
 
-def _pending(run: SweepRun) -> list[Cell]:
-    """Cells to run; those that another sweep has finished meanwhile included, a worker skips them."""
-    return [cell for cell in run.sweep.cells if cell.name not in run.failed and cell.name not in run.done]
+class SweepRunner:
+    """A sweep under way: its children, and which cells are done or have failed."""
 
+    def __init__(
+        self,
+        sweep: Sweep,
+        device: Device,
+        processes: int,
+        per_device: int,
+        stall_s: float,
+        view: SweepView,
+        done: set[str],
+    ) -> None:
+        self.sweep, self.device, self.processes, self.stall_s, self.view = sweep, device, processes, stall_s, view
+        self.num_workers = processes * per_device
+        self.session = uuid.uuid4().hex[:12]  # a failure recorded by an earlier session is tried again
+        self.done = done
+        self.failed: dict[str, str] = {}
+        self.stop_signal = 0
+        self._lost: Counter[str] = Counter()  # workers, by the cell they were at
+        self._children: list[Child] = []
+        self._events: queue.Queue[tuple[Child, dict[str, Any]]] = queue.Queue()
+        self._stop_by = float("inf")  # when children that have not left by themselves are killed
 
-def _pre_train(run: SweepRun, view: SweepView) -> None:
-    """Run the stages that pending cells start from; the cells of one that fails fail with it."""
-    wanted = needed(run.sweep.stages, _pending(run))
-    for stage in run.sweep.stages:
-        if stage not in wanted or is_done(stage.folder, stage):
-            view.left.skip(stage_key(stage))
-    stages = Stages(run.out, processes=run.processes, device=run.device, view=view)
-    stages.run(wanted, lambda: run.asked)
-    for stage in wanted:
-        if stage.name in stages.failed:
-            cells = [cell for cell in _pending(run) if Path(cell.cfg.init.weights or "").is_relative_to(stage.folder)]
-            run.failed |= {cell.name: stages.failed[stage.name] for cell in cells}
-            for cell in cells:
-                view.left.skip(cell.name)
+    def run(self) -> int:
+        """Run what is left; returns the exit code."""
+        (self.sweep.out / "cells").mkdir(parents=True, exist_ok=True)
+        for name in self.done:
+            self.view.left.skip(name)
+        self._write_summary()
+        if self._pending():
+            # The first signal lets children save and leave; a second one ends them and this process.
+            stop = StopRequest(on_first=self._ask_to_stop, within_s=grace_s(), raises=False)
+            with stop, self.view, tempfile.TemporaryDirectory(prefix="ddpm-lmk-") as folder:
+                self._heartbeats = Path(folder)
+                self._run_stages()
+                self._run_cells()
+        self.done |= {cell.name for cell in self.sweep.cells if cell.is_done()}  # by another sweep in this folder
+        for name in self.done & self.failed.keys():
+            del self.failed[name]
+        self._write_summary()
+        self.view.summary(len(self.done), self.failed)
+        if self.stop_signal:
+            return exit_code_of(self.stop_signal)
+        if self.failed:
+            return SOME_FAILED
+        return StoppedError.exit_code if self._pending() else 0
 
+    def _pending(self) -> list[Cell]:
+        return [cell for cell in self.sweep.cells if cell.name not in self.failed and cell.name not in self.done]
 
-def _supervise(run: SweepRun, view: SweepView) -> None:
-    """Start the workers and follow them until the last has gone."""
-    count = min(run.processes * run.per_device, len(_pending(run)))
-    workers = [_start(run, slot, count) for slot in range(count)]
-    told_to_stop = 0.0
-    while workers:
-        for worker in workers:
-            worker.stalled = worker.stalled or run.vigil.end_if_stalled(worker.slot, worker.process.pid)
-        if run.asked and not told_to_stop:
-            told_to_stop = time.monotonic()
-            for worker in workers:
-                worker.process.send_signal(signal.SIGINT if run.asked == signal.SIGINT else signal.SIGTERM)
-        if told_to_stop and time.monotonic() - told_to_stop > grace_s() - MARGIN_S / 2:
-            for worker in workers:
-                worker.process.kill()
-        try:
-            worker, event = run.events.get(timeout=POLL_S)
-        except queue.Empty:
-            view.refresh()
-            continue
-        if event["event"] == "exit":
-            workers.remove(worker)
-            workers += _replace(run, view, worker, event["code"], count)
-        else:
-            _note(run, view, worker, event)
+    def _write_summary(self) -> None:
+        write_summary(self.sweep, done=self.done, failed=self.failed)
 
+    def _ask_to_stop(self, number: int) -> None:
+        self.stop_signal = number
 
-def _note(run: SweepRun, view: SweepView, worker: Worker, event: dict[str, Any]) -> None:
-    worker.cell = event["cell"] if event["event"] == "start" else None
-    if event["event"] == "failed":
-        run.failed[event["cell"]] = event["error"]
-    elif event["event"] == "done":
-        if event["cell"] in run.done:
-            return  # this worker has only met what another one did
-        run.done.add(event["cell"])
-    view.note(event)
-    if event["event"] != "start":
-        write_summary(run.sweep, run.out, done=run.done, failed=run.failed)
+    # Stages
 
+    def _run_stages(self) -> None:
+        """Run the stages that pending cells start from; the cells of one that fails fail with it."""
+        waiting = [stage for stage in self.sweep.stages_of(self._pending()) if not stage.is_done()]
+        for stage in self.sweep.stages:
+            if stage not in waiting:
+                self.view.left.skip(stage.key)
+        at_once = min(len(waiting), self.processes if self.device == "cpu" else 1)
 
-def _replace(run: SweepRun, view: SweepView, worker: Worker, code: int, count: int) -> list[Worker]:
-    """What follows a worker that has gone: nothing, or its successor when it was lost in the middle of its work."""
-    if code in (0, StoppedError.exit_code, InterruptedRunError.exit_code) or run.asked:
-        return []
-    can_follow = worker.restarts < MAX_LOST_WORKERS
-    how = worker.stalled or f"died with exit code {code}"
-    if worker.cell is not None:
-        _lose(run, view, worker, f"its worker {how}; see {log_file(run, worker.slot)}", code, can_follow=can_follow)
-    elif worker.restarts == 0:
-        view.say(f"worker {worker.slot} {how} before its first cell; see {log_file(run, worker.slot)}")
-    if not can_follow or not _pending(run):
-        return []
-    return [_start(run, worker.slot, count, restarts=worker.restarts + 1)]
+        def start_next() -> None:
+            while waiting and len(self._children) < at_once and not self.stop_signal:
+                self._start_stage(waiting.pop(0), side_by_side=at_once)
 
+        def on_exit(child: Child, code: int) -> None:
+            self._end_stage(child, code)
+            start_next()
 
-def _lose(run: SweepRun, view: SweepView, worker: Worker, reason: str, code: int, *, can_follow: bool) -> None:
-    """A cell whose worker is lost is tried by the next one, or has failed."""
-    assert worker.cell is not None
-    run.lost[worker.cell] += 1
-    if can_follow and run.lost[worker.cell] < TRIES:
-        _note(run, view, worker, {"event": "lost", "cell": worker.cell, "error": reason})
-        return
-    failure = {"session": run.session, "error": reason, "type": "WorkerLost", "exit_code": code}
-    files.write_json(run.out / "cells" / f"{worker.cell}.error.json", failure)
-    _note(run, view, worker, {"event": "failed", "cell": worker.cell, "error": reason})
+        start_next()
+        self._follow_children(on_exit)
 
+    def _start_stage(self, stage: StageRun, *, side_by_side: int) -> None:
+        log = self.sweep.out / "logs" / f"stage-{stage.name}.log"
+        processes = 1 if self.device == "cpu" else self.processes
+        # It says nothing of its own time: the sweep has forecast all of it.
+        run = {"config": stage.cfg.model_dump(mode="json"), "out": str(stage.folder), "is_foretold": False}
+        # On GPUs all devices stay visible to it; on CPUs those side by side share the cores.
+        environment = worker_environment("cpu", 0, side_by_side, devices=1) if self.device == "cpu" else None
+        self.view.say(f"{stage.key}: pre-training in {stage.folder}, see {log}")
+        job = {"stage": {"run": run, "processes": processes, "device": self.device}}
+        self._start(job, log, environment, stage=stage)
+        self.view.begin(stage.key)
 
-def _start(run: SweepRun, slot: int, count: int, *, restarts: int = 0) -> Worker:
-    """Start a worker on everything that is pending; which cells it gets is decided by their locks."""
-    path = log_file(run, slot)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ddpm_lmk.sweep.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=worker_environment(run.device, slot, count, devices=run.processes) | run.vigil.expect(slot),
-            start_new_session=True,  # Ctrl-C reaches the parent only, which then stops the workers cleanly
-        )
-    worker = Worker(slot, process, restarts=restarts)
-    cells = [{**asdict(cell), "cfg": cell.cfg.model_dump(mode="json")} for cell in _pending(run)]
-    job = {"out": str(run.out), "device": run.device, "session": run.session, "parent": os.getpid(), "cells": cells}
-    job["slot"] = slot
-    threading.Thread(target=_listen, args=(run, worker, json.dumps(job)), daemon=True).start()
-    return worker
+    def _end_stage(self, child: Child, code: int) -> None:
+        assert child.stage is not None
+        stage, seconds = child.stage, time.monotonic() - child.began
+        if stage.is_done():
+            self.view.end(stage.key, seconds)
+            self.view.say(f"{stage.key} done, {duration(seconds)}")
+            return
+        self.view.end(stage.key, None)
+        if code in STOPPED:
+            self.view.say(f"{stage.key} stopped; the same command continues it")
+            return
+        reason = f"{stage.key} ended with exit code {code}; see {child.log}"
+        self.view.say(reason)
+        for cell in self._pending():
+            if self.sweep.stage_of(cell) is stage:
+                self.failed[cell.name] = reason
+                self.view.left.skip(cell.name)
 
+    # Cells
 
-def _listen(run: SweepRun, worker: Worker, job: str) -> None:
-    """Hand the job over, then pass the worker's events on until it ends."""
-    assert worker.process.stdin is not None
-    assert worker.process.stdout is not None
-    try:
-        with worker.process.stdin as stdin:
-            stdin.write(job)
-    except BrokenPipeError:
-        pass  # it died before reading; the exit code below says so
-    with worker.process.stdout as stdout:
-        for line in stdout:
-            run.events.put((worker, json.loads(line)))
-    run.events.put((worker, {"event": "exit", "code": worker.process.wait()}))
+    def _run_cells(self) -> None:
+        """Start the workers and follow them until the last has left."""
+        if self.stop_signal:
+            return
+        self.num_workers = min(self.num_workers, len(self._pending()))
+        for slot in range(self.num_workers):
+            self._start_worker(slot)
+        self._follow_children(self._replace_worker)
 
+    def _start_worker(self, slot: int, *, restarts: int = 0) -> None:
+        """Start a worker on everything that is pending; which cells it gets is decided by their locks."""
+        (self._heartbeats / f"rank-{slot}").unlink(missing_ok=True)  # of the one before
+        environment = worker_environment(self.device, slot, self.num_workers, devices=self.processes)
+        cells = [
+            {**asdict(cell), "folder": str(cell.folder), "cfg": cell.cfg.model_dump(mode="json")}
+            for cell in self._pending()
+        ]
+        job = {"slot": slot, "device": self.device, "session": self.session, "cells": cells}
+        log = self.sweep.out / "logs" / f"worker-{slot}.log"
+        self._start(job, log, environment | {heartbeat.FOLDER: str(self._heartbeats)}, slot=slot, restarts=restarts)
 
-def log_file(run: SweepRun, slot: int) -> Path:
-    """Where the worker of a slot writes what it has to say."""
-    return run.out / "logs" / f"worker-{slot}.log"
+    def _replace_worker(self, worker: Child, code: int) -> None:
+        """Start the successor of a worker that was lost in the middle of its work."""
+        if code in (0, *STOPPED) or self.stop_signal:
+            return
+        can_follow = worker.restarts < MAX_LOST_WORKERS
+        how = worker.stalled or f"died with exit code {code}"
+        if worker.cell is not None:
+            self._lose_cell(worker.cell, f"its worker {how}; see {worker.log}", code, can_follow=can_follow)
+        elif worker.restarts == 0:
+            self.view.say(f"worker {worker.slot} {how} before its first cell; see {worker.log}")
+        if can_follow and self._pending():
+            self._start_worker(worker.slot, restarts=worker.restarts + 1)
+
+    def _lose_cell(self, name: str, reason: str, code: int, *, can_follow: bool) -> None:
+        """A cell whose worker is lost is tried by the next one, or has failed."""
+        self._lost[name] += 1
+        if can_follow and self._lost[name] < TRIES:
+            self.view.stop(name)
+            self.view.say(f"{name}: {reason}; a new worker tries it once more")
+            return
+        cell = next(cell for cell in self.sweep.cells if cell.name == name)
+        facts = {"session": self.session, "error": reason, "type": "WorkerLost", "exit_code": code}
+        files.write_json(failure_file(cell), facts)
+        self._fail_cell(name, reason)
+
+    def _fail_cell(self, name: str, error: str) -> None:
+        self.failed[name] = error
+        self.view.cell_failed(name, error)
+        self._write_summary()
+
+    def _handle(self, worker: Child, event: dict[str, Any]) -> None:
+        """Take note of what a worker reports."""
+        name = event["cell"]
+        worker.cell = name if event["event"] == "start" else None
+        match event["event"]:
+            case "start":
+                self.view.begin(name)
+            case "stopped":
+                self.view.stop(name)
+                self.view.say(f"{name} stopped; the same command continues it")
+            case "failed":
+                self._fail_cell(name, event["error"])
+            case "done" if name not in self.done:  # else it has only met what another worker did
+                self.done.add(name)
+                self.view.cell_done(name, event["wall_s"])
+                self._write_summary()
+
+    # Children of both kinds
+
+    def _start(self, job: dict[str, Any], log: Path, environment: dict[str, str] | None, **facts: Any) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            child = Child(
+                start_child("ddpm_lmk.sweep.worker", job, environment=environment, stdout=subprocess.PIPE, stderr=file),
+                log,
+                **facts,
+            )
+        self._children.append(child)
+        threading.Thread(target=self._listen, args=(child,), daemon=True).start()
+
+    def _listen(self, child: Child) -> None:
+        """In a thread: pass the child's events on until it ends."""
+        assert child.process.stdout is not None
+        with child.process.stdout as stdout:
+            for line in stdout:
+                self._events.put((child, json.loads(line)))
+        self._events.put((child, {"event": "exit", "code": child.process.wait()}))
+
+    def _follow_children(self, on_exit: Callable[[Child, int], None]) -> None:
+        """Until the last child has left: hand on a stop signal, kill those that hang, show progress."""
+        while self._children:
+            self._pass_on_stop()
+            for child in self._children:
+                if child.stage is None and not child.stalled:  # a stage looks after its own ranks
+                    self._kill_if_stalled(child)
+            try:
+                child, event = self._events.get(timeout=POLL_S)
+            except queue.Empty:
+                self.view.refresh()
+                continue
+            if event["event"] == "exit":
+                self._children.remove(child)
+                on_exit(child, event["code"])
+            else:
+                self._handle(child, event)
+
+    def _pass_on_stop(self) -> None:
+        if not self.stop_signal:
+            return
+        now = time.monotonic()
+        if self._stop_by == float("inf"):
+            # Before this process has to be gone itself, so that it still writes the summaries.
+            self._stop_by = now + grace_s() - MARGIN_S / 2
+            for child in self._children:
+                child.process.send_signal(signal.SIGINT if self.stop_signal == signal.SIGINT else signal.SIGTERM)
+        if now > self._stop_by:
+            for child in self._children:
+                child.process.kill()
+
+    def _kill_if_stalled(self, worker: Child) -> None:
+        """Kill a worker that is overdue; its stacks are kept where it answers."""
+        pid = worker.process.pid
+        ranks = heartbeat.read_heartbeats(self._heartbeats)
+        last = [rank for rank in ranks if (rank.rank, rank.pid) == (worker.slot, pid)]
+        if not last:  # it imports torch before its first heartbeat
+            waited_s = time.monotonic() - worker.began
+            if waited_s > supervise.TIMES_UNKNOWN * self.stall_s:
+                worker.stalled = f"sent no heartbeat within {waited_s:.0f} s"
+        elif supervise.find_stalled(last, self.stall_s):
+            stacks = supervise.dump_stacks(self._heartbeats, last, self.sweep.out / "stacks")
+            where = f", stacks in {stacks[0]}" if stacks else ""
+            worker.stalled = f"made no progress ({supervise.describe(last[0])}){where}"
+        if worker.stalled:
+            supervise.kill([pid])

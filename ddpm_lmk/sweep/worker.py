@@ -1,9 +1,8 @@
-"""One warm worker of a sweep: pulls cells, keeps the dataset resident and the model built between them.
+"""A child process of a sweep: does one stage, or cell after cell with dataset and network kept in memory between them.
 
-Started by `sweep.run` as `python -m ddpm_lmk.sweep.worker` with its job as JSON on standard input; tells its parent
-what happens as lines of JSON on standard output, and writes everything else to standard error. A cell belongs to
-whoever holds its lock file, so any number of workers, and of sweeps, can share a folder. A failed cell is recorded and
-the next one taken.
+Started by `sweep.run` as `python -m ddpm_lmk.sweep.worker` with its job as JSON on standard input; reports events as
+lines of JSON on standard output, and writes everything else to standard error. A cell belongs to whoever holds its lock
+file, so any number of workers, and of sweeps, can share a folder. A failed cell is recorded and the next one taken.
 """
 
 from __future__ import annotations
@@ -15,89 +14,107 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import LmkError, StoppedError
-from ddpm_lmk.sweep.expand import Cell, cell_folder, is_done
-from ddpm_lmk.system import files, heartbeat, locks, signals
+from ddpm_lmk.sweep.expand import Cell
+from ddpm_lmk.system import files, heartbeat, locks
+from ddpm_lmk.system.children import child_job
 from ddpm_lmk.system.files import read_json
-from ddpm_lmk.system.processes import die_with_parent, leave
+from ddpm_lmk.system.processes import leave
+from ddpm_lmk.system.signals import grace_s
+
+if TYPE_CHECKING:
+    from ddpm_lmk.engine.session import Session
 
 
 class Reporter:
     """Events for the parent, one JSON object a line."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        self._stream = stream
 
     def __call__(self, event: str, **fields: Any) -> None:
-        """Send one event; a parent that is gone does not hear it, and finds everything that counts in the folder."""
+        """Send one event. A parent that is gone finds everything that counts in the folder."""
         with contextlib.suppress(BrokenPipeError):
-            self.stream.write(json.dumps({"event": event, **fields}) + "\n")
-            self.stream.flush()
+            self._stream.write(json.dumps({"event": event, **fields}) + "\n")
+            self._stream.flush()
 
 
 def main() -> int:
-    """Read the job, work, return the exit code: 0, or 75 or 130 when stopped by a signal."""
+    """Read the job, work, return the exit code."""
     report = Reporter(os.fdopen(os.dup(1), "w"))
-    os.dup2(2, 1)  # whatever prints goes to the log
-    job = json.load(sys.stdin)
-    die_with_parent(job["parent"])
-    heartbeat.start_heartbeats(job["slot"])
-    files.protect()
-    with signals.leaving_at_once():
-        return _pull(job, report)
+    os.dup2(2, 1)  # what libraries print must not end up among the events
+    with child_job() as job:
+        if "stage" in job:
+            return do_stage(**job["stage"])
+        heartbeat.start_heartbeats(job["slot"])
+        return do_cells(job, report)
 
 
-def _pull(job: dict[str, Any], report: Reporter) -> int:
-    """Take one cell after the other."""
-    from ddpm_lmk.engine.session import Session  # torch, paid once per worker
+def do_stage(run: dict[str, Any], *, processes: int, device: Any) -> int:
+    """Run a stage as `ddpm-lmk pretrain` would; returns the exit code."""
+    from ddpm_lmk.launcher import Placement, launch
+
+    try:
+        return launch(run, Placement(device, processes, grace_s=grace_s()))
+    except LmkError as error:
+        sys.stderr.write(f"error[{type(error).__name__}]: {error}\n")
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def do_cells(job: dict[str, Any], report: Reporter) -> int:
+    """Take one cell after the other; returns 0, or 75 or 130 when stopped by a signal."""
+    from ddpm_lmk.engine.session import Session  # imports torch, once per worker
 
     session = Session()
-    out = Path(job["out"])
     for fields in job["cells"]:
-        cell = Cell(**{**fields, "cfg": RunConfig.model_validate(fields["cfg"])})
+        cell = Cell(**{**fields, "folder": Path(fields["folder"]), "cfg": RunConfig.model_validate(fields["cfg"])})
         try:
-            _work_on(cell, out, job, session, report)
+            _do_cell(cell, job, session, report)
         except StoppedError as stopped:
             report("stopped", cell=cell.name)
             return stopped.exit_code
     return 0
 
 
-def _work_on(cell: Cell, out: Path, job: dict[str, Any], session: Any, report: Reporter) -> None:
+def _do_cell(cell: Cell, job: dict[str, Any], session: Session, report: Reporter) -> None:
     """Run one cell unless it is done, taken by another worker, or has failed in this session already."""
-    (out / "cells").mkdir(parents=True, exist_ok=True)
-    with locks.locked(out / "cells" / f"{cell.name}.lock") as is_mine:
+    from ddpm_lmk import run
+
+    with locks.locked(cell.folder.with_name(f"{cell.name}.lock")) as is_mine:
         if not is_mine:
             return
-        if is_done(cell_folder(out, cell.name), cell):
+        if cell.is_done():  # by another sweep, since this worker was started
             report("done", cell=cell.name, wall_s=0.0)
             return
-        failure = out / "cells" / f"{cell.name}.error.json"
+        failure = failure_file(cell)
         if (read_json(failure) or {}).get("session") == job["session"]:
-            return
+            return  # another worker of this sweep has tried it; a later command tries it again
         report("start", cell=cell.name)
-        sys.stderr.write(f"--- {cell.name}\n")
+        sys.stderr.write(f"--- {cell.name}\n")  # the log of a worker holds many cells
         started = time.monotonic()
         try:
-            _execute(cell, out, job, session)
-        except StoppedError:
+            run.execute(cell.cfg, cell.folder, device=job["device"], session=session)
+        except StoppedError:  # the cell is saved, and this worker has to leave
             raise
         except Exception as error:  # a cell that fails, for whatever reason, must not stop the others
             traceback.print_exc()
-            files.write_json(failure, {"session": job["session"], **describe(error)})
-            report("failed", cell=cell.name, error=describe(error)["error"])
+            facts = describe(error)
+            files.write_json(failure, {"session": job["session"], **facts})
+            report("failed", cell=cell.name, error=facts["error"])
             return
         failure.unlink(missing_ok=True)
         report("done", cell=cell.name, wall_s=round(time.monotonic() - started, 2))
 
 
-def _execute(cell: Cell, out: Path, job: dict[str, Any], session: Any) -> None:
-    from ddpm_lmk import run
-
-    run.execute(cell.cfg, cell_folder(out, cell.name), device=job["device"], session=session)
+def failure_file(cell: Cell) -> Path:
+    """Beside the run directory of a cell: why it failed, and in which session."""
+    return cell.folder.with_name(f"{cell.name}.error.json")
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.spec import SPECS
-from tests.cli.commands import SMOKE, Lmk
+from ddpm_lmk.launcher import Placement
+from ddpm_lmk.sweep import load_sweep
+from ddpm_lmk.sweep.check import check_sweep
+from tests.cli.commands import SMOKE, Lmk, Result, run_command
 
 SIZE = 32
 
@@ -32,7 +35,6 @@ class Fault:
     words: tuple[str, ...]
     code: int
     said: str
-    key: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory, packed_phantoms: Path, lmk_once: Lmk) -> Places:
+def places(tmp_path_factory: pytest.TempPathFactory, packed_phantoms: Path) -> Places:
     root = tmp_path_factory.mktemp("places")
     pack("skull", root / "untested", PackSettings(kind="phantom", size=SIZE, counts={"train": 4}), workers=1)
     _table(root / "single", "sella")
@@ -89,19 +91,12 @@ def places(tmp_path_factory: pytest.TempPathFactory, packed_phantoms: Path, lmk_
     words = (f"data.path={packed_phantoms}", "evaluate.samples=0", "--cpu", 1)
     pretrain = ("pretrain", SMOKE / "pretrain.yaml", *words)
     for name, more in (("parent", "train.ema=null"), ("wide", "model.width=16"), ("torn", "seed=1")):
-        result = lmk_once(*pretrain, more, "--out", root / name)
+        result = run_command(*pretrain, more, "--out", root / name)
         assert result.code == 0, result.err
     with next((root / "torn").glob("snapshots/*/ema.safetensors")).open("rb+") as file:
         file.truncate(100)
     names = ("untested", "single", "pinched", "unlabelled", "parent", "wide", "gone", "torn")
     return Places(packed_phantoms, **{name: root / name for name in names})
-
-
-@pytest.fixture(scope="module")
-def lmk_once() -> Lmk:
-    from tests.cli.commands import run_command
-
-    return run_command
 
 
 def _films(folder: Path, count: int) -> None:
@@ -139,9 +134,18 @@ def _sweep(folder: Path, words: list[str]) -> Path:
     return folder / "sweep.yaml"
 
 
-def refusal(err: str) -> str:
-    [line] = [line for line in err.splitlines() if line.startswith("error[")]
+def refusal(result: Result) -> str:
+    [line] = [line for line in result.err.splitlines() if line.startswith("error[")]
     return line
+
+
+def refused_alike(lmk: Lmk, code: int, run: tuple[object, ...], sweep: tuple[object, ...]) -> tuple[str, str]:
+    """What a run and a sweep refuse in the same words as their dry runs, each with this exit code."""
+    results = [lmk(*words, *more) for words in (run, sweep) for more in ((), ("--dry-run",))]
+    assert [result.code for result in results] == [code] * 4, [result.err for result in results]
+    told = [refusal(result) for result in results]
+    assert (told[0], told[2]) == (told[1], told[3])
+    return told[0], told[2]
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
@@ -153,12 +157,8 @@ def test_a_run_a_sweep_and_their_dry_runs_refuse_alike_before_anything_is_writte
     out = tmp_path / "out"
     run = ("finetune", SMOKE / "finetune.yaml", *words, "data.shots=2", "--cpu", 1, "--out", out)
     sweep = ("sweep", _sweep(tmp_path, words), "--cpu", 1, "--out", out)
-    results = [lmk(*run), lmk(*run, "--dry-run"), lmk(*sweep), lmk(*sweep, "--dry-run")]
-    assert [result.code for result in results] == [fault.code] * 4, [result.err for result in results]
-    told = [refusal(result.err) for result in results]
+    told = refused_alike(lmk, fault.code, run, sweep)
     assert [line for line in told if fault.said not in line] == []
-    assert told[0] == told[1]
-    assert told[2] == told[3]
     assert not out.exists()
 
 
@@ -169,11 +169,10 @@ def test_more_shots_than_labels_are_refused_alike(lmk: Lmk, places: Places, tmp_
     grid = {"shots": [1, 13, 14], "seeds": [0, 1], "start": {"first": None}, "set": {"data.path": str(places.good)}}
     file.write_text(json.dumps({"name": "s", "run": str(SMOKE / "finetune.yaml"), "grids": [grid]}))
     sweep = ("sweep", file, *words[1:], "--cpu", 1, "--out", tmp_path / "o")
-    results = [lmk(*run), lmk(*run, "--dry-run"), lmk(*sweep), lmk(*sweep, "--dry-run")]
-    assert [result.code for result in results] == [2] * 4
+    told = refused_alike(lmk, 2, run, sweep)
     sentence = "data.shots=13, but phantom-skull has 12 labelled training images; use 1..12 or null for all"
-    assert all(sentence in refusal(result.err) for result in results)
-    assert "(first-k13-s0 and 1 more); data.shots=14" in refusal(results[2].err)
+    assert all(sentence in line for line in told)
+    assert "(first-k13-s0 and 1 more); data.shots=14" in told[1]
     assert not (tmp_path / "o").exists()
 
 
@@ -192,7 +191,7 @@ def test_a_sweep_and_its_dry_run_refuse_the_same_places(
     sweep = ("sweep", _sweep(tmp_path, [f"data.path={packed_phantoms}"]), *words, "--out", tmp_path / "out")
     results = [lmk(*sweep), lmk(*sweep, "--dry-run")]
     assert [result.code for result in results] == [2, 2]
-    assert all(said in refusal(result.err) for result in results)
+    assert all(said in refusal(result) for result in results)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_alike(lmk: Lmk, places: Places, tmp_path: Path) -> None:
@@ -200,10 +199,9 @@ def test_a_folder_that_cannot_be_written_is_refused_alike(lmk: Lmk, places: Plac
     for out, said in ((Path("/proc/nowhere/out"), "cannot write to"), (tmp_path / "sweep.yaml", "is a file")):
         run = ("finetune", SMOKE / "finetune.yaml", data, "--cpu", 1, "--out", out)
         sweep = ("sweep", _sweep(tmp_path, [data]), "--cpu", 1, "--out", out)
-        results = [lmk(*run), lmk(*run, "--dry-run"), lmk(*sweep), lmk(*sweep, "--dry-run")]
-        assert [result.code for result in results] == [6] * 4
-        assert len({refusal(result.err) for result in results}) == 1
-        assert said in refusal(results[0].err)
+        told = refused_alike(lmk, 6, run, sweep)
+        assert told[0] == told[1]
+        assert said in told[0]
 
 
 def test_other_settings_than_the_folder_holds_are_refused_key_by_key_before_the_first_cell(
@@ -215,22 +213,14 @@ def test_other_settings_than_the_folder_holds_are_refused_key_by_key_before_the_
     changed = ("sweep", _sweep(tmp_path, [data, "optim.lr=0.01"]), "seeds=[0,1,2,3]", "--cpu", 1, "--out", out)
     for result in (lmk(*changed), lmk(*changed, "--dry-run")):
         assert result.code == 7
-        assert "optim.lr: there 0.001, here 0.01 (first-k2-s0 and 1 more)" in refusal(result.err)
-        assert "--fork" not in refusal(result.err)
+        assert "optim.lr: there 0.001, here 0.01 (first-k2-s0 and 1 more)" in refusal(result)
+        assert "--fork" not in refusal(result)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    cell = (
-        "finetune",
-        SMOKE / "finetune.yaml",
-        data,
-        "data.shots=2",
-        "--cpu",
-        1,
-        "--out",
-        out / "cells" / "first-k2-s0",
-    )
+    place = ("--cpu", 1, "--out", out / "cells" / "first-k2-s0")
+    cell = ("finetune", SMOKE / "finetune.yaml", data, "data.shots=2", *place)
     for result in (lmk(*cell, "optim.lr=0.01"), lmk(*cell, "optim.lr=0.01", "--dry-run")):
         assert result.code == 7
-        assert "optim.lr: there 0.001, here 0.01" in refusal(result.err)
+        assert "optim.lr: there 0.001, here 0.01" in refusal(result)
     more = lmk("sweep", _sweep(tmp_path, [data]), "seeds=[0,1,2]", "runtime.workers=1", "--cpu", 1, "--out", out)
     assert more.code == 0, more.err
     assert "3 of 3 cells done" in more.err
@@ -246,7 +236,7 @@ def test_a_pack_that_was_made_anew_is_refused_alike(lmk: Lmk, places: Places, tm
     for more in ((), ("--dry-run",)):
         result = lmk(*run, *more)
         assert result.code == 3
-        assert "dataset changed since" in refusal(result.err)
+        assert "dataset changed since" in refusal(result)
 
 
 def test_a_run_that_has_begun_needs_its_starting_weights_no_more_and_a_finished_one_nothing(
@@ -296,24 +286,15 @@ def test_weights_that_a_stage_would_not_give_are_refused_before_it_is_trained(
     words = ("sweep", file, f"packs.all={places.good}", f"data.path={places.good}", "--cpu", 1, "--out", tmp_path / "o")
     for result in (lmk(*words), lmk(*words, "--dry-run")):
         assert result.code == code, result.err
-        assert said in refusal(result.err)
+        assert said in refusal(result)
     assert not (tmp_path / "o").exists()
 
 
-def test_snapshots_that_a_stage_will_keep_are_let_through(lmk: Lmk, places: Places, tmp_path: Path) -> None:
+def test_snapshots_that_a_stage_will_keep_are_let_through(places: Places, tmp_path: Path) -> None:
+    words = [f"packs.all={places.good}", f"data.path={places.good}"]
     for start in ("stage:ddpm@2", "stage:ddpm@4", "stage:ddpm"):
         file = stages(tmp_path, start, **{"train.snapshot_every": "2 steps"})
-        words = (
-            "sweep",
-            file,
-            f"packs.all={places.good}",
-            f"data.path={places.good}",
-            "--cpu",
-            1,
-            "--out",
-            tmp_path / "o",
-        )
-        assert lmk(*words, "--dry-run").code == 0
+        check_sweep(load_sweep(file, words, out=tmp_path / "o"), Placement("cpu", 1))
 
 
 def test_images_that_are_enlarged_are_remarked(lmk: Lmk, places: Places, tmp_path: Path) -> None:
@@ -348,25 +329,16 @@ def test_a_place_that_takes_no_results_is_refused_before_they_are_made(lmk: Lmk,
     ):
         result = lmk(*words)
         assert result.code == 6, result.err
-        assert "cannot write to /proc/nowhere" in refusal(result.err)
+        assert "cannot write to /proc/nowhere" in refusal(result)
 
 
 def test_a_job_for_a_cluster_is_checked_before_it_is_queued_where_its_packs_are_seen(
     lmk: Lmk, places: Places, tmp_path: Path
 ) -> None:
-    words = (
-        "launch",
-        "slurm",
-        SMOKE / "finetune.yaml",
-        "--cpu",
-        1,
-        "--out",
-        tmp_path / "run",
-        "--script",
-        tmp_path / "j",
-    )
+    place = ("--cpu", 1, "--out", tmp_path / "run", "--script", tmp_path / "j")
+    words = ("launch", "slurm", SMOKE / "finetune.yaml", *place)
     refused = lmk(*words, f"data.path={places.untested}")
     assert refused.code == 3
-    assert "there is no split 'test'" in refusal(refused.err)
+    assert "there is no split 'test'" in refusal(refused)
     assert not (tmp_path / "j").exists()
     assert lmk(*words, f"data.path={places.gone}").code == 0

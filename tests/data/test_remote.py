@@ -213,7 +213,7 @@ def test_good_shards_are_good_and_nothing_stays_on_this_disk(site, pack, tmp_pat
     assert run(["shards", "verify", f"{site.url}/dots"]) == 0
     printed = capsys.readouterr()
     assert f"{site.url}/dots: good; 28 samples (train 24, test 4)" in printed.out
-    assert "was not looked at" in printed.out + printed.err
+    assert "foreign ones were not checked" in printed.out + printed.err
     assert sum(name.endswith(".tar") for name, _ in site.requests) == verify(pack).shards
     assert list((tmp_path / "cache").iterdir()) == []
 

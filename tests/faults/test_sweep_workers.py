@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from ddpm_lmk.sweep import load_sweep
 from ddpm_lmk.sweep.run import run_sweep
-sys.exit(run_sweep(load_sweep(sys.argv[1]), Path(sys.argv[2]), stall_s=float(sys.argv[3])))
+sys.exit(run_sweep(load_sweep(sys.argv[1], out=Path(sys.argv[2])), stall_s=float(sys.argv[3])))
 """
 STALL_S = 6.0
 

@@ -118,7 +118,7 @@ class _Lane:
     """One variant: a model of its own, and its way to update it."""
 
     def __init__(self, fields: dict[str, Any], parallel: Parallel) -> None:
-        from ddpm_lmk.engine.gradients import build_updater
+        from ddpm_lmk.engine.loop import build_updater
         from ddpm_lmk.engine.state import TrainState
         from ddpm_lmk.models import build_model
         from ddpm_lmk.tasks import DenoiseTask

@@ -24,7 +24,7 @@ from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.spec import SPECS, DatasetSpec
 from ddpm_lmk.engine.device_fit import choose_precision
 from ddpm_lmk.engine.forecast import random_batch
-from ddpm_lmk.engine.gradients import build_updater
+from ddpm_lmk.engine.loop import build_updater
 from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.session import Session
 from ddpm_lmk.engine.state import TrainState

@@ -213,7 +213,7 @@ def time_steps(
     import torch
 
     from ddpm_lmk.engine.device_fit import explained_out_of_memory
-    from ddpm_lmk.engine.gradients import build_updater
+    from ddpm_lmk.engine.loop import build_updater
     from ddpm_lmk.engine.rank_checks import kernels
     from ddpm_lmk.engine.state import TrainState
 

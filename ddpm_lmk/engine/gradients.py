@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_lmk.config import ClipConfig, RunConfig
+from ddpm_lmk.config import ClipConfig
 from ddpm_lmk.engine import exact_reduce
 from ddpm_lmk.engine.optim import clip, global_norm, gradients, moments
-from ddpm_lmk.engine.requirements import check_exclusions
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.models.weight_standardization import OncePerStep
 
@@ -250,20 +249,3 @@ class ExactUpdater(Updater):
     def _places(self, flat: Tensor) -> list[Tensor]:
         """By parameter, the part of a leaf that is its gradient."""
         return [torch.as_strided(flat, p.shape, p.stride(), start) for p, start in zip(self._parameters, self._starts)]
-
-
-def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Updater:
-    """The way of the run's exactness class and of the launch file's ZeRO stage.
-
-    Raises:
-        ConfigError: the run asks for what cannot be kept together.
-    """
-    check_exclusions(cfg, world=parallel.world, zero=parallel.zero)
-    if parallel.zero:
-        from ddpm_lmk.engine.zero import ZeroUpdater
-
-        return ZeroUpdater(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
-    standard = None
-    if cfg.train.weight_standardization != "pass":
-        standard = OncePerStep(state.model, dtype=parallel.dtype(cfg.train.precision))
-    return (ExactUpdater if cfg.train.exactness == "exact" else DdpUpdater)(state, parallel, standard)

@@ -24,13 +24,16 @@ from ddpm_lmk.engine.checkpointer import Checkpointer
 from ddpm_lmk.engine.data_feed import NO_DATA, DataFeed
 from ddpm_lmk.engine.device_fit import explained_out_of_memory
 from ddpm_lmk.engine.evaluate import Validation
-from ddpm_lmk.engine.gradients import build_updater
+from ddpm_lmk.engine.gradients import DdpUpdater, ExactUpdater, Updater
 from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
 from ddpm_lmk.engine.parallel import Parallel, RunningStatistics
 from ddpm_lmk.engine.rank_checks import announce_class, check_same_weights, kernels
+from ddpm_lmk.engine.requirements import check_exclusions
 from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.zero import ZeroUpdater
 from ddpm_lmk.errors import DivergedError, ResourceError, StoppedError
+from ddpm_lmk.models.weight_standardization import OncePerStep
 from ddpm_lmk.rundir.checkpoint import load_checkpoint, newest_where
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.rundir.retention import Keep
@@ -246,6 +249,21 @@ def fit(
             f"the disk took no final weights in {run.path}; free some space, the same command continues"
         )
     return state
+
+
+def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Updater:
+    """The way of the run's exactness class and of the launch file's ZeRO stage.
+
+    Raises:
+        ConfigError: the run asks for what cannot be kept together.
+    """
+    check_exclusions(cfg, world=parallel.world, zero=parallel.zero)
+    if parallel.zero:
+        return ZeroUpdater(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
+    standard = None
+    if cfg.train.weight_standardization != "pass":
+        standard = OncePerStep(state.model, dtype=parallel.dtype(cfg.train.precision))
+    return (ExactUpdater if cfg.train.exactness == "exact" else DdpUpdater)(state, parallel, standard)
 
 
 def _divisor(train: TrainConfig, batch: Batch, group: Group) -> Tensor | int:

@@ -21,9 +21,8 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.system import files
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.tasks import DenoiseTask
-from ddpm_lmk.tasks.diffusion import ddim_sample
+from ddpm_lmk.tasks.diffusion import NUM_STEPS, ddim_sample
 
-NUM_STEPS = 50
 MARGIN_PX = 2
 
 

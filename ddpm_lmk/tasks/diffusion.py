@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+NUM_STEPS = 50  # passes of a sample drawn by DDIM
+
 Target = Literal["eps", "x0", "v"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -112,7 +114,7 @@ def ddpm_sample(
 
 @torch.no_grad()
 def ddim_sample(
-    model: Denoiser, schedule: NoiseSchedule, x_t: Tensor, *, num_steps: int = 50, target: Target = "eps"
+    model: Denoiser, schedule: NoiseSchedule, x_t: Tensor, *, num_steps: int = NUM_STEPS, target: Target = "eps"
 ) -> Iterator[Tensor]:
     """Deterministic DDIM sampling (Song et al. 2021, eta = 0) over `num_steps` evenly spaced timesteps.
 

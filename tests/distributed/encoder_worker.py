@@ -16,7 +16,7 @@ from torch import distributed, nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import SPECS
-from ddpm_lmk.engine.parallel import AllRanks, Parallel, Statistics
+from ddpm_lmk.engine.parallel import AllRanks, Parallel, RunningStatistics
 from ddpm_lmk.models import build_model
 from ddpm_lmk.tasks import EncoderTask, build_task
 from ddpm_lmk.tasks.task import OneRank
@@ -35,13 +35,13 @@ def work(job: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.eval()
     net = parallel.wrap(model)
-    statistics = Statistics(model, parallel)
-    statistics.remember()
+    statistics = RunningStatistics(model, parallel)
+    statistics.begin_step()
     share = job["count"] // parallel.world
     batch = unlabelled_batch(job["count"], chosen=slice(parallel.rank * share, (parallel.rank + 1) * share))
     losses = task.loss(net, batch)
     (losses.sum() / job["count"] * parallel.world).backward()  # DDP divides by the number of ranks
-    statistics.settle(is_kept=True)
+    statistics.end_step(is_kept=True)
     gradient = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.engine.gradients import StepOutcome, build_updater
+from ddpm_lmk.engine.gradients import StepOutcome
 from ddpm_lmk.engine.logger import CompileClock, TrainLogger
-from ddpm_lmk.engine.loop import fit
+from ddpm_lmk.engine.loop import build_updater, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.session import COMPILE_CACHE, compile_cache, compile_model
 from ddpm_lmk.engine.state import TrainState

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.engine.gradients import build_updater
-from ddpm_lmk.engine.loop import fit
+from ddpm_lmk.engine.loop import build_updater, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.rank_checks import class_kept, kernels
 from ddpm_lmk.errors import ConfigError

@@ -161,7 +161,7 @@ def test_without_validation_labels_a_part_of_the_shots_is_kept_for_them(packed_p
     results = finetuned(packed_phantoms, tmp_path / "run", "data.shots=4", *part)
     assert results["calibration"]["learnt_on"] == "validation split held_out"
     assert results["calibration"]["labels"] == 2 * 19
-    assert results["num_images"] == 2
+    assert results["labels"]["training"] == 2
 
 
 def test_a_run_that_fitted_them_on_folds_before_training_goes_on_with_them(

@@ -35,7 +35,7 @@ def write_run(
 
 def write_sweep(folder: Path, data: Path | str = "nowhere", length: str = "3 steps", **keys: Any) -> Path:
     """A run file and a sweep file beside it; `keys` replace those of the only grid."""
-    write_run(folder / "run.yaml", data, length=length)
+    write_run(folder / "run.yaml", data, duration=length)
     grid = {"shots": [1, 2], "seeds": [0, 1], "start": {"scratch": None}} | keys
     return write_content(folder, {"name": "table", "run": "run.yaml", "grids": [grid]})
 

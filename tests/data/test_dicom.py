@@ -123,11 +123,6 @@ def test_a_voi_table_goes_before_a_window_and_after_the_rescaling():
     assert found.facts["applied"] == ["rescale", "voi-lut"]
 
 
-@pytest.mark.parametrize("tags", [{}, {"WindowCenter": 5, "WindowWidth": 0}, {"WindowCenter": "", "WindowWidth": ""}])
-def test_without_a_usable_window_nothing_is_windowed(tags):
-    assert not film(voi=True, **tags).is_windowed
-
-
 def palette(entries, **others):
     """Tags of a palette; `others`: entries of a colour that has its own."""
     tags = {"PhotometricInterpretation": "PALETTE COLOR", "bits": 8}

@@ -20,50 +20,38 @@ def film(**tags):
     return decode_image(to_bytes(malformed(dataset(), **tags)))
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # one for each row of the table in `dicom_spacing`; all combinations are in `faults/kinds.py`
     ("tags", "wanted"),
     [
         # calibrated, or by definition in the patient
         (PATIENT, 0.16),
         (PATIENT | IMAGER, 0.16),
         (PATIENT | IMAGER | FACTOR, 0.16),
-        (PATIENT | IMAGER | FACTOR | {"EstimatedRadiographicMagnificationFactor": 2}, 0.16),
-        (PATIENT | {SCANNED: [0.2, 0.2]}, 0.16),
-        (PATIENT | DISTANCES, 0.16),
         ({"PixelSpacing": [0.2, 0.2], "PixelSpacingCalibrationType": "GEOMETRY"} | IMAGER | FACTOR, 0.2),
-        ({"PixelSpacing": [0.4, 0.4], "PixelSpacingCalibrationType": "FIDUCIAL"} | IMAGER, 0.4),
         # at the receptor, and magnified
         (IMAGER | FACTOR, 0.16),
         (IMAGER | DISTANCES, 0.16),
         (IMAGER | DISTANCES | {"EstimatedRadiographicMagnificationFactor": 1.28}, 0.2 / 1.28),
         (IMAGER | {"EstimatedRadiographicMagnificationFactor": 1}, 0.2),
         ({SCANNED: [0.2, 0.2]} | FACTOR, 0.16),
-        ({SCANNED: [0.2, 0.2]} | IMAGER | FACTOR, 0.16),
         # PixelSpacing that only repeats the receptor's was not corrected
         ({"PixelSpacing": [0.2, 0.2]} | IMAGER | FACTOR, 0.16),
-        ({"PixelSpacing": [0.2, 0.2]} | IMAGER | DISTANCES, 0.16),
-        ({"PixelSpacing": [0.2, 0.2], "PixelSpacingCalibrationType": "NONE"} | IMAGER | FACTOR, 0.16),
         # placeholders count as absent
         (IMAGER | {"PixelSpacing": [0, 0]}, 0.2),
-        (IMAGER | FACTOR | DISTANCES | {"DistanceSourceToPatient": 0}, 0.16),
-        (IMAGER | DISTANCES | {"EstimatedRadiographicMagnificationFactor": 0}, 0.16),
         (IMAGER | {"DistanceSourceToDetector": 1800}, 0.2),
         # contradictions
         (IMAGER | {"PixelSpacing": [1, 1]}, None),
         (IMAGER | {"PixelSpacing": [0.03, 0.03]}, None),
-        (IMAGER | {"EstimatedRadiographicMagnificationFactor": 0.8}, None),
         (IMAGER | {"EstimatedRadiographicMagnificationFactor": 125}, None),
         (IMAGER | {"DistanceSourceToDetector": 150, "DistanceSourceToPatient": 1200}, None),
         (IMAGER | DISTANCES | {"EstimatedRadiographicMagnificationFactor": 1.5}, None),
         (IMAGER | {SCANNED: [0.1, 0.1]}, None),
         # pixels that are not square
         ({"PixelSpacing": [0.2, 0.1]}, None),
-        (IMAGER | {"PixelSpacing": [0.16, 0.15]}, None),
         ({"ImagerPixelSpacing": [0.2, 0.1]} | FACTOR, None),
         (PATIENT | {"PixelAspectRatio": [1, 2]}, None),
         (PATIENT | {"PixelAspectRatio": [1, 1]}, 0.16),
         # another unit
-        ({"PixelSpacing": [0.0001, 0.0001]}, None),
         ({"PixelSpacing": [160, 160]}, None),
         ({"ImagerPixelSpacing": [200, 200]} | FACTOR, None),
         # nothing, and what is no spacing

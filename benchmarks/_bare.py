@@ -20,7 +20,7 @@ from ddpm_lmk.bench import Timings
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.loading.bad_samples import Quarantine
 from ddpm_lmk.data.loading.order import GroupPlan
-from ddpm_lmk.engine.session import Workbench
+from ddpm_lmk.engine.session import Session
 from ddpm_lmk.tasks import DenoiseTask
 
 
@@ -30,7 +30,7 @@ class BareLoop:
     def __init__(self, subject: Subject) -> None:
         cfg = subject.cfg
         self._cfg, self._task, self._parallel = cfg, subject.task, subject.parallel
-        self._model = Workbench().model(cfg, subject.task, subject.parallel.device).train()
+        self._model = Session().model(cfg, subject.task, subject.parallel.device).train()
         self._parameters: list[Tensor] = list(self._model.parameters())
         decay, optim = cfg.optim.weight_decay, cfg.optim
         self._optimizer = torch.optim.AdamW(

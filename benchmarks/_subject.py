@@ -1,6 +1,6 @@
 """What a benchmark measures: the network of a preset or of a run file, with its task, state and a batch on a device.
 
-Pixels are random and already on the device. Everything else is what a run uses: the model as a workbench builds, places
+Pixels are random and already on the device. Everything else is what a run uses: the model as a session builds, places
 and compiles it, the optimizer, the average and the updater of the engine.
 """
 
@@ -20,12 +20,12 @@ from ddpm_lmk.config.load import config_hash, load_run, load_yaml
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.spec import SPECS, DatasetSpec
+from ddpm_lmk.engine.device_fit import choose_precision
+from ddpm_lmk.engine.forecast import random_batch
 from ddpm_lmk.engine.gradients import build_updater
 from ddpm_lmk.engine.parallel import Parallel, Precision
-from ddpm_lmk.engine.precision import choose_precision
-from ddpm_lmk.engine.session import Workbench
+from ddpm_lmk.engine.session import Session
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.engine.step_timing import random_batch
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.models import ModelCost
 from ddpm_lmk.system.shipped import find
@@ -132,7 +132,7 @@ class Subject:
         self.batch_images = (
             (self.cfg.train.given_micro_batch or self.cfg.train.group_size) if options.batch is None else options.batch
         )
-        model = Workbench().model(self.cfg, self.task, self.parallel.device)
+        model = Session().model(self.cfg, self.task, self.parallel.device)
         self.state = TrainState.fresh(self.cfg, model)
         self.model = model.train()
         self.updater = build_updater(self.cfg, self.state, self.parallel)

@@ -3,8 +3,8 @@
     python benchmarks/checkpoint_save.py [RUN.yaml] [--steps 60] [--every 10] [--out benchmarks/results] [key=value ...]
 
 A real run saves every `--every` steps. A step's time is from one line of metrics to the next; a save's wait is the time
-`Saver.save` takes; a write's time is that of the thread, which is what a save without a thread would cost. The cost at
-the interval of the run file is (wait + what the steps beside the write lost) / interval, as a share of a step. Times
+`Checkpointer.save` takes; a write's time is that of the thread, which is what a save without a thread would cost. The
+cost at the interval of the run file is (wait + what the steps beside the write lost) / interval, of a step. Times
 of a processor that others use too are noisy; `cpu_ms` is what the training thread itself spent.
 """
 
@@ -27,11 +27,11 @@ import torch
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.engine.checkpointer import Saver
+from ddpm_lmk.engine.checkpointer import Checkpointer
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.directory import RunDir
-from ddpm_lmk.rundir.log import Journal
+from ddpm_lmk.rundir.log import RunLog
 from ddpm_lmk.system.machine import hardware, versions
 from ddpm_lmk.system.shipped import find, shipped
 
@@ -58,7 +58,7 @@ class Span(NamedTuple):
 def main() -> None:
     """Run, and write the result file."""
     options = _options()
-    waits, writes, lines = _time(Saver, "save"), _time(RunDir, "save_checkpoint"), _time(Journal, "metrics")
+    waits, writes, lines = _time(Checkpointer, "save"), _time(RunDir, "save_checkpoint"), _time(RunLog, "metrics")
     with tempfile.TemporaryDirectory() as folder:
         words = list(options.settings)
         full = load_run(options.run_file, [*words, "data.path=unused"])
@@ -127,7 +127,7 @@ def _time(owner: type, name: str) -> list[Span]:
             return method(*arguments, **more)
         finally:
             clock = time.thread_time()
-            spans.append(Span(begin, time.perf_counter(), clock if owner is Journal else clock - cpu_begin))
+            spans.append(Span(begin, time.perf_counter(), clock if owner is RunLog else clock - cpu_begin))
 
     setattr(owner, name, timed)
     return spans

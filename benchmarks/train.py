@@ -104,7 +104,7 @@ def measure_overhead(result: Result, subject: Subject, folder: Path) -> None:
     """The engine and a loop by hand, a step each in turn."""
     subject.state.step = 0  # it has tried some already
     loader = TurnTaking(subject, BareLoop(subject).step, warm_up=WARM_UP)
-    with RunDir.claim(folder / "turns", subject.cfg) as run:
+    with RunDir.lock(folder / "turns", subject.cfg) as run:
         loaders = Loaders(loader)  # type: ignore[arg-type] # what `fit` uses of a loader
         fit(subject.cfg, subject.task, subject.state, loaders, subject.parallel, run)
     clock = "wall_s" if subject.device == "cuda" else "cpu_s"

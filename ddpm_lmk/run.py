@@ -1,7 +1,7 @@
-"""One run from its run file to its results: assemble, fit, evaluate.
+"""One run from its run file to its results: open, fit, evaluate.
 
-`starting_state` is the one place that decides where weights come from. A `Workbench` outlives a run: a sweep's worker
-keeps there what its next cell may want.
+`starting_state` is the one place that decides where weights come from. A `Session` outlives a run: a sweep's worker
+keeps there what its next cell may use.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,25 +24,23 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.leakage import Uncompared
 from ddpm_lmk.data.loading.backend import choose_backend
-from ddpm_lmk.data.loading.corpus import fingerprints_of
-from ddpm_lmk.data.shards.manifest import Manifest
-from ddpm_lmk.engine.collectives import AllRanks
-from ddpm_lmk.engine.device_fit import Fitted, fit_to_device, is_free
-from ddpm_lmk.engine.forecast import LONG_S, Forecast, Work, steps_done
+from ddpm_lmk.data.loading.corpus import Corpus, fingerprints_of, training_corpora
+from ddpm_lmk.data.spec import mixture
+from ddpm_lmk.engine.device_fit import Fitted, emulation_warning, fit_to_device
+from ddpm_lmk.engine.forecast import LONG_S, Forecast, Work, steps_done, time_steps
 from ddpm_lmk.engine.loop import Loaders, Pace, fit
-from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.precision import emulation_warning
-from ddpm_lmk.engine.rank_checks import checksum, device_kinds, kept, want_same_facts
-from ddpm_lmk.engine.session import Workbench
+from ddpm_lmk.engine.parallel import AllRanks, Parallel
+from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, checksum, class_kept
+from ddpm_lmk.engine.session import Session
 from ddpm_lmk.engine.state import TrainState
-from ddpm_lmk.engine.step_timing import time_steps
 from ddpm_lmk.inference import calibration
 from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split
 from ddpm_lmk.inference.sample import draw_samples, to_png
+from ddpm_lmk.inference.scoring import check_temperatures
 from ddpm_lmk.models.encoder_unet import want_file
 from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.rundir.checkpoint import load_checkpoint
-from ddpm_lmk.rundir.directory import RunDir, bring_checkpoint
+from ddpm_lmk.rundir.directory import RunDir, copy_checkpoint
 from ddpm_lmk.system.console import Whole, about, progress, say
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.system.machine import code_digest, granted_cores, versions
@@ -53,6 +51,24 @@ from ddpm_lmk.tasks.task import Everyone
 log = logging.getLogger(__name__)
 
 PACKAGES = ("ddpm-lmk", "torch", "accelerate", "numpy", "safetensors")
+Show = Callable[[int, int], None]  # is told how many images are done, and of how many
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the directory of a run holds when the run begins; read by rank 0, the same on all ranks.
+
+    Attributes:
+        results: of this very run, where it is finished.
+        facts: run.json of the run that is resumed; empty for a new one.
+        forked: where the checkpoint comes from that a fork begins with.
+        steps_done: of the newest checkpoint.
+    """
+
+    results: dict[str, Any] | None
+    facts: dict[str, Any]
+    forked: dict[str, Any] | None = None
+    steps_done: int = 0
 
 
 def execute(
@@ -61,7 +77,7 @@ def execute(
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     parallel: Parallel | None = None,
-    workbench: Workbench | None = None,
+    session: Session | None = None,
     fork: Path | None = None,
     is_strict: bool = False,
     is_foretold: bool = False,
@@ -83,82 +99,113 @@ def execute(
         LmkError: on all ranks alike where it is found before training; see `rundir`, `data` and `engine.loop`.
     """
     parallel = parallel or Parallel(device)
+    session = session or Session()
     beat("setup")
-    workbench = workbench or Workbench()
-    with parallel.together():
-        place = Path(out)
-        is_fork = fork is not None
-        claimed = RunDir.claim(place, cfg, is_fork=is_fork) if parallel.is_main else RunDir(place, writes=False)
-    with claimed as run:
-        finished = parallel.on_main(lambda: run.results(cfg))
-        if finished is not None:
-            return finished
-        kinds = device_kinds(parallel, run, is_strict=is_strict)
-        forked = None if fork is None else parallel.on_main(lambda: bring_checkpoint(fork, run.path))
-        fitted = _fitted(cfg, parallel, run)
+    with _locked_directory(cfg, Path(out), parallel, is_fork=fork is not None) as run:
+        past = parallel.on_main(lambda: _look_back(cfg, run, fork))
+        if past.results is not None:
+            return past.results
+        devices = check_devices(parallel, past.facts.get("devices", []), is_strict=is_strict)
+        with parallel.together():
+            # Opened once, before the settings are fitted: steps, outputs and loaders all follow from it.
+            corpora = training_corpora(cfg)
+            task = build_task(cfg, _spec_of(cfg, corpora))
+        fitted = _fit(cfg, task, corpora, past, parallel)
         here = fitted.applied(cfg)
-        with _open_loaders(here, parallel, workbench, run) as loaders:
-            with parallel.together():
-                task = build_task(cfg, loaders.train.spec)
-            if is_foretold and not parallel.zero:  # its state is made once
-                forecast = _foretell(here, task, loaders, parallel, fitted, run, workbench)
-                if parallel.is_main:
-                    say(f"{cfg.name}: {forecast}")
-                    if instead is not None and forecast.total_s > LONG_S:
-                        say(instead)
-            calibration.before_training(cfg, task, run, parallel, workbench, execute=execute)
-            state, parent = starting_state(here, task, workbench=workbench, parallel=parallel, run=run)
-            _want_same_everywhere(here, loaders, state, parallel)
-            facts = _facts(cfg, loaders, parallel, kinds, forked or parent) | {"fit": fitted.facts()}
-            parallel.on_main(lambda: run.begin(cfg, facts | {"packs": _packs(cfg)}))
-            if cfg.task.stage == "pretrain":
-                parallel.on_main(lambda: _note_left_out(cfg, run))
-            run.journal.rewind_metrics(state.step)
-            everyone = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else Everyone()
-            task.meet(everyone, total=Pace.of(cfg, loaders.train).total)
+        with _opened(here, corpora, past, parallel, session) as loaders:
+            pace = Pace.of(here, loaders.train)
+            if is_foretold and not parallel.zero:  # whose state is made once
+                work = Work.of(here, steps=pace.total, done=past.steps_done)
+                timing = time_steps(here, task, parallel, precision=fitted.precision, session=session)
+                forecast = timing.forecast(work)
+                _tell_forecast(cfg, forecast, instead, parallel)
+            state, parent = starting_state(here, task, session=session, parallel=parallel, run=run)
+            # After the weights are loaded and before anything is written: a rank with other code would train another
+            # run.
+            _check_same_everywhere(here, loaders, state, parallel)
+            facts = _facts(cfg, loaders, parallel, devices, past.forked or parent) | {"fit": fitted.facts()}
+            parallel.on_main(lambda: _begin(cfg, run, corpora, facts, step=state.step))
+            collectives = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else Everyone()
+            task.meet(collectives, total=pace.total)
+            # Not for the score, which is computed in what `auto` means to everybody.
             with parallel.training_in(fitted.precision):
-                shown: dict[str, Any] = {"forecast": forecast, "whole": whole}
-                fit(here, task, state, loaders, parallel, run, is_strict=is_strict, **shown)
-            with _concluding(cfg, loaders, parallel, forecast, whole) as show:
-                results = _conclude(cfg, task, state, loaders, parallel, run, workbench, show)
+                fit(here, task, state, loaders, parallel, run, is_strict=is_strict, forecast=forecast, whole=whole)
+            with _shown_conclusion(cfg, parallel, forecast, whole) as show:
+                results = _conclude(cfg, task, state, loaders, parallel, run, session, show)
         parallel.on_main(lambda: run.finish(cfg, results))
         return results
 
 
-def _foretell(
-    cfg: RunConfig,
-    task: Task,
-    loaders: Loaders,
-    parallel: Parallel,
-    fitted: Fitted,
-    run: RunDir,
-    workbench: Workbench,
-) -> Forecast:
-    """How long it takes from here on."""
-    done = parallel.on_main(lambda: steps_done(run.path))
-    work = Work.of(cfg, steps=Pace.of(cfg, loaders.train).total, done=done)
-    return time_steps(cfg, task, parallel, precision=fitted.precision, workbench=workbench).forecast(work)
+def _locked_directory(cfg: RunConfig, out: Path, parallel: Parallel, *, is_fork: bool) -> RunDir:
+    """The run directory, locked by rank 0; on the others one that only reads."""
+    with parallel.together():
+        return RunDir.lock(out, cfg, is_fork=is_fork) if parallel.is_main else RunDir(out, writes=False)
+
+
+def _look_back(cfg: RunConfig, run: RunDir, fork: Path | None) -> Past:
+    """What the directory holds, with the checkpoint of `fork` in it; on rank 0."""
+    results = run.results(cfg)
+    if results is not None:
+        return Past(results, {})
+    check_temperatures(cfg, run.path)
+    forked = None if fork is None else copy_checkpoint(fork, run.path)
+    return Past(None, run.facts(), forked, steps_done(run.path))
+
+
+def _spec_of(cfg: RunConfig, corpora: Sequence[Corpus]) -> Any:
+    """Facts of the dataset: of all labelled ones together, of the first one in a pool without labels."""
+    specs = [corpus.manifest.spec for corpus in corpora]
+    return mixture(specs) if cfg.task.stage == "finetune" else specs[0]
+
+
+def _fit(cfg: RunConfig, task: Task, corpora: Sequence[Corpus], past: Past, parallel: Parallel) -> Fitted:
+    """What this run does on this device: as before where it is resumed, else chosen now."""
+    if "fit" in past.facts:
+        fitted = Fitted.of(past.facts["fit"])
+    else:
+        images = sum(len(corpus.rows) for corpus in corpora)
+        # About: only whether compilation pays depends on it.
+        steps = cfg.train.length.steps(cfg.train.group_size, images)
+        fitted = fit_to_device(cfg, task, parallel, steps=steps)
+        if parallel.is_main:
+            say(str(fitted))
+    if parallel.is_main and (warning := emulation_warning(cfg, fitted.precision, parallel.device.type)):
+        log.warning(warning)
+    return fitted
 
 
 @contextmanager
-def _concluding(
-    cfg: RunConfig, loaders: Loaders, parallel: Parallel, forecast: Forecast | None, whole: Whole | None
-) -> Iterator[Callable[[int, int], None]]:
-    """Shows what follows the last step: a bar on a terminal, else a line before it. Yields a function of (done, of)."""
-    split = cfg.evaluate.split
-    doing = "drawing samples" if cfg.task.kind == "denoise" and cfg.evaluate.samples else ""
-    doing = f"scoring split {split}" if cfg.task.kind == "landmarks" and split is not None else doing
-    if not doing or not parallel.is_main:
-        yield lambda done, total: None
-        return
-    if whole is None and not sys.stderr.isatty():
-        say(f"{cfg.name}: {doing}" + (f", {about(forecast.conclude_s)}" if forecast is not None else ""))
-    with progress(doing, lines=False) as show:
-        yield show
+def _opened(
+    cfg: RunConfig, corpora: Sequence[Corpus], past: Past, parallel: Parallel, session: Session
+) -> Iterator[Loaders]:
+    """The loaders of training and validation, closed when the block is left."""
+    place: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": str(parallel.device)}
+    before = past.facts.get("loader")
+    backend = parallel.on_main(lambda: choose_backend(cfg, device=parallel.device, world=parallel.world, before=before))
+    place |= {"cache": session.cache, "backend": backend.name}
+    if parallel.is_main:
+        say(f"loader={backend.name} ({backend.reason})")
+    with parallel.together():
+        train = open_loader(cfg, stage="train", corpora=corpora, **place)
+        split = cfg.data.validation_split
+        validation = None if split is None else open_loader(cfg, stage="evaluate", split=split, **place)
+    loaders = Loaders(train, validation, backend)
+    try:
+        yield loaders
+    finally:
+        loaders.close()
+        parallel.release()
+
+
+def _tell_forecast(cfg: RunConfig, forecast: Forecast, instead: str | None, parallel: Parallel) -> None:
+    if parallel.is_main:
+        say(f"{cfg.name}: {forecast}")
+        if instead is not None and forecast.total_s > LONG_S:
+            say(instead)
 
 
 def starting_state(
-    cfg: RunConfig, task: Task, *, workbench: Workbench, parallel: Parallel, run: RunDir
+    cfg: RunConfig, task: Task, *, session: Session, parallel: Parallel, run: RunDir
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state a run begins with, and the facts of its parent weights, if any. The first that applies:
 
@@ -172,97 +219,30 @@ def starting_state(
         verified = run.load_latest() if parallel.is_main else None
     newest = parallel.broadcast(None if verified is None else verified.path)
     with parallel.together():
-        model = workbench.model(cfg, task, parallel.device)
+        model = session.model(cfg, task, parallel.device)
         parent = None
         if newest is None and cfg.init.weights is not None:
-            parent = _load_parent(cfg, task, model, workbench)
+            parent = _load_parent(cfg, task, model, session)
+        # After the parent weights: the average begins with them.
         state = TrainState.fresh(cfg, model)
         if newest is not None:
+            # Rank 0 has read and verified it already; the others read it from the shared disk.
             state.load(verified or load_checkpoint(newest), load_all=load_all)
     return state, parent
 
 
-def _fitted(cfg: RunConfig, parallel: Parallel, run: RunDir) -> Fitted:
-    """What this run does on this device: as before where it is continued, else chosen now."""
-    before = parallel.on_main(lambda: run.facts().get("fit"))
-    if before is not None:
-        fitted = Fitted.of(before)
-        _warn_of_emulation(cfg, fitted, parallel)
-        return fitted
-    with parallel.together():
-        manifests = [Manifest.open(path) for path in cfg.data.path] if _needs_data(cfg) else []
-    images = sum(len(manifest.rows(cfg.data.splits)) for manifest in manifests)
-    outputs = sum(manifest.spec.num_landmarks for manifest in manifests) if cfg.task.kind == "landmarks" else 1
-    steps = cfg.train.length.steps(cfg.train.group_size, cfg.data.shots or images)
-    fitted = fit_to_device(cfg, max(1, outputs), parallel, steps=steps)
-    if parallel.is_main:
-        say(str(fitted))
-    _warn_of_emulation(cfg, fitted, parallel)
-    return fitted
-
-
-def _warn_of_emulation(cfg: RunConfig, fitted: Fitted, parallel: Parallel) -> None:
-    """Say before the first step how much longer it takes in a precision that this machine has no instructions for."""
-    if parallel.is_main and (warning := emulation_warning(cfg, fitted.precision, parallel.device.type)):
-        log.warning(warning)
-
-
-def _needs_data(cfg: RunConfig) -> bool:
-    """Does what is chosen depend on the data's landmarks, or its number of images?"""
-    return is_free(cfg) or (cfg.train.compile == "auto" and cfg.train.length.unit == "epochs")
-
-
-def _note_left_out(cfg: RunConfig, run: RunDir) -> None:
-    """Write what is not trained on, and why, and say so in one line."""
-    record = report.write_record(cfg, run.path)
-    found = report.summary(record)
-    run.event("data.compared", **found)
-    for pair in record["patients_not_compared"]:
-        log.warning("%s", Uncompared(**pair))
-    if found["leaks"] or found["copies"]:
-        log.warning(
-            "%d images are left out, of %d in protected splits and %d copies; %s says which",
-            *(found["left_out"], found["leaks"], found["copies"], run.path / report.FILE_NAME),
-        )
-
-
-def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, workbench: Workbench) -> dict[str, Any]:
+def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, session: Session) -> dict[str, Any]:
     """Put `init.weights` into `model`; returns what is worth knowing about them later."""
     assert cfg.init.weights is not None
     if cfg.model.kind == "encoder_unet":
         want_file(cfg.init.weights)
-    weights, meta = workbench.weights(cfg.init)
+    weights, meta = session.weights(cfg.init)
     part = put_weights(cfg, task, model, weights, meta)
     facts: dict[str, Any] = {key: meta[key] for key in ("path", "use", "step", "fingerprint", "files") if key in meta}
     return {**facts, "loaded": part}
 
 
-@contextmanager
-def _open_loaders(cfg: RunConfig, parallel: Parallel, workbench: Workbench, run: RunDir) -> Iterator[Loaders]:
-    place: dict[str, Any] = {
-        "rank": parallel.rank,
-        "world": parallel.world,
-        "device": str(parallel.device),
-        "cache": workbench.cache,
-    }
-    before = run.facts().get("loader")
-    backend = parallel.on_main(lambda: choose_backend(cfg, device=parallel.device, world=parallel.world, before=before))
-    place["backend"] = backend.name
-    if parallel.is_main:
-        say(f"loader={backend.name} ({backend.reason})")
-    with parallel.together():
-        train = open_loader(cfg, stage="train", **place)
-        split = cfg.data.validation_split
-        validation = None if split is None else open_loader(cfg, stage="evaluate", split=split, **place)
-    loaders = Loaders(train, validation, backend)
-    try:
-        yield loaders
-    finally:
-        loaders.close()
-        parallel.release()
-
-
-def _want_same_everywhere(cfg: RunConfig, loaders: Loaders, state: TrainState, parallel: Parallel) -> None:
+def _check_same_everywhere(cfg: RunConfig, loaders: Loaders, state: TrainState, parallel: Parallel) -> None:
     """All ranks must run the same code, for the same run, on the same data, from the same weights (A16)."""
     mine = {
         "code": code_digest(),
@@ -271,11 +251,11 @@ def _want_same_everywhere(cfg: RunConfig, loaders: Loaders, state: TrainState, p
         "data": loaders.train.fingerprint,
         "start": f"step {state.step}, weights {checksum(state.model).item() % 2**64:016x}",
     }
-    want_same_facts(mine, parallel)
+    check_same_facts(mine, parallel)
 
 
 def _facts(
-    cfg: RunConfig, loaders: Loaders, parallel: Parallel, kinds: list[str], parent: dict[str, Any] | None
+    cfg: RunConfig, loaders: Loaders, parallel: Parallel, devices: list[str], parent: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The content of run.json."""
     is_cuda = parallel.device.type == "cuda"
@@ -287,8 +267,8 @@ def _facts(
         "num_images": loaders.train.num_images,
         "parent": parent,
         "loader": None if loaders.backend is None else asdict(loaders.backend),
-        "exactness": kept(cfg, kinds),
-        "devices": kinds,
+        "exactness": class_kept(cfg, devices),
+        "devices": devices,
         "zero": parallel.zero,
         "code": code_digest(),
         "versions": versions(*PACKAGES),
@@ -301,10 +281,43 @@ def _facts(
     }
 
 
-def _packs(cfg: RunConfig) -> dict[str, list[str]]:
-    """The packs of a run by the keys that name their places, to know them again elsewhere."""
-    data = cfg.data
-    return {"data.path": fingerprints_of(data, data.path), "data.protect": fingerprints_of(data, data.protect)}
+def _begin(cfg: RunConfig, run: RunDir, corpora: Sequence[Corpus], facts: dict[str, Any], *, step: int) -> None:
+    """Write what this run is, what it leaves out, and drop lines after `step`, which it will write again; on rank 0."""
+    # Datasets by the keys that name their places, to know them again elsewhere.
+    packs = {
+        "data.path": [corpus.manifest.fingerprint for corpus in corpora],
+        "data.protect": fingerprints_of(cfg.data, cfg.data.protect),
+    }
+    run.begin(cfg, facts | {"packs": packs})
+    run.log.rewind_metrics(step)
+    if cfg.task.stage != "pretrain":
+        return
+    record = report.write_record(cfg, run.path)
+    counts = report.summary(record)
+    run.event("data.compared", **counts)
+    for pair in record["patients_not_compared"]:
+        log.warning("%s", Uncompared(**pair))
+    if counts["leaks"] or counts["copies"]:
+        log.warning(
+            "%d images are left out, of %d in protected splits and %d copies; %s says which",
+            *(counts["left_out"], counts["leaks"], counts["copies"], run.path / report.FILE_NAME),
+        )
+
+
+def _shown_conclusion(
+    cfg: RunConfig, parallel: Parallel, forecast: Forecast | None, whole: Whole | None
+) -> AbstractContextManager[Show]:
+    """Shows what follows the last step: a bar on a terminal, else a line before it. Yields a function of (done, of)."""
+    split, doing = cfg.evaluate.split, ""
+    if cfg.task.kind == "denoise" and cfg.evaluate.samples:
+        doing = "drawing samples"
+    elif cfg.task.kind == "landmarks" and split is not None:
+        doing = f"scoring split {split}"
+    if not doing or not parallel.is_main:
+        return nullcontext(lambda done, total: None)
+    if whole is None and not sys.stderr.isatty():
+        say(f"{cfg.name}: {doing}" + (f", {about(forecast.conclude_s)}" if forecast is not None else ""))
+    return progress(doing, lines=False)
 
 
 def _conclude(
@@ -314,27 +327,35 @@ def _conclude(
     loaders: Loaders,
     parallel: Parallel,
     run: RunDir,
-    workbench: Workbench,
-    show: Callable[[int, int], None],
+    session: Session,
+    show: Show,
 ) -> dict[str, Any]:
     """Score what was learnt: a task that finds points on its split, any other by the losses it ended with."""
     train = {
         "steps": state.step,
         "images": state.images,
         "wall_s": round(state.seconds, 2),
-        "skipped": state.health.skipped,
-        "tflop": _tflop(cfg, task, state.images),
+        "skipped": state.divergence.skipped,
+        # Operations of training as executed, 10^12.
+        "tflop": round(task.cost(cfg.model, cfg.data.image_size).flops_train * state.images / 1e12, 6),
     }
     with state.ema.applied() as model:
-        calibration.after_training(cfg, task, model, run, parallel, workbench)
+        calibration.after_training(cfg, task, model, run, parallel, session)
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
-            split, cache = cfg.evaluate.split, workbench.cache
+            split, cache = cfg.evaluate.split, session.cache
             score = evaluate_parts if len(cfg.data.path) > 1 else evaluate_split
             return score(cfg, task, model, parallel, split=split, out=run.path, train=train, cache=cache, show=show)
         if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
             images = draw_samples(cfg, task, model, parallel, count=cfg.evaluate.samples, show=show)
             parallel.on_main(lambda: to_png(images, run.path / "samples.png"))
-    learnt, validated = parallel.on_main(run.journal.last_metrics)
+    return parallel.on_main(lambda: _unscored(cfg, loaders, run, train))
+
+
+def _unscored(cfg: RunConfig, loaders: Loaders, run: RunDir, train: dict[str, Any]) -> dict[str, Any]:
+    """Results of a run that finds no points, from what it noted on the way; on rank 0."""
+    trained, validated = run.log.last_metrics()
+    # A fine-tuning run that scores nothing compares nothing.
+    leakage = report.summary(report.read_record(run.path)) if cfg.task.stage == "pretrain" else None
     return {
         "kind": cfg.task.kind,
         "name": cfg.name,
@@ -342,21 +363,11 @@ def _conclude(
         "num_images": loaders.train.num_images,
         "seed": cfg.seed,
         "start": cfg.init.model_dump(mode="json"),
-        "train": {**train, **{key: learnt.get(key) for key in ("loss", "images_per_s", "data_wait")}},
+        "train": {**train, **{key: trained.get(key) for key in ("loss", "images_per_s", "data_wait")}},
         "validation": validated.get("validation"),
         "validated_step": validated.get("step"),
-        "leakage": parallel.on_main(lambda: _left_out(cfg, run)),
+        "leakage": leakage,
     }
-
-
-def _left_out(cfg: RunConfig, run: RunDir) -> dict[str, int] | None:
-    """What pre-training left out; a fine-tuning run that scores nothing compares nothing."""
-    return report.summary(report.read_record(run.path)) if cfg.task.stage == "pretrain" else None
-
-
-def _tflop(cfg: RunConfig, task: Task, images: int) -> float:
-    """Operations of training as executed, 10^12."""
-    return round(task.cost(cfg.model, cfg.data.image_size).flops_train * images / 1e12, 6)
 
 
 def run_job(job: dict[str, Any]) -> int:
@@ -366,11 +377,17 @@ def run_job(job: dict[str, Any]) -> int:
     `forecast`, `instead`, `whole`).
     """
     parallel = Parallel(job.get("device", "auto"), zero=job.get("zero", 0))
-    fork = Path(job["fork"]) if job.get("fork") else None
-    cfg, out = RunConfig.model_validate(job["config"]), Path(job["out"])
-    whole = Whole(**job["whole"]) if job.get("whole") else None
-    foretold: dict[str, Any] = {"is_foretold": job.get("is_foretold", True), "instead": job.get("instead")}
-    foretold["forecast"] = Forecast(**job["forecast"]) if job.get("forecast") else None
-    execute(cfg, out, parallel=parallel, fork=fork, is_strict=job.get("strict", False), whole=whole, **foretold)
+    execute(
+        RunConfig.model_validate(job["config"]),
+        Path(job["out"]),
+        parallel=parallel,
+        fork=Path(job["fork"]) if job.get("fork") else None,
+        is_strict=job.get("strict", False),
+        is_foretold=job.get("is_foretold", True),
+        forecast=Forecast(**job["forecast"]) if job.get("forecast") else None,
+        instead=job.get("instead"),
+        whole=Whole(**job["whole"]) if job.get("whole") else None,
+    )
+    # Ends the process group here, since its destructor may run after that of the interpreter.
     parallel.close()
     return 0

@@ -45,7 +45,6 @@ WITHOUT_TORCH = [
         "rundir.retention",
         "inference.scoring",
         "engine.forecast",
-        "engine.step_timing",
         "engine.requirements",
     ),
     *("system.children", "system.environment", "system.limits", "system.processes"),

@@ -19,7 +19,7 @@ from ddpm_lmk import run as runs
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import load_run
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.session import Workbench
+from ddpm_lmk.engine.session import Session
 from ddpm_lmk.errors import CheckpointError, DataError, ResourceError, RunConflictError
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.checkpoint import load_weights
@@ -90,7 +90,7 @@ def test_ranks_compare_code_run_file_data_and_start(
 ) -> None:
     """What they do when one differs is tried with real ranks in `distributed/test_worlds`."""
     seen: list[dict[str, str]] = []
-    monkeypatch.setattr(runs, "want_same_facts", lambda mine, parallel: seen.append(mine))
+    monkeypatch.setattr(runs, "check_same_facts", lambda mine, parallel: seen.append(mine))
     for length in (1, 2):
         execute(pretraining(train={"length": length, "checkpoint_every": 1}), tmp_path / "run", parallel=parallel)
     first, second = seen
@@ -108,7 +108,7 @@ def test_finetuning_takes_the_trunk_and_leaves_the_output_layer_to_the_seed(
     results = execute(cfg, tmp_path / "run", parallel=parallel)
     found, _ = load_weights(tmp_path / "run", "model")
     parent, _ = load_weights(pretrained, "ema")
-    scratch = Workbench().model(cfg, build(cfg), torch.device("cpu")).state_dict()
+    scratch = Session().model(cfg, build(cfg), torch.device("cpu")).state_dict()
     for name, value in found.items():
         wanted = scratch[name] if name.startswith("final_conv") else parent[name]
         assert torch.equal(value, wanted), name
@@ -145,17 +145,17 @@ def test_a_network_of_another_shape_is_refused_with_the_differences(
 def test_a_warm_workbench_gives_the_same_weights_as_a_cold_one(
     tmp_path: Path, pretrained: Path, tuning: Maker, parallel: Parallel
 ) -> None:
-    workbench = Workbench()
+    session = Session()
     first = tuning(init={"weights": str(pretrained)})
     second = tuning(seed=3, train={"micro_batch": 2})
-    execute(first, tmp_path / "warm-first", parallel=parallel, workbench=workbench)
-    execute(second, tmp_path / "warm-second", parallel=parallel, workbench=workbench)
+    execute(first, tmp_path / "warm-first", parallel=parallel, session=session)
+    execute(second, tmp_path / "warm-second", parallel=parallel, session=session)
     execute(second, tmp_path / "cold", parallel=parallel)
     warm, cold = (load_weights(tmp_path / name, "ema")[0] for name in ("warm-second", "cold"))
     assert all(torch.equal(warm[name], value) for name, value in cold.items())
     rows = [(tmp_path / name / "predictions.csv").read_text() for name in ("warm-second", "cold")]
     assert rows[0] == rows[1]
-    assert workbench.cache or first.data.residency == "stream"
+    assert session.cache or first.data.residency == "stream"
 
 
 def test_a_longer_run_continues_and_ends_as_if_it_had_been_long_from_the_start(
@@ -203,31 +203,31 @@ def test_another_run_in_the_same_place_is_refused_key_by_key(
     ids=["shorter", "unit", "both"],
 )
 def test_only_a_longer_length_may_change(tmp_path: Path, pretraining: Maker, changes: dict[str, Any]) -> None:
-    with RunDir.claim(tmp_path / "run", pretraining()) as run:
+    with RunDir.lock(tmp_path / "run", pretraining()) as run:
         run.begin(pretraining(), {"fingerprint": "x"})
     with pytest.raises(RunConflictError, match=r"train\.length"):
-        RunDir.claim(tmp_path / "run", pretraining(train=changes))
+        RunDir.lock(tmp_path / "run", pretraining(train=changes))
 
 
 def test_a_schedule_that_depends_on_the_length_forbids_another_length(tmp_path: Path, pretraining: Maker) -> None:
     cosine = {"schedule": "cosine"}
-    with RunDir.claim(tmp_path / "run", pretraining(optim=cosine)) as run:
+    with RunDir.lock(tmp_path / "run", pretraining(optim=cosine)) as run:
         run.begin(pretraining(optim=cosine), {"fingerprint": "x"})
     with pytest.raises(RunConflictError, match=r"train\.length"):
-        RunDir.claim(tmp_path / "run", pretraining(optim=cosine, train={"length": 9}))
+        RunDir.lock(tmp_path / "run", pretraining(optim=cosine, train={"length": 9}))
 
 
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path, pretraining: Maker) -> None:
     (tmp_path / "thesis.txt").write_text("chapter 1")
     with pytest.raises(RunConflictError, match=r"is not a run \(it holds thesis.txt\)"):
-        RunDir.claim(tmp_path, pretraining())
+        RunDir.lock(tmp_path, pretraining())
     assert (tmp_path / "thesis.txt").read_text() == "chapter 1"
 
 
 def test_an_empty_directory_is_fine(tmp_path: Path, pretraining: Maker) -> None:
-    with RunDir.claim(tmp_path, pretraining()):
+    with RunDir.lock(tmp_path, pretraining()):
         pass
-    with RunDir.claim(tmp_path, pretraining()):
+    with RunDir.lock(tmp_path, pretraining()):
         pass
 
 
@@ -239,21 +239,21 @@ def test_a_place_that_cannot_be_written_is_refused_first(tmp_path: Path, pretrai
         (Path("/proc/run"), "cannot write"),
     ):
         with pytest.raises(ResourceError, match=said):
-            RunDir.claim(path, pretraining())
+            RunDir.lock(path, pretraining())
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path, pretraining: Maker) -> None:
     in_use = pytest.raises(RunConflictError, match=f"in use by process {os.getpid()} on ")
-    with RunDir.claim(tmp_path / "run", pretraining()), in_use:
-        RunDir.claim(tmp_path / "run", pretraining())
-    with RunDir.claim(tmp_path / "run", pretraining()):
+    with RunDir.lock(tmp_path / "run", pretraining()), in_use:
+        RunDir.lock(tmp_path / "run", pretraining())
+    with RunDir.lock(tmp_path / "run", pretraining()):
         pass
 
 
 def test_changed_data_is_refused(tmp_path: Path, pretraining: Maker) -> None:
-    with RunDir.claim(tmp_path / "run", pretraining()) as run:
+    with RunDir.lock(tmp_path / "run", pretraining()) as run:
         run.begin(pretraining(), {"fingerprint": "before"})
-    with RunDir.claim(tmp_path / "run", pretraining()) as run, pytest.raises(DataError, match="was before, now after"):
+    with RunDir.lock(tmp_path / "run", pretraining()) as run, pytest.raises(DataError, match="was before, now after"):
         run.begin(pretraining(), {"fingerprint": "after"})
 
 

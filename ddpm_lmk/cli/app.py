@@ -196,7 +196,7 @@ def _add_training_command(name: Stage, text: str) -> None:
             from ddpm_lmk.config import RunConfig
             from ddpm_lmk.config.load import load_run
             from ddpm_lmk.launcher import place
-            from ddpm_lmk.rundir.lock import refuse_if_in_use
+            from ddpm_lmk.rundir.lock import check_unlocked
 
             if explain:
                 _explain(RunConfig, [run_file, *(overrides or [])])
@@ -210,7 +210,7 @@ def _add_training_command(name: Stage, text: str) -> None:
             cfg = load_run(run_file, words)
             _check_task(cfg, name, run_file)
             if node_rank == 0 and not dry_run:  # before torch is imported; the other nodes work in the same place
-                refuse_if_in_use(fork or out or Path("runs") / cfg.name)
+                check_unlocked(fork or out or Path("runs") / cfg.name)
             placement = place(gpus=gpus, cpu=cpu, nodes=nodes, node_rank=node_rank, rdzv=rdzv, launch_file=launch)
             instead = for_run(cfg, name, run_file, placement.device)
             place_of = out or Path("runs") / cfg.name
@@ -320,7 +320,7 @@ def _warn_of_emulation(sweep: Sweep, device: str) -> None:
     asked = {cfg.train.precision: cfg for cfg in runs}
     if device != "cpu" or not asked.keys() & {"bf16", "fp16"}:
         return  # without waiting for torch
-    from ddpm_lmk.engine.precision import choose_precision, emulation_warning
+    from ddpm_lmk.engine.device_fit import choose_precision, emulation_warning
 
     for cfg in asked.values():
         if warning := emulation_warning(cfg, choose_precision(cfg, device).name, device):

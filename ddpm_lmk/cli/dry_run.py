@@ -1,7 +1,7 @@
 """What a run would do, without doing it: data, model, cost, memory, steps and time.
 
-Memory is an estimate: weights, gradients, optimizer moments and average in full precision, plus the activations of one
-micro-batch. Time is that of steps timed here and now (see `forecast`).
+Memory is that of a pass of one micro-batch, measured without computing it, beside weights, moments and average. Time
+is that of steps timed here and now (see `forecast`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from ddpm_lmk.data.loading.corpus import training_corpora
 from ddpm_lmk.data.loading.order import GroupPlan
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.engine.device_fit import Fitted, device_bytes, fit_to_device, memory_gib
-from ddpm_lmk.engine.forecast import LONG_S, Work, learnt, steps_done
+from ddpm_lmk.engine.device_fit import Fitted, device_bytes, emulation_warning, fit_to_device, memory_gib
+from ddpm_lmk.engine.forecast import LONG_S, Work, images_trained_on, steps_done
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.precision import emulation_warning
 from ddpm_lmk.launcher import Placement, preflight
 from ddpm_lmk.launcher.time_runs import time_run
 from ddpm_lmk.tasks import Task, build_task
@@ -31,7 +30,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     """
     manifests = [Manifest.open(path) for path in cfg.data.path]
     counts = _images(cfg, manifests)
-    num_images = sum(learnt(cfg, count) for count in counts)
+    num_images = sum(images_trained_on(cfg, count) for count in counts)
     groups = GroupPlan.of(cfg, num_images)
     steps = cfg.train.length.steps(cfg.train.group_size, num_images, groups.steps_per_epoch)
     images = groups.images(steps)
@@ -58,12 +57,12 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
 
 
 def _fitted(cfg: RunConfig, task: Task, placement: Placement, steps: int) -> tuple[RunConfig, Fitted]:
-    """What `auto` becomes, by the memory model alone; a run on a GPU also tries a step."""
+    """What `auto` becomes, by the estimate of memory alone; a run on a GPU also tries a step."""
     parallel = Parallel("cuda" if placement.device == "cuda" else "cpu")
     room = device_bytes(parallel) // (placement.processes if placement.device == "cpu" else 1)
     share = cfg.train.group_size // (placement.processes * placement.nodes)
     one = cfg.model_copy(update={"train": cfg.train.model_copy(update={"group_size": share})})
-    fitted = fit_to_device(one, task.out_channels, parallel, steps=steps, room=room, probe=lambda run: True)
+    fitted = fit_to_device(one, task, parallel, steps=steps, room=room, probe=lambda run: True)
     return fitted.applied(cfg), fitted
 
 

@@ -78,10 +78,10 @@ class ContourCodecConfig(Section):
     )
     temperatures: Literal["none", "fitted"] = Field(
         "none",
-        description="one per landmark, fitted on data.validation_split, or where it is null on folds of the shots",
+        description="one per landmark, fitted on data.validation_split",
     )
     folds: Annotated[int, Field(ge=2, le=20)] = Field(
-        5, description="parts the shots are cut into for that; each costs a training without it"
+        5, description="not used any more: versions to 0.1 fitted temperatures on folds of the shots"
     )
 
 

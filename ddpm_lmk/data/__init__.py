@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ddpm_lmk.config import RunConfig
     from ddpm_lmk.data.loading.backend import Name
+    from ddpm_lmk.data.loading.corpus import Corpus
     from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
 
 
@@ -21,6 +24,7 @@ def open_loader(
     split: None = ...,
     cache: dict[Any, Any] | None = ...,
     backend: Name | None = ...,
+    corpora: Sequence[Corpus] | None = ...,
 ) -> TrainLoader: ...
 
 
@@ -35,6 +39,7 @@ def open_loader(
     split: str | None = ...,
     cache: dict[Any, Any] | None = ...,
     backend: Name | None = ...,
+    corpora: None = ...,
 ) -> EvalLoader: ...
 
 
@@ -48,6 +53,7 @@ def open_loader(
     split: str | None = None,
     cache: dict[Any, Any] | None = None,
     backend: Name | None = None,
+    corpora: Sequence[Corpus] | None = None,
 ) -> TrainLoader | EvalLoader:
     """Open the data of a run for one process.
 
@@ -60,6 +66,7 @@ def open_loader(
         split: the split to evaluate; None: `evaluate.split`.
         cache: keeps decoded pixels for the next loader of the same data; the caller owns it.
         backend: what `backend.choose_backend` said, so that all loaders and ranks of a run have the same; None: ask it.
+        corpora: what is trained on, where it is open already.
 
     Raises:
         ConfigError: the run cannot be honoured (world size, shots, overlapping splits).
@@ -76,5 +83,5 @@ def open_loader(
     chosen = backend or choose_backend(cfg, device=device, world=world).name
     seat = Seat(rank, world, torch.device(device), chosen)
     if stage == "train":
-        return open_training(cfg, seat, cache)
+        return open_training(cfg, seat, cache, corpora=corpora)
     return open_evaluation(cfg, seat, cache, split=split)

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the state is copied, and a thread of rank 0 writes the copy.
+"""Saving beside training: the state is copied, and a thread of rank 0 writes the copy.
 
 Training waits for the copy only, and for the write before it if that is not done yet. Host tensors are copied into
 buffers that are used again; device tensors are cloned where they are, which takes the time of reading them once, and
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from ddpm_lmk.system.heartbeat import beat
 log = logging.getLogger(__name__)
 
 
-class Saver:
+class Checkpointer:
     """Writes checkpoints and snapshots of one run in the background for as long as the `with` block lasts.
 
     Every rank makes the same calls; an error of the write is raised on all of them.
@@ -35,22 +34,23 @@ class Saver:
 
     def __init__(self, run: RunDir, parallel: Parallel, *, keep: Keep) -> None:
         self._run, self._parallel, self._keep = run, parallel, keep
+        # One thread: saves stay in order, and no two need buffers at a time.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[Any] | None = None
         self._was_saved = True
         self._copy = HostCopy()
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(
-        self, raised: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, raised: type[BaseException] | None, *unused: object) -> None:
         """Let the write that is under way come to its end; leaving without an error also raises what it met."""
         try:
             if raised is None:
                 self.wait()
         finally:
+            # Also where training failed: a half-written folder would be thrown away, a whole one is one step less to
+            # repeat.
             self._thread.shutdown()
 
     def save(self, state: TrainState, moments: Mapping[str, Tensor]) -> None:
@@ -59,6 +59,7 @@ class Saver:
         Raises:
             LmkError: the write before this one ended the run; see `RunDir.save_checkpoint`.
         """
+        # Counters are read now, on every rank alike; the thread must not look at a state that trains on.
         tensors, facts, pinned = state.tensors(moments), state.facts(), {state.patience.best_step}
 
         def write() -> None:
@@ -76,12 +77,10 @@ class Saver:
     def wait(self) -> bool:
         """Wait until nothing is being written; was the last save a success?
 
-        A disk that has written beside training until now is waited for here, which is another pace than that of a save.
-
         Raises:
             LmkError: the write ended the run.
         """
-        beat("write")
+        beat("write")  # a disk that wrote beside training until now is waited for here, which is slower than a save
         return self._parallel.on_main(self._finish)
 
     def _begin(self, tensors: Tensors, write: Callable[[], Any]) -> None:
@@ -113,12 +112,14 @@ class HostCopy:
         at_home = [key for key, value in sources.items() if not value.is_cuda]
         try:
             places = {key: torch.empty_like(v) if v.is_cuda else self._buffer(key, v) for key, v in sources.items()}
+        # A save must not end a run that fits: slower, and only this time.
         except torch.OutOfMemoryError:
             log.warning("no device memory for a copy of the state: training waits until it is on the host")
             places = {key: self._buffer(key, value) for key, value in sources.items()}
         for keys in filter(None, (on_device, at_home)):  # one call copies all at once only where all are in one place
             torch._foreach_copy_([places[key] for key in keys], [sources[key] for key in keys])
         self._files, self._taken = tuple(tensors), places
+        # The thread waits for the clones, not for what the device is given after them.
         self._ready = torch.cuda.current_stream().record_event() if on_device else None
 
     @torch.no_grad()
@@ -128,6 +129,7 @@ class HostCopy:
         if away:
             assert self._ready is not None
             places = {key: self._buffer(key, value) for key, value in away.items()}
+            # Its own stream, so that the copy to the host does not wait behind the kernels of the next steps.
             stream = torch.cuda.Stream(next(iter(away.values())).device)
             with torch.cuda.stream(stream):
                 stream.wait_event(self._ready)
@@ -141,7 +143,8 @@ class HostCopy:
 
     def _buffer(self, key: tuple[str, str], like: Tensor) -> Tensor:
         """Host memory of the size, type and layout of `like`: the same as last time where that still fits."""
-        found = self._buffers.get(key)
-        if found is None or (found.shape, found.dtype, found.stride()) != (like.shape, like.dtype, like.stride()):
-            found = self._buffers[key] = torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
-        return found
+        buffer = self._buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != (like.shape, like.dtype, like.stride()):
+            # Pinned memory takes long to get and is used for every save of the run.
+            buffer = self._buffers[key] = torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
+        return buffer

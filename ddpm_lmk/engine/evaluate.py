@@ -1,9 +1,9 @@
-"""Scoring on the way: `evaluate`, and what becomes of a validation that fails (failures.md, C14).
+"""Validation on the way: `evaluate`, and what becomes of one that fails (docs/faults.md, C14).
 
 A validation changes no weights, so one that fails does not end days of training: all ranks agree that it failed, the
-event is recorded, and training goes on. The rules that look at scores (plateau, patience, the best weights) see nothing
-of that step, neither a good nor a bad score. With `--strict` the error ends the run. A file system that stays away is
-no failure of a validation: the state is saved and the run leaves, as it does when training meets it.
+event is recorded, and training goes on. The rules that look at scores (plateau, patience, the best weights) learn
+nothing of that step. With `--strict` the error ends the run. A file system that stays away is no failure of a
+validation: the state is saved and the run leaves, as it does when training meets it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Validation:
     ) -> None:
         self._task, self._loader, self._parallel, self._run = task, loader, parallel, run
         self._precision, self._is_strict = precision, is_strict
-        self._failed = 0  # in a row
+        self._failed_in_a_row = 0
 
     def score(self, state: TrainState) -> dict[str, float] | None:
         """Figures of the weights in use, or None, with an event, where they could not be had.
@@ -54,20 +54,21 @@ class Validation:
         """
         try:
             with state.ema.applied() as model:
+                # The average is what will be used, so it is what is scored.
                 figures = evaluate(self._task, model, self._loader, self._parallel, self._precision)
         except StoppedError:
             raise
         except LmkError as error:
             if self._is_strict:
                 raise
-            self._failed += 1
-            facts = {"error": type(error).__name__, "reason": str(error), "in_a_row": self._failed}
+            self._failed_in_a_row += 1
+            facts = {"error": type(error).__name__, "reason": str(error), "in_a_row": self._failed_in_a_row}
             effect = "training goes on; plateau, patience and the choice of weights do not see this step"
             self._run.event("validation.failed", step=state.step, **facts, effect=effect)
             if self._parallel.is_main:
                 log.warning("validation at step %d failed (%s): %s", state.step, error, effect)
             return None
-        self._failed = 0
+        self._failed_in_a_row = 0
         return figures
 
 
@@ -86,31 +87,29 @@ def evaluate(
     model.eval()
     parts: list[dict[str, Tensor]] = []
     try:
-        with parallel.together(), _telling(parallel):
+        with parallel.together(), _shareable_errors(parallel):
             for batch in loader:
                 beat("evaluate")
                 with parallel.autocast(precision):
                     parts.append(task.evaluate(model, batch.to(parallel.device)))
+            # One read from the device for all batches.
             columns = {key: torch.stack([part[key] for part in parts]).tolist() for key in (parts[0] if parts else ())}
     finally:
         model.train(was_training)
     sums: dict[str, float] = {}
-    for found in parallel.gather(columns):
-        for key, values in found.items():
+    for of_rank in parallel.gather(columns):
+        for key, values in of_rank.items():
             for value in values:
+                # Python floats, batch by batch: the order is that of the data, whatever the number of ranks.
                 sums[key] = sums.get(key, 0.0) + value
-    return _summary(task, sums, parallel)
-
-
-def _summary(task: Task, sums: dict[str, float], parallel: Parallel) -> dict[str, float]:
     figures: dict[str, float] = {}
-    with parallel.together(), _telling(parallel):
+    with parallel.together(), _shareable_errors(parallel):
         figures |= task.summarize(sums)
     return figures
 
 
 @contextmanager
-def _telling(parallel: Parallel) -> Iterator[None]:
+def _shareable_errors(parallel: Parallel) -> Iterator[None]:
     """Turn an error that is none of ours into one that all ranks can share, after writing its traceback."""
     try:
         yield
@@ -118,5 +117,5 @@ def _telling(parallel: Parallel) -> Iterator[None]:
         raise
     except Exception as error:
         say(f"rank {parallel.rank}, in an evaluation:\n{traceback.format_exc()}")
-        # Not what it says: that may hold a path or more of a film's owner, and events are kept.
+        # Not its message: that may hold a path or more of a patient, and events are kept.
         raise EvaluationError(f"{type(error).__name__} on rank {parallel.rank}, see its traceback above") from None

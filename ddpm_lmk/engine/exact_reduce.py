@@ -52,8 +52,10 @@ class Stack:
         self.nodes.append(Node(0, self._next, leaf))
         self._next += 1
         free = []
+        # Two halves of one node meet as early as they can, so that log2(count) + 1 tensors are alive and not `count`.
         while len(self.nodes) > 1 and self.nodes[-2].parent == self.nodes[-1].parent:
             right = self.nodes.pop()
+            # The left tensor keeps the sum, the right one is used for a later leaf: no allocation in a step.
             free.append(right.values)
             self.nodes[-1] = Node(*right.parent, self.nodes[-1].values.add_(right.values))
         return free
@@ -65,6 +67,7 @@ def blocks(first: int, count: int) -> list[tuple[int, int]]:
     while first < end:
         level = (end - first).bit_length() - 1
         if first:
+            # A node begins at a multiple of its size, which is the lowest bit that is set in `first`.
             level = min(level, (first & -first).bit_length() - 1)
         found.append((level, first >> level))
         first += 1 << level
@@ -84,6 +87,7 @@ def fold(nodes: list[Node]) -> Tensor:
             else:
                 above.append(Node(*node.parent, node.values))
         nodes, level = above, level + 1
+    # -0.0 + 0.0 is 0.0: whether zeros were added as padding leaves no trace in the sign.
     return nodes[0].values.add_(0.0)
 
 
@@ -95,6 +99,7 @@ def fold_over_ranks(nodes: list[Node], *, count: int, world: int) -> Tensor:
     """
     if world == 1:
         return fold(nodes)
+    # Each rank folds one part of the elements for all: the work of folding is shared out as well as the traffic.
     width = nodes[0].values.numel() // world
     owned = [blocks(rank * count, count) for rank in range(world)]
     sent = nodes[0].values
@@ -107,6 +112,7 @@ def fold_over_ranks(nodes: list[Node], *, count: int, world: int) -> Tensor:
         output_split_sizes=[len(part) * width for part in owned],
         input_split_sizes=[len(nodes) * width] * world,
     )
+    # In the order of the leaves, since that is the order in which `fold` pairs them.
     places = [place for part in owned for place in part]
     mine = fold([Node(*place, values) for place, values in zip(places, received.split(width), strict=True)])
     total = nodes[0].values

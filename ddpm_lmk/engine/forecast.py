@@ -1,22 +1,40 @@
-"""How long a run takes on this machine, from seconds of its steps (`timing`) and what it has left to do.
+"""How long a run takes on this machine: seconds of its steps, timed here and now, times what it has left to do.
+
+Timed is what the run does, on random images: its network, task, optimizer and average, in its precision, with its
+threads and its number of processes side by side. So are validation, the score at the end and drawing samples, an image
+each. A step too long for the few seconds this may take is timed on some of its images.
 
 Not counted: compilation, waiting for data, writing to disk. Importing this does not import torch.
+`launcher.time_runs` does the timing in processes of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddpm_lmk.config import LandmarksConfig, RunConfig
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.loading.order import GroupPlan
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.rundir import retention
 from ddpm_lmk.system.console import about, duration
+from ddpm_lmk.system.heartbeat import beat
+
+if TYPE_CHECKING:
+    from ddpm_lmk.data.batch import Batch
+    from ddpm_lmk.engine.parallel import Parallel, Precision
+    from ddpm_lmk.engine.session import Session
+    from ddpm_lmk.tasks import Task
 
 LONG_S = 4 * 3600.0  # from here on a command says which run file fits the machine
+BUDGET_S = 4.0  # for the steps of one run, about, and again for its scoring
+STEPS = 3
+FORWARD_SHARE = 1 / 3  # of a training pass, where even one image takes longer than the budget
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class Work:
         """
         manifests = [] if counts is not None else [Manifest.open(path) for path in cfg.data.path]
         of_each = [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
-        images = sum(learnt(cfg, count) for count in of_each or [(counts or {}).get("train", 0)])
+        images = sum(images_trained_on(cfg, count) for count in of_each or [(counts or {}).get("train", 0)])
         train, is_pretraining = cfg.train, cfg.task.stage == "pretrain"
         plan = GroupPlan.of(cfg, max(1, images))
 
@@ -63,9 +81,8 @@ class Work:
         total = in_steps(train.length) if steps is None else steps
         every = total if train.evaluate_every is None else max(1, in_steps(train.evaluate_every))
         evaluations = -(-total // every) - done // every if cfg.data.validation_split and total > done else 0
-        times = 1 if done else 1 + folds(cfg, images)  # a run per fold, before the first step
         return cls(
-            steps=times * max(0, total - done),
+            steps=max(0, total - done),
             group=plan.largest,
             evaluations=evaluations,
             validated=count(cfg.data.validation_split),
@@ -74,23 +91,14 @@ class Work:
         )
 
 
-def learnt(cfg: RunConfig, count: int) -> int:
+def images_trained_on(cfg: RunConfig, count: int) -> int:
     """Images of a set of `count` that are trained on."""
     shots, hold_out = min(cfg.data.shots or count, count), cfg.data.hold_out
     return shots if hold_out is None else shots - len(range(hold_out.fold, shots, hold_out.of))
 
 
-def folds(cfg: RunConfig, shots: int) -> int:
-    """Runs that only fit temperatures (see `tempering`)."""
-    codec = cfg.task.codec if isinstance(cfg.task, LandmarksConfig) else None
-    if codec is None or codec.kind != "contour" or codec.temperatures != "fitted" or cfg.data.validation_split:
-        return 0
-    count = min(codec.folds, shots)
-    return count if count > 1 else 0
-
-
 def steps_done(run: Path) -> int:
-    """Steps of the newest checkpoint of a run directory: where it would go on."""
+    """Steps of the newest checkpoint of a run directory: where it would resume."""
     found = retention.complete(run / "checkpoints")
     return int(found[0].name.removeprefix("step-")) if found else 0
 
@@ -181,3 +189,188 @@ class Forecast:
 
 def _per_step(seconds: float) -> str:
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def time_steps(
+    cfg: RunConfig,
+    task: Task,
+    parallel: Parallel,
+    *,
+    precision: Precision,
+    session: Session,
+    budget_s: float = BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timing:
+    """Time steps of this run; call it on every rank, before the run takes its network from the same session.
+
+    Args:
+        cfg: with numbers in place of `auto`, precision aside.
+        precision: that of training.
+
+    Raises:
+        ResourceError: no memory for a step.
+    """
+    import torch
+
+    from ddpm_lmk.engine.device_fit import explained_out_of_memory
+    from ddpm_lmk.engine.gradients import build_updater
+    from ddpm_lmk.engine.rank_checks import kernels
+    from ddpm_lmk.engine.state import TrainState
+
+    device = parallel.device
+    cuda = [device] if device.type == "cuda" else []
+
+    def now() -> float:
+        beat("setup")
+        if cuda:
+            torch.cuda.synchronize(device)
+        return clock()
+
+    # Timing must leave no trace in the run that follows: neither in random state nor in its weights.
+    with torch.random.fork_rng(devices=cuda), kernels(cfg.train.exactness, device):
+        model = session.model(cfg, task, device)
+        state = TrainState.fresh(cfg, model)
+        share = -(-cfg.train.group_size // parallel.world)
+        micro = min(cfg.train.given_micro_batch or share, share)
+        is_compiled = cfg.train.compile is True  # for one size of a batch at a time: only those of the run are timed
+        parts: list[tuple[float, float]] = []  # passes and update of every step
+
+        def step(images: int) -> float:
+            count = max(1, images // micro)
+            batch = random_batch(cfg, task, images // count).to(device)
+            began = now()
+            for number in range(count):
+                with updater.micro_batch(number, of=count):
+                    with parallel.autocast(cfg.train.precision):
+                        losses = task.loss(updater.net, batch)
+                    updater.add(losses.float().sum(), images)
+            between = now()
+            updater.finish(0.0)
+            updater.apply(cfg.optim.clip)
+            state.ema.update(1)
+            task.after_step(model, 1)
+            updater.clear()
+            parts.append((between - began, now() - between))
+            # All ranks must call the same sizes, so they go by one clock.
+            return max(parallel.gather(sum(parts[-1])))
+
+        # Batch statistics need two images.
+        least = min(2 if cfg.model.couples_images else 1, micro)
+        model.train()
+        with (
+            explained_out_of_memory(cfg, task, state, parallel),
+            parallel.training_in(precision),
+            closing(build_updater(cfg, state, parallel)) as updater,
+        ):
+            sizes = {micro, share} if is_compiled else {least, max(least, micro // 4), micro, share}
+            images, taken = repeated(step, sorted(sizes), budget_s, is_compiled=is_compiled)
+        image_s, update_s = (statistics.median(column) for column in zip(*parts[-len(taken) :], strict=True))
+        seconds = {"image_s": image_s / images, "update_s": update_s}
+        model.eval()
+        for name, use, passes in _uses(cfg, task, model, parallel, precision):
+            forward_s = seconds["image_s"] * FORWARD_SHARE
+            seconds[name] = passes * forward_s
+            if (forward_s if name == "draw_s" else seconds[name]) < budget_s / STEPS:
+
+                def once(images: int, use: Callable[[int], None] = use) -> float:
+                    began = now()
+                    use(images)
+                    return max(parallel.gather(now() - began))
+
+                batch = cfg.evaluate.batch
+                most, taken_s = repeated(
+                    once,
+                    [batch] if is_compiled else sorted({1, min(4, batch), batch}),
+                    budget_s / 2,
+                    is_compiled=is_compiled,
+                )
+                seconds[name] = statistics.median(taken_s) / most * (passes if name == "draw_s" else 1)
+        parallel.release()
+    # The slowest rank is the pace of all.
+    seconds = {name: max(parallel.gather(value)) for name, value in seconds.items()}
+    return Timing(**seconds, images=images, of=share, steps=len(taken), processes=parallel.world)
+
+
+def repeated(
+    call: Callable[[int], float], sizes: Sequence[int], budget_s: float, *, is_compiled: bool = False
+) -> tuple[int, list[float]]:
+    """The largest of `sizes` there is time for, and the seconds of up to three calls of it.
+
+    A first call at a size chooses kernels and asks for memory, and counts only where it leaves no time for a second;
+    where it compiles the network (`is_compiled`), never.
+    """
+    size, taken, spent = sizes[0], [0.0], 0.0
+    for candidate in sizes:
+        if taken[0] / size * candidate > budget_s:  # at most: more images at once take less each
+            break
+        size, taken = candidate, [call(candidate)]
+        if taken[0] > 2 * budget_s and not is_compiled:
+            break
+        taken = [call(candidate)]
+        spent += taken[0]
+    while len(taken) < STEPS and spent + taken[0] < budget_s:
+        taken.append(call(size))
+        spent += taken[-1]
+    return size, taken
+
+
+def _uses(
+    cfg: RunConfig, task: Task, model: Any, parallel: Parallel, precision: Precision
+) -> Iterator[tuple[str, Callable[[int], None], int]]:
+    """What the network is used for beside training, for so many images, and its passes of each.
+
+    A sample is drawn in so many passes; one of them is done here.
+    """
+    import torch
+
+    from ddpm_lmk.inference.sample import NUM_STEPS
+    from ddpm_lmk.tasks import DenoiseTask, LandmarkTask
+    from ddpm_lmk.tasks.diffusion import ddim_sample
+
+    def validate(images: int) -> None:
+        batch = random_batch(cfg, task, images).to(parallel.device)
+        with torch.no_grad(), parallel.training_in(precision), parallel.autocast(cfg.train.precision):
+            task.evaluate(model, batch)
+
+    if cfg.data.validation_split is not None:
+        yield "validate_s", validate, 1
+    if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
+        predict = task.predict
+
+        def score(images: int) -> None:
+            batch = random_batch(cfg, task, images).to(parallel.device)
+            with torch.inference_mode(), parallel.autocast(cfg.train.precision):
+                predict(model, batch)
+
+        yield "score_s", score, task.cfg.views
+    if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
+        denoise = task
+
+        def draw(images: int) -> None:  # not by `sample`, whose heartbeats would tell the pace of smaller batches
+            noise, schedule = random_batch(cfg, task, images).to(parallel.device).images, denoise.schedule
+            with torch.no_grad(), parallel.autocast(cfg.train.precision):
+                for _ in ddim_sample(model, schedule, noise, num_steps=1, target=denoise.cfg.target):
+                    pass
+
+        yield "draw_s", draw, min(NUM_STEPS, task.schedule.num_timesteps - 1)
+
+
+def random_batch(cfg: RunConfig, task: Task, count: int, *, seed: int = 0) -> Batch:
+    """Random pixels, and random points where the task needs some; in host memory."""
+    import torch
+
+    from ddpm_lmk.data.batch import Batch
+
+    size, landmarks = cfg.data.image_size, task.out_channels if cfg.task.kind == "landmarks" else 0
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        images=torch.rand(count, 1, size, size, generator=generator).contiguous(memory_format=torch.channels_last),
+        points=torch.rand(count, landmarks, 2, generator=generator) * (size - 1) if landmarks else None,
+        to_native=torch.eye(2, 3).expand(count, 2, 3),
+        native_size=torch.full((count, 2), float(size)),
+        mm_per_px=torch.full((count,), torch.nan),
+        positions=torch.arange(seed * count, (seed + 1) * count),
+        weight=torch.ones(count),
+        ids=tuple(map(str, range(count))),
+        domain=torch.zeros(count, dtype=torch.long) if len(task.domains) > 1 else None,
+    )

@@ -1,13 +1,14 @@
 """How the gradients of micro-batches become one update: the differences between the ways to do it, behind six calls.
 
-    with updater.micro_batch(number, of=count):     # for each micro-batch of the group
+    with updater.micro_batch(number, of=count):     # for each micro-batch of the global batch
         updater.add(total, divisor)                 # its backward pass
-    seen = updater.finish(stop_level)               # reduce, then tell all ranks of all: one exchange
+    outcome = updater.finish(stop_level)            # reduce, then tell all ranks of all: one exchange
     updater.apply(clip)                             # or not, where the step is left out
     updater.clear()
 
-`Averaged` is DDP (classes ordered and none), `Treed` the fixed tree of `tree` (class exact), `sharded.Sharded` is
-DeepSpeed. The gradient is the sum of what `add` was given over micro-batches and ranks, in all of them.
+`DdpUpdater` is DDP (classes ordered and none), `ExactUpdater` the fixed tree of `exact_reduce` (class exact), and
+`zero.ZeroUpdater` DeepSpeed. In all of them the gradient is the sum of what `add` was given, over micro-batches and
+ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_lmk.config import ClipConfig, RunConfig
 from ddpm_lmk.engine import exact_reduce
 from ddpm_lmk.engine.optim import clip, global_norm, gradients, moments
-from ddpm_lmk.engine.requirements import want_kept
+from ddpm_lmk.engine.requirements import check_exclusions
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.models.weight_standardization import OncePerStep
 
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Seen:
+class StepOutcome:
     """What all ranks know of a step before its update: the same on all of them.
 
     Attributes:
-        loss: weighted sum of losses over the group.
+        loss: weighted sum of losses over the global batch.
         norm: norm of the reduced gradient, before clipping; infinite where any rank's is not finite.
         stop_level: the largest of any rank.
         wait_s: seconds that ranks waited for the data of this step, added up.
@@ -67,7 +68,8 @@ class Updater(ABC):
         self._norm = torch.zeros((), device=parallel.device)
 
     def micro_batch(self, number: int, *, of: int) -> AbstractContextManager[Any]:
-        """Forward and backward of micro-batch `number` (0 is the first) of this rank's part of a group."""
+        """Forward and backward of micro-batch `number` (0 is the first) of this rank's part of a global batch."""
+        # Once per step and not once per pass: weights only change at an update.
         if number == 0 and self._standard is not None:
             self._standard.begin()
         return self._during(number, of)
@@ -81,28 +83,33 @@ class Updater(ABC):
         self._loss += total.detach()
         self._backward(total / divisor * self._state.scale.value)
 
-    def finish(self, stop_level: float, wait_s: float = 0.0) -> Seen:
+    def finish(self, stop_level: float, wait_s: float = 0.0) -> StepOutcome:
         """Reduce the gradient and exchange what decides about the step; the one synchronisation of a step.
 
-        What is only told rides along. Numbers of the host are filled in by the device: copying them would wait for it.
+        What is only reported rides along. Numbers of the host are filled in by the device: a copy would wait for it.
         """
         grads = self._reduce()
+        # Before the norm: clipping and the spike rule look at the gradient of the weights, not of their standardised
+        # form.
         if self._standard is not None:
             self._standard.end()
         self._norm = self._norm_of(grads)
-        told = [self._loss.new_full((), value, dtype=torch.float64) for value in (stop_level, wait_s)]
-        mine = torch.stack([self._loss.double(), self._norm.double(), *told])
+        host = [self._loss.new_full((), value, dtype=torch.float64) for value in (stop_level, wait_s)]
+        mine = torch.stack([self._loss.double(), self._norm.double(), *host])
         losses, norms, levels, waits = self._parallel.exchange(mine)
+        # All ranks decide by one number, also where their norms differ in the last bit.
         norm = max(norms) if all(map(math.isfinite, norms)) else math.inf
-        return Seen(self._loss_of_group(losses), norm, max(levels), math.fsum(waits))
+        return StepOutcome(self._loss_of_batch(losses), norm, max(levels), math.fsum(waits))
 
-    @abstractmethod
     def apply(self, cfg: ClipConfig | None) -> None:
         """Clip, and update the weights."""
+        clip(cfg, gradients(self._state.model), self._norm)
+        self._state.optimizer.step()
 
     def clear(self) -> None:
-        """Forget the gradient; the next micro-batch starts a new group."""
+        """Forget the gradient; the next micro-batch starts a new global batch."""
         self._loss.zero_()
+        # None and not zero: a parameter no pass reaches must not be decayed (AdamW skips None only).
         self._state.optimizer.zero_grad(set_to_none=True)
 
     def moments(self) -> Mapping[str, Tensor]:
@@ -117,8 +124,8 @@ class Updater(ABC):
         if self._standard is not None:
             self._standard.drop()
 
-    @abstractmethod
-    def _backward(self, loss: Tensor) -> None: ...
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     @abstractmethod
     def _reduce(self) -> list[Tensor]:
@@ -127,16 +134,17 @@ class Updater(ABC):
     def _norm_of(self, grads: list[Tensor]) -> Tensor:
         return global_norm(grads)
 
-    def _loss_of_group(self, losses: list[float]) -> float:
+    def _loss_of_batch(self, losses: list[float]) -> float:
         return math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
 
     def _unscaled(self, grads: list[Tensor]) -> list[Tensor]:
+        # In fp32 and after the reduction: dividing in fp16 first would lose what the scale has saved.
         if self._state.scale:
             torch._foreach_mul_(grads, 1.0 / self._state.scale.value)
         return grads
 
 
-class Averaged(Updater):
+class DdpUpdater(Updater):
     """DDP: gradients are added by all-reduce while the last backward pass still runs.
 
     DDP averages over ranks, so the loss is multiplied by their number, and the result is the plain sum.
@@ -147,24 +155,21 @@ class Averaged(Updater):
         self.net = parallel.wrap(state.model)
 
     def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
-        """Only the last micro-batch of a group sends gradients around."""
+        """Only the last micro-batch of a global batch sends gradients around."""
         is_last = number == of - 1
+        # Adding up locally first sends one gradient per step instead of one per micro-batch.
         return self.net.no_sync() if isinstance(self.net, DistributedDataParallel) and not is_last else nullcontext()
 
-    def apply(self, cfg: ClipConfig | None) -> None:
-        """Clip, and update the weights."""
-        clip(cfg, gradients(self._state.model), self._norm)
-        self._state.optimizer.step()
-
     def _backward(self, loss: Tensor) -> None:
+        # DDP divides by the number of ranks; the divisor of the loop is the global batch already.
         (loss * self._parallel.world).backward()
 
     def _reduce(self) -> list[Tensor]:
         return self._unscaled(gradients(self._state.model))
 
 
-class Treed(Updater):
-    """Class exact: micro-batch k of the group is leaf k of one tree, whatever rank computes it.
+class ExactUpdater(Updater):
+    """Class exact: micro-batch k of the global batch is leaf k of one tree, whatever rank computes it.
 
     A leaf is one flat tensor: the gradient, parameter by parameter in the memory layout of each, then a 1 for each
     parameter that was reached, then the loss, because decisions depend on it too. A parameter no rank reached keeps no
@@ -178,7 +183,9 @@ class Treed(Updater):
         self._parameters = [p for p in state.model.parameters() if p.requires_grad]
         sizes = [p.numel() for p in self._parameters]
         self._starts = [0, *itertools.accumulate(sizes)]
+        # Gradients, flags and loss travel as one tensor: one collective, and the loss is summed in the same order.
         needed = self._starts[-1] + len(sizes) + 1
+        # A multiple of the ranks, for all-to-all in equal parts.
         self._length = -(-needed // parallel.world) * parallel.world
         self._stack = exact_reduce.Stack(0)
         self._count = 0
@@ -187,7 +194,7 @@ class Treed(Updater):
         self._known_flags: dict[tuple[bool, ...], Tensor] = {}
 
     def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
-        """The first of a group decides which leaves of the tree are this rank's."""
+        """The first of a global batch decides which leaves of the tree are this rank's."""
         if number == 0:
             self._stack, self._count, self._reached = exact_reduce.Stack(self._parallel.rank * of), of, set()
         return nullcontext()
@@ -195,8 +202,10 @@ class Treed(Updater):
     def add(self, total: Tensor, divisor: Tensor | int) -> None:
         """Backward of one micro-batch, whose gradient becomes a leaf."""
         super().add(total, divisor)
+        # fp32 whatever the autocast type: class exact promises the same sum on any number of ranks.
         leaf = self._free.pop() if self._free else total.new_zeros(self._length, dtype=torch.float32)
         reached = tuple(p.grad is not None for p in self._parameters)
+        # Known on the host from which gradients exist; asking the device would wait for it.
         self._reached |= {number for number, is_reached in enumerate(reached) if is_reached}
         places = self._places(leaf)
         torch._foreach_copy_(
@@ -211,19 +220,11 @@ class Treed(Updater):
         self._state.optimizer.zero_grad(set_to_none=True)
         self._free += self._stack.push(leaf)
 
-    def apply(self, cfg: ClipConfig | None) -> None:
-        """Clip, and update the weights."""
-        clip(cfg, gradients(self._state.model), self._norm)
-        self._state.optimizer.step()
-
-    def _backward(self, loss: Tensor) -> None:
-        loss.backward()
-
     @torch.no_grad()
     def _reduce(self) -> list[Tensor]:
         nodes = self._stack.nodes
         total = exact_reduce.fold_over_ranks(nodes, count=self._count, world=self._parallel.world)
-        self._free = [*self._free, *(node.values for node in nodes)]  # used again from the next group on
+        self._free = [*self._free, *(node.values for node in nodes)]  # used again from the next global batch on
         tail = self._starts[-1] + len(self._parameters)
         reached = self._reached
         if self._parallel.world > 1:  # a process that is alone knows it, and need not wait for its device
@@ -232,11 +233,12 @@ class Treed(Updater):
         grads = []
         for number, (parameter, place) in enumerate(zip(self._parameters, self._places(total), strict=True)):
             if number in reached:
+                # A view into the flat sum: no copy, and the optimizer sees the layout of the parameter.
                 parameter.grad = place
                 grads.append(place)
         return self._unscaled(grads)
 
-    def _loss_of_group(self, losses: list[float]) -> float:
+    def _loss_of_batch(self, losses: list[float]) -> float:
         return losses[0]
 
     def _flags(self, reached: tuple[bool, ...]) -> Tensor:
@@ -256,12 +258,12 @@ def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Upda
     Raises:
         ConfigError: the run asks for what cannot be kept together.
     """
-    want_kept(cfg, world=parallel.world, zero=parallel.zero)
+    check_exclusions(cfg, world=parallel.world, zero=parallel.zero)
     if parallel.zero:
-        from ddpm_lmk.engine.zero import Sharded
+        from ddpm_lmk.engine.zero import ZeroUpdater
 
-        return Sharded(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
+        return ZeroUpdater(state, parallel, autocast=lambda: parallel.autocast(cfg.train.precision))
     standard = None
     if cfg.train.standardise != "pass":
         standard = OncePerStep(state.model, dtype=parallel.dtype(cfg.train.precision))
-    return (Treed if cfg.train.exactness == "exact" else Averaged)(state, parallel, standard)
+    return (ExactUpdater if cfg.train.exactness == "exact" else DdpUpdater)(state, parallel, standard)

@@ -1,9 +1,9 @@
 """`fit`, the only training loop.
 
-The loop knows groups, a task, a state, the process group and a run directory. It does not ask what is learnt. A task
-gives one loss per image; the loop adds them over micro-batches and ranks and divides once by the group's global size,
-so gradients depend neither on the number of processes, nor on the micro-batch, nor on a short last group. How they are
-added, and with it the exactness class, is in `updater`.
+The loop knows global batches, a task, a state, the process group and a run directory. It does not ask what is learnt.
+A task gives one loss per image; the loop adds them over micro-batches and ranks and divides once by the size of the
+global batch, so gradients depend neither on the number of processes, nor on the micro-batch, nor on a short last batch.
+How they are added, and with it the exactness class, is in `gradients`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ from ddpm_lmk.config import Duration, RunConfig, TrainConfig
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.loading.backend import Backend
 from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
-from ddpm_lmk.engine.checkpointer import Saver
-from ddpm_lmk.engine.collectives import Statistics
-from ddpm_lmk.engine.compile import CompileClock
-from ddpm_lmk.engine.data_feed import DRY, Supply
-from ddpm_lmk.engine.device_fit import MemoryWatch
+from ddpm_lmk.engine.checkpointer import Checkpointer
+from ddpm_lmk.engine.data_feed import NO_DATA, DataFeed
+from ddpm_lmk.engine.device_fit import explained_out_of_memory
 from ddpm_lmk.engine.evaluate import Validation
 from ddpm_lmk.engine.gradients import build_updater
-from ddpm_lmk.engine.logger import Meter
+from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
-from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.rank_checks import kernels, say_class, want_same_weights
+from ddpm_lmk.engine.parallel import Parallel, RunningStatistics
+from ddpm_lmk.engine.rank_checks import announce_class, check_same_weights, kernels
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import DivergedError, ResourceError, StoppedError
 from ddpm_lmk.rundir.checkpoint import load_checkpoint, newest_where
@@ -49,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaders:
-    """Where groups and validation batches come from, and what works on their pixels."""
+    """Where global batches and validation batches come from, and what works on their pixels."""
 
     train: TrainLoader
     validation: EvalLoader | None = None
@@ -76,7 +74,7 @@ class Pace:
 
     @classmethod
     def of(cls, cfg: RunConfig, train: TrainLoader) -> Pace:
-        """As this run's images and groups make them."""
+        """As this run's images and global batches make them."""
 
         def steps(length: Duration) -> int:
             return length.steps(cfg.train.group_size, train.num_images, train.plan.steps_per_epoch)
@@ -123,7 +121,7 @@ def fit(
     Raises:
         StoppedError: a signal or a file system that stays away (saved), or no memory after steps that fitted (not).
         DataError: too many samples cannot be read; the state is saved.
-        DivergedError: numbers that are not finite or spikes, again after going back once; or ranks that differ.
+        DivergedError: numbers that are not finite or spikes, again after one roll-back; or ranks that differ.
         ResourceError: the disk refused three checkpoints in a row, or the final weights; no memory from the start.
     """
     pace = Pace.of(cfg, loaders.train)
@@ -131,71 +129,78 @@ def fit(
     _warn(state.ema.warning(pace.total), run, parallel)
     state.model.train()
     updater = build_updater(cfg, state, parallel)
-    statistics = Statistics(state.model, parallel)
-    supply = Supply(loaders.train, parallel, run, start=state.step)
+    statistics = RunningStatistics(state.model, parallel)
+    feed = DataFeed(loaders.train, parallel, run, start=state.step)
     clock = CompileClock(cfg, parallel, run)
     shown: dict[str, Any] = {"evaluate": pace.evaluate, "forecast": forecast, "whole": whole}
-    meter = Meter(state, parallel, clock, write=run.metrics, total=pace.total, every=pace.log, **shown)
-    saver = Saver(run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint))
+    logger = TrainLogger(state, parallel, clock, write=run.metrics, total=pace.total, every=pace.log, **shown)
+    checkpointer = Checkpointer(
+        run, parallel, keep=Keep(cfg.train.keep_checkpoints, every=pace.keep, interval=pace.checkpoint)
+    )
     validation = None
     if loaders.validation is not None:
         validation = Validation(task, loaders.validation, parallel, run, cfg.train.precision, is_strict=is_strict)
     stop_level, is_owed = 0.0, False
-    say_class(cfg, step=state.step, parallel=parallel, run=run)
+    announce_class(cfg, step=state.step, parallel=parallel, run=run)
 
     with (
         StopRequest() as stop,
         kernels(cfg.train.exactness, parallel.device),
-        MemoryWatch(cfg, task, state, parallel),
+        explained_out_of_memory(cfg, task, state, parallel),
         clock,
-        meter,
-        supply,
+        logger,
+        feed,
         closing(updater),
-        saver,
+        checkpointer,
     ):
         beat("train")
         while True:
             # What is due at this step. A resumed run arrives here first, and makes up for what a signal cut short.
             is_last = state.step >= pace.total
-            is_unseen = state.evaluated_at < state.step and not stop_level
-            if validation is not None and is_unseen and (is_last or is_due(pace.evaluate, state.step)):
+            # After a request to stop there may be seconds left: the checkpoint comes first, the successor validates.
+            is_unscored = state.evaluated_at < state.step and not stop_level
+            if validation is not None and is_unscored and (is_last or is_due(pace.evaluate, state.step)):
                 try:
-                    with meter.paused(validates=True):
+                    with logger.paused(validates=True):
                         figures = validation.score(state)
                 except StoppedError as away:
-                    stop_level, figures = supply.halt(away), None
+                    stop_level, figures = feed.halt(away), None
                 if figures is not None:
-                    state.see(figures["score"])
-                    meter.validated(figures)
+                    state.add_score(figures["score"])
+                    logger.validated(figures)
             is_last = is_last or state.patience.is_exhausted
             if is_due(pace.snapshot, state.step) and not is_last:
                 beat("write", step=state.step)
-                with meter.paused():
-                    saver.keep_weights(state, _about(cfg, task, state, loaders, is_final=False))
+                with logger.paused():
+                    checkpointer.keep_weights(state, _about(cfg, task, state, loaders, is_final=False))
             # A checkpoint is where a run goes back to, so none is made in between while updates are left out.
-            is_good = not state.health.in_a_row
+            is_good = not state.divergence.in_a_row
             is_regular = is_due(pace.checkpoint, state.step) or (is_last and state.step > pace.checkpoint)
             is_saving = bool(stop_level) or is_owed or (is_regular and is_good)
+            # Before every save: a checkpoint of weights that differ between ranks would spread the fault.
             if is_saving or is_due(pace.compare, state.step):
-                want_same_weights(state.model, parallel, step=state.step)
+                check_same_weights(state.model, parallel, step=state.step)
             if is_saving:
                 beat("save", step=state.step)
-                with meter.paused():
-                    saver.save(state, updater.moments())
+                with logger.paused():
+                    checkpointer.save(state, updater.moments())
                     is_owed = False
                 if stop_level:
-                    where = str(run.path) if saver.wait() else "no place (disk full)"
-                    supply.leave(step=state.step, where=where)
+                    where = str(run.path) if checkpointer.wait() else "no place (disk full)"
+                    feed.raise_if_halted(step=state.step, where=where)
                     raise stopped(stop_level, step=state.step, where=where)
+            # After validation and saving, so that a resumed run at its last step does both.
             if is_last:
                 break
 
-            # One optimizer step: the micro-batches of a group, one reduction, one update.
+            # One optimizer step: the micro-batches of a global batch, one reduction, one update.
             begin = time.perf_counter()
-            group, wait_s = supply.take()
+            group, wait_s = feed.take()
             lr = rate(state.step) * state.plateau.factor
+            # A function of the step, set before every update: nothing of a scheduler has to be saved.
             set_learning_rate(state.optimizer, lr)
-            statistics.remember()
+            # Copies are small, and whether the step counts is known only after its passes.
+            statistics.begin_step()
             for number, batch in enumerate(group.micro_batches):
                 batch = batch.to(parallel.device)
                 with updater.micro_batch(number, of=len(group.micro_batches)):
@@ -204,31 +209,34 @@ def fit(
                     total = (losses.float() * batch.weight).sum()
                     busy_s = time.perf_counter() - begin  # from here on it may wait for other ranks
                     updater.add(total, _divisor(cfg.train, batch, group))
-            seen = updater.finish(max(stop.level, supply.level), wait_s)
-            if seen.stop_level == DRY:  # a rank has no group: this step never was
-                stop_level = DRY
-                statistics.settle(is_kept=False)
+            outcome = updater.finish(max(stop.level, feed.level), wait_s)
+            if outcome.stop_level == NO_DATA:  # a rank has no data: this step never was
+                stop_level = NO_DATA
+                statistics.end_step(is_kept=False)
                 updater.clear()
                 continue
             state.step += 1
             state.images += group.size
-            reason = state.judge(loss=seen.loss / group.size, norm=seen.norm)
-            statistics.settle(is_kept=reason is None)
+            # Every rank judges by the same exchanged numbers, so all leave out the same updates.
+            reason = state.judge(loss=outcome.loss / group.size, norm=outcome.norm)
+            statistics.end_step(is_kept=reason is None)
             if reason is None:
                 updater.apply(cfg.optim.clip)
+                # Not for an update that was left out: the average would move towards weights it has seen already.
                 state.ema.update(state.step)
                 task.after_step(state.model, state.step)
             else:
-                run.event("update.skipped", step=state.step, reason=reason, in_a_row=state.health.in_a_row)
+                run.event("update.skipped", step=state.step, reason=reason, in_a_row=state.divergence.in_a_row)
             updater.clear()
-            stop_level = supply.settle(seen.stop_level, step=state.step)
-            meter.step(seen, size=group.size, is_skipped=reason is not None, lr=lr)
-            if state.scale.is_lost or state.health.trouble:
-                _go_back(state, parallel, run, saver, every=pace.checkpoint)
+            stop_level = feed.end_step(outcome.stop_level, step=state.step)
+            logger.step(outcome, size=group.size, is_skipped=reason is not None, lr=lr)
+            if state.scale.is_lost or state.divergence.trouble:
+                _roll_back(state, parallel, run, checkpointer, every=pace.checkpoint)
                 updater.reload()
                 is_owed = True
             beat("step", step=state.step, busy_s=busy_s)
 
+    # After the block: the checkpoint of the last step holds the last weights, the snapshot the best.
     if not state.select_best():
         _warn("train.select=best, but no validation gave a score; the last weights are kept", run, parallel)
     beat("write", step=state.step)
@@ -244,11 +252,12 @@ def _divisor(train: TrainConfig, batch: Batch, group: Group) -> Tensor | int:
     """What a micro-batch's summed loss is divided by: the group, or its own images, and the parts of a full group."""
     if train.gradient == "mean":
         return group.size
+    # Released code divides by this number in short batches too ("nominal", docs/method.md, section 3).
     parts = train.group_size // (train.given_micro_batch or train.group_size) if train.gradient == "nominal" else 1
     return batch.weight.sum().clamp(min=1.0) * parts
 
 
-def _go_back(state: TrainState, parallel: Parallel, run: RunDir, saver: Saver, *, every: int) -> None:
+def _roll_back(state: TrainState, parallel: Parallel, run: RunDir, checkpointer: Checkpointer, *, every: int) -> None:
     """Take weights, average and moments of the last good checkpoint, once; the updates since then are left out.
 
     Only those at the interval and before the trouble count, not those a signal made, so that an interrupted run goes
@@ -257,16 +266,16 @@ def _go_back(state: TrainState, parallel: Parallel, run: RunDir, saver: Saver, *
     Raises:
         DivergedError: there is none, it happened before, or fp16 overflows at any scale.
     """
-    why = state.health.trouble or f"fp16 overflows even with a loss scale of {state.scale.value:g}"
+    why = state.divergence.trouble or f"fp16 overflows even with a loss scale of {state.scale.value:g}"
 
     def is_regular(facts: dict[str, Any]) -> bool:
         return facts["step"] % every == 0 and not facts["health"]["in_a_row"]
 
-    saver.wait()
+    checkpointer.wait()
     folder = run.path / "checkpoints"
-    path = parallel.on_main(lambda: newest_where(folder, is_regular)) if state.health.trouble else None
-    if path is None or state.health.left_out:
-        went = "; it went back to a checkpoint once already" if state.health.left_out else ""
+    path = parallel.on_main(lambda: newest_where(folder, is_regular)) if state.divergence.trouble else None
+    if path is None or state.divergence.left_out:
+        went = "; it went back to a checkpoint once already" if state.divergence.left_out else ""
         error = DivergedError(
             f"{why}, up to step {state.step}{went}; nothing of them is saved; "
             "lower optim.lr, set optim.clip or train.precision=fp32 (train.spikes=null takes every finite update)"
@@ -274,8 +283,8 @@ def _go_back(state: TrainState, parallel: Parallel, run: RunDir, saver: Saver, *
         error.is_shared = True
         raise error
     with parallel.together():
-        state.go_back(load_checkpoint(path), load_all=lambda model, weights: model.load_state_dict(weights))
-    source, step = state.health.left_out[-1]
+        state.roll_back(load_checkpoint(path), load_all=lambda model, weights: model.load_state_dict(weights))
+    source, step = state.divergence.left_out[-1]
     run.event("run.went_back", step=step, source=source, reason=why)
     _warn(f"{why}; went back to step {source}, the updates up to step {step} are left out", run, parallel)
 

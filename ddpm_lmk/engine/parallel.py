@@ -7,7 +7,7 @@ divisors of gradients, which are those of `updater`.
 DDP looks for unused parameters at every step. A task may leave a part of the network out (fine-tuning without time
 conditioning does), and with this setting DDP also keeps its buckets as they were at the start, so that a resumed run
 adds gradients in the same order as one that was never stopped. DDP leaves buffers alone: those a forward pass changes
-are `statistics`', all others are the same on all ranks from the start.
+are `RunningStatistics`', all others are the same on all ranks from the start.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_lmk.engine.exact_reduce import all_gather
-from ddpm_lmk.engine.precision import cuda_has_bf16
-from ddpm_lmk.engine.requirements import want_zero
+from ddpm_lmk.engine.requirements import check_zero
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.system import environment
 from ddpm_lmk.system.machine import cpu_name, granted_cores
 from ddpm_lmk.system.signals import say
+from ddpm_lmk.tasks.task import Everyone
 
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -63,6 +63,7 @@ class Parallel:
         reduction = DistributedDataParallelKwargs(
             find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
         )
+        # No mixed precision: it belongs to the process there, and a sweep has runs of several.
         self._accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[reduction])
         self.zero = zero
         self.rank = self._accelerator.process_index
@@ -71,10 +72,11 @@ class Parallel:
         self.auto_precision: Precision = (
             "bf16" if self.device.type == "cuda" and cuda_has_bf16() else "fp32"
         )  # a run may choose another
+        # A rendezvous that ends early would train with fewer ranks and another global batch.
         if self.world != promised:
             raise LaunchError(f"joined a group of {self.world} processes, wanted WORLD_SIZE={promised}; start it again")
         if zero:
-            self._want_deepspeed()
+            self._join_deepspeed()
 
     @property
     def device_name(self) -> str:
@@ -165,6 +167,7 @@ class Parallel:
 
     def exchange(self, values: Tensor) -> list[list[float]]:
         """`values` `[K]` of every rank, on the host: K lists of W numbers."""
+        # Rank-major after the gather: one transpose on the host gives a list per value.
         table = values.repeat(self.world)
         if self.world > 1:
             all_gather(table, values)
@@ -210,8 +213,10 @@ class Parallel:
             yield
         except LmkError as caught:
             error = caught
+        # Every rank takes part, whether it failed or not: this is what keeps the collectives in step.
         failed = [found for found in self.gather(error) if found is not None]
         if failed:
+            # Alone, its own error is raised, with its traceback; one that was sent has none.
             found = error if error is not None and self.world == 1 else failed[0]
             found.is_shared = True
             raise found
@@ -224,9 +229,9 @@ class Parallel:
                 result = function()
         return self.broadcast(result)
 
-    def _want_deepspeed(self) -> None:
+    def _join_deepspeed(self) -> None:
         """Have DeepSpeed use the group and the kind of device of this process."""
-        want_zero(self.zero, self.world)
+        check_zero(self.zero, self.world)
         os.environ["DS_ACCELERATOR"] = self.device.type
         # It reports a success to standard output, which belongs to results, and uses an old name of torch's.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor` is deprecated.*", category=FutureWarning)
@@ -239,3 +244,78 @@ class Parallel:
         """Leave the group; call once, at the end of a worker process."""
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def cuda_has_bf16() -> bool:
+    """Does the GPU multiply bf16 numbers itself? Where there is none to ask, what is planned is for one that does."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class AllRanks(Everyone):
+    """Rows of all ranks of the process group. Every rank calls it as often, with as many rows."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self._world = rank, world
+
+    def rows(self, mine: Tensor) -> Tensor:
+        """See `Everyone.rows`."""
+        return _Rows.apply(mine, self.rank, self._world)
+
+
+class _Rows(torch.autograd.Function):
+    """All-gather whose gradient is the sum of what every rank wants of a row.
+
+    Losses are added over ranks (`gradients`), so this is the gradient of the loss of all ranks together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, rank: int, world: int) -> Tensor:
+        ctx.rank, ctx.count = rank, len(mine)
+        rows = mine.new_empty(world * len(mine), *mine.shape[1:])
+        all_gather(rows, mine.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, wanted: Tensor) -> tuple[Tensor, None, None]:
+        # all_reduce works in place, and autograd still owns the gradient.
+        wanted = wanted.contiguous().clone()
+        distributed.all_reduce(wanted)
+        return wanted[ctx.rank * ctx.count : (ctx.rank + 1) * ctx.count], None, None
+
+
+class RunningStatistics:
+    """Buffers of one model that a forward pass changes: the same on all ranks after every step.
+
+    They are those called `running_*`, of BatchNorm and of centring. A rank updates them from the images it sees; after
+    a step they become the mean over ranks, and where the step is left out they are as before it. So a checkpoint holds
+    what every rank has, and one batch of not-a-number does not stay for ever. Batch statistics themselves are those of
+    one micro-batch on one device, so another number of processes is another run unless `train.micro_batch` is set, and
+    even then running statistics differ: the exactness class says so.
+    """
+
+    def __init__(self, model: nn.Module, parallel: Parallel) -> None:
+        self._parallel = parallel
+        self._running = [buffer for name, buffer in model.named_buffers() if is_running(name)]
+        self._before: list[Tensor] = []
+
+    def begin_step(self) -> None:
+        """Remember what they are before the step."""
+        self._before = [buffer.clone() for buffer in self._running]
+
+    @torch.no_grad()
+    def end_step(self, *, is_kept: bool) -> None:
+        """Take the mean over ranks, or go back."""
+        if not self._running:
+            return
+        if not is_kept:
+            torch._foreach_copy_(self._running, self._before)
+        elif self._parallel.world > 1:
+            # One collective for all buffers, of which a ResNet-50 has over a hundred.
+            flat = torch.cat([buffer.flatten() for buffer in self._running])
+            parts = self._parallel.mean(flat).split([buffer.numel() for buffer in self._running])
+            torch._foreach_copy_(self._running, [part.view_as(b) for part, b in zip(parts, self._running, strict=True)])
+
+
+def is_running(name: str) -> bool:
+    """Is this buffer a running statistic?"""
+    return name.rpartition(".")[2].startswith("running_")

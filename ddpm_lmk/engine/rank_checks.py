@@ -1,8 +1,7 @@
-"""Do all ranks mean the same run, and have the same weights? Bit by bit, whatever the exactness class.
+"""Do all ranks mean the same run, and have the same weights? And what the exactness class of a run promises.
 
-At the start they compare what they were given (failures.md, A16), on the way their weights (C11).
-
-The exactness classes: what of a run is promised to be the same, and what torch has to be told for it.
+At the start ranks compare what they were given (docs/faults.md, A16), on the way their weights (C11), bit by bit,
+whatever the exactness class.
 
 Why `ordered` is the default although the tree of `exact` costs a few percent on a CPU (benchmarks/README.md): `exact`
 needs a micro-batch, which a user has to choose for the device and which is most of its price where it is small; it
@@ -23,57 +22,9 @@ from torch import Tensor, nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.errors import DivergedError, LaunchError
+from ddpm_lmk.errors import DivergedError, LaunchError, LmkError
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.system.console import say
-
-
-@torch.no_grad()
-def checksum(model: nn.Module) -> Tensor:
-    """64 bits over the bits of all parameters, int64 on their device; a single flipped bit changes them.
-
-    Element i of the list of parameters is added with the odd factor 2 i + 1, so that exchanged parameters differ too.
-    """
-    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
-    factors = torch.arange(len(sums), device=sums[0].device) * 2 + 1
-    return (torch.stack(sums) * factors).sum()
-
-
-def want_same_facts(mine: Mapping[str, str], parallel: Parallel) -> None:
-    """Raise `LaunchError` on all ranks, naming the first odd one and what it has, unless all have the same facts."""
-    seen = parallel.gather(dict(mine))
-    for key in mine:
-        values = [facts[key] for facts in seen]
-        common = max(values, key=values.count)
-        odd = next((rank for rank, value in enumerate(values) if value != common), None)
-        if odd is not None:
-            error = LaunchError(
-                f"rank {odd} has another {key} than most: {values[odd]}, wanted {common}; "
-                "give all nodes the same installation, run file, data and checkpoints, and start again"
-            )
-            error.is_shared = True
-            raise error
-
-
-def want_same_weights(model: nn.Module, parallel: Parallel, *, step: int) -> None:
-    """Raise `DivergedError` on all ranks, naming the odd ones, unless all have the same weights, bit by bit."""
-    if parallel.world == 1:
-        return
-    sums = parallel.gather(checksum(model).item())
-    common = max(sums, key=sums.count)
-    odd = [rank for rank, value in enumerate(sums) if value != common]
-    if not odd:
-        return
-    names = ", ".join(map(str, odd))
-    who = f"rank {names} differ from the others" if sums.count(common) > 1 else "all ranks differ from each other"
-    error = DivergedError(
-        f"the weights of {who} after step {step}, though all made the same updates; "
-        "nothing of it is saved; suspect the memory or the GPU of that rank, the same command continues from the last "
-        "checkpoint"
-    )
-    error.is_shared = True
-    raise error
-
 
 log = logging.getLogger(__name__)
 
@@ -87,47 +38,98 @@ MEANING: dict[Exactness | Literal["per_world"], str] = {
 }
 
 
-def kept(cfg: RunConfig, kinds: Sequence[str]) -> Exactness | Literal["per_world"]:
-    """The class that this run can keep on these kinds of devices: two add in different orders (failures.md, A13)."""
+@torch.no_grad()
+def checksum(model: nn.Module) -> Tensor:
+    """64 bits over the bits of all parameters, int64 on their device; a single flipped bit changes them.
+
+    Element i of the list of parameters is added with the odd factor 2 i + 1, so that exchanged parameters differ too.
+    """
+    # Integer sums: exact in any order, and a not-a-number is a pattern like any other.
+    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
+    factors = torch.arange(len(sums), device=sums[0].device) * 2 + 1
+    return (torch.stack(sums) * factors).sum()
+
+
+def check_same_facts(mine: Mapping[str, str], parallel: Parallel) -> None:
+    """Raise `LaunchError` on all ranks, naming the first odd one and what it has, unless all have the same facts."""
+    everybody = parallel.gather(dict(mine))
+    for key in mine:
+        values = [facts[key] for facts in everybody]
+        # The majority is taken for right; of two that differ, the first.
+        common = max(values, key=values.count)
+        odd = next((rank for rank, value in enumerate(values) if value != common), None)
+        if odd is not None:
+            raise _shared(
+                LaunchError(
+                    f"rank {odd} has another {key} than most: {values[odd]}, wanted {common}; "
+                    "give all nodes the same installation, run file, data and checkpoints, and start again"
+                )
+            )
+
+
+def check_same_weights(model: nn.Module, parallel: Parallel, *, step: int) -> None:
+    """Raise `DivergedError` on all ranks, naming the odd ones, unless all have the same weights, bit by bit."""
+    if parallel.world == 1:
+        return
+    sums = parallel.gather(checksum(model).item())
+    common = max(sums, key=sums.count)
+    odd = [rank for rank, value in enumerate(sums) if value != common]
+    if not odd:
+        return
+    names = ", ".join(map(str, odd))
+    who = f"rank {names} differ from the others" if sums.count(common) > 1 else "all ranks differ from each other"
+    raise _shared(
+        DivergedError(
+            f"the weights of {who} after step {step}, though all made the same updates; "
+            "nothing of it is saved; suspect the memory or the GPU of that rank, the same command continues from the "
+            "last checkpoint"
+        )
+    )
+
+
+def _shared(error: LmkError) -> LmkError:
+    """An error that all ranks raise: one of them is enough to tell it."""
+    error.is_shared = True
+    return error
+
+
+def class_kept(cfg: RunConfig, devices: Sequence[str]) -> Exactness | Literal["per_world"]:
+    """The class that this run can keep on these kinds of devices: two add in different orders (docs/faults.md, A13)."""
     exactness = cfg.train.exactness
     if cfg.model.couples_images and exactness != "none":
         return "per_world"
-    return "ordered" if exactness == "exact" and len(set(kinds)) > 1 else exactness
+    return "ordered" if exactness == "exact" and len(set(devices)) > 1 else exactness
 
 
-def device_kinds(parallel: Parallel, run: RunDir, *, is_strict: bool = False) -> list[str]:
-    """The kinds of devices this run has used, in all its sessions; the same on all ranks.
+def check_devices(parallel: Parallel, before: Sequence[str], *, is_strict: bool = False) -> list[str]:
+    """The kinds of devices of this run: those of its sessions `before`, and of all ranks now; the same on all ranks.
 
     Raises:
         LaunchError: on all ranks, where they are several and `is_strict`.
     """
-    before: list[str] = parallel.on_main(lambda: run.facts().get("devices", []))
     now = parallel.gather(parallel.device_name)
     kinds = sorted({*before, *now})
-    if len(kinds) > 1:
-        _tell_mixture(kinds, now, parallel, is_strict=is_strict)
+    if len(kinds) == 1:
+        return kinds
+    odd = next((rank for rank, name in enumerate(now) if name != now[0]), None)
+    where = f"rank {odd} has {now[odd]}, rank 0 {now[0]}" if odd is not None else f"now {now[0]}"
+    mixture = f"several kinds of devices in one run ({', '.join(kinds)}; {where})"
+    if is_strict:
+        raise _shared(LaunchError(f"{mixture}, and --strict wants one; use nodes of one kind, or leave --strict out"))
+    if parallel.is_main:
+        log.warning("%s: the same bits are promised on one kind only", mixture)
     return kinds
 
 
-def _tell_mixture(kinds: list[str], now: list[str], parallel: Parallel, *, is_strict: bool) -> None:
-    odd = next((rank for rank, name in enumerate(now) if name != now[0]), None)
-    where = f"rank {odd} has {now[odd]}, rank 0 {now[0]}" if odd is not None else f"now {now[0]}"
-    found = f"several kinds of devices in one run ({', '.join(kinds)}; {where})"
-    if is_strict:
-        error = LaunchError(f"{found}, and --strict wants one; use nodes of one kind, or leave --strict out")
-        error.is_shared = True
-        raise error
-    if parallel.is_main:
-        log.warning("%s: the same bits are promised on one kind only", found)
-
-
-def say_class(cfg: RunConfig, *, step: int, parallel: Parallel, run: RunDir) -> None:
+def announce_class(cfg: RunConfig, *, step: int, parallel: Parallel, run: RunDir) -> None:
     """Tell the class of a run at its start, on the terminal and in its events; a mixture of devices weakens it."""
-    kinds = device_kinds(parallel, run)
-    can = kept(cfg, kinds)
-    run.event("train.started", step=step, exactness=can, processes=parallel.world, zero=parallel.zero, devices=kinds)
-    if parallel.is_main:
-        say(f"exactness={can} ({MEANING[can]})")
+    if not parallel.is_main:
+        return
+    # A toy run, or one begun by an older version, has noted none.
+    devices = run.facts().get("devices") or [parallel.device_name]
+    kept = class_kept(cfg, devices)
+    run.event("train.started", step=step, exactness=kept, processes=parallel.world, zero=parallel.zero, devices=devices)
+    say(f"exactness={kept} ({MEANING[kept]})")
 
 
 @contextmanager
@@ -150,6 +152,7 @@ def kernels(exactness: Exactness, device: torch.device) -> Iterator[None]:
         if device.type == "cpu":
             torch.set_num_threads(1)
     elif exactness == "none":
+        # cudnn.allow_tf32 is PyTorch's default already.
         cudnn.benchmark, matmul.allow_tf32 = True, True
     try:
         yield

@@ -1,4 +1,4 @@
-"""Settings of the engine that exclude one another, or want what is not installed or not on this device.
+"""Settings of the engine that exclude one another, or need what is not installed or not on this device.
 
 Importing this does not import torch.
 """
@@ -11,7 +11,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import ConfigError, LaunchError
 
 
-def want_kept(cfg: RunConfig, *, world: int, zero: int) -> None:
+def check_exclusions(cfg: RunConfig, *, world: int, zero: int) -> None:
     """Raise `ConfigError` where the run asks for what cannot be kept together on so many processes."""
     share = cfg.train.group_size // world
     if cfg.train.cuda_graphs and (zero or share > (cfg.train.given_micro_batch or share)):
@@ -29,13 +29,13 @@ def want_kept(cfg: RunConfig, *, world: int, zero: int) -> None:
         )
 
 
-def want_graphs(cfg: RunConfig, device: str) -> None:
+def check_cuda_graphs(cfg: RunConfig, device: str) -> None:
     """Raise `LaunchError` for CUDA graphs on another device."""
     if cfg.train.cuda_graphs and device != "cuda":
         raise LaunchError(f"train.cuda_graphs=true, but this run is on {device}; use a GPU, or train.cuda_graphs=false")
 
 
-def want_zero(zero: int, world: int) -> None:
+def check_zero(zero: int, world: int) -> None:
     """Raise `LaunchError` where ZeRO is asked for and cannot be had."""
     if zero and importlib.util.find_spec("deepspeed") is None:
         raise LaunchError("the launch file asks for ZeRO, found no DeepSpeed; pip install 'ddpm-lmk[deepspeed]'")

@@ -1,12 +1,14 @@
-"""What stays on the table between the runs of a process: pixels, networks, and the weights they start from.
+"""Per-process cache of pixels, networks and parent weights, reused across sweep cells; and compiling a network.
 
 A sweep's worker does one cell after the other. Their pixels are decoded once, a network is built, placed and compiled
 once, and only its weights are set anew; weights that were read and checked once are kept. All of it is exact: a cell
-gives the same bits whether it is the first on the table, the last, or alone.
+gives the same bits whether it is the first of a session, the last, or alone.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,21 +17,28 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.config import InitConfig, RunConfig
-from ddpm_lmk.engine.compile import compile_model
+from ddpm_lmk.engine.requirements import check_cuda_graphs
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import use_norm
 from ddpm_lmk.models.kernels.group_norm import choose_norm
 from ddpm_lmk.rundir.checkpoint import META, load_weights
 from ddpm_lmk.tasks import Task
 
+log = logging.getLogger(__name__)
+
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 NETWORKS_GIB = 2.0  # on the device, beside the one in use: a sweep goes from method to method and back
 PARENTS_GIB = 4.0  # in memory
 Weights = tuple[dict[str, Tensor], dict[str, Any]]
-Kept = TypeVar("Kept")
+Cached = TypeVar("Cached")
 
 
-class Workbench:
-    """Keeps what the next run of this process may want; a run alone has one of its own."""
+class Session:
+    """Keeps what the next run of this process may use; a run alone has one of its own.
+
+    Attributes:
+        cache: decoded pixels, as `open_loader` keeps them.
+    """
 
     def __init__(self) -> None:
         self.cache: dict[Any, Any] = {}
@@ -38,6 +47,7 @@ class Workbench:
 
     def model(self, cfg: RunConfig, task: Task, device: torch.device) -> nn.Module:
         """The network of `cfg` with the random weights of its seed, the same on every kind of device."""
+        # On the host and from the seed alone: the first weights are the same on every device and in every cell.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             fresh = task.wrap(
@@ -48,6 +58,7 @@ class Workbench:
         key = (cfg.model, type(task), head, task.out_channels, task.full_size, task.domains, *setting)
         model = self._networks.pop(key, None)
         if model is not None:
+            # In place: a compiled network, and CUDA graphs, stay valid.
             model.load_state_dict(fresh.state_dict())
             for parameter, new in zip(model.parameters(), fresh.parameters(), strict=True):
                 parameter.requires_grad_(new.requires_grad)  # the run before may have frozen some
@@ -57,19 +68,17 @@ class Workbench:
             use_norm(model, choose_norm(cfg.train.group_norm, device, is_compiled=cfg.train.compile is True))
             compile_model(model, cfg, device)
         self._networks[key] = model  # now the youngest
-        _shorten(self._networks, NETWORKS_GIB, lambda network: network.state_dict().values())
+        _drop_oldest(self._networks, NETWORKS_GIB, lambda network: network.state_dict().values())
         return model
 
     def weights(self, init: InitConfig) -> Weights:
         """The starting weights of a run as `load_weights` reads and checks them; nobody may change them in place."""
         assert init.weights is not None
         key = (init.weights, init.use, *_stamps(Path(init.weights)))
-        found = self._parents.pop(key, None)
-        if found is None:
-            found = load_weights(init.weights, init.use)
-        self._parents[key] = found
-        _shorten(self._parents, PARENTS_GIB, lambda parent: parent[0].values())
-        return found
+        weights = self._parents.pop(key, None) or load_weights(init.weights, init.use)
+        self._parents[key] = weights
+        _drop_oldest(self._parents, PARENTS_GIB, lambda parent: parent[0].values())
+        return weights
 
 
 def _stamps(path: Path) -> list[tuple[str, Any]]:
@@ -77,14 +86,50 @@ def _stamps(path: Path) -> list[tuple[str, Any]]:
     if path.is_file():
         stat = path.stat()
         return [(str(path), (stat.st_ino, stat.st_size, stat.st_mtime_ns))]
+    # The facts and not the tensors: they are small, and a changed tensor has another digest in them.
     files = sorted([*path.glob(META), *path.glob(f"snapshots/*/{META}")])
     return [(str(file), file.read_bytes()) for file in files]
 
 
-def _shorten(kept: dict[Any, Kept], limit_gib: float, tensors: Callable[[Kept], Iterable[Tensor]]) -> None:
+def _drop_oldest(cached: dict[Any, Cached], limit_gib: float, tensors: Callable[[Cached], Iterable[Tensor]]) -> None:
     """Let the oldest go while there is more than so much beside the youngest."""
-    sizes = {key: sum(tensor.nbytes for tensor in tensors(value)) for key, value in kept.items()}
-    for key in list(kept)[:-1]:
-        if sum(sizes.values()) - sizes[list(kept)[-1]] <= limit_gib * 2**30:
+    sizes = {key: sum(tensor.nbytes for tensor in tensors(value)) for key, value in cached.items()}
+    *older, youngest = cached
+    for key in older:
+        if sum(sizes.values()) - sizes[youngest] <= limit_gib * 2**30:
             return
-        del kept[key], sizes[key]
+        del cached[key], sizes[key]
+
+
+def compile_model(model: nn.Module, cfg: RunConfig, device: torch.device) -> None:
+    """Have the passes of `model` compiled when they first run, where the run asks for that.
+
+    Compilation happens inside the first passes, of training and of evaluation, and again where a shape is new.
+
+    Raises:
+        LaunchError: CUDA graphs on another device.
+    """
+    check_cuda_graphs(cfg, device.type)
+    if cfg.train.compile:
+        compile_cache()
+        model.compile(dynamic=False, mode="reduce-overhead" if cfg.train.cuda_graphs else None)
+
+
+def compile_cache() -> Path:
+    """The folder that keeps compiled code from now on, shared by all processes: the first compiles, later ones load.
+
+    It is the user's own: PyTorch's choice is under /tmp, which a node empties and anybody may fill.
+    """
+    if COMPILE_CACHE not in os.environ:
+        folder = Path(os.environ.get("LMK_CACHE") or Path.home() / ".cache" / "ddpm-lmk") / "compiled"
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+            log.warning(
+                "compiled code cannot be kept in %s (%s), but until the node is emptied", folder, error.strerror
+            )
+            folder = Path(default_cache_dir())
+        os.environ[COMPILE_CACHE] = str(folder)
+    return Path(os.environ[COMPILE_CACHE])

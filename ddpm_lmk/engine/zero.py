@@ -2,7 +2,7 @@
 
 DeepSpeed is told as little as possible. Precision, the scale of fp16, clipping and leaving out of updates stay the
 engine's, so that they mean the same as under DDP: weights are fp32, its clipping is off (its default is not), and a
-group ends where the loop says. Sums are in its own order, so the class is `ordered`.
+global batch ends where the loop says. Sums are in its own order, so the class is `ordered`.
 
 Checkpoints do not know of it: weights are whole on every rank, and moments are gathered and shared out by parameter,
 so a run moves between DDP and ZeRO and between numbers of processes. A parameter that no backward pass of any rank has
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Sharded(Updater):
+class ZeroUpdater(Updater):
     """A model inside a DeepSpeed engine.
 
     Args:
@@ -40,6 +40,7 @@ class Sharded(Updater):
         self, state: TrainState, parallel: Parallel, *, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         super().__init__(state, parallel)
+        # Before `shard`, which replaces the parameters in the optimizer by its flat parts.
         saved = moments(state.optimizer, state.model)
         with torch.no_grad():
             for parameter in state.model.parameters():  # it flattens them, and refuses channels-last ones
@@ -63,6 +64,7 @@ class Sharded(Updater):
     def apply(self, cfg: ClipConfig | None) -> None:
         """Clip this rank's part of the gradient by the norm of the whole, and update the weights."""
         clip(cfg, self._parts(), self._norm)
+        # AdamW would decay a parameter whose gradient is zero because no pass has reached it.
         before = [parameter.detach().clone() for parameter in self._unreached]
         self._engine.step()
         with torch.no_grad():
@@ -73,6 +75,7 @@ class Sharded(Updater):
     def clear(self) -> None:
         """Forget the gradient, in the way DeepSpeed itself leaves out an update: one whose norm is not finite."""
         if unused := self._parts():
+            # There is no other way to have it drop a gradient without an update.
             torch._foreach_mul_(unused, torch.nan)
             self._engine.step()
         self._reached.clear()
@@ -111,6 +114,7 @@ class Sharded(Updater):
             return
         for flat, group in self._groups():
             steps = [saved[f"step/{names[id(p)]}"] for p in group if f"step/{names[id(p)]}" in saved]
+            # DeepSpeed keeps one step for a group, AdamW one for a parameter; those of a group are equal.
             step = max(steps, default=torch.zeros(())).to(flat.device, copy=True)
             state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
         # Left to itself it links the state of all groups after the first update of the first group, when the others

@@ -1,22 +1,16 @@
 """Temperatures that make the probabilities of a contour-hugging model honest.
 
 One temperature per landmark, the one under which images the model has not learnt from are most likely: those of
-`data.validation_split`, or, where no validation labels are used, each fold of the shots under a model that learnt from
-the others (paper.md, section 5, for what [20] does). RUN/calibration.json keeps them; `loaded` puts them back. Whether
-they help is `reliability`'s.
+`data.validation_split` (docs/method.md, section 5, for what [20] does). RUN/calibration.json keeps them; `load` puts
+them back. Whether they help is `reliability`'s.
 
 How well a model knows its errors: expected against real radial errors, in numbers and as a picture.
-
-When a run fits its temperatures: on its validation split after training, or on folds of its shots before.
-
-Folds are runs of their own in RUN/folds, with the same run file but for what they hold out; a run that is continued
-does not repeat those that are finished.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_lmk.config import HoldOutConfig, LandmarksConfig, RunConfig
+from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.loading.corpus import HELD_OUT, training_corpora
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.session import Workbench
+from ddpm_lmk.engine.session import Session
 from ddpm_lmk.errors import CheckpointError
-from ddpm_lmk.models.weights import load_all
-from ddpm_lmk.rundir.checkpoint import load_weights
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.system import files
 from ddpm_lmk.system.files import read_json
@@ -111,48 +102,6 @@ def _of_batch(codec: ContourCodec, maps: Tensor, points: Tensor, weight: Tensor,
     counted = codec.counts(points, frame) * weight[:, None]  # [B, N]
     columns = [codec.surprise(maps.float() / t, points, frame) for t in GRID.tolist()]
     return (torch.stack(columns, -1) * counted[..., None]).sum(0), counted.sum(0)
-
-
-def by_folds(
-    cfg: RunConfig,
-    task: LandmarkTask,
-    parallel: Parallel,
-    *,
-    learn: Callable[[RunConfig, Path], nn.Module],
-    folder: Path,
-    cache: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Temperatures from the shots alone: each fold under the weights that the run file learns from the others.
-
-    Args:
-        learn: carries out a run in a folder and gives the network with the weights it has kept.
-        folder: where the runs of the folds go, as 0, 1, ...; finished ones are not repeated.
-    """
-    assert isinstance(task.codec, ContourCodec)
-    shots = len(training_corpora(cfg)[0].rows)
-    folds = min(task.codec.cfg.folds, shots)
-    if folds < 2:
-        told = "nothing: a single shot cannot be left out of its own training, so every temperature is 1"
-        return record(
-            Likelihoods(np.zeros((task.out_channels, len(GRID))), np.zeros(task.out_channels)), task, learnt_on=told
-        )
-    found = Likelihoods()
-    for fold in range(folds):
-        part = without(cfg, fold=fold, of=folds)
-        model = learn(part, folder / str(fold))
-        found += likelihoods(part, task, model, parallel, split=HELD_OUT, cache=cache)
-    told = f"{folds} folds of the {shots} shots, each under weights learnt from the others"
-    return record(found, task, learnt_on=told)
-
-
-def without(cfg: RunConfig, *, fold: int, of: int) -> RunConfig:
-    """The run that learns from all shots but those of one fold, and is not scored."""
-    data = cfg.data.model_copy(update={"hold_out": HoldOutConfig(fold=fold, of=of)})
-    assert isinstance(cfg.task, LandmarksConfig)
-    task = cfg.task.model_copy(update={"codec": cfg.task.codec.model_copy(update={"temperatures": "none"})})
-    evaluate = cfg.evaluate.model_copy(update={"split": None})
-    changes = {"name": f"{cfg.name}-fold{fold}"[:80], "data": data, "task": task, "evaluate": evaluate}
-    return cfg.model_copy(update=changes)
 
 
 def record(found: Likelihoods, task: LandmarkTask, *, learnt_on: str) -> dict[str, Any]:
@@ -319,47 +268,20 @@ def reliability_plot(spread: np.ndarray, error: np.ndarray, facts: dict[str, Any
     return buffer.getvalue()
 
 
-FOLDER = "folds"
-
-
-def before_training(
-    cfg: RunConfig, task: Task, run: RunDir, parallel: Parallel, workbench: Workbench, *, execute: Callable[..., Any]
-) -> None:
-    """Fit them on folds of the shots, where they are asked for and no validation labels are used; on every rank.
-
-    It comes before the run's own network is made, since all of them are the one on the workbench.
-    """
-    if not _is_asked(task) or cfg.data.validation_split is not None:
-        return
-    assert isinstance(task, LandmarkTask)
-
-    def learn(part: RunConfig, place: Path) -> nn.Module:
-        execute(part, place, parallel=parallel, workbench=workbench)
-        with parallel.together():
-            model = workbench.model(part, task, parallel.device)
-            load_all(model, load_weights(place, "auto")[0])
-        return model
-
-    facts = parallel.on_main(lambda: read(run.path))
-    if facts is None:
-        parallel.on_main(lambda: run.declare(cfg))  # stopped in a fold, the run can be continued
-        folder = run.path / FOLDER
-        facts = by_folds(cfg, task, parallel, learn=learn, folder=folder, cache=workbench.cache)
-    keep(facts, task, run.path, parallel)
-
-
 def after_training(
-    cfg: RunConfig, task: Task, model: nn.Module, run: RunDir, parallel: Parallel, workbench: Workbench
+    cfg: RunConfig, task: Task, model: nn.Module, run: RunDir, parallel: Parallel, session: Session
 ) -> None:
-    """Fit them on the validation split, under the weights that are kept; on every rank."""
+    """Fit them on the validation split, under the weights that are kept; on every rank.
+
+    A run without one was begun by a version that fitted them before training: they are in its directory.
+    """
     split = cfg.data.validation_split
-    if not _is_asked(task) or split is None:
+    if not isinstance(task, LandmarkTask) or not isinstance(task.codec, ContourCodec):
         return
-    assert isinstance(task, LandmarkTask)
-    found = likelihoods(cfg, task, model, parallel, split=split, cache=workbench.cache)
+    if task.codec.cfg.temperatures != "fitted":
+        return
+    if split is None:
+        put(parallel.on_main(lambda: read(run.path)), task)
+        return
+    found = likelihoods(cfg, task, model, parallel, split=split, cache=session.cache)
     keep(record(found, task, learnt_on=f"validation split {split}"), task, run.path, parallel)
-
-
-def _is_asked(task: Task) -> bool:
-    is_contour = isinstance(task, LandmarkTask) and isinstance(task.codec, ContourCodec)
-    return is_contour and task.codec.cfg.temperatures == "fitted"  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ from ddpm_lmk.inference.calibration import write_reliability
 from ddpm_lmk.inference.load import LoadedRun, open_run, pixel_settings
 from ddpm_lmk.inference.predictions import Found, peak_error, predictions_csv, to_native
 from ddpm_lmk.inference.scoring import read_labels, score_points, training_shape
-from ddpm_lmk.rundir.lock import want_writable
+from ddpm_lmk.rundir.lock import check_writable
 from ddpm_lmk.system import files
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.tasks import LandmarkTask
@@ -105,7 +105,7 @@ def evaluate_run(
     Raises:
         DataError: the set has other landmarks, or the run cannot say what it learnt from.
     """
-    want_writable(Path(out))  # before minutes of scoring
+    check_writable(Path(out))  # before minutes of scoring
     loaded = open_run(run, kind="landmarks", device=device)
     settings = loaded.cfg.data.model_copy(update={"path": (str(data),), "packed": {}})
     cfg = loaded.cfg.model_copy(update={"data": settings})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError
 from ddpm_lmk.inference.load import LoadedRun, open_run
 from ddpm_lmk.inference.sample import draw_samples, to_png
-from ddpm_lmk.rundir.lock import want_writable
+from ddpm_lmk.rundir.lock import check_writable
 from ddpm_lmk.system import files
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask
 
@@ -40,7 +40,7 @@ def sample_run(
     """Draw `count` images from a pre-training run by DDIM into one PNG sheet; raises ConfigError for other runs."""
     if count < 1 or num_steps < 1:
         raise ConfigError(f"count={count}, steps={num_steps}: wanted at least 1 each")
-    want_writable(Path(file).parent)
+    check_writable(Path(file).parent)
     loaded = open_run(run, kind="denoise", device=device)
     assert isinstance(loaded.task, DenoiseTask)
     images = draw_samples(loaded.cfg, loaded.task, loaded.model, loaded.parallel, count=count, num_steps=num_steps)
@@ -61,7 +61,7 @@ def export_run(run: str | Path, *, format: Format = "safetensors", out: str | Pa
         _want_onnx()
     loaded = open_run(run, device="cpu")
     path = loaded.path / "export" / f"{loaded.cfg.name}.{format}" if out is None else Path(out)
-    want_writable(path.parent)
+    check_writable(path.parent)
     facts = _facts(loaded)
     if format == "onnx" and not isinstance(loaded.task, DenoiseTask | LandmarkTask):
         raise ConfigError(

@@ -17,8 +17,8 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import validate
 from ddpm_lmk.data.shards.verify import Manifest
 from ddpm_lmk.data.spec import DatasetSpec, unlabelled
+from ddpm_lmk.engine.device_fit import is_emulated
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.precision import is_emulated
 from ddpm_lmk.errors import CheckpointError, ConfigError, DataError
 from ddpm_lmk.inference import calibration
 from ddpm_lmk.models import build_model

@@ -33,7 +33,7 @@ from ddpm_lmk.data.sources.walk import walk
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.inference.load import LoadedRun, open_run
 from ddpm_lmk.inference.predictions import Found, to_native
-from ddpm_lmk.rundir.lock import want_writable
+from ddpm_lmk.rundir.lock import check_writable
 from ddpm_lmk.system import files as atomic
 from ddpm_lmk.tasks import LandmarkTask
 
@@ -116,7 +116,7 @@ def predict_images(
     if mm_per_px is not None and not (np.isfinite(mm_per_px) and mm_per_px > 0):
         raise ConfigError(f"--mm-per-px={mm_per_px}: wanted a positive number of millimetres")
     out = Path(out)
-    want_writable(out)
+    check_writable(out)
     paths, passed_over = list_images(files)
     loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
     summary = PredictSummary(out, passed_over=passed_over)

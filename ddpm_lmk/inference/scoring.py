@@ -18,21 +18,38 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ddpm_lmk.config import ContourCodecConfig, LandmarksConfig, RunConfig
 from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.errors import DataError
+from ddpm_lmk.errors import ConfigError, DataError
 
 PAPER_GRID = 256
 PAPER_SIGMA_PX = 5.0
 DISC_REACH_PX = 6  # a disc of sigma 5 has radius 5.887: further than this from the border it is whole
 
 Scores = dict[str, Any]
+
+
+def check_temperatures(cfg: RunConfig, out: Path) -> None:
+    """Raise `ConfigError` where temperatures are to be fitted and there is no split to fit them on.
+
+    Runs begun by a version that fitted them on folds of the shots have theirs in `out` already, and are finished.
+    """
+    codec = cfg.task.codec if isinstance(cfg.task, LandmarksConfig) else None
+    is_fitted = isinstance(codec, ContourCodecConfig) and codec.temperatures == "fitted"
+    if is_fitted and cfg.data.validation_split is None and not (out / "calibration.json").exists():
+        raise ConfigError(
+            "task.codec.temperatures=fitted fits them on data.validation_split, which is null; name a labelled split, "
+            "keep a part of the shots from training (data.hold_out='{fold: 0, of: 5}' data.validation_split=held_out), "
+            "or set task.codec.temperatures=none"
+        )
 
 
 def check_points(predicted: np.ndarray, true: np.ndarray, ids: Sequence[str]) -> None:

@@ -15,9 +15,9 @@ from ddpm_lmk.config import EncoderUNetConfig, LandmarksConfig, RunConfig
 from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, fingerprint, training_corpora
 from ddpm_lmk.data.loading.order import GroupPlan
 from ddpm_lmk.data.spec import DatasetSpec, mixture
-from ddpm_lmk.engine.requirements import want_graphs, want_kept, want_zero
+from ddpm_lmk.engine.requirements import check_cuda_graphs, check_exclusions, check_zero
 from ddpm_lmk.errors import CheckpointError, ConfigError
-from ddpm_lmk.inference.scoring import want_scorable
+from ddpm_lmk.inference.scoring import check_temperatures, want_scorable
 from ddpm_lmk.launcher.placement import Placement
 from ddpm_lmk.rundir import lock, retention
 
@@ -35,6 +35,7 @@ def check_run(cfg: RunConfig, out: Path, placement: Placement, *, fork: Path | N
     check_settings(cfg, placement)
     if lock.is_finished(out, cfg):
         return []  # its data and starting weights may be gone by now
+    check_temperatures(cfg, out)
     corpora = check_data(cfg)
     if placement.node_rank == 0:  # the other nodes write in the same place
         check_folder(cfg, out, corpora, fork=fork)
@@ -56,9 +57,9 @@ def check_settings(cfg: RunConfig, placement: Placement) -> None:
             f"task {cfg.task.kind} normalises over the images a process computes at once, and {world} processes have "
             f"{at_once} each; use fewer processes or a larger train.group_size"
         )
-    want_kept(cfg, world=world, zero=placement.zero)
-    want_graphs(cfg, placement.device)
-    want_zero(placement.zero, world)
+    check_exclusions(cfg, world=world, zero=placement.zero)
+    check_cuda_graphs(cfg, placement.device)
+    check_zero(placement.zero, world)
     if cfg.data.loader == "dali":
         from ddpm_lmk.data.loading.backend import want_dali
 
@@ -105,7 +106,7 @@ def check_folder(cfg: RunConfig, out: Path, corpora: Sequence[Corpus], *, fork: 
         ResourceError: it cannot be written. RunConflictError: it holds another run. DataError: this run on other data.
         CheckpointError: there is nothing to fork.
     """
-    lock.want_writable(out)
+    lock.check_writable(out)
     lock.check_contents(out, cfg, is_fork=fork is not None)
     want_same_data(out, corpora)
     if fork is not None and not has_begun(out) and not has_begun(fork):
@@ -116,7 +117,7 @@ def check_folder(cfg: RunConfig, out: Path, corpora: Sequence[Corpus], *, fork: 
 
 def want_same_data(out: Path, corpora: Sequence[Corpus]) -> None:
     """Raise `DataError` where the run in `out` was started on other data."""
-    lock.want_same_data(out, fingerprint(corpora))
+    lock.check_same_data(out, fingerprint(corpora))
 
 
 def check_start(

@@ -49,7 +49,7 @@ def launch(job: dict[str, Any], placement: Placement) -> int:
             return _run_apart(job, placement, out)
         # Taken for the whole launch: between two starts of the ranks nobody else may take the directory.
         cfg, is_fork = RunConfig.model_validate(job["config"]), bool(job.get("fork"))
-        with lock.hold(out, cfg, name=lock.LAUNCHER_LOCK, is_fork=is_fork):
+        with lock.locked_for_launcher(out, cfg, name=lock.LAUNCHER_LOCK, is_fork=is_fork):
             return _run_apart(job, placement, out)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.errors import StoppedError
-from ddpm_lmk.rundir.log import Journal
+from ddpm_lmk.rundir.log import RunLog
 from ddpm_lmk.system import files, heartbeat
 from ddpm_lmk.system.heartbeat import DUMP_SIGNAL, STEPS_COMPARED, Heartbeat, Recorder
 from ddpm_lmk.system.signals import say
@@ -50,8 +50,8 @@ class LaunchLog:
         say(f"launcher: {text}")
         if self._out is not None:
             # Without a run file rank 0 has not taken the directory yet, and may still refuse what is in it.
-            journal = Journal(self._out, writes=(self._out / "config.yaml").is_file())
-            journal.event(event, node=self._node_rank, message=text, **facts)
+            run_log = RunLog(self._out, writes=(self._out / "config.yaml").is_file())
+            run_log.event(event, node=self._node_rank, message=text, **facts)
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint, the measure of progress; -1 where there is none."""

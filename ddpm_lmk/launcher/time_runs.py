@@ -17,8 +17,7 @@ from typing import Any
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.engine.forecast import Timing
-from ddpm_lmk.engine.step_timing import BUDGET_S, time_steps
+from ddpm_lmk.engine.forecast import BUDGET_S, Timing, time_steps
 from ddpm_lmk.errors import LmkError
 from ddpm_lmk.launcher import preflight
 from ddpm_lmk.launcher.placement import Device, Placement, visible_gpus, worker_environment
@@ -121,14 +120,14 @@ def time_here(
     """Time steps of a run in this process, alone or `beside` others; raises `LmkError` where it cannot be done."""
     from ddpm_lmk.engine.device_fit import device_bytes, fit_to_device
     from ddpm_lmk.engine.parallel import Parallel
-    from ddpm_lmk.engine.session import Workbench
+    from ddpm_lmk.engine.session import Session
     from ddpm_lmk.tasks import build_task
 
     task, parallel = build_task(cfg, spec), Parallel(device)
     room = device_bytes(parallel) // (beside if device == "cpu" else 1)
-    fitted = fit_to_device(cfg, task.out_channels, parallel, steps=1, room=room)
-    here, workbench = fitted.applied(cfg), Workbench()
-    return time_steps(here, task, parallel, precision=fitted.precision, workbench=workbench, budget_s=budget_s)
+    fitted = fit_to_device(cfg, task, parallel, steps=1, room=room)
+    here, session = fitted.applied(cfg), Session()
+    return time_steps(here, task, parallel, precision=fitted.precision, session=session, budget_s=budget_s)
 
 
 def main() -> int:

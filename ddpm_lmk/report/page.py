@@ -31,7 +31,7 @@ from ddpm_lmk.report import figures as key
 from ddpm_lmk.report import learning as steps
 from ddpm_lmk.report.collect import PROTOCOLS, Study, collect, paper_rows, paper_tables, parents_of
 from ddpm_lmk.report.tables import csv_rows, markdown_table
-from ddpm_lmk.rundir.lock import want_writable
+from ddpm_lmk.rundir.lock import check_writable
 from ddpm_lmk.sweep.progress import to_csv
 from ddpm_lmk.system import files
 from ddpm_lmk.system.files import read_json
@@ -51,7 +51,7 @@ def write_report(
         DataError: a folder is neither, nothing in them is finished, or there is leakage that is not acknowledged.
     """
     out = Path(out)
-    want_writable(out.parent)
+    check_writable(out.parent)
     studies = collect([Path(folder) for folder in folders])
     for study in studies:
         refuse_seen([run.results for run in study.runs], acknowledged=acknowledge_leakage)

@@ -62,6 +62,7 @@ TYPES = {name: dtype for dtype, name in NAMES.items()}
 
 def pieces(group: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a file holding `group`; what is not contiguous on the host is copied when its turn comes."""
+    # Widest type first, then by name: every tensor is aligned, and equal tensors make equal bytes.
     ordered = sorted(group, key=lambda name: (-group[name].element_size(), name))
     header: dict[str, Any] = {}
     offset = 0
@@ -71,9 +72,11 @@ def pieces(group: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
+    # The first tensor begins at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in ordered:
+        # Here and not before the header: one tensor at a time is on its way to the disk.
         flat = group[name].detach().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data
 
@@ -114,6 +117,7 @@ def _read_header(file: BinaryIO, size: int, name: str) -> tuple[bytes, bytes, di
         filled = 8 + len(text) + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{name} is not a safetensors file ({type(error).__name__} in its header)") from None
+    # A header can claim anything: nothing is read, or allocated, by its word alone.
     if filled != size:
         raise DamagedError(f"{name} is not a safetensors file: it has {size} bytes, its header lists {filled}")
     return head, text, entries
@@ -179,6 +183,7 @@ def save_checkpoint(
     if path.exists():
         return path  # the same step of the same run: verified when it was loaded, or written by this process
     _want_space(directory, tensors)
+    # In the manifest, so that a checkpoint of another network is known without reading it.
     arch = architecture_hash({name: tuple(value.shape) for name, value in tensors["model"].items()})
     files = itertools.chain([("state.json", [durable.to_json(state)])], _serialized(tensors))
     known = {"step": state["step"], "arch": arch, **(facts or {})}
@@ -204,6 +209,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             else:
                 tensors[name.removesuffix(SUFFIX)] = parse(data, name)
         step = state.get("step")
+        # A folder that was renamed, or a manifest of another folder, has right digests and is wrong.
         if record.get("step") != step or not isinstance(step, int) or path.name != step_name(step):
             raise DamagedError(f"the directory says {path.name}, its manifest {record.get('step')}, its state {step}")
     return Checkpoint(path, tensors, state)
@@ -219,12 +225,14 @@ def load_latest(directory: Path, *, on_bad: Callable[[Path, str], None]) -> Chec
         ResourceError: the disk does not answer.
     """
     reason = ""
+    # No pointer to the newest: it would be one more file that can be torn.
     for path in retention.complete(directory):
         try:
             return load_checkpoint(path)
         except UnusableError as error:
             reason = str(error)
             on_bad(_set_aside(path), reason)
+    # Starting anew would look like success, and days of training would be gone without a word.
     bad = list(directory.glob(".bad-*"))
     if bad:
         raise CheckpointError(
@@ -268,6 +276,7 @@ def save_snapshot(
     def make_way() -> None:
         if fence is not None:
             fence()
+        # Only now that the new one is complete: until here the old one is the best there is.
         if path.exists():
             retention.drop(path)
 
@@ -316,6 +325,7 @@ def weights_digest(path: str | Path, use: Literal["ema", "model", "auto"]) -> di
 
 def _locate(path: Path, use: Literal["ema", "model", "auto"]) -> tuple[Path, dict[str, Any]]:
     """The file with the weights, and the facts of its snapshot; of a file that lies alone its path only."""
+    # By name, before the file is opened: an unpickler would run code on the first byte.
     if path.suffix in PICKLES:
         raise CheckpointError(
             f"{path} may hold code and is not opened; `ddpm-lmk import-weights` makes safetensors of a PyTorch file"
@@ -412,6 +422,7 @@ def _serialized(tensors: Tensors) -> Iterator[tuple[str, Content]]:
 
 def _want_space(directory: Path, tensors: Tensors) -> None:
     """Refuse early when the file system has less than 1.5 times the room that is needed."""
+    # Half as much again, for the lines and results of the steps until the next save.
     needed = int(1.5 * sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
     room = os.statvfs(directory)
     if room.f_bavail * room.f_frsize < needed:

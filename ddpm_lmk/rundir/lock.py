@@ -1,18 +1,16 @@
-"""Whose a run directory is: can it be written, is anybody working in it, does it hold this run or another one.
+"""Locking a run directory: can it be written, is anybody working in it, does it hold this run or another one.
 
-The lock is the kernel's (flock): it is free the moment its holder is dead, however it died. Rank 0 holds `.lock` while
-it works; a launcher of several processes holds `.lock-launcher` from before it starts them until it ends, restarts
-included. So a second run is refused before it has started a process, and a rank that has outlived its launcher still
-keeps others out.
+Rank 0 holds `.lock` while it works; a launcher of several processes holds `.lock-launcher` from before it starts them
+until it ends, restarts included. So a second run is refused before it has started a process, and a rank that has
+outlived its launcher still keeps others out.
 
 A run is known again by its settings. Where its data and its starting weights lie is none of them: they are known by
-what they hold (`PLACES`), so that a pack on the scratch disk of the next job is the same pack. Imports torch only to
-look at weights that have moved.
+what they hold (`PLACES`), so that a dataset on the scratch disk of the next job is the same dataset. Imports torch only
+to look at weights that have moved.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +23,7 @@ from typing import Any
 from ddpm_lmk.config import Duration, RunConfig, load
 from ddpm_lmk.errors import DataError, LmkError, ResourceError, RunConflictError
 from ddpm_lmk.rundir.log import now
-from ddpm_lmk.system import environment, files
+from ddpm_lmk.system import environment, files, locks
 from ddpm_lmk.system.files import DamagedError, read_json, read_no_follow
 
 LOCK = ".lock"
@@ -48,38 +46,41 @@ PLACES = ("data.path", "data.protect", "init.weights")  # these too, while what 
 
 
 @contextmanager
-def hold(path: Path, cfg: RunConfig, *, name: str, is_fork: bool = False) -> Iterator[None]:
-    """Keep a directory for a launcher, after all that can be said against it has been said."""
+def locked_for_launcher(path: Path, cfg: RunConfig, *, name: str, is_fork: bool = False) -> Iterator[None]:
+    """Lock a directory for a launcher, after all that can be said against it has been said."""
     make_writable(path)
-    lock = take_lock(path, name)
+    # Its own lock first: two launchers that start at once cannot both find the run free.
+    descriptor = take_lock(path, name)
     try:
-        refuse_if_held(path, LOCK)
+        check_unlocked(path, LOCK)
         check_contents(path, cfg, is_fork=is_fork)
         yield
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
 def make_writable(path: Path) -> None:
     """Create the directory, and try what saving needs: create, flush, rename, delete; raises `ResourceError`."""
-    try:
-        if path.exists() and not path.is_dir():
-            raise ResourceError(f"{path} is a file; wanted a directory for the run")
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=files.folder_mode(), exist_ok=True)
         _try_saving(path)
-    except OSError as error:
-        raise _not_writable(path, error) from None
 
 
-def want_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Say now what `make_writable` would, and leave everything as it is: tried where the directory would be made."""
+    with _explained(path):
+        _try_saving(next(place for place in (path, *path.absolute().parents) if place.exists()))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
         if path.exists() and not path.is_dir():
             raise ResourceError(f"{path} is a file; wanted a directory for the run")
-        _try_saving(next(place for place in (path, *path.absolute().parents) if place.exists()))
+        yield
     except OSError as error:
-        raise _not_writable(path, error) from None
+        raise ResourceError(f"cannot write to {path} ({error.strerror}); choose another --out directory") from None
 
 
 def _try_saving(folder: Path) -> None:
@@ -90,12 +91,8 @@ def _try_saving(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    renamed = probe.rename(f"{probe}-renamed")
-    renamed.unlink()
-
-
-def _not_writable(path: Path, error: OSError) -> ResourceError:
-    return ResourceError(f"cannot write to {path} ({error.strerror}); choose another --out directory")
+    # A file system may let files be made and refuse to rename them: known now, and not at the first save.
+    probe.rename(f"{probe}-renamed").unlink()
 
 
 def take_lock(path: Path, name: str = LOCK, *, incarnation: str | None = None) -> int:
@@ -103,40 +100,45 @@ def take_lock(path: Path, name: str = LOCK, *, incarnation: str | None = None) -
 
     `incarnation` is kept in the lock, so that a holder can see before it writes whether the directory is still its own.
     """
-    if name == LOCK and not environment.is_rank():
-        refuse_if_held(path, LAUNCHER_LOCK)
-    descriptor = _open(path, name)
-    if not _try_lock(descriptor, path):
-        os.close(descriptor)
-        raise _in_use(path, name)
+    if name == LOCK and not environment.is_rank():  # a rank has the lock of its launcher around it
+        check_unlocked(path, LAUNCHER_LOCK)
+    descriptor = _lock(path, name)
     facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "incarnation": incarnation}
+    # After the lock is held: whoever fails to get it reads who has it.
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(facts).encode(), 0)
     return descriptor
 
 
-def refuse_if_held(path: Path, name: str) -> None:
-    """Raise `RunConflictError` where another process holds this lock."""
-    if not (path / name).exists():
-        return
-    descriptor = _open(path, name)
+def check_unlocked(path: Path, *names: str) -> None:
+    """Raise `RunConflictError` where another process holds one of these locks; by default either of them."""
+    for name in names or (LAUNCHER_LOCK, LOCK):  # of the two processes of one run, the one to speak to
+        # Locking makes the file; a folder that is only looked at stays as it is.
+        if (path / name).exists():
+            os.close(_lock(path, name))
+
+
+def _lock(path: Path, name: str) -> int:
     try:
-        if not _try_lock(descriptor, path):
-            raise _in_use(path, name)
-    finally:
-        os.close(descriptor)
-
-
-def refuse_if_in_use(path: Path) -> None:
-    """Raise `RunConflictError` where a run or a launcher is at work: said before anything that takes time is done."""
-    for name in (LAUNCHER_LOCK, LOCK):  # of the two processes of one run, the one to speak to
-        refuse_if_held(path, name)
+        descriptor = locks.lock(path / name)
+    except OSError as error:
+        raise ResourceError(
+            f"the file system of {path} has no locks ({error.strerror}), so two runs could write there at once; "
+            "mount it with locks (NFS: version 4, or without nolock), or choose another --out directory"
+        ) from None
+    if descriptor is None:
+        holder = read_json(path / name) or {}
+        raise RunConflictError(
+            f"{path} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
+            f"{holder.get('since', '?')}; wait for it, stop it, or use another --out directory"
+        )
+    return descriptor
 
 
 def check_contents(path: Path, cfg: RunConfig, *, is_fork: bool = False) -> None:
     """Raise `RunConflictError` where the directory holds anything but this run or nothing.
 
-    A fork begins with a checkpoint that it copies (`fork`): killed after that, it finds nothing else.
+    A fork begins with a checkpoint that it copies: killed after that, it finds nothing else.
     """
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     others = [name for name in names if not name.startswith((LOCK, ".tmp-"))]
@@ -147,8 +149,7 @@ def check_contents(path: Path, cfg: RunConfig, *, is_fork: bool = False) -> None
             f"{path} exists and is not a run (it holds {', '.join(sorted(others)[:3])}); "
             "use an empty or new --out directory, nothing was changed"
         )
-    rows = conflicts(path, cfg)
-    if rows:
+    if rows := conflicts(path, cfg):
         raise RunConflictError(
             f"{path} holds another run: {listed(rows)}; use another --out directory, or add --fork NEWDIR to go on "
             "from its newest checkpoint there"
@@ -170,7 +171,8 @@ def conflicts(path: Path, cfg: RunConfig) -> list[tuple[str, object, object]]:
     rows = [row for row in load.diff_runs(stored, cfg) if not _may_change(row[0], stored, cfg)]
     if any(key not in PLACES for key, *_ in rows):  # another run, wherever its data lies
         return rows
-    return [row for row in rows if not _is_moved(row[0], path, stored, cfg)]
+    # Reading fingerprints costs time: only where nothing else differs.
+    return [row for row in rows if not _holds_the_same(row[0], path, cfg)]
 
 
 def listed(rows: Sequence[tuple[str, object, object]]) -> str:
@@ -203,12 +205,13 @@ def _is_of(path: Path, done: dict[str, Any], cfg: RunConfig) -> bool:
         stored = stored_config(path)
         if stored is None or done.get("config_hash") != load.config_hash(stored):
             return False
+        # A longer run is the same run, but it is not finished.
         return stored.train.length == cfg.train.length and not conflicts(path, cfg)
     except LmkError:
         return False
 
 
-def want_same_data(path: Path, fingerprint: str) -> None:
+def check_same_data(path: Path, fingerprint: str) -> None:
     """Raise `DataError` where the run in `path` was started on other data."""
     before = read_json(path / "run.json")
     if before is not None and before.get("fingerprint") != fingerprint:
@@ -224,43 +227,16 @@ def stored_config(path: Path) -> RunConfig | None:
     return load.load_run(file) if file.is_file() else None
 
 
-def _open(path: Path, name: str) -> int:
-    return os.open(path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.file_mode())
-
-
-def _try_lock(descriptor: int, path: Path) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise ResourceError(
-            f"the file system of {path} has no locks ({error.strerror}), so two runs could write there at once; "
-            "mount it with locks (NFS: version 4, or without nolock), or choose another --out directory"
-        ) from None
-    return True
-
-
-def _in_use(path: Path, name: str) -> RunConflictError:
-    try:
-        holder = json.loads((path / name).read_text())
-    except (OSError, ValueError):
-        holder = {}
-    return RunConflictError(
-        f"{path} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
-        f"{holder.get('since', '?')}; wait for it, stop it, or use another --out directory"
-    )
-
-
 def _may_change(key: str, stored: RunConfig, cfg: RunConfig) -> bool:
     """May this key differ between a run and its continuation? Only where the weights come out the same."""
     if key == "train.length":
         old, new = stored.train.length, cfg.train.length
+        # Any other schedule has another rate at every step of a run of another length.
         return cfg.optim.schedule == "constant" and _is_longer(old, new)
     return key in MAY_CHANGE
 
 
-def _is_moved(key: str, path: Path, stored: RunConfig, cfg: RunConfig) -> bool:
+def _holds_the_same(key: str, path: Path, cfg: RunConfig) -> bool:
     """Is what lies in the new place the same, by what the run noted when it began?"""
     facts = read_json(path / "run.json")
     if facts is None:  # stopped before it began

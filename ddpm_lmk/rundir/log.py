@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lmk.system import files
-from ddpm_lmk.system import files as privacy
 
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
 
 
-class Journal:
+class RunLog:
     """The files of lines in the run directory `folder`; one that does not write ignores what it is given."""
 
     def __init__(self, folder: Path, *, writes: bool) -> None:
@@ -47,7 +46,7 @@ class Journal:
             self._append(QUARANTINE, entry)
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop lines after `step`, which a continued run will write again, and a torn last line."""
+        """Drop lines after `step`, which a resumed run will write again, and a torn last line."""
         self._rewind(METRICS, step)
 
     def rewind_quarantine(self, step: int) -> list[dict[str, Any]]:
@@ -57,9 +56,9 @@ class Journal:
     def last_metrics(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The last line about training and the last about validation; empty where there is none."""
         newest_first = read_lines(self._folder / METRICS)[::-1]
-        learnt: dict[str, Any] = next((line for line in newest_first if "loss" in line), {})
+        trained: dict[str, Any] = next((line for line in newest_first if "loss" in line), {})
         validated: dict[str, Any] = next((line for line in newest_first if "validation" in line), {})
-        return learnt, validated
+        return trained, validated
 
     def _rewind(self, name: str, step: int) -> list[dict[str, Any]]:
         path = self._folder / name
@@ -72,11 +71,13 @@ class Journal:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if not self._writes:
             return
+        # Training, the writer of checkpoints and the logger have a thread each.
         with self._writing:
             try:
+                # Not before an event, which is the more important line where little room is left.
                 if self._num_lost and name != EVENTS:
-                    told = {"time": now(), "event": "lines.lost", "count": self._num_lost}
-                    _append_line(self._folder / EVENTS, told)
+                    lost = {"time": now(), "event": "lines.lost", "count": self._num_lost}
+                    _append_line(self._folder / EVENTS, lost)
                     self._num_lost = 0
                 _append_line(self._folder / name, line)
             except OSError:
@@ -87,9 +88,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects; none where there is no file."""
     if not path.is_file():
         return []
-    # a line that was cut off, or written by an older version, may not be whole UTF-8: the others are still read
-    found = [parse_line(text) for text in path.read_text("utf-8", "replace").split("\n")]
-    return [line for line in found if line is not None]
+    # A line that was cut off, or written by an older version, may not be whole UTF-8: the others are still read.
+    lines = [parse_line(text) for text in path.read_text("utf-8", "replace").split("\n")]
+    return [line for line in lines if line is not None]
 
 
 def parse_line(text: str) -> dict[str, Any] | None:
@@ -108,10 +109,10 @@ def now() -> str:
 
 def _append_line(path: Path, line: dict[str, Any]) -> None:
     text = files.to_utf8(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, privacy.file_mode())
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, files.file_mode())
     try:
         before = os.fstat(descriptor).st_size
-        if os.write(descriptor, text) != len(text):
+        if os.write(descriptor, text) != len(text):  # a full disk takes a part of a line
             os.ftruncate(descriptor, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:

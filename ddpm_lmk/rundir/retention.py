@@ -1,9 +1,8 @@
 """Which checkpoints stay, and how the others go.
 
 Kept are the newest, every one at a multiple of an interval, and those pinned by a reason (the best evaluation, the one
-this session continued from): a union, so that no rule takes what another wants. A directory leaves its name before it
-is deleted, so that a kill in the middle leaves no half directory with a good name. Called only after a newer checkpoint
-is durable, which the rules always keep.
+this session resumed from): a union, so that no rule takes what another needs. Called only after a newer checkpoint is
+durable, which the rules always keep.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ STEP = re.compile(r"step-(\d{8,})")
 class Keep:
     """The newest `last`, those at multiples of `every` steps, and the newest at a multiple of `interval`; None: none.
 
-    Signals make checkpoints between the intervals. A run that goes back does so to one at the interval, so the newest
+    Signals make checkpoints between the intervals. A run that rolls back does so to one at the interval, so the newest
     of these stays, however often the run was interrupted since.
     """
 
@@ -37,32 +36,39 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a directory that `complete` has found."""
+    return int(path.name.removeprefix("step-"))
+
+
 def complete(directory: Path) -> list[Path]:
     """Directories of steps, newest step first; symbolic links are none."""
-    found = [(int(match[1]), path) for path in directory.glob("step-*") if (match := STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True) if path.is_dir() and not path.is_symlink()]
+    steps = [path for path in directory.glob("step-*") if STEP.fullmatch(path.name)]
+    # A link could name a folder outside, which `drop` would then empty.
+    return [path for path in sorted(steps, key=step_of, reverse=True) if path.is_dir() and not path.is_symlink()]
 
 
 def kept(steps: Iterable[int], keep: Keep, pinned: Collection[int | None]) -> set[int]:
     """The steps that stay, of those that exist."""
     newest_first = sorted(steps, reverse=True)
-    rules = [newest_first[: keep.last], [step for step in newest_first if step in pinned]]
+    stay = {*newest_first[: keep.last], *(step for step in newest_first if step in pinned)}
     if keep.every is not None:
-        rules.append([step for step in newest_first if step % keep.every == 0])
+        stay |= {step for step in newest_first if step % keep.every == 0}
     if keep.interval is not None:
-        rules.append([step for step in newest_first if step % keep.interval == 0][:1])
-    return set().union(*rules)
+        stay |= {*[step for step in newest_first if step % keep.interval == 0][:1]}
+    return stay
 
 
 def retain(directory: Path, keep: Keep, pinned: Collection[int | None]) -> None:
     """Drop what no rule keeps, oldest first; raises OSError where a rename is refused."""
-    paths = {int(path.name.removeprefix("step-")): path for path in complete(directory)}
+    paths = {step_of(path): path for path in complete(directory)}
+    # Oldest first: a kill in between leaves the newer ones.
     for step in sorted(paths.keys() - kept(paths, keep, pinned)):
         drop(paths[step])
 
 
 def drop(path: Path) -> None:
-    """Remove a directory that must never be seen half deleted."""
+    """Remove a directory; it leaves its name first, so that a kill in the middle leaves no half one with that name."""
     trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
     path.rename(trash)
     with contextlib.suppress(OSError):  # what stays behind has a name nobody reads, and `clean` comes back to it

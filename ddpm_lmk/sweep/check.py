@@ -36,7 +36,7 @@ def check_sweep(sweep: Sweep, out: Path, placement: Placement) -> list[str]:
     cells = [cell for cell in sweep.cells if not is_done(cell_folder(out, cell.name), cell)]
     stages = [stage for stage in needed(sweep.stages, cells) if not is_done(stage.folder, stage)]
     for folder in dict.fromkeys((out, out / "cells", *(stage.folder for stage in stages))) if cells else ():
-        lock.want_writable(folder)
+        lock.check_writable(folder)
     refuse_other_settings(out, stages, cells)
     looked = _Looked()
     on_all = replace(placement, processes=placement.processes if placement.device == "cuda" else 1)

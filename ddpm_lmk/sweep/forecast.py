@@ -15,8 +15,7 @@ from rich.table import Table
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.engine.forecast import Forecast, Timing, Work, steps_done
-from ddpm_lmk.engine.step_timing import BUDGET_S
+from ddpm_lmk.engine.forecast import BUDGET_S, Forecast, Timing, Work, steps_done
 from ddpm_lmk.launcher import Device, Placement
 from ddpm_lmk.launcher.time_runs import AFTER_DAYS, DAYS_S, spec_of, time_apart, time_run
 from ddpm_lmk.sweep import Cell, StageRun, Sweep, cell_folder, is_done, listed_shots

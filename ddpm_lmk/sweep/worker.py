@@ -9,20 +9,18 @@ the next one taken.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.sweep.expand import Cell, cell_folder, is_done
-from ddpm_lmk.system import files, heartbeat, signals
+from ddpm_lmk.system import files, heartbeat, locks, signals
 from ddpm_lmk.system import files as privacy
 from ddpm_lmk.system.files import read_json
 from ddpm_lmk.system.processes import die_with_parent, leave
@@ -55,23 +53,24 @@ def main() -> int:
 
 def _pull(job: dict[str, Any], report: Reporter) -> int:
     """Take one cell after the other."""
-    from ddpm_lmk.engine.session import Workbench  # torch, paid once per worker
+    from ddpm_lmk.engine.session import Session  # torch, paid once per worker
 
-    workbench = Workbench()
+    session = Session()
     out = Path(job["out"])
     for fields in job["cells"]:
         cell = Cell(**{**fields, "cfg": RunConfig.model_validate(fields["cfg"])})
         try:
-            _work_on(cell, out, job, workbench, report)
+            _work_on(cell, out, job, session, report)
         except StoppedError as stopped:
             report("stopped", cell=cell.name)
             return stopped.exit_code
     return 0
 
 
-def _work_on(cell: Cell, out: Path, job: dict[str, Any], workbench: Any, report: Reporter) -> None:
+def _work_on(cell: Cell, out: Path, job: dict[str, Any], session: Any, report: Reporter) -> None:
     """Run one cell unless it is done, taken by another worker, or has failed in this session already."""
-    with try_lock(out / "cells" / f"{cell.name}.lock") as is_mine:
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    with locks.locked(out / "cells" / f"{cell.name}.lock") as is_mine:
         if not is_mine:
             return
         if is_done(cell_folder(out, cell.name), cell):
@@ -84,7 +83,7 @@ def _work_on(cell: Cell, out: Path, job: dict[str, Any], workbench: Any, report:
         sys.stderr.write(f"--- {cell.name}\n")
         started = time.monotonic()
         try:
-            _execute(cell, out, job, workbench)
+            _execute(cell, out, job, session)
         except StoppedError:
             raise
         except Exception as error:  # a cell that fails, for whatever reason, must not stop the others
@@ -96,10 +95,10 @@ def _work_on(cell: Cell, out: Path, job: dict[str, Any], workbench: Any, report:
         report("done", cell=cell.name, wall_s=round(time.monotonic() - started, 2))
 
 
-def _execute(cell: Cell, out: Path, job: dict[str, Any], workbench: Any) -> None:
+def _execute(cell: Cell, out: Path, job: dict[str, Any], session: Any) -> None:
     from ddpm_lmk import run
 
-    run.execute(cell.cfg, cell_folder(out, cell.name), device=job["device"], workbench=workbench)
+    run.execute(cell.cfg, cell_folder(out, cell.name), device=job["device"], session=session)
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -108,20 +107,6 @@ def describe(error: BaseException) -> dict[str, Any]:
     if not isinstance(error, LmkError):
         line = f"{type(error).__name__}: {line}"
     return {"error": line, "type": type(error).__name__, "exit_code": getattr(error, "exit_code", 1)}
-
-
-@contextlib.contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Hold an exclusive lock on `path`, or yield False where another holds it; the kernel frees it on any death."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import yaml
 
 from ddpm_lmk.config.load import load_run
 from ddpm_lmk.data.phantom import render
-from ddpm_lmk.engine import precision
+from ddpm_lmk.engine import device_fit
 from ddpm_lmk.errors import RunConflictError
 from ddpm_lmk.system.machine import release
 from tests.cli.commands import CONFIGS, SMOKE, Lmk, rows_of
@@ -149,7 +149,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(lmk: Lmk, packed_phantom
 def test_dry_runs_say_that_a_precision_is_emulated(
     lmk: Lmk, packed_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "times_fp32", lambda name: 9.1)
+    monkeypatch.setattr(device_fit, "times_fp32", lambda name: 9.1)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     words = ("--cpu", 1, "--dry-run", "--out", tmp_path / "out", f"data.path={packed_phantoms}")
     for asked, is_said in (("bf16", True), ("auto", False)):

@@ -16,8 +16,7 @@ from torch import distributed, nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import SPECS
-from ddpm_lmk.engine.collectives import AllRanks, Statistics
-from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.parallel import AllRanks, Parallel, Statistics
 from ddpm_lmk.models import build_model
 from ddpm_lmk.tasks import EncoderTask, build_task
 from ddpm_lmk.tasks.task import Everyone

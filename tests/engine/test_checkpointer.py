@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_lmk.engine.checkpointer import HostCopy, Saver
+from ddpm_lmk.engine.checkpointer import Checkpointer, HostCopy
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
@@ -51,7 +51,7 @@ class Unwritable(dict[str, torch.Tensor]):
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
     cfg = config()
-    with SlowRun.claim(tmp_path / "run", cfg) as run:
+    with SlowRun.lock(tmp_path / "run", cfg) as run:
         run.begin(cfg, {"fingerprint": "toy"})
         yield run
 
@@ -71,7 +71,7 @@ def newest(run: RunDir) -> Checkpoint:
 def test_training_goes_on_while_the_state_of_the_call_is_written(run: SlowRun, parallel: Parallel) -> None:
     state = at(1)
     wanted = {name: value.clone() for name, value in everything(state).items()}
-    with Saver(run, parallel, keep=Keep(3)) as saver:
+    with Checkpointer(run, parallel, keep=Keep(3)) as saver:
         saver.save(state, moments(state.optimizer, state.model))  # returns although the disk does not
         assert run.begun.wait(20)
         with torch.no_grad():
@@ -96,7 +96,7 @@ def test_training_goes_on_while_a_snapshot_of_the_call_is_written(
     monkeypatch.setattr(run, "save_snapshot", lambda *given: written.wait(20) and plain(*given))
     run.go.set()
     wanted = {name: value.clone() for name, value in state.model.state_dict().items()}
-    with Saver(run, parallel, keep=Keep(3)) as saver:
+    with Checkpointer(run, parallel, keep=Keep(3)) as saver:
         saver.save(at(1), moments(state.optimizer, state.model))
         saver.keep_weights(state, {"step": 1, "selected": False})  # returns although the disk does not
         with torch.no_grad():
@@ -110,7 +110,7 @@ def test_training_goes_on_while_a_snapshot_of_the_call_is_written(
 
 
 def test_the_next_save_waits_for_the_one_before(run: SlowRun, parallel: Parallel) -> None:
-    with Saver(run, parallel, keep=Keep(3)) as saver:
+    with Checkpointer(run, parallel, keep=Keep(3)) as saver:
         saver.save(at(1), {})
         second = threading.Thread(target=saver.save, args=(at(2), {}))
         second.start()
@@ -128,7 +128,7 @@ def test_waiting_for_the_disk_has_a_pace_of_its_own(
 ) -> None:
     monkeypatch.setattr(heartbeat, "_recorder", heartbeat.Recorder(tmp_path, 0))
     run.go.set()
-    with Saver(run, parallel, keep=Keep(2)) as saver:
+    with Checkpointer(run, parallel, keep=Keep(2)) as saver:
         saver.save(at(1), {})
         heartbeat.beat("save", step=1)
         saver.wait()
@@ -140,7 +140,7 @@ def test_waiting_for_the_disk_has_a_pace_of_its_own(
 def test_two_refusals_are_events_and_the_third_ends_the_run(run: SlowRun, parallel: Parallel) -> None:
     run.go.set()
     run.room = False
-    with Saver(run, parallel, keep=Keep(3)) as saver:
+    with Checkpointer(run, parallel, keep=Keep(3)) as saver:
         for step in (1, 2):
             saver.save(at(step), {})
             assert not saver.wait()
@@ -155,7 +155,7 @@ def test_two_refusals_are_events_and_the_third_ends_the_run(run: SlowRun, parall
 
 def test_a_success_forgives_the_failures_before_it(run: SlowRun, parallel: Parallel) -> None:
     run.go.set()
-    with Saver(run, parallel, keep=Keep(3)) as saver:
+    with Checkpointer(run, parallel, keep=Keep(3)) as saver:
         for step, room in enumerate([False, False, True, False, False], start=1):
             saver.wait()
             run.room = room
@@ -168,7 +168,7 @@ def test_a_directory_taken_over_ends_the_run(run: SlowRun, parallel: Parallel) -
     (run.path / ".lock").write_text(json.dumps({"pid": 7, "host": "other", "incarnation": "another"}))
     with (
         pytest.raises(RunConflictError, match="taken over by process 7 on other"),
-        Saver(run, parallel, keep=Keep(3)) as s,
+        Checkpointer(run, parallel, keep=Keep(3)) as s,
     ):
         s.save(at(1), {})
     assert list((run.path / "checkpoints").iterdir()) == []
@@ -182,7 +182,7 @@ def test_an_error_in_training_lets_the_write_come_to_its_end(run: SlowRun, paral
 
 
 def save_and_fail(run: RunDir, parallel: Parallel) -> None:
-    with Saver(run, parallel, keep=Keep(3)) as saver:
+    with Checkpointer(run, parallel, keep=Keep(3)) as saver:
         saver.save(at(1), {})
         raise ZeroDivisionError
 
@@ -190,7 +190,7 @@ def save_and_fail(run: RunDir, parallel: Parallel) -> None:
 def test_the_best_step_and_the_one_resumed_from_are_kept(run: SlowRun, parallel: Parallel) -> None:
     run.go.set()
     run.source = 2
-    with Saver(run, parallel, keep=Keep(1, every=4)) as saver:
+    with Checkpointer(run, parallel, keep=Keep(1, every=4)) as saver:
         for step in range(1, 8):
             state = at(step)
             state.patience.best_step = 3

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.engine.compile import CACHE, CompileClock, compile_model, keep_compiled
-from ddpm_lmk.engine.gradients import Seen, build_updater
-from ddpm_lmk.engine.logger import Meter
+from ddpm_lmk.engine.gradients import StepOutcome, build_updater
+from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.session import COMPILE_CACHE, compile_cache, compile_model
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import ConfigError, LaunchError
 from ddpm_lmk.run import execute
@@ -25,36 +25,36 @@ from ddpm_lmk.rundir.log import read_lines
 from tests.engine.toy import ToyTask, config, fresh_state, start
 
 GRAPHS = {"compile": True, "cuda_graphs": True}
-SEEN = Seen(1.0, 1.0, 0.0, 0.0)
+SEEN = StepOutcome(1.0, 1.0, 0.0, 0.0)
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """Nobody has said where compiled code goes, and what the code under test says is forgotten."""
-    monkeypatch.setenv(CACHE, "")
-    monkeypatch.delenv(CACHE)
+    monkeypatch.setenv(COMPILE_CACHE, "")
+    monkeypatch.delenv(COMPILE_CACHE)
     monkeypatch.setenv("LMK_CACHE", str(tmp_path / "mine"))
     return monkeypatch
 
 
 def test_compiled_code_is_kept_for_the_user_alone(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = keep_compiled()
+    folder = compile_cache()
     assert folder == tmp_path / "mine" / "compiled"
     assert folder.stat().st_mode & 0o777 == 0o700
     environment.setenv("LMK_CACHE", str(tmp_path / "other"))
-    assert keep_compiled() == folder, "chosen once in a process, whose children have it too"
+    assert compile_cache() == folder, "chosen once in a process, whose children have it too"
 
 
 def test_a_folder_that_was_said_is_taken(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    environment.setenv(CACHE, str(tmp_path / "said"))
-    assert keep_compiled() == tmp_path / "said"
+    environment.setenv(COMPILE_CACHE, str(tmp_path / "said"))
+    assert compile_cache() == tmp_path / "said"
 
 
 def test_where_nothing_can_be_kept_it_is_told(
     environment: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "mine").write_text("a file")
-    assert "torchinductor" in str(keep_compiled())
+    assert "torchinductor" in str(compile_cache())
     assert f"cannot be kept in {tmp_path / 'mine' / 'compiled'}" in caplog.text
 
 
@@ -63,7 +63,7 @@ def test_compilation_is_timed_told_and_recorded(
 ) -> None:
     cfg = config(train={"length": 3, "compile": True})
     state, loaders, run = start(cfg, tmp_path / "run", parallel)
-    keep_compiled()  # as `compile_model` does, which has no cheap backend
+    compile_cache()  # as `compile_model` does, which has no cheap backend
     state.model.compile(backend="eager")
     with run:
         fit(cfg, ToyTask(cfg.seed), state, loaders, parallel, run)
@@ -77,7 +77,7 @@ def test_compilation_is_timed_told_and_recorded(
 def test_rates_leave_compilation_out_once(parallel: Parallel, tmp_path: Path) -> None:
     cfg, lines = config(), []
     state, clock = TrainState.fresh(cfg, nn.Linear(1, 1)), CompileClock(cfg, parallel, RunDir(tmp_path, writes=False))
-    with Meter(state, parallel, clock, write=lines.append, total=2, every=1) as meter:
+    with TrainLogger(state, parallel, clock, write=lines.append, total=2, every=1) as meter:
         state.step, clock.seconds = 1, 1e6  # more than the step took: nothing is left of it
         meter.step(SEEN, size=4, is_skipped=False, lr=0.1)
         with meter.paused():

@@ -8,14 +8,14 @@ import math
 import pytest
 
 from ddpm_lmk.config import SpikeConfig
-from ddpm_lmk.engine.divergence import NOT_FINITE, OVERFLOW, SPIKE, Health
+from ddpm_lmk.engine.state import NOT_FINITE, OVERFLOW, SPIKE, Divergence
 
 RULE = SpikeConfig(window=16, after=20)
 
 
-def healthy(steps: int, rule: SpikeConfig | None = RULE) -> Health:
+def healthy(steps: int, rule: SpikeConfig | None = RULE) -> Divergence:
     """After `steps` steps with losses 1 and 2 in turn (mean 1.5, deviation 0.5) and norms a tenth of them."""
-    health = Health(rule)
+    health = Divergence(rule)
     for step in range(1, steps + 1):
         loss = 1.0 + step % 2
         assert health.judge(step, loss=loss, norm=loss / 10) is None
@@ -57,7 +57,7 @@ def test_more_than_five_in_a_row_are_trouble() -> None:
 
 
 def test_more_than_one_percent_of_the_last_thousand_are_trouble() -> None:
-    health = Health(None)
+    health = Divergence(None)
     for step in range(1, 2200):
         is_bad = step % 100 == 0
         health.judge(step, loss=math.inf if is_bad else 1.0, norm=1.0)
@@ -77,8 +77,8 @@ def test_an_overflow_of_fp16_is_no_fault_of_the_run() -> None:
 def test_a_checkpoint_keeps_all_of_it() -> None:
     health = healthy(20)
     health.judge(21, loss=math.nan, norm=1.0)
-    health.went_back(source=3, step=21)
-    again = Health(RULE)
+    health.roll_back(source=3, step=21)
+    again = Divergence(RULE)
     again.load(json.loads(json.dumps(health.facts())))
     assert again == health
     assert again.judge(22, loss=4.6, norm=0.1) == SPIKE

@@ -12,7 +12,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.gradients import build_updater
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.rank_checks import kept, kernels
+from ddpm_lmk.engine.rank_checks import class_kept, kernels
 from ddpm_lmk.errors import ConfigError
 from tests.engine.toy import ToyTask, ToyTrain, config, fresh_state, start
 
@@ -67,15 +67,15 @@ def test_a_number_of_processes_that_does_not_divide_the_group_is_refused_with_th
 
 def test_two_kinds_of_devices_keep_the_order_only() -> None:
     exact = config(train={"exactness": "exact", "micro_batch": 1})
-    assert kept(exact, ["H100", "H100"]) == "exact"
-    assert kept(exact, ["H100", "A100"]) == "ordered"
-    assert kept(config(train={"exactness": "none"}), ["H100", "A100"]) == "none"
+    assert class_kept(exact, ["H100", "H100"]) == "exact"
+    assert class_kept(exact, ["H100", "A100"]) == "ordered"
+    assert class_kept(config(train={"exactness": "none"}), ["H100", "A100"]) == "none"
 
 
 def test_images_that_influence_one_another_keep_what_a_number_of_processes_gives() -> None:
     network = {"data": {"image_size": 32}, "model": {"kind": "encoder_unet"}, "task": {"kind": "landmarks"}}
-    assert kept(config(**network), ["H100"]) == "per_world"
-    assert kept(config(**network, train={"exactness": "none"}), ["H100"]) == "none"
+    assert class_kept(config(**network), ["H100"]) == "per_world"
+    assert class_kept(config(**network, train={"exactness": "none"}), ["H100"]) == "none"
 
 
 @pytest.mark.parametrize("exactness", ["exact", "ordered", "none"])

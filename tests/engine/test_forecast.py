@@ -49,14 +49,6 @@ def test_few_shots_in_epochs_count_images_and_not_places_in_a_group(packed_phant
     assert Work.of(run(packed_phantoms, data={"shots": 3}, train=train)).group == 3
 
 
-def test_folds_that_fit_temperatures_are_runs_of_their_own(packed_phantoms: Path) -> None:
-    codec = {"kind": "contour", "temperatures": "fitted", "folds": 5}
-    cfg = run(packed_phantoms, data={"shots": 4}, task={"codec": codec})
-
-    assert Work.of(cfg).steps == 12 * (1 + 4)  # no more folds than shots
-    assert Work.of(cfg, done=1).steps == 11
-
-
 def test_packs_that_are_not_made_yet_are_counted_by_what_they_will_hold(tmp_path: Path) -> None:
     cfg = run(tmp_path / "nowhere", train={"length": "2 epochs", "group_size": 5})
 

@@ -21,9 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import SPECS
-from ddpm_lmk.engine.compile import CompileClock
-from ddpm_lmk.engine.gradients import Seen
-from ddpm_lmk.engine.logger import Meter
+from ddpm_lmk.engine.gradients import StepOutcome
+from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.state import TrainState
@@ -132,7 +131,7 @@ def test_a_step_waits_for_the_device_once(
     with parallel.device:
         network = build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
         state = TrainState.fresh(cfg, task.wrap(network))
-    with RunDir.claim(tmp_path / "run", cfg) as run:
+    with RunDir.lock(tmp_path / "run", cfg) as run:
         run.begin(cfg, {"fingerprint": "toy"})
         with pytest.raises(EnoughError), uploads:
             fit(cfg, task, state, Loaders(LabelledTrain(cfg)), parallel, run)
@@ -166,16 +165,16 @@ def test_a_slow_disk_does_not_hold_up_steps_and_loses_no_line(parallel: Parallel
         time.sleep(0.05)
         written.append(line["step"])
 
-    with Meter(state, parallel, clock(parallel), write=write, total=8, every=1) as meter:
+    with TrainLogger(state, parallel, clock(parallel), write=write, total=8, every=1) as meter:
         for _ in range(4):
             state.step += 1
-            meter.step(Seen(1.0, 1.0, 0.0, 0.0), size=4, is_skipped=False, lr=0.1)
+            meter.step(StepOutcome(1.0, 1.0, 0.0, 0.0), size=4, is_skipped=False, lr=0.1)
         assert len(written) < 4, "the loop is not where lines are written"
         with meter.paused():
             assert written == [1, 2, 3, 4], "a checkpoint is made when all lines before it are on the disk"
         for _ in range(4):
             state.step += 1
-            meter.step(Seen(1.0, 1.0, 0.0, 0.0), size=4, is_skipped=False, lr=0.1)
+            meter.step(StepOutcome(1.0, 1.0, 0.0, 0.0), size=4, is_skipped=False, lr=0.1)
     assert written == list(range(1, 9))
 
 
@@ -186,9 +185,9 @@ def test_what_writing_a_line_raises_ends_the_run(parallel: Parallel) -> None:
         raise ValueError("no such number in JSON")
 
     def run() -> None:
-        with Meter(state, parallel, clock(parallel), write=write, total=1, every=1) as meter:
+        with TrainLogger(state, parallel, clock(parallel), write=write, total=1, every=1) as meter:
             state.step = 1
-            meter.step(Seen(1.0, 1.0, 0.0, 0.0), size=4, is_skipped=False, lr=0.1)
+            meter.step(StepOutcome(1.0, 1.0, 0.0, 0.0), size=4, is_skipped=False, lr=0.1)
 
     with pytest.raises(ValueError, match="no such number"):
         run()
@@ -197,8 +196,8 @@ def test_what_writing_a_line_raises_ends_the_run(parallel: Parallel) -> None:
 def test_waiting_for_data_is_that_of_all_ranks(tmp_path: Path, parallel: Parallel) -> None:
     seen: list[dict[str, Any]] = []
     state = TrainState.fresh(config(), nn.Linear(1, 1))
-    with Meter(state, parallel, clock(parallel), write=seen.append, total=1, every=1) as meter:
+    with TrainLogger(state, parallel, clock(parallel), write=seen.append, total=1, every=1) as meter:
         time.sleep(0.02)
         state.step = 1
-        meter.step(Seen(1.0, 1.0, 0.0, 1e-3), size=4, is_skipped=False, lr=0.1)
+        meter.step(StepOutcome(1.0, 1.0, 0.0, 1e-3), size=4, is_skipped=False, lr=0.1)
     assert 0 < seen[0]["data_wait"] <= 0.05

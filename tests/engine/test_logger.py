@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from ddpm_lmk.engine import logger as meters
-from ddpm_lmk.engine.compile import CompileClock
 from ddpm_lmk.engine.forecast import Forecast
-from ddpm_lmk.engine.gradients import Seen
-from ddpm_lmk.engine.logger import Meter
+from ddpm_lmk.engine.gradients import StepOutcome
+from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.system.console import Whole
@@ -42,13 +41,15 @@ class Run:
         run = RunDir(place, writes=False)
         self.lines: list[dict[str, Any]] = []
         more = {"total": 100, "every": 1, **more}
-        self.meter = Meter(self.state, parallel, CompileClock(cfg, parallel, run), write=self.lines.append, **more)
+        self.meter = TrainLogger(
+            self.state, parallel, CompileClock(cfg, parallel, run), write=self.lines.append, **more
+        )
 
     def steps(self, count: int, seconds: float) -> None:
         for _ in range(count):
             self.clock.now += seconds
             self.state.step += 1
-            self.meter.step(Seen(1.0, 1.0, 0.0, 0.0), size=1, is_skipped=False, lr=1e-3)
+            self.meter.step(StepOutcome(1.0, 1.0, 0.0, 0.0), size=1, is_skipped=False, lr=1e-3)
 
     def pause(self, seconds: float, **kind: bool) -> None:
         with self.meter.paused(**kind):

@@ -11,7 +11,6 @@ from torch import nn
 
 from ddpm_lmk.config import ClipConfig, OptimConfig, PlateauConfig
 from ddpm_lmk.engine.optim import (
-    Plateau,
     build_optimizer,
     clip,
     global_norm,
@@ -21,6 +20,7 @@ from ddpm_lmk.engine.optim import (
     moments,
     set_learning_rate,
 )
+from ddpm_lmk.engine.state import Plateau
 from ddpm_lmk.errors import CheckpointError
 from tests.engine.toy import ToyNet
 
@@ -137,7 +137,7 @@ def test_plateau_agrees_with_the_scheduler_of_torch() -> None:
     )
     plateau = Plateau(cfg)
     for score in [5.0, 4.99, 4.98, 4.97, 4.96, 3.0, 3.1, 3.0, 2.99, 3.2, 3.2, 3.2, 3.2, 1.0, math.nan, 1.0, 1.0]:
-        plateau.see(score)
+        plateau.add_score(score)
         reference.step(score)
         assert plateau.factor == reference_optimizer.param_groups[0]["lr"]
 
@@ -145,7 +145,7 @@ def test_plateau_agrees_with_the_scheduler_of_torch() -> None:
 def test_plateau_without_settings_does_nothing() -> None:
     plateau = Plateau(None)
     for _ in range(100):
-        plateau.see(1.0)
+        plateau.add_score(1.0)
     assert plateau.factor == 1.0
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.engine import precision
+from ddpm_lmk.engine import device_fit
 from ddpm_lmk.inference.load import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def test_auto_honours_what_keeps_a_process_from_instructions(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = precision.choose_precision(run("auto"), "cpu")
+    found = device_fit.choose_precision(run("auto"), "cpu")
     assert found.name == wanted
     assert wanted == "bf16" or any(f"{name}={value}" in found.reason for name, value in environment.items())
 
@@ -67,28 +67,28 @@ def test_auto_is_fp32_on_a_gpu_that_would_emulate_bf16(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for has, wanted in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
-        assert precision.choose_precision(run("auto"), "cuda").name == wanted
+        assert device_fit.choose_precision(run("auto"), "cuda").name == wanted
 
 
 def test_what_is_emulated_is_said_with_a_factor_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "times_fp32", lambda name: {"bf16": 9.1, "fp16": 27.4}[name])
+    monkeypatch.setattr(device_fit, "times_fp32", lambda name: {"bf16": 9.1, "fp16": 27.4}[name])
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    said = precision.emulation_warning(run("bf16"), "bf16", "cpu")
+    said = device_fit.emulation_warning(run("bf16"), "bf16", "cpu")
     assert said is not None
     for words in ("train.precision=bf16 is emulated here", "9 times as long as in fp32", "train.precision=auto"):
         assert words in said
-    assert "27 times" in (precision.emulation_warning(run("fp16"), "fp16", "cpu") or "")
-    begun = precision.emulation_warning(run("auto"), "bf16", "cpu")
+    assert "27 times" in (device_fit.emulation_warning(run("fp16"), "fp16", "cpu") or "")
+    begun = device_fit.emulation_warning(run("auto"), "bf16", "cpu")
     assert begun is not None, "a run that began elsewhere keeps its precision"
     assert begun.startswith("this run began in bf16 on another machine")
 
 
 def test_nothing_is_said_of_what_is_fast_or_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "times_fp32", lambda name: 0.7)
+    monkeypatch.setattr(device_fit, "times_fp32", lambda name: 0.7)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert precision.emulation_warning(run("bf16"), "bf16", "cpu") is None, "a processor unknown to us that is fast"
-    assert precision.emulation_warning(run("auto"), "fp32", "cpu") is None
-    assert precision.emulation_warning(run("bf16"), "bf16", "cuda") is None
+    assert device_fit.emulation_warning(run("bf16"), "bf16", "cpu") is None, "a processor unknown to us that is fast"
+    assert device_fit.emulation_warning(run("auto"), "fp32", "cpu") is None
+    assert device_fit.emulation_warning(run("bf16"), "bf16", "cuda") is None
 
 
 def test_a_run_says_so_before_its_first_step_and_is_used_in_fp32(

@@ -11,7 +11,7 @@ import torch
 
 from ddpm_lmk.config import InitConfig, RunConfig
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.session import Workbench
+from ddpm_lmk.engine.session import Session
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.checkpoint import load_weights
 
@@ -33,7 +33,7 @@ def config(packed: Path, kind: str, **sections: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory, packed_phantoms: Path, parallel: Parallel) -> Path:
-    out = tmp_path_factory.mktemp("workbench") / "parent"
+    out = tmp_path_factory.mktemp("session") / "parent"
     execute(config(packed_phantoms, "denoise"), out, parallel=parallel)
     return out
 
@@ -41,13 +41,13 @@ def parent(tmp_path_factory: pytest.TempPathFactory, packed_phantoms: Path, para
 def test_cells_of_other_networks_and_frozen_ones_do_not_change_the_next(
     tmp_path: Path, packed_phantoms: Path, parent: Path, parallel: Parallel
 ) -> None:
-    workbench = Workbench()
+    session = Session()
     init = {"weights": str(parent), "use": "model"}
     plain = config(packed_phantoms, "landmarks", init=init)
     frozen = config(packed_phantoms, "landmarks", init=init, optim={"freeze": "trunk", "lr": 1e-2})
     wide = config(packed_phantoms, "landmarks", model=NETWORK | {"width": 16})
     for name, cfg in {"frozen": frozen, "wide": wide, "warm": plain}.items():
-        execute(cfg, tmp_path / name, parallel=parallel, workbench=workbench)
+        execute(cfg, tmp_path / name, parallel=parallel, session=session)
     execute(plain, tmp_path / "cold", parallel=parallel)
     found = {name: load_weights(tmp_path / name, "model")[0] for name in ("frozen", "warm", "cold")}
     start = load_weights(parent, "model")[0]
@@ -68,7 +68,7 @@ def test_a_frozen_trunk_leaves_the_output_layer_to_learn(packed_phantoms: Path, 
 
     cfg = config(packed_phantoms, "landmarks", optim={"freeze": "trunk"})
     task = build_task(cfg, open_loader(cfg, stage="train").spec)
-    model = Workbench().model(cfg, task, torch.device("cpu"))
+    model = Session().model(cfg, task, torch.device("cpu"))
     members = {id(p) for group in build_optimizer(cfg.optim, model).param_groups for p in group["params"]}
     assert {name for name, p in model.named_parameters() if id(p) in members} == {
         "final_conv.weight",
@@ -82,12 +82,12 @@ def test_weights_are_read_once_and_again_when_they_were_written_anew(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(parent, run)
-    workbench, init = Workbench(), InitConfig(weights=str(run), use="model")
-    first = workbench.weights(init)
-    assert workbench.weights(init) is first
+    session, init = Session(), InitConfig(weights=str(run), use="model")
+    first = session.weights(init)
+    assert session.weights(init) is first
     shutil.rmtree(run)
     execute(config(packed_phantoms, "denoise", seed=5), run, parallel=parallel)
-    again = workbench.weights(init)
+    again = session.weights(init)
     assert any(not torch.equal(value, first[0][name]) for name, value in again[0].items())
 
 
@@ -95,13 +95,13 @@ def test_old_networks_go_when_there_are_too_many(packed_phantoms: Path, monkeypa
     from ddpm_lmk.data import open_loader
     from ddpm_lmk.tasks import build_task
 
-    workbench, device = Workbench(), torch.device("cpu")
+    session, device = Session(), torch.device("cpu")
     narrow = config(packed_phantoms, "landmarks")
     wide = config(packed_phantoms, "landmarks", model=NETWORK | {"width": 16})
     task = build_task(narrow, open_loader(narrow, stage="train").spec)
-    first = workbench.model(narrow, task, device)
-    workbench.model(wide, task, device)
-    assert workbench.model(narrow, task, device) is first
+    first = session.model(narrow, task, device)
+    session.model(wide, task, device)
+    assert session.model(narrow, task, device) is first
     monkeypatch.setattr("ddpm_lmk.engine.session.NETWORKS_GIB", 0.0)
-    workbench.model(wide, task, device)
-    assert workbench.model(narrow, task, device) is not first
+    session.model(wide, task, device)
+    assert session.model(narrow, task, device) is not first

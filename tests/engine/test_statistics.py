@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.config import EmaConfig
-from ddpm_lmk.engine.collectives import Statistics, is_running
-from ddpm_lmk.engine.ema import Ema
 from ddpm_lmk.engine.loop import fit
-from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.parallel import Parallel, RunningStatistics, is_running
+from ddpm_lmk.engine.state import Ema, TrainState
 from tests.engine.toy import ToyNet, ToyTask, config, start
 
 
@@ -36,22 +34,22 @@ def running(model: nn.Module) -> list[Tensor]:
 
 def test_a_step_left_out_leaves_no_trace(parallel: Parallel) -> None:
     model = NormNet()
-    statistics = Statistics(model, parallel)
-    statistics.remember()
+    statistics = RunningStatistics(model, parallel)
+    statistics.begin_step()
     before = running(model)
     model(torch.full((2, 1, 8, 8), torch.nan))
     assert all(value.isnan().all() for value in running(model))
-    statistics.settle(is_kept=False)
+    statistics.end_step(is_kept=False)
     assert all(map(torch.equal, running(model), before))
 
 
 def test_a_step_that_counts_keeps_what_it_saw(parallel: Parallel) -> None:
     model = NormNet()
-    statistics = Statistics(model, parallel)
-    statistics.remember()
+    statistics = RunningStatistics(model, parallel)
+    statistics.begin_step()
     images = torch.rand(4, 1, 8, 8)
     model(images)
-    statistics.settle(is_kept=True)
+    statistics.end_step(is_kept=True)
     wanted = 0.1 * model.stem(images).mean((0, 2, 3))
     torch.testing.assert_close(model.norm.running_mean, wanted)
 
@@ -78,7 +76,7 @@ def test_a_run_saves_them_and_an_update_left_out_does_not_reach_them(tmp_path: P
         state = TrainState.fresh(cfg, NormNet())
         with run:
             fit(cfg, ToyTask(cfg.seed, frozenset(bad)), state, loaders, parallel, run)
-        assert state.health.skipped == len(bad)
+        assert state.divergence.skipped == len(bad)
         found.append(state.weights()["model"])
     for name, value in found[0].items():
         if is_running(name):

@@ -13,14 +13,14 @@ import torch
 
 from ddpm_lmk import run as runs
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.engine.forecast import Timing
-from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.session import Workbench
-from ddpm_lmk.engine.step_timing import (
+from ddpm_lmk.engine.forecast import (
+    Timing,
     random_batch,
     repeated,
     time_steps,
 )
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.session import Session
 from ddpm_lmk.errors import ResourceError
 from ddpm_lmk.launcher import Placement
 from ddpm_lmk.launcher.time_runs import NO_DEVICE, TOO_SLOW, _together, spec_of, time_apart, time_run
@@ -63,10 +63,10 @@ def test_a_network_that_is_compiled_is_timed_at_the_sizes_of_the_run_alone(
         assert how == {"is_compiled": True}
         return repeated(call, sizes, budget_s, **how)
 
-    monkeypatch.setattr("ddpm_lmk.engine.step_timing.repeated", watched)
+    monkeypatch.setattr("ddpm_lmk.engine.forecast.repeated", watched)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
     cfg = run(packed_phantoms, train={"compile": True}, evaluate={"batch": 2})
-    time_steps(cfg, build_task(cfg, spec_of(cfg)), Parallel("cpu"), precision="fp32", workbench=Workbench())
+    time_steps(cfg, build_task(cfg, spec_of(cfg)), Parallel("cpu"), precision="fp32", session=Session())
 
     assert asked == [(4,), (2,)]  # steps, scores
 
@@ -81,7 +81,7 @@ def test_seconds_are_shared_out_over_images_and_an_update(packed_phantoms: Path,
         task,
         Parallel("cpu"),
         precision="fp32",
-        workbench=Workbench(),
+        session=Session(),
         budget_s=1000.0,
         clock=lambda: float(next(ticks)),
     )
@@ -102,7 +102,7 @@ def test_a_step_that_does_not_fit_is_told_as_in_training(
     task = build_task(cfg, spec_of(cfg))
     monkeypatch.setattr(task, "loss", fails)
     with pytest.raises(ResourceError, match=r"out of memory in step 1: train\.micro_batch=4"):
-        time_steps(cfg, task, Parallel("cpu"), precision="fp32", workbench=Workbench())
+        time_steps(cfg, task, Parallel("cpu"), precision="fp32", session=Session())
 
 
 def test_a_sample_takes_as_many_passes_as_it_is_drawn_in(packed_phantoms: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_sample_takes_as_many_passes_as_it_is_drawn_in(packed_phantoms: Path) 
     clock = {"budget_s": 1000.0, "clock": lambda: float(next(ticks))}
 
     pulse = heartbeat.start_own_heartbeats()
-    found = time_steps(cfg, task, Parallel("cpu"), precision="fp32", workbench=Workbench(), **clock)  # type: ignore[arg-type]
+    found = time_steps(cfg, task, Parallel("cpu"), precision="fp32", session=Session(), **clock)  # type: ignore[arg-type]
     heartbeat.stop_heartbeats()
     assert found.draw_s == 50 / 2
     assert set(pulse._intervals) == {"setup"}  # the run's own samples, of more images, may take longer

@@ -25,7 +25,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, paral
     clean = config(train={"length": 1})
     state, lines = train(cfg, tmp_path / "run", parallel, task=ToyTask(0, frozenset({5, 9})))
     first, _ = train(clean, tmp_path / "clean", parallel)
-    assert (state.step, state.health.skipped, state.images) == (3, 2, 12)
+    assert (state.step, state.divergence.skipped, state.images) == (3, 2, 12)
     assert lines[1]["loss"] is None
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert events.count("update.skipped") == 2
@@ -38,7 +38,7 @@ def test_six_such_steps_in_a_row_go_back_once_and_leave_out_what_came_between(
 ) -> None:
     cfg = config(train={"length": 12, "checkpoint_every": 2, "keep_checkpoints": 9})
     state, _ = train(cfg, tmp_path / "run", parallel, task=ToyTask(0, frozenset(range(12, 36))))
-    assert (state.step, state.images, state.health.left_out, state.health.skipped) == (12, 48, [[2, 9]], 7)
+    assert (state.step, state.images, state.divergence.left_out, state.divergence.skipped) == (12, 48, [[2, 9]], 7)
     assert "run.went_back" in events(tmp_path / "run")
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} >= {"step-00000002", "step-00000009"}
     weights = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000009").tensors
@@ -78,9 +78,9 @@ def test_a_spike_is_left_out_and_the_run_goes_on(tmp_path: Path, parallel: Paral
     plain = task.loss
     task.loss = lambda model, batch: plain(model, batch) * (1e4 if 80 in batch.positions.tolist() else 1)
     state, _ = train(cfg, tmp_path / "run", parallel, task=task)
-    assert (state.step, state.health.skipped, state.health.in_a_row) == (24, 1, 0)
-    assert len(state.health.losses) == len(state.health.norms) == 16
-    assert max(state.health.losses) < 10, "a spike does not enter the statistics"
+    assert (state.step, state.divergence.skipped, state.divergence.in_a_row) == (24, 1, 0)
+    assert len(state.divergence.losses) == len(state.divergence.norms) == 16
+    assert max(state.divergence.losses) < 10, "a spike does not enter the statistics"
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if '"spike"' in line] == [21]
 
@@ -111,9 +111,9 @@ def test_fp16_halves_its_scale_until_gradients_are_finite(tmp_path: Path, parall
     state, _ = train(cfg, tmp_path / "run", parallel)
     exact, _ = train(config(train={"length": 12}, optim={"kind": "sgd", "lr": 0.05}), tmp_path / "fp32", parallel)
     assert 1 < state.scale.value <= 2**16
-    assert state.health.in_a_row == 0
+    assert state.divergence.in_a_row == 0
     overflows = [line for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines() if "overflow" in line]
-    assert 0 < state.health.skipped == len(overflows) == 16 - int(np.log2(state.scale.value))
+    assert 0 < state.divergence.skipped == len(overflows) == 16 - int(np.log2(state.scale.value))
     found, wanted = dict(state.model.named_parameters()), dict(exact.model.named_parameters())
     for name, value in wanted.items():  # an update less is taken in fp16
         torch.testing.assert_close(found[name], value, rtol=0.1, atol=0.02)

@@ -187,14 +187,14 @@ def start(
     cfg: RunConfig, path: Path, parallel: Parallel, *, ballast: int = 0, is_standardised: bool = False, **loader: Any
 ) -> tuple[TrainState, Loaders, RunDir]:
     """What `fit` wants beside a task: state (continued if the directory holds one), loaders and the directory."""
-    run = RunDir.claim(path, cfg) if parallel.is_main else RunDir(path, writes=False)
+    run = RunDir.lock(path, cfg) if parallel.is_main else RunDir(path, writes=False)
     newest = parallel.on_main(run.load_latest)
     state = fresh_state(cfg, ballast=ballast, is_standardised=is_standardised)
     if newest is not None:
         state.load(newest, load_all=put_all)
     if parallel.is_main:
         run.begin(cfg, {"fingerprint": "toy"})
-    run.journal.rewind_metrics(state.step)
+    run.log.rewind_metrics(state.step)
     place = {"rank": parallel.rank, "world": parallel.world}
     validation = ToyValidation(cfg, **place) if cfg.data.validation_split else None
     return state, Loaders(ToyTrain(cfg, **place, **loader), validation), run

@@ -26,10 +26,9 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Group
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.rank_checks import device_kinds, want_same_facts, want_same_weights
+from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, check_same_weights
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError, StoppedError
-from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.system.machine import cpu_name
 from ddpm_lmk.system.signals import STOP_SIGNALS
 from tests.engine.toy import FailingTask, ToyTask, everything, start
@@ -111,15 +110,15 @@ def check_comparisons(parallel: Parallel) -> None:
     """The last rank has other data, or another bit in its weights: all ranks say so."""
     last = parallel.world - 1
     with pytest.raises(LaunchError, match=f"rank {last} has another data than most: theirs, wanted ours"):
-        want_same_facts({"code": "1", "data": "theirs" if parallel.rank == last else "ours"}, parallel)
+        check_same_facts({"code": "1", "data": "theirs" if parallel.rank == last else "ours"}, parallel)
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 4)
-    want_same_weights(model, parallel, step=1)
+    check_same_weights(model, parallel, step=1)
     if parallel.rank == last:
         flip_a_bit(model)
     said = f"of rank {last} differ from the others" if parallel.world > 2 else "of all ranks differ from each other"
     with pytest.raises(DivergedError, match=said):
-        want_same_weights(model, parallel, step=1)
+        check_same_weights(model, parallel, step=1)
 
 
 class OtherDevice(Parallel):
@@ -133,10 +132,10 @@ class OtherDevice(Parallel):
 
 def check_kinds() -> None:
     """Several kinds of devices: refused by all ranks of a strict run, named by rank; else all know them."""
-    parallel, nowhere = OtherDevice("cpu"), RunDir(Path("nowhere"), writes=False)
-    assert device_kinds(parallel, nowhere) == sorted([cpu_name(), "another processor"])
+    parallel = OtherDevice("cpu")
+    assert check_devices(parallel, []) == sorted([cpu_name(), "another processor"])
     with pytest.raises(LaunchError, match=f"rank {parallel.world - 1} has another processor") as refused:
-        device_kinds(parallel, nowhere, is_strict=True)
+        check_devices(parallel, [], is_strict=True)
     assert (refused.value.exit_code, refused.value.is_shared) == (5, True)
 
 

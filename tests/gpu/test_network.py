@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_lmk.config import RunConfig, UNetConfig
-from ddpm_lmk.engine.compile import compile_model
 from ddpm_lmk.engine.gradients import build_updater
 from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.session import compile_model
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import use_norm

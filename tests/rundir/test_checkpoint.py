@@ -192,13 +192,13 @@ def test_a_checkpoint_of_another_format_says_so_and_stays_where_it_is(tmp_path: 
 def test_what_is_parsed_is_what_was_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file exchanged the moment its sum was right changes nothing: it is not opened a second time."""
     save(tmp_path, 1)
-    parse = checkpoint.tensorfile.parse
+    parse = checkpoint.parse
 
     def exchange_and_parse(data: bytes, name: str) -> dict[str, torch.Tensor]:
         (tmp_path / "step-00000001" / name).write_bytes(b"something else")
         return parse(data, name)
 
-    monkeypatch.setattr(checkpoint.tensorfile, "parse", exchange_and_parse)
+    monkeypatch.setattr(checkpoint, "parse", exchange_and_parse)
     found = load_latest(tmp_path, on_bad=unused)
     assert found is not None
     assert torch.equal(found.tensors["model"]["a"], tensors(1)["model"]["a"])

@@ -13,7 +13,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
 from ddpm_lmk.run import execute
-from ddpm_lmk.rundir.directory import bring_checkpoint
+from ddpm_lmk.rundir.directory import copy_checkpoint
 
 Maker = Callable[..., RunConfig]
 
@@ -54,7 +54,7 @@ def test_a_fork_that_was_killed_before_its_first_step_continues(
     old, new = tmp_path / "old", tmp_path / "new"
     execute(pretraining(), old, parallel=parallel)
     new.mkdir()
-    bring_checkpoint(old, new)
+    copy_checkpoint(old, new)
     with pytest.raises(RunConflictError, match="is not a run"):
         execute(pretraining(optim={"lr": 0.5}), new, parallel=parallel)
     results = execute(pretraining(train={"length": 4}, optim={"lr": 0.5}), new, parallel=parallel, fork=old)

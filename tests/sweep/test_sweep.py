@@ -23,8 +23,8 @@ from ddpm_lmk.rundir.checkpoint import save_snapshot
 from ddpm_lmk.sweep import Sweep, cell_folder, is_done, load_sweep, plan_table, state_of
 from ddpm_lmk.sweep.progress import last_step, to_csv
 from ddpm_lmk.sweep.run import run_sweep
-from ddpm_lmk.sweep.worker import try_lock
 from ddpm_lmk.system.files import read_json
+from ddpm_lmk.system.locks import locked
 
 RUN = """
 name: tiny
@@ -244,7 +244,7 @@ def steps_of(out: Path) -> int:
 
 
 def _is_free(path: Path) -> bool:
-    with try_lock(path) as is_mine:
+    with locked(path) as is_mine:
         return is_mine
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk.errors import ResourceError
-from ddpm_lmk.rundir.log import METRICS, Journal, read_lines
+from ddpm_lmk.rundir.log import METRICS, RunLog, read_lines
 from ddpm_lmk.system import files
 
 NAMES = ["Nasenrücken", "鼻根点", "b\udcff\udc80.png", "two\u2028lines\u0085 and\n", '"\\udcff"', "\\"]
@@ -20,7 +20,7 @@ def test_any_name_comes_back_from_a_result_a_manifest_and_a_log(tmp_path: Path, 
     content = {"name": name, name: [name]}
     files.write_json(tmp_path / "results.json", content)
     files.write_directory(tmp_path / "step", [], manifest="MANIFEST.json", facts=content)
-    log = Journal(tmp_path, writes=True)
+    log = RunLog(tmp_path, writes=True)
     for step in (1, 2):
         log.metrics({"step": step, **content})
     log.rewind_metrics(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.session import Workbench
+from ddpm_lmk.engine.session import Session
 from ddpm_lmk.engine.state import TrainState
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.checkpoint import load_weights
@@ -65,7 +65,7 @@ def test_weights_and_average_are_those_of_training_with_them(
 def test_they_are_in_no_optimizer_and_no_average_unless_a_timestep_is_told(packed_phantoms: Path) -> None:
     def fresh(timestep: int | None) -> TrainState:
         cfg = tuning(packed_phantoms, timestep=timestep)
-        model = Workbench().model(cfg, task_of(cfg), torch.device("cpu"))
+        model = Session().model(cfg, task_of(cfg), torch.device("cpu"))
         return TrainState.fresh(cfg, model)
 
     for timestep, learns in ((None, False), (3, True)):

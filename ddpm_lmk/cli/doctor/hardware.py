@@ -42,7 +42,7 @@ def check_processor() -> list[Finding]:
     """Cores this process may use, and the threads torch takes."""
     import torch
 
-    from ddpm_lmk.engine.precision import missing_bf16
+    from ddpm_lmk.engine.device_fit import missing_bf16
 
     cores = granted_cores()
     missing = missing_bf16()

@@ -288,9 +288,11 @@ class EvalLoader(_Loader):
         return self._batch(places, fetched, positions, weights, no_changes(len(positions)))
 
 
-def open_training(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None) -> TrainLoader:
-    """See `ddpm_lmk.data.open_loader`."""
-    corpora = training_corpora(cfg)
+def open_training(
+    cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None, *, corpora: Sequence[Corpus] | None = None
+) -> TrainLoader:
+    """See `ddpm_lmk.data.open_loader`; `corpora` where they are open already."""
+    corpora = training_corpora(cfg) if corpora is None else corpora
     count = sum(len(corpus.rows) for corpus in corpora)
     plan = GroupPlan.of(cfg, count)
     plan.check_world(seat.world)

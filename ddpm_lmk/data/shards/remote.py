@@ -21,7 +21,6 @@ Reading from a file system or a server that may fail for a while. That never mak
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -37,6 +36,7 @@ from urllib.parse import urlsplit
 from ddpm_lmk.config import DataConfig
 from ddpm_lmk.data.shards import signing
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError, LmkError, ResourceError, StoppedError
+from ddpm_lmk.system.locks import locked
 
 RETRY_DELAYS_S = (0.2, 1.0, 3.0, 6.0)  # a network mount that is back within ten seconds costs nothing
 GIVE_UP_S = 30.0  # clients of object stores try again too; at 60 s a launcher takes the rank for dead
@@ -101,7 +101,7 @@ class ShardCache:
             Whatever `fetch` raises; OSError if the disk refuses.
         """
         if not self.has(name, size):
-            with _locked(self.folder / _LOCKS / name):
+            with locked(self.folder / _LOCKS / name, waits=True):
                 if not self.has(name, size):
                     unfinished = self.folder / f"{_UNFINISHED}{size}-{name}"
                     self._make_room(size, unfinished)
@@ -126,7 +126,7 @@ class ShardCache:
     def _make_room(self, size: int, unfinished: Path) -> None:
         """Drop copies until one of `size` fits, and claim its place: `unfinished` counts from now on."""
         root = self.folder.parent
-        with _locked(root / ".lock"):
+        with locked(root / ".lock", waits=True):
             # In this order, so that one that is being renamed is seen twice rather than never.
             used = size + sum(_claimed(path) for path in root.glob(f"*/{_UNFINISHED}*") if path != unfinished)
             copies = sorted(_stats(path for path in root.glob("*/*.tar") if not path.name.startswith(_UNFINISHED)))
@@ -142,13 +142,9 @@ class ShardCache:
 def _claimed(unfinished: Path) -> int:
     """Bytes of a copy that is being fetched; one whose process died is removed."""
     size, _, name = unfinished.name.removeprefix(_UNFINISHED).partition("-")
-    descriptor = os.open(unfinished.parent / _LOCKS / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(size)
-    finally:
-        os.close(descriptor)
+    with locked(unfinished.parent / _LOCKS / name) as is_free:
+        if not is_free:
+            return int(size)
     unfinished.unlink(missing_ok=True)
     return 0
 
@@ -161,16 +157,6 @@ def _stats(paths: Iterable[Path]) -> Iterator[tuple[int, int, Path]]:
         except FileNotFoundError:
             continue
         yield found.st_mtime_ns, found.st_size, path
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 CONNECT_S = 10.0

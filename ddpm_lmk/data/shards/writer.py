@@ -11,7 +11,6 @@ shard. What was not in the journal when the writer was killed is cut off and don
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import heapq
 import io
@@ -39,6 +38,7 @@ from ddpm_lmk.data.shards.records import (
 )
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError, ResourceError, RunConflictError
+from ddpm_lmk.system import locks
 from ddpm_lmk.system.files import flush
 
 _ROWS_AT_ONCE = 1 << 16
@@ -58,14 +58,12 @@ class Unfinished:
         self.shards: list[dict[str, Any]] = []
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = locks.lock(self._root / "lock")
         except OSError as error:
             raise ResourceError(f"cannot write beside {out}: {error.strerror}; choose another --out") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise RunConflictError(f"another process is packing into {out}; wait, or choose another --out") from None
+        if lock is None:
+            raise RunConflictError(f"another process is packing into {out}; wait, or choose another --out")
+        self._lock = lock
         self._journal: BinaryIO | None = None
         self._rows: BinaryIO | None = None
         self._refused: BinaryIO | None = None

@@ -54,7 +54,7 @@ def group_norm(
         use: `triton` or `folded`.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # meta: a pass that only counts memory
         if use == "triton" and x.dtype != torch.float64:
             from ddpm_lmk.models.kernels.group_norm_triton import TritonNorm
 
@@ -88,7 +88,7 @@ class CpuNorm(torch.autograd.Function):
         wide = mean.dtype
         mean, rstd = (value.to(wide).repeat_interleave(channels // ctx.groups, 1) for value in (mean, rstd))  # [B, C]
         scale, shift = (0.0, 0.0) if film is None else film.to(wide).chunk(2, dim=1)
-        factor = torch.as_tensor(1 + scale, dtype=wide).expand(batch, channels)
+        factor = torch.as_tensor(1 + scale, dtype=wide, device=x.device).expand(batch, channels)
         coefficients = _Coefficients(mean, rstd, weight.to(wide) * factor, bias.to(wide) * factor + shift)
         grad = grad.contiguous(memory_format=torch.channels_last)
         if ctx.silu:

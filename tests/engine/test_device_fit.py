@@ -69,8 +69,10 @@ def test_three_separate_norms_need_what_the_roofline_says_for_batch_32() -> None
 
 
 def test_levels_are_recomputed_where_one_image_does_not_fit_otherwise(parallel: Parallel) -> None:
-    cfg = run(group_size=2)
-    plain = memory_gib(run(group_size=2, model={"checkpointing": False}), task_of(cfg), device="cuda", micro_batch=1)
+    cfg = run(global_batch_size=2)
+    plain = memory_gib(
+        run(global_batch_size=2, model={"checkpointing": False}), task_of(cfg), device="cuda", micro_batch=1
+    )
     found = fitted(cfg, parallel, room=int(0.98 * plain * GIB / device_fit.USABLE))
     assert found.checkpointing is not False
     with pytest.raises(ResourceError, match=r"no micro-batch fits the 9\.3 GiB of this device; use a smaller model"):
@@ -94,7 +96,7 @@ def test_what_does_not_really_fit_is_followed_by_the_next_best(parallel: Paralle
 
 
 def test_the_step_that_is_tried_is_a_real_one(parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = run(model=SMALL, group_size=2, image_size=16)
+    asked = run(model=SMALL, global_batch_size=2, image_size=16)
     cfg = fitted(asked, parallel, room=GB).applied(asked)
     step = device_fit._Step(task_of(cfg), parallel, "bf16")
     assert step(cfg)

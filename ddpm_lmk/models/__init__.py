@@ -35,37 +35,26 @@ def build_model(cfg: Network, *, out_channels: int, full_size: bool = True, doma
 
 
 def model_cost(
-    cfg: Network,
-    image_size: int,
-    out_channels: int,
-    *,
-    full_size: bool = True,
-    domains: Sequence[int] = (),
-    is_fused: bool = False,
+    cfg: Network, image_size: int, out_channels: int, *, full_size: bool = True, domains: Sequence[int] = ()
 ) -> ModelCost:
     """Cost of `build_model(cfg, ...)` for one image of `image_size` squared, with time conditioning.
 
-    Of a mixture's network, operations are those for an image of the first dataset. `is_fused` is for a ddpm_unet whose
-    norms keep nothing but their input.
+    Of a mixture's network, operations are those for an image of the first dataset.
     """
     if not isinstance(cfg, UNetConfig):
-        parts, params, _, _ = _traced(cfg, image_size, out_channels, full_size, tuple(domains), False)
-        return total(parts, params)
+        return total(*_traced(cfg, image_size, out_channels, full_size, tuple(domains)))
     plain = cfg.model_copy(update={"checkpointing": False})  # choosing what to recompute asks many times
-    parts, params, time, head = _traced(plain, image_size, out_channels, full_size, (), is_fused)
-    return total(parts, params, recomputed=lambda name: is_recomputed(cfg, name), time=time, head=head)
+    traced = _traced(plain, image_size, out_channels, full_size, ())
+    return total(*traced, recomputed=lambda name: is_recomputed(cfg, name))
 
 
 @lru_cache(maxsize=32)
 def _traced(
-    cfg: Network, image_size: int, out_channels: int, full_size: bool, domains: tuple[int, ...], is_fused: bool
-) -> tuple[tuple[Part, ...], int, int, int]:
-    """The parts of a network; its parameters, of those only time reaches, of those of the output layer."""
+    cfg: Network, image_size: int, out_channels: int, full_size: bool, domains: tuple[int, ...]
+) -> tuple[tuple[Part, ...], int]:
+    """The parts of a network, and the number of its parameters."""
     with torch.device("meta"):
         model = build_model(cfg, out_channels=out_channels, full_size=full_size, domains=domains)
         image = torch.zeros(1, 1, image_size, image_size)
         time = (torch.zeros(1, dtype=torch.long),) if isinstance(model, UNet) else ()
-    parts = tuple(trace(model, image, *time, is_fused=is_fused))
-    if not isinstance(model, UNet):
-        return parts, count_parameters(model), 0, 0
-    return parts, count_parameters(model), count_parameters(*model.time_layers()), count_parameters(model.final_conv)
+    return tuple(trace(model, image, *time)), count_parameters(model)

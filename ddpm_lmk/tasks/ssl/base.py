@@ -20,7 +20,7 @@ from ddpm_lmk.config import EncoderUNetConfig, Network
 from ddpm_lmk.config.task import EncoderTaskConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.models import ModelCost
-from ddpm_lmk.models.cost import FLOAT_BYTES, count_parameters, plain_cost
+from ddpm_lmk.models.cost import count_parameters, plain_cost
 from ddpm_lmk.models.encoder_unet import Encoder, EncoderUNet, build_encoder
 from ddpm_lmk.tasks.ssl.views import draw_views
 from ddpm_lmk.tasks.task import OneRank, Task
@@ -55,16 +55,7 @@ class EncoderTask(Task, Generic[Config]):
         cost = {s: plain_cost(lambda: build_encoder(network), network.in_channels, s, s) for s in set(views)}
         forward = sum(cost[side].flops_forward + 2 * heads for side in views)
         followed = sum(cost[side].flops_forward + 2 * heads for side in views[: self.num_followed])
-        params = count_parameters(net)
-        return ModelCost(
-            params=params,
-            flops_forward=forward + followed,
-            flops_executed=forward + followed,
-            flops_train=3 * forward + followed,
-            activation_bytes=sum(cost[side].activation_bytes for side in views),
-            weight_bytes=FLOAT_BYTES * params,
-            optimizer_bytes=2 * FLOAT_BYTES * params,
-        )
+        return ModelCost(count_parameters(net), forward + followed, forward + followed, 3 * forward + followed)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The encoder of `model` under this task's head."""

@@ -15,6 +15,7 @@ from ddpm_lmk.config.data import AugmentConfig, DataConfig, DedupConfig, HoldOut
 from ddpm_lmk.config.model import EncoderUNetConfig, GU2NetConfig, Network, UNetConfig
 from ddpm_lmk.config.renamed import under_new_names
 from ddpm_lmk.config.task import (
+    AnyTask,
     Codec,
     ContourCodecConfig,
     DenoiseConfig,
@@ -47,9 +48,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="root of all randomness")
     data: DataConfig
     model: Annotated[Network, Field(description="network")] = Field(default_factory=UNetConfig)
-    task: Annotated[
-        DenoiseConfig | EncoderTask | LandmarksConfig, Field(discriminator="kind", description="what is learnt")
-    ]
+    task: Annotated[AnyTask, Field(description="what is learnt")]
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     init: InitConfig = Field(default_factory=InitConfig)

@@ -267,3 +267,6 @@ EncoderTask = MocoV3Config | SimclrV2Config | DinoConfig
 def _check_two_views(cfg: MocoV3Config | SimclrV2Config) -> None:
     if cfg.num_views != 2 or len({view.size for view in cfg.views}) > 1:
         raise ValueError(f"task {cfg.kind} compares two views of one size; found {cfg.num_views}")
+
+
+AnyTask = Annotated[DenoiseConfig | EncoderTask | LandmarksConfig, Field(discriminator="kind")]

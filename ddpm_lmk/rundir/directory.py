@@ -224,19 +224,11 @@ def _newest_good(directory: Path) -> Path:
 def _copy(source: Path, target: Path) -> None:
     """A copy that is there as a whole or not at all; it is verified again when it is loaded."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=files.folder_mode())
-    temporary = target.with_name(f".tmp-fork-{target.name}-{os.getpid()}")
-    try:
+    with files.write_whole(target) as temporary:
         temporary.mkdir(mode=files.folder_mode())
         for path in source.iterdir():
             copy = temporary / path.name
             # Not copytree: modes and times of the old run are no concern of the new one.
             shutil.copyfile(path, copy, follow_symlinks=False)
             copy.chmod(files.file_mode())
-            with copy.open("rb") as file:
-                os.fsync(file.fileno())
-        files.flush(temporary)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    files.flush(target.parent)
+            files.flush(copy)

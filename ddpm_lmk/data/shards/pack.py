@@ -25,7 +25,7 @@ from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.images.decode import ReadOptions
 from ddpm_lmk.data.images.dicom_spacing import AT_DETECTOR, UNKNOWN
 from ddpm_lmk.data.images.sandbox import answer, decoders
-from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.pack_settings import Kind, PackSettings
 from ddpm_lmk.data.shards.labels import Findings, Labels
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.writer import ShardWriter, is_begun, refuse_existing
@@ -47,6 +47,19 @@ _PATIENTS_NOTE = (
 _KEY_NOTE = "ids are hashed with the key in {}; keep it to yourself, and for further packs"
 
 Progress = Callable[[int, int], None]
+
+# Labels and places of the images of a source, none decoded; a reader uses the settings that mean something to it.
+READERS: dict[Kind, Callable[[Path, PackSettings, KeyedIds | None], RawDataset]] = {
+    "folder": read_folder,
+    "dicom": read_dicom_tree,
+    "table": read_table,
+    "phantom": lambda source, want, keys: read_phantom(str(source), counts=want.counts, seed=want.seed, size=want.size),
+    "chest": lambda source, want, keys: read_chest(source, convention=want.convention),
+    "cephalometric": lambda source, want, keys: read_cephalometric(
+        source, convention=want.convention, annotator=want.annotator
+    ),
+    "hand": lambda source, want, keys: read_hand(source, spacing_pair=want.spacing_pair),
+}
 
 
 @dataclass
@@ -99,7 +112,7 @@ def pack(
     key_file = Path(id_key or out.absolute().with_name(f"{out.name}.key"))
     with _keys(key_file if settings.hashed_ids else None, out) as keys:
         settings = settings.model_copy(update={"key_id": keys.key_id if keys else None})
-        dataset = _read(source, settings, keys)
+        dataset = READERS[settings.kind](Path(source), settings, keys)
         if keys is not None:
             dataset.warnings.append(_KEY_NOTE.format(key_file))
         if id_map is not None:
@@ -128,21 +141,6 @@ def _keys(path: Path | None, out: Path) -> Iterator[KeyedIds | None]:
         if not (was_there or is_begun(out)):
             path.unlink()
         raise
-
-
-def _read(source: str | Path, settings: PackSettings, keys: KeyedIds | None) -> RawDataset:
-    """What the reader of this kind makes of the source: labels and places of images, none decoded."""
-    if settings.kind == "phantom":
-        return read_phantom(str(source), counts=settings.counts, seed=settings.seed, size=settings.size)
-    root = Path(source)
-    if settings.kind == "chest":
-        return read_chest(root, convention=settings.convention)
-    if settings.kind == "cephalometric":
-        return read_cephalometric(root, convention=settings.convention, annotator=settings.annotator)
-    if settings.kind == "hand":
-        return read_hand(root, spacing_pair=settings.spacing_pair)
-    readers = {"folder": read_folder, "dicom": read_dicom_tree, "table": read_table}
-    return readers[settings.kind](root, settings, keys)
 
 
 def _write(

@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ddpm_lmk.data.shards.records import (
     EXTENSIONS,
@@ -40,6 +39,7 @@ from ddpm_lmk.data.shards.records import (
 )
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import ConfigError, DataError, ResourceError, RunConflictError
+from ddpm_lmk.system import locks
 from ddpm_lmk.system.files import flush
 
 SHARD_BYTES = 64 << 20  # about a thousand raw 256 x 256 images; the loader shuffles inside a window of shards
@@ -115,7 +115,7 @@ class ShardWriter:
         self._shard_bytes, self._state = shard_bytes, state
         self._left_out = sorted(left_out, key=_id_of)  # not in the database: a resumed call brings them again
         self._folder = _partial_folder(out)
-        self._lock = FileLock(self._folder / "lock", blocking=False)
+        self._lock: int | None = None
         self._db: sqlite3.Connection | None = None
         self._shard: _Shard | None = None
         self._shards: list[dict[str, Any]] = []  # finished
@@ -126,17 +126,20 @@ class ShardWriter:
         refuse_existing(self.out)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._lock = locks.lock(self._folder / "lock")
+            if self._lock is None:
+                raise RunConflictError(f"another process is packing into {self.out}; wait, or choose another --out")
             self._resume()
-        except Timeout:
-            raise RunConflictError(
-                f"another process is packing into {self.out}; wait, or choose another --out"
-            ) from None
         except (OSError, sqlite3.Error) as error:
             self._disconnect()
-            self._lock.release()
+            self._unlock()
             raise ResourceError(f"cannot write beside {self.out}: {_reason(error)}; choose another --out") from error
         return self
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _resume(self) -> None:
         """Take up what is there, if it was made of the same; else begin anew."""
@@ -250,7 +253,7 @@ class ShardWriter:
             self._disconnect()
             if not (keep and self._shards):  # before the lock is released: nobody may have begun there
                 shutil.rmtree(self._folder, ignore_errors=True)
-            self._lock.release()
+            self._unlock()
         if isinstance(value, (OSError, sqlite3.Error)):
             raise ResourceError(
                 f"cannot write {self.out}: {_reason(value)}; make room and give the same command: packing continues"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import hmac
+import io
 import os
 import re
 import secrets
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ddpm_lmk.errors import ConfigError, ResourceError, RunConflictError
-from ddpm_lmk.system.files import flush
+from ddpm_lmk.system import files
 
 _DIGITS = 16  # 64 bits: among ten million files two meet once in about 400,000 sets, which is an error then
 # What stands for a patient who was taken out, as tools that make files anonymous write it; never one person.
@@ -111,22 +112,9 @@ def write_map(path: Path, names: Iterable[tuple[str, str]]) -> None:
 
 
 def _write_private(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Write a file of mode 0600 in one move that never replaces a file: a key that is lost orphans all of its ids.
-
-    So it is not `files.write_bytes`, whose rename replaces, and whose mode the owner may open to the group.
-    """
-    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(6)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                write(file)
-                file.flush()
-                os.fsync(descriptor)
-            os.link(temporary, path)
-        finally:
-            temporary.unlink()
-        flush(path.parent)
-    except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror}; name another place") from error
+    """Write a file of mode 0600 in one move that never replaces a file: a key that is lost orphans all of its ids."""
+    with files.open_whole(path, may_replace=False) as file:
+        os.fchmod(file.fileno(), 0o600)  # also where outputs are shared with the group
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        write(text)
+        text.detach()  # flushes, and leaves the file open for the move

@@ -8,8 +8,10 @@ temperatures. `GaussianCodec` is GU2Net's: every pixel a probability of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ddpm_lmk.config import Codec as CodecConfig
-from ddpm_lmk.config import ContourCodecConfig, DiscCodecConfig, GaussianCodecConfig
 from ddpm_lmk.tasks.codecs.base import Codec, Decoded, Frame
 from ddpm_lmk.tasks.codecs.contour import ContourCodec
 from ddpm_lmk.tasks.codecs.disc import DiscCodec
@@ -18,12 +20,14 @@ from ddpm_lmk.tasks.codecs.spatial import GaussianCodec, SpatialCodec
 __all__ = ["Codec", "ContourCodec", "Decoded", "DiscCodec", "Frame", "GaussianCodec", "SpatialCodec", "build_codec"]
 
 
+CODECS: dict[str, Callable[[Any], Codec]] = {
+    "disc": DiscCodec,
+    "spatial": SpatialCodec,
+    "contour": ContourCodec,
+    "gaussian": GaussianCodec,
+}
+
+
 def build_codec(cfg: CodecConfig) -> Codec:
     """The codec a run file asks for."""
-    if isinstance(cfg, DiscCodecConfig):
-        return DiscCodec(cfg)
-    if isinstance(cfg, ContourCodecConfig):
-        return ContourCodec(cfg)
-    if isinstance(cfg, GaussianCodecConfig):
-        return GaussianCodec(cfg)
-    return SpatialCodec(cfg)
+    return CODECS[cfg.kind](cfg)

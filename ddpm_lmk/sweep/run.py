@@ -332,9 +332,7 @@ class SweepRunner:
             if waited_s > supervise.TIMES_UNKNOWN * self.stall_s:
                 worker.stalled = f"sent no heartbeat within {waited_s:.0f} s"
         elif supervise.find_stalled(last, self.stall_s):
-            described = supervise.describe(
-                last[0]
-            )  # before its stacks are asked for, which makes a stopped one continue
+            described = supervise.describe(last[0])  # first: asking for its stacks makes a stopped one continue
             stacks = supervise.dump_stacks(self._heartbeats, last, self.sweep.out / "stacks")
             where = f", stacks in {stacks[0]}" if stacks else ""
             worker.stalled = f"made no progress ({described}){where}"

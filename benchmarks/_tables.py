@@ -426,7 +426,7 @@ def fault_rows(result: dict[str, Any]) -> list[list[object]]:
     disks = ", ".join(f"{row['times']:g}: {'goes on' if row['exit'] == 0 else 'exit 6'}" for row in result["full_disk"])
     return [
         *(
-            [["killed at a fail-point of saving", result["failpoints"]["kills"], "all continued with the same bits"]]
+            [["killed at a chosen call of saving", result["failpoints"]["kills"], "all continued with the same bits"]]
             if "failpoints" in result
             else []
         ),
@@ -503,6 +503,16 @@ def commands_table(source: Path) -> str:
     rows = [[f"`{row['command']}`", *(row[key] for key in keys)] for row in shown]
     heads = ["command", "Python", "time, with installing", "load, mean of 15 min", "exit code", "it said at the end"]
     return f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores\n\n{markdown(heads, rows)}"
+
+
+def house_table(source: Path) -> str:
+    """Size and shape of the package before and after it was rebuilt (`python -m tests.house --json`)."""
+    after, before = (json.loads(path.read_text()) for path in (source, source.with_name("house_before.json")))
+    rows = [
+        [what, f"{before['measured'][what]:,}", f"{number:,}", after["wanted"].get(what, "")]
+        for what, number in after["measured"].items()
+    ]
+    return markdown(["what", "0.1.0", "now", "wanted"], rows)
 
 
 def methods_table(source: Path) -> str:

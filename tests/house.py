@@ -1,6 +1,6 @@
 """How large and how tangled the package is: files, lines, layers of import, circles, comments, documented keys.
 
-    python -m tests.house [--root CHECKOUT] [--json]
+    python -m tests.house [--root CHECKOUT] [--run MODULE] [--json]
 
 Counted with `ast` and `tokenize`, nothing is imported; documented keys are what `ddpm-lmk pretrain --explain` of that
 checkout prints. `docs/house.md` holds the numbers before and after the package was rebuilt.
@@ -190,11 +190,14 @@ def main(arguments: list[str]) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to measure")
-    parser.add_argument("--json", action="store_true", help="the numbers as JSON")
+    parser.add_argument("--run", default=RUN, help="module that does a run; ddpm_lmk.runs before 0.2.0")
+    parser.add_argument("--json", action="store_true", help="the numbers, and what was wanted, as JSON")
     given = parser.parse_args(arguments)
-    numbers = measure(given.root) | {"documented keys of a pretrain run file": num_documented_keys(given.root)}
+    numbers = measure(given.root, start=given.run) | {
+        "documented keys of a pretrain run file": num_documented_keys(given.root)
+    }
     if given.json:
-        sys.stdout.write(json.dumps(numbers, indent=1) + "\n")
+        sys.stdout.write(json.dumps({"measured": numbers, "wanted": WANTED}, indent=1) + "\n")
     else:
         rows = [
             ("what", "measured", "wanted"),

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.loading import corpus
 from ddpm_lmk.data.loading.loader import TrainLoader
-from ddpm_lmk.data.shards import remote
+from ddpm_lmk.data.shards import manifest, remote
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.errors import DataError, StoppedError
 from tests.data.dot_packs import corrupt, pack_dots, run_config
@@ -109,7 +108,7 @@ class FlakyManifest(Manifest):
 
 @pytest.fixture
 def flaky_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(corpus, "Manifest", FlakyManifest)
+    monkeypatch.setattr(manifest, "Manifest", FlakyManifest)
     monkeypatch.setattr(remote, "RETRY_DELAYS_S", (0.0, 0.0, 0.0, 0.0))
     return pack_dots(tmp_path / "dots", {"train": 8, "test": 1})
 

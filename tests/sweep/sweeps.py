@@ -20,22 +20,22 @@ data: {{path: {data}, image_size: 32}}
 runtime: {{workers: 0, log_every: 1 steps, checkpoint_every: {save_every} steps}}
 model: {{width: 8, multipliers: [1, 2], heads: 2, head_dim: 8}}
 task: {{kind: {kind}}}
-train: {{duration: {length}, global_batch_size: 2}}
+train: {{duration: {duration}, global_batch_size: 2}}
 evaluate: {{batch: 4}}
 """
 
 
 def write_run(
-    path: Path, data: Path | str = "nowhere", *, kind: str = "landmarks", length: str = "3 steps", save_every: int = 2
+    path: Path, data: Path | str = "nowhere", *, kind: str = "landmarks", duration: str = "3 steps", save_every: int = 2
 ) -> None:
     """A run file of a tiny network."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(RUN.format(data=data, kind=kind, length=length, save_every=save_every))
+    path.write_text(RUN.format(data=data, kind=kind, duration=duration, save_every=save_every))
 
 
-def write_sweep(folder: Path, data: Path | str = "nowhere", length: str = "3 steps", **keys: Any) -> Path:
+def write_sweep(folder: Path, data: Path | str = "nowhere", duration: str = "3 steps", **keys: Any) -> Path:
     """A run file and a sweep file beside it; `keys` replace those of the only grid."""
-    write_run(folder / "run.yaml", data, duration=length)
+    write_run(folder / "run.yaml", data, duration=duration)
     grid = {"shots": [1, 2], "seeds": [0, 1], "start": {"scratch": None}} | keys
     return write_content(folder, {"name": "table", "run": "run.yaml", "grids": [grid]})
 

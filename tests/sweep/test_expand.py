@@ -54,7 +54,9 @@ def steps(cfg: RunConfig) -> int:
 
 
 def test_a_sweep_is_every_combination_of_its_grids_longest_first(tmp_path: Path) -> None:
-    file = write_sweep(tmp_path, length="30 epochs", shots=[1, 10, 100], seeds=[0, 7], start={"a": None, "b": "runs/p"})
+    file = write_sweep(
+        tmp_path, duration="30 epochs", shots=[1, 10, 100], seeds=[0, 7], start={"a": None, "b": "runs/p"}
+    )
     sweep = load_sweep(file)
     assert len(sweep.cells) == 12
     assert {cell.name for cell in sweep.cells[:4]} == {"a-k100-s0", "a-k100-s7", "b-k100-s0", "b-k100-s7"}

@@ -124,7 +124,7 @@ def test_a_sweep_stopped_by_a_scheduler_and_then_killed_is_finished_by_two_that_
     tmp_path: Path, packed_phantoms: Path
 ) -> None:
     out = tmp_path / "out"
-    file = write_sweep(tmp_path, packed_phantoms, length="40 steps", shots=[1])
+    file = write_sweep(tmp_path, packed_phantoms, duration="40 steps", shots=[1])
     first = cell_folder(out, "scratch-k1-s0")
 
     def is_free() -> bool:

@@ -108,6 +108,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self._limit = folder, limit_bytes
+        self._touched: dict[str, float] = {}  # by this process
         (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
 
     def has(self, name: str, size: int) -> bool:
@@ -129,8 +130,9 @@ class ShardCache:
                     self._make_room(size, unfinished)
                     fetch(unfinished)
                     unfinished.replace(copy)
-        stat = _stat(copy)
-        if stat is not None and time.time() - stat.st_mtime > _TOUCH_EVERY_S:  # seldom: a cache may lie on NFS
+        now = time.monotonic()  # not the time of the file: clocks of a file server and of this machine differ
+        if now - self._touched.get(name, -_TOUCH_EVERY_S) >= _TOUCH_EVERY_S:  # seldom: a cache may lie on NFS
+            self._touched[name] = now
             with contextlib.suppress(FileNotFoundError):  # dropped by another process; whoever reads it will notice
                 os.utime(copy)
         return copy

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ddpm_lmk.models.kernels.group_norm_gradients import parameter_gradients
+
 NormChoice = Literal["auto", "native", "fused"]
 HALF = (torch.float16, torch.bfloat16)
 
@@ -96,22 +98,6 @@ class CpuNorm(torch.autograd.Function):
         backward = _by_channel if x.dtype in HALF else _by_image
         dx, sums, moments = backward(grad, x, coefficients, ctx.groups)
         return (dx, *parameter_gradients(sums, moments, weight, bias, film), None, None, None)
-
-
-def parameter_gradients(
-    sums: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of weight, bias and film from those of z, what SiLU was given.
-
-    Args:
-        sums: per image and channel, the sum of dz over pixels [B, C].
-        moments: the sum of dz times the normalised input [B, C].
-    """
-    if film is None:
-        return moments.sum(0).to(weight.dtype), sums.sum(0).to(bias.dtype), None
-    factor = 1 + film[:, : film.shape[1] // 2].to(sums.dtype)
-    d_film = torch.cat((weight * moments + bias * sums, sums), dim=1).to(film.dtype)
-    return (factor * moments).sum(0).to(weight.dtype), (factor * sums).sum(0).to(bias.dtype), d_film
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_lmk.models.kernels.group_norm import parameter_gradients
+from ddpm_lmk.models.kernels.group_norm_gradients import parameter_gradients
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_lmk.config import EmaConfig
-from ddpm_lmk.engine.state import Ema
+from ddpm_lmk.engine.training_state import Ema
 from ddpm_lmk.models.blocks import use_norm
 from ddpm_lmk.models.kernels.group_norm import choose_norm
 from ddpm_lmk.models.weight_standardization import OncePerStep

@@ -27,7 +27,7 @@ from ddpm_lmk.engine.forecast import random_batch
 from ddpm_lmk.engine.loop import build_updater
 from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.session import Session
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.models import ModelCost
 from ddpm_lmk.system.shipped import find

@@ -1,7 +1,7 @@
 """One run from its run file to its results: open, fit, evaluate.
 
-`starting_state` is the one place that decides where weights come from. A `Session` outlives a run: a sweep's worker
-keeps there what its next cell may use.
+Where its weights come from is decided in `engine.starting_weights`. A `Session` outlives a run: a sweep's worker keeps
+there what its next cell may use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import config_hash
@@ -32,20 +31,17 @@ from ddpm_lmk.engine.loop import Loaders, Pace, fit
 from ddpm_lmk.engine.parallel import AllRanks, Parallel
 from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, checksum, class_kept
 from ddpm_lmk.engine.session import Session
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.starting_weights import starting_state
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.inference import calibration
 from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split
 from ddpm_lmk.inference.sample import draw_samples, to_png
 from ddpm_lmk.inference.scoring import check_temperatures
-from ddpm_lmk.models.encoder_unet import require_file
-from ddpm_lmk.models.weights import load_all
-from ddpm_lmk.rundir.checkpoint import load_checkpoint
 from ddpm_lmk.rundir.directory import RunDir, copy_checkpoint
 from ddpm_lmk.system.console import Whole, about, progress, say
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.system.machine import code_digest, granted_cores, versions
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
-from ddpm_lmk.tasks.starting_weights import put_weights
 from ddpm_lmk.tasks.task import OneRank
 
 log = logging.getLogger(__name__)
@@ -202,44 +198,6 @@ def _tell_forecast(cfg: RunConfig, forecast: Forecast, instead: str | None, para
         say(f"{cfg.name}: {forecast}")
         if instead is not None and forecast.total_s > LONG_S:
             say(instead)
-
-
-def starting_state(
-    cfg: RunConfig, task: Task, *, session: Session, parallel: Parallel, run: RunDir
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """The state a run begins with, and the facts of its parent weights, if any. The first that applies:
-
-    1. The newest good checkpoint of the run directory: everything continues as it was.
-    2. `init.weights`, into a network that is otherwise random from `seed`. All of it where the parent learnt the same
-       task with the same outputs on the same dataset; the encoder where that is all the weights have of the network;
-       else all but the output layer, which stays random from `seed`.
-    3. Random from `seed`.
-    """
-    with parallel.together():
-        verified = run.load_latest() if parallel.is_main else None
-    newest = parallel.broadcast(None if verified is None else verified.path)
-    with parallel.together():
-        model = session.model(cfg, task, parallel.device)
-        parent = None
-        if newest is None and cfg.init.weights is not None:
-            parent = _load_parent(cfg, task, model, session)
-        # After the parent weights: the average begins with them.
-        state = TrainState.fresh(cfg, model)
-        if newest is not None:
-            # Rank 0 has read and verified it already; the others read it from the shared disk.
-            state.load(verified or load_checkpoint(newest), load_all=load_all)
-    return state, parent
-
-
-def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, session: Session) -> dict[str, Any]:
-    """Put `init.weights` into `model`; returns what is worth knowing about them later."""
-    assert cfg.init.weights is not None
-    if cfg.model.kind == "encoder_unet":
-        require_file(cfg.init.weights)
-    weights, meta = session.weights(cfg.init)
-    part = put_weights(cfg, task, model, weights, meta)
-    facts: dict[str, Any] = {key: meta[key] for key in ("path", "use", "step", "fingerprint", "files") if key in meta}
-    return {**facts, "loaded": part}
 
 
 def _check_same_everywhere(cfg: RunConfig, loaders: Loaders, state: TrainState, parallel: Parallel) -> None:

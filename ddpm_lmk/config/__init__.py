@@ -7,21 +7,14 @@ shares no key with this one. Values of the paper are named with their section in
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from pydantic import Field, model_validator
-
-from ddpm_lmk.config.data import AugmentConfig, DataConfig, DedupConfig, HoldOutConfig
+from ddpm_lmk.config.data import AugmentConfig, DataConfig
 from ddpm_lmk.config.model import EncoderUNetConfig, GU2NetConfig, Network, UNetConfig
-from ddpm_lmk.config.renamed import under_new_names
+from ddpm_lmk.config.run_file import RunConfig
 from ddpm_lmk.config.task import (
-    AnyTask,
     Codec,
     ContourCodecConfig,
     DenoiseConfig,
     DiscCodecConfig,
-    EncoderTask,
-    EncoderTaskConfig,
     GaussianCodecConfig,
     LandmarksConfig,
     SimclrV2Config,
@@ -34,122 +27,37 @@ from ddpm_lmk.config.training import (
     InitConfig,
     OptimConfig,
     PlateauConfig,
-    RuntimeConfig,
     SpikeConfig,
     TrainConfig,
 )
-from ddpm_lmk.config.values import Duration, Fraction, NonNegative, Positive, Section
+from ddpm_lmk.config.values import Duration, Fraction, Positive, Section
 
-
-class RunConfig(Section):
-    """Everything about one run."""
-
-    name: str = Field("run", min_length=1, max_length=80, pattern=r"^[A-Za-z0-9._+-]+$", description="shown in reports")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="root of all randomness")
-    data: DataConfig
-    model: Annotated[Network, Field(description="network")] = Field(default_factory=UNetConfig)
-    task: Annotated[AnyTask, Field(description="what is learnt")]
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    init: InitConfig = Field(default_factory=InitConfig)
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
-    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
-
-    @property
-    def is_time_conditioned(self) -> bool:
-        """Is the network conditioned on a timestep? Where it is not, layers that only a timestep reaches do not learn."""
-        return getattr(self.task, "timestep", 0) is not None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_old_names(cls, data: Any) -> Any:
-        """Settings stored by an earlier version: in a checkpoint, a snapshot, the job of a sweep's worker."""
-        return under_new_names(data) if isinstance(data, dict) else data
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> RunConfig:
-        self._check_data()
-        self._check_training()
-        self._check_network()
-        return self
-
-    def _check_data(self) -> None:
-        needs_validation = {
-            "optim.plateau": self.optim.plateau is not None,
-            "train.patience": self.train.patience is not None,
-            "train.select=best": self.train.select == "best",
-        }
-        if any(needs_validation.values()) and self.data.validation_split is None:
-            raise ValueError(
-                f"{', '.join(key for key in needs_validation if needs_validation[key])} needs data.validation_split"
-            )
-        if self.task.stage == "pretrain":
-            # The default is the split of fine-tuning; another one was asked for, and nothing would read it.
-            if self.evaluate.split not in (None, "test"):
-                raise ValueError(
-                    f"evaluate.split={self.evaluate.split} is for task landmarks; pre-training is scored on "
-                    "data.validation_split"
-                )
-            if self.data.shots is not None:
-                raise ValueError(
-                    "data.shots is for labelled training (task landmarks); pre-training uses every image of data.splits"
-                )
-        elif self.data.protect:
-            raise ValueError("data.protect is for pre-training; a fine-tuning run trains on one set's splits")
-        codec = self.task.codec if isinstance(self.task, LandmarksConfig) else None
-        if codec is None and self.data.hold_out is not None:
-            raise ValueError("data.hold_out keeps labelled shots from training; it is for task landmarks")
-        if isinstance(codec, ContourCodecConfig) and codec.temperatures == "fitted" and len(self.data.path) > 1:
-            raise ValueError("task.codec.temperatures=fitted is for one labelled set; a mixture goes without: use none")
-
-    def _check_training(self) -> None:
-        """Where something depends on the size of a micro-batch, neither the device nor the number of ranks chooses it."""
-        train = self.train
-        depends = {
-            "train.exactness=exact": train.exactness == "exact",
-            f"train.gradient={train.gradient}": train.gradient != "mean",
-            "train.epoch_boundary=epoch in pre-training": train.epoch_boundary == "epoch"
-            and self.task.stage == "pretrain",
-            f"model.kind={self.model.kind}": self.model.kind != "ddpm_unet",
-        }
-        if train.micro_batch == "auto" and any(depends.values()):
-            name = next(name for name, is_so in depends.items() if is_so)
-            raise ValueError(f"train.micro_batch=auto would change what {name} computes; give a number, or null")
-        if train.gradient != "mean" and train.micro_batch is None:
-            raise ValueError(
-                f"train.gradient={train.gradient} adds up means of micro-batches; it needs train.micro_batch, a size "
-                "that does not depend on the number of processes"
-            )
-        if train.exactness == "exact" and (train.micro_batch is None or train.compile):
-            raise ValueError(
-                "train.exactness=exact needs train.micro_batch, a size that does not depend on the number of processes, "
-                "and train.compile=false, since kernels are compiled per process"
-            )
-        if self.model.couples_images and train.exactness == "exact":
-            raise ValueError(
-                f"model.kind={self.model.kind} normalises over the images of a micro-batch, so bits depend on the number "
-                "of processes; use train.exactness=ordered"
-            )
-
-    def _check_network(self) -> None:
-        model, task = self.model, self.task
-        if self.data.image_size % model.side_multiple:
-            raise ValueError(
-                f"data.image_size={self.data.image_size} must be a multiple of {model.side_multiple} for this "
-                f"model.kind={model.kind}, which halves its maps"
-            )
-        if not model.takes_time and task.kind == "denoise":
-            raise ValueError(f"model.kind={model.kind} takes no timestep, which task denoise needs; use ddpm_unet")
-        if not model.takes_time and task.kind == "landmarks" and task.timestep is not None:
-            raise ValueError(f"model.kind={model.kind} takes no timestep; set task.timestep=null")
-        if not isinstance(task, EncoderTaskConfig):
-            return
-        if not isinstance(model, EncoderUNetConfig):
-            raise ValueError(f"task {task.kind} learns an encoder, which {model.kind} has not; use encoder_unet")
-        if len(task.std) not in (1, model.in_channels):
-            raise ValueError(f"task.std has {len(task.std)} numbers for model.in_channels={model.in_channels}")
-        batch = self.train.global_batch_size
-        if (
-            min(self.train.given_micro_batch or batch, batch) < 2
-        ):  # BatchNorm of the heads, and a negative to compare with
-            raise ValueError(f"task {task.kind} normalises over a micro-batch; wanted at least 2 images in one")
+__all__ = [
+    "AugmentConfig",
+    "ClipConfig",
+    "Codec",
+    "ContourCodecConfig",
+    "DataConfig",
+    "DenoiseConfig",
+    "DiscCodecConfig",
+    "Duration",
+    "EmaConfig",
+    "EncoderUNetConfig",
+    "EvaluateConfig",
+    "Fraction",
+    "GU2NetConfig",
+    "GaussianCodecConfig",
+    "InitConfig",
+    "LandmarksConfig",
+    "Network",
+    "OptimConfig",
+    "PlateauConfig",
+    "Positive",
+    "RunConfig",
+    "Section",
+    "SimclrV2Config",
+    "SpatialCodecConfig",
+    "SpikeConfig",
+    "TrainConfig",
+    "UNetConfig",
+]

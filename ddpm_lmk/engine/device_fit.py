@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from ddpm_lmk.config import RunConfig, UNetConfig
 from ddpm_lmk.engine.optim import parameter_groups
 from ddpm_lmk.engine.parallel import Parallel, Precision, cuda_has_bf16
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import ResourceError, StoppedError
 from ddpm_lmk.models import build_model, model_cost
 from ddpm_lmk.models.blocks import use_norm

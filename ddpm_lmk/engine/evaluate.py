@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpm_lmk.data.loading.loader import EvalLoader
 from ddpm_lmk.engine.parallel import Parallel, Precision
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.system.heartbeat import beat

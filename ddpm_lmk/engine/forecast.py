@@ -215,7 +215,7 @@ def time_steps(
     from ddpm_lmk.engine.device_fit import explained_out_of_memory
     from ddpm_lmk.engine.loop import build_updater
     from ddpm_lmk.engine.rank_checks import kernels
-    from ddpm_lmk.engine.state import TrainState
+    from ddpm_lmk.engine.training_state import TrainState
 
     device = parallel.device
     cuda = [device] if device.type == "cuda" else []
@@ -325,7 +325,7 @@ def _uses(
 
     from ddpm_lmk.inference.sample import NUM_STEPS
     from ddpm_lmk.tasks import DenoiseTask, LandmarkTask
-    from ddpm_lmk.tasks.diffusion import ddim_sample
+    from ddpm_lmk.tasks.noise_schedule import ddim_sample
 
     def validate(images: int) -> None:
         batch = random_batch(cfg, task, images).to(parallel.device)

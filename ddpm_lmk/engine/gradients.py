@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_lmk.config import ClipConfig
 from ddpm_lmk.engine import exact_reduce
 from ddpm_lmk.engine.optim import clip, global_norm, gradients, moments
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.models.weight_standardization import OncePerStep
 
 if TYPE_CHECKING:

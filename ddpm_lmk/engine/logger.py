@@ -27,7 +27,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.gradients import StepOutcome
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.session import compile_cache
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.system.console import Whole, remaining, say
 from ddpm_lmk.system.heartbeat import beat

@@ -20,7 +20,7 @@ from ddpm_lmk.config import Duration, RunConfig, TrainConfig
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.loading.backend import Backend
 from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
-from ddpm_lmk.engine.checkpointer import Checkpointer
+from ddpm_lmk.engine.background_saver import Checkpointer
 from ddpm_lmk.engine.data_feed import NO_DATA, DataFeed
 from ddpm_lmk.engine.device_fit import explained_out_of_memory
 from ddpm_lmk.engine.evaluate import Validation
@@ -30,7 +30,7 @@ from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
 from ddpm_lmk.engine.parallel import Parallel, RunningStatistics
 from ddpm_lmk.engine.rank_checks import announce_class, check_same_weights, kernels
 from ddpm_lmk.engine.requirements import check_exclusions
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.engine.zero import ZeroUpdater
 from ddpm_lmk.errors import DivergedError, ResourceError, StoppedError
 from ddpm_lmk.models.weight_standardization import OncePerStep

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ddpm_lmk.config import ClipConfig
 from ddpm_lmk.engine.gradients import Updater
 from ddpm_lmk.engine.optim import clip, moments
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 
 if TYPE_CHECKING:
     from ddpm_lmk.engine.parallel import Parallel

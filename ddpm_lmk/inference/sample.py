@@ -21,7 +21,7 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.system import files
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.tasks import DenoiseTask
-from ddpm_lmk.tasks.diffusion import NUM_STEPS, ddim_sample
+from ddpm_lmk.tasks.noise_schedule import NUM_STEPS, ddim_sample
 
 MARGIN_PX = 2
 

@@ -130,7 +130,7 @@ def check_start(
     """
     if cfg.init.weights is None or fork is not None or has_begun(out):
         return  # a run that has a checkpoint needs them no more
-    from ddpm_lmk.tasks.starting_weights import require_fitting, require_fitting_stage
+    from ddpm_lmk.engine.starting_weights import require_fitting, require_fitting_stage
 
     spec = spec_of(cfg, _specs(corpora))
     if stage is None:

@@ -24,7 +24,7 @@ from ddpm_lmk.rundir import lock
 from ddpm_lmk.system import environment, heartbeat, machine, signals
 
 if TYPE_CHECKING:
-    from ddpm_lmk.launcher.agent import Agent
+    from ddpm_lmk.launcher.restarts import Agent
 
 
 def launch(job: dict[str, Any], placement: Placement) -> int:
@@ -107,7 +107,7 @@ def _run_agent(arguments: list[str], placement: Placement, folder: Path, out: Pa
     from torch.distributed.elastic import rendezvous
     from torch.distributed.elastic.agent.server.api import WorkerSpec
 
-    from ddpm_lmk.launcher.agent import Agent
+    from ddpm_lmk.launcher.restarts import Agent
 
     handler = None
     try:

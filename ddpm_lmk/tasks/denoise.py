@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ddpm_lmk.config import DenoiseConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.loading.order import keyed_seed, keyed_uniform
-from ddpm_lmk.tasks.diffusion import NoiseSchedule
+from ddpm_lmk.tasks.noise_schedule import NoiseSchedule
 from ddpm_lmk.tasks.task import Task
 
 

@@ -100,7 +100,9 @@ class LandmarkTask(Task):
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss per image, and radial error in network pixels per labelled landmark."""
-        from ddpm_lmk.tasks.metrics import MeanRadialError  # torchmetrics takes seconds to import; few runs validate
+        from ddpm_lmk.tasks.validation_metrics import (
+            MeanRadialError,  # torchmetrics takes seconds to import; few runs validate
+        )
 
         assert batch.points is not None, "landmark batches carry points"
         maps = self.maps(model, batch)

@@ -17,7 +17,7 @@ from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.loop import build_updater, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.session import COMPILE_CACHE, compile_cache, compile_model
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import ConfigError, LaunchError
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.directory import RunDir

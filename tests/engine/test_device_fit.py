@@ -21,7 +21,7 @@ from ddpm_lmk.engine.device_fit import (
     memory_gib,
 )
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import ResourceError
 from ddpm_lmk.models import build_model
 from ddpm_lmk.tasks import Task, build_task

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from ddpm_lmk.config import SpikeConfig
-from ddpm_lmk.engine.state import NOT_FINITE, OVERFLOW, SPIKE, Divergence
+from ddpm_lmk.engine.training_state import NOT_FINITE, OVERFLOW, SPIKE, Divergence
 
 RULE = SpikeConfig(window=16, after=20)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ddpm_lmk.config import EmaConfig
-from ddpm_lmk.engine.state import Ema
+from ddpm_lmk.engine.training_state import Ema
 from ddpm_lmk.errors import CheckpointError
 
 

@@ -25,7 +25,7 @@ from ddpm_lmk.engine.gradients import StepOutcome
 from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.models import build_model
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.rundir.log import read_lines

@@ -20,7 +20,7 @@ from ddpm_lmk.engine.optim import (
     moments,
     set_learning_rate,
 )
-from ddpm_lmk.engine.state import Plateau
+from ddpm_lmk.engine.training_state import Plateau
 from ddpm_lmk.errors import CheckpointError
 from tests.engine.toy import ToyNet
 

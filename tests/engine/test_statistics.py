@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddpm_lmk.config import EmaConfig
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel, RunningStatistics, is_running
-from ddpm_lmk.engine.state import Ema, TrainState
+from ddpm_lmk.engine.training_state import Ema, TrainState
 from tests.engine.toy import ToyNet, ToyTask, config, start
 
 

@@ -24,7 +24,7 @@ from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.models.weight_standardization import WeightStandardizedConv2d
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.tasks.task import Task

@@ -27,7 +27,7 @@ from ddpm_lmk.data.batch import Group
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, check_same_weights
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import DataError, DivergedError, LaunchError, LmkError, StoppedError
 from ddpm_lmk.system.machine import cpu_name
 from ddpm_lmk.system.signals import STOP_SIGNALS

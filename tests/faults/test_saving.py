@@ -38,7 +38,7 @@ REFUSALS: list[Break] = [
 LOADING: list[Break] = [
     {"call": "os.rename", "at": 2, "how": "kill"},  # the damaged one goes aside (the first call tries the folder)
     {"call": "os.rename", "at": 2, "how": "kill after"},
-    {"call": "ddpm_lmk.engine.state.load_moments", "how": "kill"},  # a good one is read and verified
+    {"call": "ddpm_lmk.engine.training_state.load_moments", "how": "kill"},  # a good one is read and verified
 ]
 
 

@@ -14,7 +14,7 @@ from ddpm_lmk.config import RunConfig, UNetConfig
 from ddpm_lmk.engine.loop import build_updater
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.session import compile_model
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import use_norm
 from ddpm_lmk.models.kernels.group_norm import choose_norm, group_norm

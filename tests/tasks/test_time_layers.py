@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.session import Session
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.checkpoint import load_weights
 from ddpm_lmk.tasks import LandmarkTask, build_task

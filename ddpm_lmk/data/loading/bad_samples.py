@@ -1,4 +1,4 @@
-"""Unreadable samples of a run: listed once over all ranks, and the end of the run where there are too many.
+"""Unreadable samples of a run: what stands in for them, the list over all ranks, the end where there are too many.
 
 Whether a sample is bad follows from its bytes, and what stands in for it from its position, so a resumed run meets the
 same ones at the same steps. The list is a report and a count; nothing is decided by reading it. A file system that
@@ -7,20 +7,24 @@ fails makes no sample bad: its reads are tried again (`shards.remote.with_retrie
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ddpm_lmk.data.loading.corpus import Corpus
+from ddpm_lmk.data.loading.order import keyed_uniform
 from ddpm_lmk.data.shards.index import SplitRows
+from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.errors import DataError
 
 log = logging.getLogger(__name__)
 
 # Always tolerated, so that a small dataset survives a few (docs/faults.md, B26); a shard may be all bad below it.
 BUDGET_FLOOR = 10
+_SUBSTITUTES = 16  # tries at finding a readable sample for a position
 
 
 class BadSample(NamedTuple):
@@ -29,6 +33,44 @@ class BadSample(NamedTuple):
     corpus: int
     row: int
     reason: str
+
+
+class Fetched(NamedTuple):
+    """A sample on its way into a batch: what the pixels' `fetch` returned, and the bad ones met before it."""
+
+    corpus: int
+    row: int
+    pixels: Any
+    bad: list[BadSample]
+
+
+def first_readable(
+    corpora: Sequence[Corpus], fetch: Callable[[int, int], Any], seed: int, position: int, corpus: int, row: int
+) -> Fetched:
+    """The sample at a position, or the first readable substitute: a function of seed, position and the bytes.
+
+    Args:
+        fetch: reads the pixels of (corpus, row); raises CorruptSampleError.
+
+    Raises:
+        DataError: none of those drawn for this position can be read.
+    """
+    met: list[BadSample] = []
+    for candidate in itertools.chain([row], _substitutes(corpora[corpus], seed, position)):
+        try:
+            return Fetched(corpus, candidate, fetch(corpus, candidate), met)
+        except CorruptSampleError as error:
+            met.append(BadSample(corpus, candidate, str(error)))
+    raise DataError(
+        f"{corpora[corpus].manifest.root}: none of {_SUBSTITUTES + 1} samples drawn for position {position} "
+        f"can be read, last: {met[-1].reason}; run `ddpm-lmk shards verify` and pack again"
+    )
+
+
+def _substitutes(used: Corpus, seed: int, position: int) -> Iterator[int]:
+    """Rows to try instead, of the same dataset, so that the weights of a pool hold; drawn only when they are needed."""
+    picks = keyed_uniform(seed, "substitute", np.array([position]), _SUBSTITUTES)[0] * len(used.rows)
+    yield from used.rows[picks.astype(np.int64)].tolist()
 
 
 class Quarantine:

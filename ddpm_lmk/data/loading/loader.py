@@ -7,6 +7,7 @@ batches ahead of the one in use, in order, and the time that was waited for it i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +23,13 @@ import torch
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Batch, Group
 from ddpm_lmk.data.loading.augment import Changes, compose, draw_changes, invert, move, no_changes
-from ddpm_lmk.data.loading.bad_samples import BadSample, Quarantine
+from ddpm_lmk.data.loading.bad_samples import BadSample, Fetched, Quarantine, first_readable
 from ddpm_lmk.data.loading.corpus import Corpus, Facts, evaluation_corpora, fingerprint, training_corpora
 from ddpm_lmk.data.loading.dali import DaliPixels
-from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder, keyed_uniform
+from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder
 from ddpm_lmk.data.loading.pixels import ResidentPixels, StreamPixels, open_pixels
-from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.data.spec import DatasetSpec, mixture
-from ddpm_lmk.errors import ConfigError, DataError
+from ddpm_lmk.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +38,6 @@ Request = TypeVar("Request")
 Made = TypeVar("Made")
 
 _DEPTH = 2  # batches made ahead: one is being made while one is ready; more would only hold memory
-_SUBSTITUTES = 16  # tries at finding a readable sample for a position
-
-
-class Fetched(NamedTuple):
-    """A sample on its way into a batch: what the pixels' `fetch` returned, and the bad ones met before it."""
-
-    corpus: int
-    row: int
-    pixels: Any
-    bad: list[BadSample]
 
 
 @dataclass(frozen=True)
@@ -213,32 +203,16 @@ class TrainLoader(_Loader):
         self._prefetch_shards(step)
         positions, weights, micro = self.plan.share(step, self._seat.rank, self._seat.world)
         corpora, rows = self._order.at(positions)
-        samples = self._map(self._find, positions.tolist(), corpora.tolist(), rows.tolist())
+        samples = self._map(
+            functools.partial(first_readable, self.corpora, self._pixels.fetch, self._cfg.seed),
+            *(positions.tolist(), corpora.tolist(), rows.tolist()),
+        )
         batches = []
         for begin in range(0, len(positions), micro):
             part = slice(begin, begin + micro)
             changes = draw_changes(self._cfg.data.augment, self._cfg.seed, positions[part], self._cfg.data.image_size)
             batches.append(self._batch(samples[part], positions[part], weights[part], changes))
         return step, batches, [bad for sample in samples for bad in sample.bad]
-
-    def _find(self, position: int, corpus: int, row: int) -> Fetched:
-        """The sample at a position, or the first readable substitute: a function of the position and the bytes."""
-        met: list[BadSample] = []
-        for candidate in itertools.chain([row], self._substitutes(position, corpus)):
-            try:
-                return Fetched(corpus, candidate, self._pixels.fetch(corpus, candidate), met)
-            except CorruptSampleError as error:
-                met.append(BadSample(corpus, candidate, str(error)))
-        raise DataError(
-            f"{self.corpora[corpus].manifest.root}: none of {_SUBSTITUTES + 1} samples drawn for position {position} "
-            f"can be read, last: {met[-1].reason}; run `ddpm-lmk shards verify` and pack again"
-        )
-
-    def _substitutes(self, position: int, corpus: int) -> Iterator[int]:
-        """Rows to try instead, of the same set; drawn only when they are needed."""
-        rows = self.corpora[corpus].rows  # of the same dataset, so that the weights of a pool hold
-        picks = keyed_uniform(self._cfg.seed, "substitute", np.array([position]), _SUBSTITUTES)[0] * len(rows)
-        yield from rows[picks.astype(np.int64)].tolist()
 
 
 class EvalLoader(_Loader):

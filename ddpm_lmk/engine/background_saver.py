@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.rundir.checkpoint import Tensors
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.rundir.retention import Keep

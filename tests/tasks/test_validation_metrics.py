@@ -14,7 +14,7 @@ import torch
 from ddpm_lmk.data.spec import SPECS, DatasetSpec
 from ddpm_lmk.errors import DataError
 from ddpm_lmk.inference import scoring
-from ddpm_lmk.tasks.metrics import MeanRadialError, SuccessDetectionRate
+from ddpm_lmk.tasks.validation_metrics import MeanRadialError, SuccessDetectionRate
 
 CEPH, HAND, CHEST = SPECS["cephalometric"], SPECS["hand"], SPECS["chest"]
 CEPH_SIZE = np.array([[1935.0, 2400.0]])

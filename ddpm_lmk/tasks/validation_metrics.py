@@ -1,7 +1,8 @@
 """MRE and SDR as torchmetrics classes: sums and counts that add up over batches and processes.
 
-For use inside a training or evaluation loop, on the device. The numbers of results and reports come from `scoring`,
-which has the two protocols and the errors for users; both agree on the same points (tests/tasks/test_metrics.py).
+For use inside a training or evaluation loop, on the device. The numbers of results and reports come from
+`inference.scoring`, which has the two protocols and the errors for users; both agree on the same points
+(tests/tasks/test_validation_metrics.py).
 """
 
 from __future__ import annotations

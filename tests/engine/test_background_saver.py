@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_lmk.engine.checkpointer import Checkpointer, HostCopy
+from ddpm_lmk.engine.background_saver import Checkpointer, HostCopy
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.parallel import Parallel
-from ddpm_lmk.engine.state import TrainState
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import ResourceError, RunConflictError
 from ddpm_lmk.launcher.supervise import limit_s
 from ddpm_lmk.rundir.checkpoint import Checkpoint, Tensors, load_latest, load_weights

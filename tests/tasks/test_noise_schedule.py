@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_lmk.tasks.diffusion import NoiseSchedule, ddim_sample, ddpm_sample
+from ddpm_lmk.tasks.noise_schedule import NoiseSchedule, ddim_sample, ddpm_sample
 
 TARGETS = ["eps", "x0", "v"]
 

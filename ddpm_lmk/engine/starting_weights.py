@@ -1,4 +1,4 @@
-"""Starting weights: putting those of `init.weights` into a network, and checking beforehand that they will fit.
+"""Where the weights of a run come from: `starting_state` decides it, `put_weights` how much of `init.weights` is used.
 
 All of them where the parent learnt the same task with the same outputs; the encoder where that is all the weights have
 of the network; else all but the output layer. `require_fitting` puts tensors without content into a network without
@@ -17,12 +17,54 @@ from torch import Tensor, nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.session import Session
+from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.encoder_unet import is_encoder_only, load_encoder, require_file
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
-from ddpm_lmk.rundir.checkpoint import weights_header
+from ddpm_lmk.rundir.checkpoint import load_checkpoint, weights_header
+from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.tasks import Task, build_task
+
+
+def starting_state(
+    cfg: RunConfig, task: Task, *, session: Session, parallel: Parallel, run: RunDir
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state a run begins with, and the facts of its parent weights, if any. The first that applies:
+
+    1. The newest good checkpoint of the run directory: everything continues as it was.
+    2. `init.weights`, into a network that is otherwise random from `seed`. All of it where the parent learnt the same
+       task with the same outputs on the same dataset; the encoder where that is all the weights have of the network;
+       else all but the output layer, which stays random from `seed`.
+    3. Random from `seed`.
+    """
+    with parallel.together():
+        verified = run.load_latest() if parallel.is_main else None
+    newest = parallel.broadcast(None if verified is None else verified.path)
+    with parallel.together():
+        model = session.model(cfg, task, parallel.device)
+        parent = None
+        if newest is None and cfg.init.weights is not None:
+            parent = _load_parent(cfg, task, model, session)
+        # After the parent weights: the average begins with them.
+        state = TrainState.fresh(cfg, model)
+        if newest is not None:
+            # Rank 0 has read and verified it already; the others read it from the shared disk.
+            state.load(verified or load_checkpoint(newest), load_all=load_all)
+    return state, parent
+
+
+def _load_parent(cfg: RunConfig, task: Task, model: nn.Module, session: Session) -> dict[str, Any]:
+    """Put `init.weights` into `model`; returns what is worth knowing about them later."""
+    assert cfg.init.weights is not None
+    if cfg.model.kind == "encoder_unet":
+        require_file(cfg.init.weights)
+    weights, meta = session.weights(cfg.init)
+    part = put_weights(cfg, task, model, weights, meta)
+    facts: dict[str, Any] = {key: meta[key] for key in ("path", "use", "step", "fingerprint", "files") if key in meta}
+    return {**facts, "loaded": part}
 
 
 def put_weights(

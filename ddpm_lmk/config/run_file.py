@@ -1,4 +1,7 @@
-"""`RunConfig`: every key that a run file may have, its default, and which keys exclude one another."""
+"""`RunConfig`: the sections of a run file, and which keys of different sections exclude one another.
+
+The keys of each section, with defaults and bounds, are in `data`, `model`, `task` and `training` beside this module.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Radial errors of points, MRE and SDR under two protocols, the mean shape, mean and deviation over seeds.
 
-Plain numpy, so that reports never wait for torch; `tasks.metrics` holds the same sums as torchmetrics classes. Protocol
-`original` measures annotated points in original pixels with the right spacing. Protocol `paper` measures what the
-paper's released code measures (docs/method.md, section 3): on a squeezed integer grid, with labels read back from their
-masks and the millimetre factors of that code, mistakes included. Points are (x, y) native pixels, `[M, N, 2]` for M
-images and N landmarks; SDR counts errors at or below a threshold, in per cent.
+Plain numpy, so that reports never wait for torch; `tasks.validation_metrics` holds the same sums as torchmetrics
+classes. Protocol `original` measures annotated points in original pixels with the right spacing. Protocol `paper`
+measures what the paper's released code measures (docs/method.md, section 3): on a squeezed integer grid, with labels
+read back from their masks and the millimetre factors of that code, mistakes included. Points are (x, y) native pixels,
+`[M, N, 2]` for M images and N landmarks; SDR counts errors at or below a threshold, in per cent.
 """
 
 from __future__ import annotations

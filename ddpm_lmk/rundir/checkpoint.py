@@ -8,12 +8,11 @@ There is no pointer to the newest one: the directories are scanned, verified, an
 checkpoint is renamed to `.bad-*` and the one before it taken; one of another format stays where it is and is an error.
 Nothing is pickled or unpickled. Which checkpoints stay is `retention`'s.
 
-The safetensors format, written in pieces and read from memory.
-
-The library's own writer makes a second copy of everything before the first byte can be hashed; `pieces` hands out the
-memory of the tensors one after the other. The format: 8 bytes of header length, a JSON header of names, types, shapes
-and byte ranges, padded to 8 bytes, then the tensors, widest type first so that each is aligned. Reading is the
-library's, after the header's length was checked against the data and a limit.
+Tensors are in the safetensors format, written in pieces and read from memory: the library's own writer makes a second
+copy of everything before the first byte can be hashed, `pieces` hands out the memory of the tensors one after the
+other. The format: 8 bytes of header length, a JSON header of names, types, shapes and byte ranges, padded to 8 bytes,
+then the tensors, widest type first so that each is aligned. Reading is the library's, after the header's length was
+checked against the data and a limit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Children that run a module of this package on a job: started in one way, and ended with their parent in any case.
 
 The parent calls `start_child`; the module's `main` does its work inside `child_job`. Ranks of a run are started by
-torchelastic (`launcher.agent`) and decoders by `data.images.sandbox`, which has a protocol of its own.
+torchelastic (`launcher.restarts`) and decoders by `data.images.sandbox`, which has a protocol of its own.
 """
 
 from __future__ import annotations

@@ -158,5 +158,5 @@ def test_auto_measures_where_it_matters_and_keeps_to_what_the_run_began_with(pac
     measured = measure_backends(cfg, training_corpora(cfg), device=torch.device("cpu"))
     assert measured.images_per_s is not None
     assert measured.name == max(measured.images_per_s, key=measured.images_per_s.__getitem__)
-    with pytest.raises(ConfigError, match=r"residency=ram.*beforehand"):
+    with pytest.raises(ConfigError, match=r"cache_pixels=ram.*beforehand"):
         choose_backend(config(packs["raw8"], "dali", runtime={"cache_pixels": "ram"}), device="cpu")

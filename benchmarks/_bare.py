@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_lmk.bench import Timings
-from ddpm_lmk.data.batch import Batch, Group
+from ddpm_lmk.data.batch import Batch, GlobalBatch
 from ddpm_lmk.data.loading.bad_samples import Quarantine
-from ddpm_lmk.data.loading.order import GroupPlan
+from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.engine.session import Session
 from ddpm_lmk.tasks import DenoiseTask
 
@@ -80,7 +80,7 @@ class TurnTaking:
         cfg = subject.cfg
         self.spec, self.fingerprint = spec_of(cfg), "benchmark"
         self.num_images = 4 * subject.batch_images
-        self.plan = GroupPlan(
+        self.plan = BatchPlan(
             self.num_images, cfg.train.global_batch_size, cfg.train.given_micro_batch, cfg.train.epoch_boundary
         )
         self.quarantine = Quarantine([], 0.0)
@@ -89,7 +89,7 @@ class TurnTaking:
         self._micro_batches = cfg.train.global_batch_size // subject.batch_images
         self._other, self._device, self._warm_up = other, subject.device, warm_up
 
-    def groups(self, start_step: int = 0) -> Generator[Group, None, None]:
+    def global_batches(self, start_step: int = 0) -> Generator[GlobalBatch, None, None]:
         """Groups without end, each after a step of the other loop on the same images."""
         step = start_step
         while True:
@@ -100,7 +100,7 @@ class TurnTaking:
                 self._other(batch)
             _note(self.turns.bare, begin, self._now(), is_kept=kept)
             begin = self._now()
-            yield Group(self.plan.size(step), [batch] * self._micro_batches, 0.0)
+            yield GlobalBatch(self.plan.size(step), [batch] * self._micro_batches, 0.0)
             _note(self.turns.engine, begin, self._now(), is_kept=kept)
             step += 1
 

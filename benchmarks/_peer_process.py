@@ -12,7 +12,7 @@ from _peer_networks import Counts
 from _peer_worker import Spec, serve
 
 from ddpm_lmk.bench import Timings
-from ddpm_lmk.system.console import say
+from ddpm_lmk.system.console import print_status
 
 TURNS_ON_GPU = 3
 
@@ -88,7 +88,7 @@ def run_together(contenders: Sequence[Contender], *, warm_up: int, rounds: int) 
             for contender in contenders[:: 1 if number % 2 == 0 else -1]:
                 if not contender.failure:
                     _step(contender, processes[contender.label], is_kept=number >= warm_up)
-            say(f"round {number + 1} of {warm_up + rounds}, of which {warm_up} to warm up")
+            print_status(f"round {number + 1} of {warm_up + rounds}, of which {warm_up} to warm up")
 
 
 def run_by_turns(contenders: Sequence[Contender], *, warm_up: int, rounds: int) -> None:
@@ -103,7 +103,7 @@ def run_by_turns(contenders: Sequence[Contender], *, warm_up: int, rounds: int) 
                 for number in range(warm_up + steps):
                     if process is not None and not contender.failure:
                         _step(contender, process, is_kept=number >= warm_up)
-        say(f"turn {turn + 1} of {TURNS_ON_GPU}, {steps} rounds each")
+        print_status(f"turn {turn + 1} of {TURNS_ON_GPU}, {steps} rounds each")
 
 
 def _started(contender: Contender, stack: ExitStack) -> Process | None:
@@ -132,4 +132,4 @@ def _step(contender: Contender, process: Process, *, is_kept: bool) -> None:
 
 def _fail(contender: Contender, error: ChildProcessError) -> None:
     contender.failure = str(error)
-    say(f"{contender.label}: left out, {error}")
+    print_status(f"{contender.label}: left out, {error}")

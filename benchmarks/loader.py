@@ -34,7 +34,7 @@ from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.run import execute
-from ddpm_lmk.system.console import say
+from ddpm_lmk.system.console import print_status
 from ddpm_lmk.system.machine import version, versions
 
 GROUP_SIZE = 32
@@ -124,7 +124,7 @@ def measure_training(
     loaders = ["torch", *(["dali"] if version("nvidia-dali-cuda130") is not None else [])]
     for (where, path), loader in itertools.product(places.items(), loaders):
         if result.rows[-1].what == "training" and time.perf_counter() > until:
-            say(f"training from {where} with {loader}: left out, --budget-s {options.budget_s:.0f} is spent")
+            print_status(f"training from {where} with {loader}: left out, --budget-s {options.budget_s:.0f} is spent")
             continue
         cache = str(scratch / f"training-{where}-{loader}")
         cfg = run_config(path, options, {"image_size": min(SIZES)}, loader=loader, cache_dir=cache)
@@ -157,7 +157,7 @@ def _loading(cfg: RunConfig, options: argparse.Namespace) -> tuple[dict[str, lis
     began = time.perf_counter()
     loader = open_loader(cfg, stage="train", device=options.device)
     open_s = time.perf_counter() - began
-    groups = loader.groups(0)
+    groups = loader.global_batches(0)
     try:
         return _rate(lambda: next(groups).size, options), {"open_s": open_s}
     finally:

@@ -34,7 +34,7 @@ from _peer_worker import Spec
 
 from ddpm_lmk.bench import Comparison, Result, compare_paired
 from ddpm_lmk.bench.compare import conclude
-from ddpm_lmk.system.console import print_table, say
+from ddpm_lmk.system.console import print_status, print_table
 from ddpm_lmk.system.machine import versions
 
 LAYOUTS = ("nchw", "channels-last")
@@ -56,7 +56,7 @@ def main() -> None:
     run = run_together if device == "cpu" else run_by_turns
     for group in options.groups:
         contenders = list(_contenders(group, options, device))
-        say(f"group {group}: {', '.join(contender.label for contender in contenders)}")
+        print_status(f"group {group}: {', '.join(contender.label for contender in contenders)}")
         run(contenders, warm_up=WARM_UP, rounds=options.rounds)
         _note(result, group, contenders)
     conclude(result, options.out, f"width{options.width}-{options.size}px-{options.precision}", earlier=[RESULTS])
@@ -87,7 +87,9 @@ def _contenders(group: str, options: argparse.Namespace, device: str) -> Iterato
         yield contender("released, checkpointing", "nchw")
     for peer in PEERS:
         if not is_installed(peer):
-            say(f"{PACKAGES[peer][1]} is not installed: left out (pip install -c constraints.txt -e '.[bench]')")
+            print_status(
+                f"{PACKAGES[peer][1]} is not installed: left out (pip install -c constraints.txt -e '.[bench]')"
+            )
             continue
         chosen = matched(peer, shape, released) if group == "matched" else shape
         yield from (contender(peer, layout, chosen) for layout in options.layouts)

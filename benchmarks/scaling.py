@@ -29,7 +29,7 @@ from ddpm_lmk.bench.ratio import FEWEST_PAIRS
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.launcher.placement import Placement
 from ddpm_lmk.launcher.start import run_ranks
-from ddpm_lmk.system.console import say
+from ddpm_lmk.system.console import print_status
 from ddpm_lmk.system.machine import granted_cores
 
 MOST_CPU_PROCESSES = 8
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     cfg, device = run_config(options), device_of(options)
     if options.processes is None and available(device) < 2:
-        say(f"bench scaling: one {'GPU' if device == 'cuda' else 'core'} here, so there is nothing to measure")
+        print_status(f"bench scaling: one {'GPU' if device == 'cuda' else 'core'} here, so there is nothing to measure")
         return
     result = Result("scaling", settings=cfg.model_dump(mode="json"), device=device)
     batch = options.batch or cfg.train.given_micro_batch or cfg.train.global_batch_size
@@ -82,7 +82,7 @@ def run_on(
     count: int, options: argparse.Namespace, device: str, *, budget_s: float, ways: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """What `count` ranks found, for all ways or some."""
-    say(f"bench scaling: {count} processes")
+    print_status(f"bench scaling: {count} processes")
     placed = ("cpu" if device == "cpu" else "cuda", count)
     with tempfile.TemporaryDirectory() as folder:
         file, job = Path(folder) / "found.json", Path(folder) / "job.json"

@@ -31,7 +31,7 @@ from ddpm_lmk.bench import Result, Timings, alternate, compare_paired
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.engine.device_fit import is_out_of_memory, memory_gib
 from ddpm_lmk.errors import ResourceError
-from ddpm_lmk.system.console import progress, say
+from ddpm_lmk.system.console import print_status, progress
 
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -214,7 +214,7 @@ def halve_until_it_fits(options: argparse.Namespace) -> dict[str, float]:
             if not options.batch or options.batch < 2:
                 raise
             options.batch //= 2
-            say(f"does not fit; trying {options.batch} images")
+            print_status(f"does not fit; trying {options.batch} images")
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, float]:

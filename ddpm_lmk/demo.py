@@ -29,7 +29,7 @@ from ddpm_lmk.sweep import StageRun, Sweep, load_sweep
 from ddpm_lmk.sweep.check import check_sweep, refuse_other_settings
 from ddpm_lmk.sweep.forecast import SweepForecast, forecast_run, forecast_sweep
 from ddpm_lmk.sweep.run import run_sweep
-from ddpm_lmk.system.console import Whole, about, duration, progress, remaining, say
+from ddpm_lmk.system.console import Whole, about, duration, print_status, progress, remaining
 from ddpm_lmk.system.machine import granted_cores
 from ddpm_lmk.system.shipped import shipped
 from ddpm_lmk.system.signals import check_stopped
@@ -129,10 +129,10 @@ class Demo:
         seconds = list(self.expected_s.values())
         return Whole("demo", self.began, sum(seconds[list(self.expected_s).index(stage) + 1 :]))
 
-    def say(self, text: str, stage: str) -> None:
+    def print_status(self, text: str, stage: str) -> None:
         """Say that a stage begins, and how long it takes from here to the end."""
         whole = self.whole(stage)
-        say(text if whole is None else f"{text}, {remaining(self.expected_s[stage] + whole.then_s)}")
+        print_status(text if whole is None else f"{text}, {remaining(self.expected_s[stage] + whole.then_s)}")
 
 
 def run_demo(out: Path, placement: Placement, *, configs: Path | None = None) -> Path:
@@ -143,18 +143,18 @@ def run_demo(out: Path, placement: Placement, *, configs: Path | None = None) ->
     """
     demo = Demo.load(out, placement, configs or shipped("configs") / "demo")
     refuse_another_recipe(demo)  # before minutes are spent on what would end in a table of unlike runs
-    say(f"1/4 packing synthetic x-rays into {out / 'shards'}")
+    print_status(f"1/4 packing synthetic x-rays into {out / 'shards'}")
     for name, dataset in demo.shards.packs.items():
         _pack_once(out / "shards" / name, dataset, demo.shards.size)
     demo.measure()  # needs the datasets; packing them takes less than the tenth of a demo
-    say(f"demo: {demo}")
-    demo.say(f"2/4 pre-training without labels into {demo.pretraining.folder}", "pre-training")
+    print_status(f"demo: {demo}")
+    demo.print_status(f"2/4 pre-training without labels into {demo.pretraining.folder}", "pre-training")
     _pretrain(demo)
-    demo.say(f"3/4 fine-tuning with few labels into {demo.sweep.out}", "fine-tuning")
+    demo.print_status(f"3/4 fine-tuning with few labels into {demo.sweep.out}", "fine-tuning")
     _fine_tune(demo)
-    say("4/4 writing the report")
+    print_status("4/4 writing the report")
     report = write_report([demo.sweep.out], out / "report.html")
-    say(f"done in {duration(time.monotonic() - demo.began)}")
+    print_status(f"done in {duration(time.monotonic() - demo.began)}")
     return report[0]
 
 
@@ -189,7 +189,7 @@ def refuse_another_recipe(demo: Demo) -> None:
 def _pretrain(demo: Demo) -> None:
     cfg, out, placement = demo.pretraining.cfg, demo.pretraining.folder, demo.training_placement
     for remark in check_run(cfg, out, placement):
-        say(remark)
+        print_status(remark)
     # Timed before the first stage, together with the sweep: a run that timed itself would say only its own part.
     job: dict[str, Any] = {"config": cfg.model_dump(mode="json"), "out": str(out), "is_foretold": False}
     whole = demo.whole("pre-training")
@@ -203,7 +203,7 @@ def _fine_tune(demo: Demo) -> None:
     seconds = demo.sweep_forecast.seconds() if demo.sweep_forecast is not None and whole is not None else None
     placement = replace(demo.placement, processes=demo.workers)
     for remark in check_sweep(demo.sweep, placement):
-        say(remark)
+        print_status(remark)
     code = run_sweep(demo.sweep, processes=placement.processes, device=placement.device, seconds=seconds, whole=whole)
     _require_success(code, "the sweep", demo.sweep.out)
 

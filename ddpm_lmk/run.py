@@ -38,7 +38,7 @@ from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split
 from ddpm_lmk.inference.sample import draw_samples, to_png
 from ddpm_lmk.inference.scoring import check_temperatures
 from ddpm_lmk.rundir.directory import RunDir, copy_checkpoint
-from ddpm_lmk.system.console import Whole, about, progress, say
+from ddpm_lmk.system.console import Whole, about, print_status, progress
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.system.machine import code_digest, granted_cores, versions
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, Task, build_task
@@ -164,7 +164,7 @@ def _fit(cfg: RunConfig, task: Task, corpora: Sequence[Corpus], past: Past, para
         steps = cfg.train.duration.steps(cfg.train.global_batch_size, images)
         fitted = fit_to_device(cfg, task, parallel, steps=steps)
         if parallel.is_main:
-            say(str(fitted))
+            print_status(str(fitted))
     if parallel.is_main and (warning := emulation_warning(cfg, fitted.precision, parallel.device.type)):
         log.warning(warning)
     return fitted
@@ -180,7 +180,7 @@ def _opened(
     backend = parallel.on_main(lambda: choose_backend(cfg, device=parallel.device, world=parallel.world, before=before))
     place |= {"cache": session.cache, "backend": backend.name}
     if parallel.is_main:
-        say(f"loader={backend.name} ({backend.reason})")
+        print_status(f"loader={backend.name} ({backend.reason})")
     with parallel.together():
         train = open_loader(cfg, stage="train", corpora=corpora, **place)
         split = cfg.data.validation_split
@@ -195,9 +195,9 @@ def _opened(
 
 def _tell_forecast(cfg: RunConfig, forecast: Forecast, instead: str | None, parallel: Parallel) -> None:
     if parallel.is_main:
-        say(f"{cfg.name}: {forecast}")
+        print_status(f"{cfg.name}: {forecast}")
         if instead is not None and forecast.total_s > LONG_S:
-            say(instead)
+            print_status(instead)
 
 
 def _check_same_everywhere(cfg: RunConfig, loaders: Loaders, state: TrainState, parallel: Parallel) -> None:
@@ -274,7 +274,7 @@ def _shown_conclusion(
     if not doing or not parallel.is_main:
         return nullcontext(lambda done, total: None)
     if whole is None and not sys.stderr.isatty():
-        say(f"{cfg.name}: {doing}" + (f", {about(forecast.conclude_s)}" if forecast is not None else ""))
+        print_status(f"{cfg.name}: {doing}" + (f", {about(forecast.conclude_s)}" if forecast is not None else ""))
     return progress(doing, lines=False)
 
 

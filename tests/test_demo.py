@@ -23,5 +23,5 @@ def test_where_a_stage_cannot_be_timed_the_demo_says_so_and_nothing_of_what_is_l
 
     assert str(demo) == "more than 10 s here: 10 s of the report (from steps timed here; not all of them: too slow)"
     assert demo.whole("pre-training") is None
-    demo.say("2/4 pre-training", "pre-training")
+    demo.print_status("2/4 pre-training", "pre-training")
     assert capsys.readouterr().err == "2/4 pre-training\n"

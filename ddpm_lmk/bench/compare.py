@@ -101,7 +101,7 @@ def conclude(result: Result, folder: Path, label: str, *, earlier: Sequence[Path
     Args:
         earlier: folders with results besides `folder`.
     """
-    from ddpm_lmk.system.console import say
+    from ddpm_lmk.system.console import print_status
 
     places = dict.fromkeys(Path(place).resolve() for place in (*earlier, folder))
     before = [old for place in places for old in read_results(place, result.benchmark)]
@@ -112,11 +112,13 @@ def conclude(result: Result, folder: Path, label: str, *, earlier: Sequence[Path
         lines, remarks = compare_sides([new], [old])
         others += not lines
         if lines:
-            say(f"against {old.path.name} ({old.machine}, {old.date[:10]}): {summarise(lines, remarks)}")
+            print_status(f"against {old.path.name} ({old.machine}, {old.date[:10]}): {summarise(lines, remarks)}")
     if others:
-        say(f"{others} earlier results measured something else; `ddpm-lmk bench --compare A B` says what differs")
+        print_status(
+            f"{others} earlier results measured something else; `ddpm-lmk bench --compare A B` says what differs"
+        )
     picture = draw([*before, new], path.with_suffix(".png"))
-    say(f"wrote {path}" + (f" and {picture.name}" if picture else ""))
+    print_status(f"wrote {path}" + (f" and {picture.name}" if picture else ""))
     return path
 
 

@@ -22,7 +22,7 @@ from ddpm_lmk.cli.shards import shards_app
 from ddpm_lmk.cli.train import CpuOption, GpusOption, launch_app, shipped_file, train_app
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.system import environment, files, shipped
-from ddpm_lmk.system.console import accept_any_encoding, print_table, say
+from ddpm_lmk.system.console import accept_any_encoding, print_status, print_table
 from ddpm_lmk.system.machine import require_safe_versions
 
 app = typer.Typer(
@@ -46,7 +46,7 @@ def main() -> int:
     accept_any_encoding()
     # Variables of an outer torchrun or mpirun would make torch wait for ranks that nobody starts.
     for line in environment.stand_alone():
-        say(f"note: {line}")
+        print_status(f"note: {line}")
     return run(sys.argv[1:])
 
 

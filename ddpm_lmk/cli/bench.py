@@ -12,7 +12,7 @@ import typer
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.rundir.lock import make_writable
 from ddpm_lmk.system import shipped
-from ddpm_lmk.system.console import print_table, say
+from ddpm_lmk.system.console import print_status, print_table
 
 bench_app = typer.Typer()
 
@@ -61,14 +61,14 @@ def bench(
     shared = ["--budget-s", f"{60 * budget_min / len(chosen):.0f}"] if has_budget else []
     failed = {}
     for number, script in enumerate(chosen, 1):
-        say(f"bench {script} ({number} of {len(chosen)}) {' '.join(context.args)}".rstrip())
+        print_status(f"bench {script} ({number} of {len(chosen)}) {' '.join(context.args)}".rstrip())
         words = [*context.args, *shared, "--out", str(out)]
         # In a process of its own: memory, threads and chosen kernels of one benchmark must not weigh on the next.
         code = subprocess.run([sys.executable, str(scripts[script]), *words], check=False).returncode
         if code:
             failed[script] = code
     if failed:
-        say(f"failed: {', '.join(f'{script} (exit code {code})' for script, code in failed.items())}")
+        print_status(f"failed: {', '.join(f'{script} (exit code {code})' for script, code in failed.items())}")
         raise typer.Exit(next(iter(failed.values())))
 
 

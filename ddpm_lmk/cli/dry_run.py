@@ -14,7 +14,7 @@ from pathlib import Path
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import config_hash, load_run
 from ddpm_lmk.config.values import Stage
-from ddpm_lmk.data.loading.order import GroupPlan
+from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.engine.forecast import LONG_S, images_trained_on
 from ddpm_lmk.launcher import Device, Placement, preflight
 from ddpm_lmk.sweep import Sweep
@@ -46,7 +46,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     else:
         counts = [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
     num_images = sum(images_trained_on(cfg, count) for count in counts)
-    batches = GroupPlan.of(cfg, num_images)
+    batches = BatchPlan.of(cfg, num_images)
     train = cfg.train
     steps = train.duration.steps(train.global_batch_size, num_images, batches.steps_per_epoch)
     images = batches.images(steps)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ddpm_lmk.system.console import say
+from ddpm_lmk.system.console import print_status
 
 results_app = typer.Typer()
 
@@ -70,10 +70,10 @@ def predict(
     summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, frame=frame, device=device)
     # One bad file among thousands must not cost the others; `check` decides on the exit code.
     for name, reason in summary.errors.items():
-        say(f"failed: {name}: {reason}")
+        print_status(f"failed: {name}: {reason}")
     if summary.passed_over:
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in summary.passed_over.most_common(5))
-        say(f"{summary.passed_over.total()} files that are no images were skipped ({kinds})")
+        print_status(f"{summary.passed_over.total()} files that are no images were skipped ({kinds})")
     typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")
     summary.check(strict=strict)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ddpm_lmk.errors import ConfigError
-from ddpm_lmk.system.console import print_table, progress, say
+from ddpm_lmk.system.console import print_status, print_table, progress
 
 if TYPE_CHECKING:
     from ddpm_lmk.data.shards.pack import PackSummary
@@ -128,13 +128,13 @@ def pack(
 
 def _report(summary: PackSummary) -> None:
     for warning in summary.warnings:
-        say(f"warning: {warning}")
+        print_status(f"warning: {warning}")
     for line in summary.refused[:MAX_LINES]:
-        say(f"refused: {line['id']}: {line['reason']}")
+        print_status(f"refused: {line['id']}: {line['reason']}")
     if summary.num_refused > MAX_LINES:
-        say(f"... all {summary.num_refused} refused images are in {summary.out / 'refused.jsonl'}")
+        print_status(f"... all {summary.num_refused} refused images are in {summary.out / 'refused.jsonl'}")
     if summary.resumed_at:
-        say(f"resumed after the {summary.resumed_at} images of an interrupted packing")
+        print_status(f"resumed after the {summary.resumed_at} images of an interrupted packing")
     # Resumed and very small packings take no measurable time.
     speed = summary.packed / max(summary.seconds, 1e-9)
     typer.echo(
@@ -142,7 +142,9 @@ def _report(summary: PackSummary) -> None:
         f"{summary.num_refused} refused{_by_code(summary)}, "
         f"{_mib(summary.image_bytes)} in {summary.seconds:.1f} s ({speed:.0f} images/s)"
     )
-    say(f"next: `ddpm-lmk shards show {shlex.quote(str(summary.out))}` to look at them; runs read them with data.path=")
+    print_status(
+        f"next: `ddpm-lmk shards show {shlex.quote(str(summary.out))}` to look at them; runs read them with data.path="
+    )
 
 
 def _by_code(summary: PackSummary) -> str:
@@ -157,10 +159,10 @@ def verify(folder: DatasetArgument) -> None:
 
     report = verify_shards(folder)
     for line in [*report.foreign, *report.problems][:MAX_LINES]:
-        say(line)
+        print_status(line)
     report.check()
     if not report.is_listed:
-        say("the server lists no files, so foreign ones were not checked for")
+        print_status("the server lists no files, so foreign ones were not checked for")
     splits = _listed(report.per_split)
     typer.echo(f"{folder}: good; {report.samples} samples ({splits}) in {report.shards} shards, {_mib(report.bytes)}")
 

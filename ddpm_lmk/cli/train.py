@@ -10,7 +10,7 @@ import typer
 
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.system import environment, files, shipped
-from ddpm_lmk.system.console import console, print_table, reader_width, say
+from ddpm_lmk.system.console import console, print_status, print_table, reader_width
 from ddpm_lmk.system.signals import leaving_at_once
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def shipped_file(path: Path | None) -> Path | None:
         return None
     file = shipped.find(path)
     if file != path:
-        say(f"{path} is the one shipped with ddpm-lmk, {file}; `ddpm-lmk init DIR` copies it out to be edited")
+        print_status(f"{path} is the one shipped with ddpm-lmk, {file}; `ddpm-lmk init DIR` copies it out to be edited")
     return file
 
 
@@ -118,18 +118,18 @@ def _add_training_command(name: Stage, text: str) -> None:
             instead = smaller_run(cfg, name, run_file, placement.device)
             # Before anything is written, and before ranks are started that would each say the same.
             for remark in check_run(cfg, folder, placement, fork=None if fork is None else source):
-                say(remark)
+                print_status(remark)
             if dry_run:
                 print_table(("", ""), plan_run(cfg, placement, source, instead=instead))
                 return
             environment.check_copies(placement.nodes)  # srun and mpirun start copies of one command
             job = {"config": cfg.model_dump(mode="json"), "out": str(folder), "strict": strict, "instead": instead}
             job["fork"] = None if fork is None else str(source)
-            say(f"{cfg.name}: {placement}, {folder}")
+            print_status(f"{cfg.name}: {placement}, {folder}")
             code = launch_run(job, placement)
             if code == 0:
                 typer.echo(f"{folder / 'results.json'}")
-                say(f"next: {_next_step(cfg, folder)}")
+                print_status(f"next: {_next_step(cfg, folder)}")
             raise typer.Exit(code)
 
 
@@ -171,21 +171,25 @@ def sweep(
     else:
         placement = place(gpus=gpus, cpu=cpu)
     for remark in check_sweep(loaded, placement):
-        say(remark)
+        print_status(remark)
     if dry_run and gpus is None and cpu is None:
         placement = place()  # only now: it imports torch
     device, devices = placement.device, placement.processes
     # `auto` trains for some steps, which a dry run does not.
-    each = 1 if dry_run and per_device == "auto" else workers_per_device(per_device, loaded, device=device, say=say)
+    each = (
+        1
+        if dry_run and per_device == "auto"
+        else workers_per_device(per_device, loaded, device=device, say=print_status)
+    )
     if not dry_run:
-        say(f"sweep {loaded.name}: {placement}, {loaded.out}{f', {each} workers on each' if each > 1 else ''}")
+        print_status(f"sweep {loaded.name}: {placement}, {loaded.out}{f', {each} workers on each' if each > 1 else ''}")
     _warn_of_emulation(loaded, device)
     forecast = forecast_sweep(loaded, device, workers=devices * each, devices=devices)
     instead = smaller_sweep(loaded, file, device, scale=scale) if forecast.total_s > LONG_S else None
     if dry_run and forecast.runs:
         print_table(("what is left", "runs", "time of a run", "worker time"), forecast.rows())
     for line in (f"sweep {loaded.name}: {forecast}", *([instead] if instead is not None else [])):
-        typer.echo(line) if dry_run else say(line)
+        typer.echo(line) if dry_run else print_status(line)
     if not dry_run:
         seconds = None if forecast.unknown else forecast.seconds()
         raise typer.Exit(run_sweep(loaded, processes=devices, per_device=each, device=device, seconds=seconds))
@@ -251,7 +255,7 @@ def slurm(
     if all((Path(path) / "manifest.json").is_file() for path in cfg.data.path):
         placement = Placement(file.device, file.processes, nodes or file.nodes, zero=file.zero)
         for remark in check_run(cfg, folder, placement):
-            say(remark)
+            print_status(remark)
     job = writer.Job(
         name=cfg.name,
         command=writer.command(cfg, run_file, overrides or [], gpus=on_gpus, cpu=cpu or 0, out=folder, launch=launch),
@@ -284,7 +288,7 @@ def _warn_of_emulation(sweep: Sweep, device: str) -> None:
 
     for cfg in asked.values():
         if warning := emulation_warning(cfg, choose_precision(cfg, device).name, device):
-            say(f"warning: {warning}")
+            print_status(f"warning: {warning}")
 
 
 def _next_step(cfg: RunConfig, out: Path) -> str:

@@ -58,7 +58,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Group:
+class GlobalBatch:
     """One rank's part of an optimizer step.
 
     Attributes:

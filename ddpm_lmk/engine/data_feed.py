@@ -13,7 +13,7 @@ import time
 from collections.abc import Generator
 from dataclasses import replace
 
-from ddpm_lmk.data.batch import Group
+from ddpm_lmk.data.batch import GlobalBatch
 from ddpm_lmk.data.loading.loader import TrainLoader
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import LmkError
@@ -36,46 +36,46 @@ class DataFeed:
         self._parallel, self._run, self._quarantine = parallel, run, loader.quarantine
         self._quarantine.recall(parallel.on_main(lambda: run.log.rewind_quarantine(start)))
         self._plan, self._step = loader.plan, start
-        self._groups: Generator[Group, None, None] = loader.groups(start)
+        self._batches: Generator[GlobalBatch, None, None] = loader.global_batches(start)
         self._error: LmkError | None = None
         began = time.perf_counter()
         # The first batch tells most of what can be wrong with data, and no rank has begun a collective yet.
         with parallel.together():
-            self._group = next(self._groups)
+            self._batch = next(self._batches)
         self._waited_s: float | None = time.perf_counter() - began
 
     def __enter__(self) -> DataFeed:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._groups.close()
+        self._batches.close()
 
-    def take(self) -> tuple[Group, float]:
+    def take(self) -> tuple[GlobalBatch, float]:
         """The next global batch, or an old one in its place (`level` then says so), and the seconds waited for it."""
         if self._waited_s is not None:  # the first is here already
             waited_s, self._waited_s = self._waited_s, None
-            return self._group, waited_s
+            return self._batch, waited_s
         began = time.perf_counter()
         self._step += 1
         try:
-            self._group = next(self._groups)
+            self._batch = next(self._batches)
         except LmkError as error:
             # Leaving here would let the others wait in their reduction until the launcher calls it a hang.
-            self._error, self._group = error, self._stand_in()
-        return self._group, time.perf_counter() - began
+            self._error, self._batch = error, self._stand_in()
+        return self._batch, time.perf_counter() - began
 
-    def _stand_in(self) -> Group:
+    def _stand_in(self) -> GlobalBatch:
         """The batch before, with as many micro-batches as the other ranks have in this step: collectives must match."""
         positions, _, micro = self._plan.share(self._step, self._parallel.rank, self._parallel.world)
-        batches = itertools.islice(itertools.cycle(self._group.micro_batches), len(positions) // micro)
-        return replace(self._group, size=self._plan.size(self._step), micro_batches=list(batches))
+        batches = itertools.islice(itertools.cycle(self._batch.micro_batches), len(positions) // micro)
+        return replace(self._batch, size=self._plan.size(self._step), micro_batches=list(batches))
 
     @property
     def level(self) -> float:
         """What this rank has to tell the others about the batch it took."""
         if self._error is not None:
             return NO_DATA
-        return NEW_BAD_SAMPLES if self._quarantine.news(self._group.bad) else 0.0
+        return NEW_BAD_SAMPLES if self._quarantine.news(self._batch.bad) else 0.0
 
     def end_step(self, level: float, *, step: int) -> float:
         """After the exchange of the step that made it `step`: list bad samples, and return the level that remains.
@@ -86,7 +86,7 @@ class DataFeed:
         if not level:
             return 0.0
         # In the order of ranks, so that the list has the same bytes whoever met a sample first.
-        met = [bad for each in self._parallel.gather(self._quarantine.news(self._group.bad)) for bad in each]
+        met = [bad for each in self._parallel.gather(self._quarantine.news(self._batch.bad)) for bad in each]
         self._run.log.quarantine(self._quarantine.merge(met, step=step))
         try:
             self._quarantine.check()

@@ -22,7 +22,7 @@ from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import LmkError, StoppedError
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.system.heartbeat import beat
-from ddpm_lmk.system.signals import say
+from ddpm_lmk.system.signals import print_status
 from ddpm_lmk.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -116,6 +116,6 @@ def _shareable_errors(parallel: Parallel) -> Iterator[None]:
     except LmkError:
         raise
     except Exception as error:
-        say(f"rank {parallel.rank}, in an evaluation:\n{traceback.format_exc()}")
+        print_status(f"rank {parallel.rank}, in an evaluation:\n{traceback.format_exc()}")
         # Not its message: that may hold a path or more of a patient, and events are kept.
         raise EvaluationError(f"{type(error).__name__} on rank {parallel.rank}, see its traceback above") from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.loading.order import GroupPlan
+from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.data.shards.manifest import open_datasets
 from ddpm_lmk.rundir import retention
 from ddpm_lmk.system.console import about, duration
@@ -68,7 +68,7 @@ class Work:
         of_each = [len(manifest.rows(cfg.data.splits)) for manifest in manifests]
         images = sum(images_trained_on(cfg, count) for count in of_each or [(counts or {}).get("train", 0)])
         train, is_pretraining = cfg.train, cfg.task.stage == "pretrain"
-        plan = GroupPlan.of(cfg, max(1, images))
+        plan = BatchPlan.of(cfg, max(1, images))
 
         def in_steps(length: Any) -> int:
             return length.steps(train.global_batch_size, max(1, images), plan.steps_per_epoch)

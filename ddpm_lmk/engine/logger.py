@@ -29,7 +29,7 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.session import compile_cache
 from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.rundir.directory import RunDir
-from ddpm_lmk.system.console import Whole, remaining, say
+from ddpm_lmk.system.console import Whole, print_status, remaining
 from ddpm_lmk.system.heartbeat import beat
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class CompileClock:
             folder = str(compile_cache())
             self._run.event("model.compiled", seconds=round(taken, 2), cache=folder)
             self._run.note(compile={"seconds": round(self.seconds, 2), "cache": folder})
-            say(f"compiled in {taken:.1f} s, {self.seconds:.1f} s so far; kept in {folder}")
+            print_status(f"compiled in {taken:.1f} s, {self.seconds:.1f} s so far; kept in {folder}")
 
 
 class TrainLogger:
@@ -262,4 +262,4 @@ class TrainLogger:
             text = f"{place} {words}{f', {left}' if left and step < self._total else ''}"
         if text is not None:
             self._shown_at = now
-            say(text)
+            print_status(text)

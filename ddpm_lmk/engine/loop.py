@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ddpm_lmk.config import Duration, RunConfig, TrainConfig
-from ddpm_lmk.data.batch import Batch, Group
+from ddpm_lmk.data.batch import Batch, GlobalBatch
 from ddpm_lmk.data.loading.backend import Backend
 from ddpm_lmk.data.loading.loader import EvalLoader, TrainLoader
 from ddpm_lmk.engine.background_saver import Checkpointer
@@ -198,20 +198,20 @@ def fit(
 
             # One optimizer step: the micro-batches of a global batch, one reduction, one update.
             begin = time.perf_counter()
-            group, wait_s = feed.take()
+            global_batch, wait_s = feed.take()
             lr = rate(state.step) * state.plateau.factor
             # A function of the step, set before every update: nothing of a scheduler has to be saved.
             set_learning_rate(state.optimizer, lr)
             # Copies are small, and whether the step counts is known only after its passes.
             statistics.begin_step()
-            for number, batch in enumerate(group.micro_batches):
+            for number, batch in enumerate(global_batch.micro_batches):
                 batch = batch.to(parallel.device)
-                with updater.micro_batch(number, of=len(group.micro_batches)):
+                with updater.micro_batch(number, of=len(global_batch.micro_batches)):
                     with parallel.autocast(cfg.train.precision):
                         losses = task.loss(updater.net, batch)  # [B]
                     total = (losses.float() * batch.weight).sum()
                     busy_s = time.perf_counter() - begin  # from here on it may wait for other ranks
-                    updater.add(total, _divisor(cfg.train, batch, group))
+                    updater.add(total, _divisor(cfg.train, batch, global_batch))
             outcome = updater.finish(max(stop.level, feed.level), wait_s)
             if outcome.stop_level == NO_DATA:  # a rank has no data: this step never was
                 stop_level = NO_DATA
@@ -219,9 +219,9 @@ def fit(
                 updater.clear()
                 continue
             state.step += 1
-            state.images += group.size
+            state.images += global_batch.size
             # Every rank judges by the same exchanged numbers, so all leave out the same updates.
-            reason = state.judge(loss=outcome.loss / group.size, norm=outcome.norm)
+            reason = state.judge(loss=outcome.loss / global_batch.size, norm=outcome.norm)
             statistics.end_step(is_kept=reason is None)
             if reason is None:
                 updater.apply(cfg.optim.clip)
@@ -232,7 +232,7 @@ def fit(
                 run.event("update.skipped", step=state.step, reason=reason, in_a_row=state.divergence.in_a_row)
             updater.clear()
             stop_level = feed.end_step(outcome.stop_level, step=state.step)
-            logger.step(outcome, size=group.size, is_skipped=reason is not None, lr=lr)
+            logger.step(outcome, size=global_batch.size, is_skipped=reason is not None, lr=lr)
             if state.scale.is_lost or state.divergence.trouble:
                 _roll_back(state, parallel, run, checkpointer, every=pace.checkpoint)
                 updater.reload()
@@ -266,10 +266,10 @@ def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Upda
     return (ExactUpdater if cfg.train.exactness == "exact" else DdpUpdater)(state, parallel, standard)
 
 
-def _divisor(train: TrainConfig, batch: Batch, group: Group) -> Tensor | int:
-    """What a micro-batch's summed loss is divided by: the group, or its own images, and the parts of a full group."""
+def _divisor(train: TrainConfig, batch: Batch, global_batch: GlobalBatch) -> Tensor | int:
+    """What a micro-batch's summed loss is divided by: the global batch, or its own images and full parts."""
     if train.gradient == "mean":
-        return group.size
+        return global_batch.size
     # Released code divides by this number in short batches too ("nominal", docs/method.md, section 3).
     parts = (
         train.global_batch_size // (train.given_micro_batch or train.global_batch_size)

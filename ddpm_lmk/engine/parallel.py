@@ -30,7 +30,7 @@ from ddpm_lmk.engine.requirements import check_zero
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.system import environment
 from ddpm_lmk.system.machine import cpu_name, granted_cores
-from ddpm_lmk.system.signals import say
+from ddpm_lmk.system.signals import print_status
 from ddpm_lmk.tasks.task import OneRank
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Parallel:
             raise LaunchError("asked for a CUDA device, found none; check `ddpm-lmk doctor`, or use --cpu N")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # class exact needs it before the first product
         for line in environment.stand_alone():
-            say(f"note: {line}")
+            print_status(f"note: {line}")
         promised = int(os.environ["WORLD_SIZE"]) if environment.is_rank() else 1
         if torch.get_num_threads() > granted_cores():  # torch knows of no control group
             torch.set_num_threads(granted_cores())

@@ -24,7 +24,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DivergedError, LaunchError, LmkError
 from ddpm_lmk.rundir.directory import RunDir
-from ddpm_lmk.system.console import say
+from ddpm_lmk.system.console import print_status
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def announce_class(cfg: RunConfig, *, step: int, parallel: Parallel, run: RunDir
     devices = run.facts().get("devices") or [parallel.device_name]
     kept = class_kept(cfg, devices)
     run.event("train.started", step=step, exactness=kept, processes=parallel.world, zero=parallel.zero, devices=devices)
-    say(f"exactness={kept} ({MEANING[kept]})")
+    print_status(f"exactness={kept} ({MEANING[kept]})")
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def _predict_files(
             answers = processes.answers({"path": name, "options": options} for name in part)
             for name, answer in zip(part, answers, strict=True):
                 try:
-                    pictures[name] = _prepare(name, _film(answer), settings, loaded.cfg.data.image_size)
+                    pictures[name] = _prepare(name, _image(answer), settings, loaded.cfg.data.image_size)
                 except RefusedImageError as error:
                     pictures[name] = error
             readable = [picture for picture in pictures.values() if isinstance(picture, _Picture)]
@@ -171,7 +171,7 @@ def _predict_files(
                 yield name, picture, next(predictions) if isinstance(picture, _Picture) else None
 
 
-def _film(answer: Answer) -> DecodedImage:
+def _image(answer: Answer) -> DecodedImage:
     """What a decoding process read; raises RefusedImageError."""
     facts, content = answer
     if "io_error" in facts:
@@ -183,9 +183,9 @@ def _film(answer: Answer) -> DecodedImage:
     return DecodedImage(pixels, facts["facts"], full_range, facts["is_windowed"], facts["mm_per_px"])
 
 
-def _prepare(name: str, film: DecodedImage, settings: dict[str, Any], image_size: int) -> _Picture:
-    """Resize a film as packing and loading do; raises RefusedImageError."""
-    pixels = film.pixels
+def _prepare(name: str, image: DecodedImage, settings: dict[str, Any], image_size: int) -> _Picture:
+    """Resize an image as packing and loading do; raises RefusedImageError."""
+    pixels = image.pixels
     native = (pixels.shape[1], pixels.shape[0])
     stored = to_square(
         pixels,
@@ -193,9 +193,9 @@ def _prepare(name: str, film: DecodedImage, settings: dict[str, Any], image_size
         size=settings["size"],
         aspect=settings["aspect"],
         resize=settings["filter"],
-        window="full" if film.is_windowed else settings["window"],
+        window="full" if image.is_windowed else settings["window"],
         bits=settings["bits"],
-        full_range=film.full_range,
+        full_range=image.full_range,
     )
     # twice, as a packed image is: once to the stored square, once from there to the network's
     network = stored
@@ -204,7 +204,7 @@ def _prepare(name: str, film: DecodedImage, settings: dict[str, Any], image_size
         network = cv2.resize(stored, (image_size, image_size), interpolation=method)
     to_stored = to_stored_matrix(native, settings["size"], settings["aspect"])
     to_network = compose(resize_matrix(settings["size"], image_size), to_stored)
-    return _Picture(name, to_uint8(pixels), network, invert(to_network), film.mm_per_px, film.facts.get("spacing"))
+    return _Picture(name, to_uint8(pixels), network, invert(to_network), image.mm_per_px, image.facts.get("spacing"))
 
 
 @torch.inference_mode()

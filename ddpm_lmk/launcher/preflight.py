@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ddpm_lmk.config import EncoderUNetConfig, LandmarksConfig, RunConfig
 from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, fingerprint, training_corpora
-from ddpm_lmk.data.loading.order import GroupPlan
+from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.engine.requirements import check_cuda_graphs, check_exclusions, check_zero
 from ddpm_lmk.errors import CheckpointError, ConfigError
@@ -50,7 +50,7 @@ def check_settings(cfg: RunConfig, placement: Placement) -> None:
         ConfigError: they contradict one another. LaunchError: something is not installed, or not on this device.
     """
     world, train = placement.processes * placement.nodes, cfg.train
-    GroupPlan.of(cfg, train.global_batch_size).check_world(world)  # how many images there are does not matter for this
+    BatchPlan.of(cfg, train.global_batch_size).check_world(world)  # how many images there are does not matter for this
     at_once = train.given_micro_batch or train.global_batch_size // world
     if isinstance(cfg.model, EncoderUNetConfig) and cfg.task.stage == "pretrain" and at_once < 2:
         raise ConfigError(
@@ -108,14 +108,14 @@ def check_folder(cfg: RunConfig, out: Path, corpora: Sequence[Corpus], *, fork: 
     """
     lock.check_writable(out)
     lock.check_contents(out, cfg, is_fork=fork is not None)
-    want_same_data(out, corpora)
+    check_same_data(out, corpora)
     if fork is not None and not has_begun(out) and not has_begun(fork):
         raise CheckpointError(
             f"no checkpoint in {fork / 'checkpoints'} to go on from (there is none); give the run with --out"
         )
 
 
-def want_same_data(out: Path, corpora: Sequence[Corpus]) -> None:
+def check_same_data(out: Path, corpora: Sequence[Corpus]) -> None:
     """Raise `DataError` where the run in `out` was started on other data."""
     lock.check_same_data(out, fingerprint(corpora))
 

@@ -38,12 +38,12 @@ def _run_job(path: Path, rank: int) -> int:
     except LmkError as error:
         # Rank 0 reports an error that all ranks share; what only another rank met, that rank has to report.
         if rank == 0 or not (error.is_shared or isinstance(error, StoppedError)):
-            signals.say(f"error[{type(error).__name__}]: {'' if rank == 0 else f'rank {rank}: '}{error}")
+            signals.print_status(f"error[{type(error).__name__}]: {'' if rank == 0 else f'rank {rank}: '}{error}")
         return error.exit_code
     except KeyboardInterrupt:
         return signals.InterruptedRunError.exit_code
     except Exception:
-        signals.say(f"rank {rank}:\n{traceback.format_exc()}")
+        signals.print_status(f"rank {rank}:\n{traceback.format_exc()}")
         return 1
 
 

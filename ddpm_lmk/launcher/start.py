@@ -74,7 +74,7 @@ def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = 
         LaunchError: the nodes do not find one another. StoppedError: they have lost one another.
     """
     for line in environment.stand_alone():
-        signals.say(f"note: {line}")
+        signals.print_status(f"note: {line}")
     agents: list[Agent] = []  # one, as soon as it is there: signals may come before
     folder = room or Path(tempfile.mkdtemp(prefix="ddpm-lmk-"))
 
@@ -85,7 +85,7 @@ def run_ranks(arguments: list[str], placement: Placement, *, out: Path | None = 
     def ask_to_stop(number: int) -> None:
         if agents and agents[0].is_running:
             agents[0].stop_signal = number
-            signals.say(f"launcher: {signal.Signals(number).name}, the ranks save and leave")
+            signals.print_status(f"launcher: {signal.Signals(number).name}, the ranks save and leave")
             return
         kill_ranks()  # nothing is trained between two starts, so there is nothing to save
         signals.leave_at_once(number)

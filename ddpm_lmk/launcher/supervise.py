@@ -22,7 +22,7 @@ from ddpm_lmk.errors import StoppedError
 from ddpm_lmk.rundir.log import RunLog
 from ddpm_lmk.system import files, heartbeat
 from ddpm_lmk.system.heartbeat import DUMP_SIGNAL, STEPS_COMPARED, Heartbeat, Recorder
-from ddpm_lmk.system.signals import say
+from ddpm_lmk.system.signals import print_status
 
 TIMES_MEDIAN = 10  # of the usual interval without a heartbeat: the process hangs
 FEW_INTERVALS = 3  # below, the pace of a phase is not known: joining the process group, a first evaluation
@@ -47,7 +47,7 @@ class LaunchLog:
 
     def write(self, event: str, text: str, **facts: Any) -> None:
         """Print `text`, and log it with `facts` under the name `event`."""
-        say(f"launcher: {text}")
+        print_status(f"launcher: {text}")
         if self._out is not None:
             # Without a run file rank 0 has not taken the directory yet, and may still refuse what is in it.
             journal = RunLog(self._out, writes=(self._out / "config.yaml").is_file())

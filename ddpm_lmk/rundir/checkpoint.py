@@ -180,7 +180,7 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True, mode=files.folder_mode())
     if path.exists():
         return path  # the same step of the same run: verified when it was loaded, or written by this process
-    _want_space(directory, tensors)
+    _check_space(directory, tensors)
     # In the manifest, so that a checkpoint of another network is known without reading it.
     arch = architecture_hash({name: tuple(value.shape) for name, value in tensors["model"].items()})
     content = itertools.chain([("state.json", [files.to_json(state)])], _serialized(tensors))
@@ -278,7 +278,7 @@ def save_snapshot(
         if path.exists():
             retention.drop(path)
 
-    _want_space(directory, tensors)
+    _check_space(directory, tensors)
     files.write_directory(path, _serialized(tensors), manifest=META, facts=meta, fence=make_way)
     return path
 
@@ -418,7 +418,7 @@ def _serialized(tensors: Tensors) -> Iterator[tuple[str, Content]]:
     return ((f"{name}{SUFFIX}", pieces(group)) for name, group in tensors.items())
 
 
-def _want_space(directory: Path, tensors: Tensors) -> None:
+def _check_space(directory: Path, tensors: Tensors) -> None:
     """Refuse early when the file system has less than 1.5 times the room that is needed."""
     # Half as much again, for the lines and results of the steps until the next save.
     needed = int(1.5 * sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))

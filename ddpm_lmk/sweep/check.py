@@ -13,7 +13,7 @@ from pathlib import Path
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import config_hash
 from ddpm_lmk.data.loading.corpus import Corpus
-from ddpm_lmk.data.loading.order import GroupPlan
+from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.errors import CheckpointError, ConfigError, DataError, LmkError, RunConflictError
 from ddpm_lmk.launcher import Placement, preflight
 from ddpm_lmk.rundir import lock
@@ -67,7 +67,7 @@ class _Checks:
             preflight.check_settings(cfg, placement)
             corpora = self._open(cfg)
             lock.check_contents(folder, cfg)
-            preflight.want_same_data(folder, corpora)
+            preflight.check_same_data(folder, corpora)
             if stage is not None:
                 require_snapshot(cfg, stage, self._open(stage.cfg))
             key = config_hash(cfg.model_copy(update={"seed": 0, "name": "same"}))  # neither changes what must fit
@@ -122,7 +122,7 @@ def require_snapshot(cfg: RunConfig, stage: StageRun, corpora: Sequence[Corpus])
 def snapshot_steps(cfg: RunConfig, num_images: int) -> Iterator[int]:
     """The steps at which a run keeps snapshots, as far as they are known before it has run."""
     train = cfg.train
-    plan = GroupPlan.of(cfg, num_images)
+    plan = BatchPlan.of(cfg, num_images)
     total = train.duration.steps(train.global_batch_size, num_images, plan.steps_per_epoch)
     if train.snapshot_every is not None:
         every = train.snapshot_every.steps(train.global_batch_size, num_images, plan.steps_per_epoch)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import config_hash, load_run
-from ddpm_lmk.data.loading.order import GroupPlan
+from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.data.shards.manifest import open_datasets
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.rundir.lock import is_finished
@@ -47,7 +47,7 @@ class SweepRun:
         if num_images is None and train.duration.unit == "epochs":
             return None
         # A length in steps or images does not depend on the dataset, so any number of images gives it.
-        plan = GroupPlan.of(self.cfg, num_images or 1)
+        plan = BatchPlan.of(self.cfg, num_images or 1)
         return train.duration.steps(train.global_batch_size, num_images or 1, plan.steps_per_epoch)
 
     @property

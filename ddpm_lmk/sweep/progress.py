@@ -119,7 +119,7 @@ class SweepView:
         self._total_bar: TaskID | None = None
 
     def __enter__(self) -> SweepView:
-        self.say(f"sweep {self.sweep.name}: {self._total} cells, {self.finished} done before")
+        self.print_status(f"sweep {self.sweep.name}: {self._total} cells, {self.finished} done before")
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             self._bars = Progress(*columns, TextColumn("{task.fields[left]}"), console=self.console)
@@ -133,7 +133,7 @@ class SweepView:
         if self._bars is not None:
             self._bars.stop()
 
-    def say(self, text: str) -> None:
+    def print_status(self, text: str) -> None:
         """One line."""
         self._last_line = time.monotonic()
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -163,13 +163,13 @@ class SweepView:
         left = remaining(self.left.seconds())
         if self.whole is None or self._bars is not None:
             more = f", {left}" if left and self._bars is None and self.finished < self._total else ""
-            self.say(f"[{self.finished}/{self._total}] {name} {duration(seconds)}{self._score(name)}{more}")
+            self.print_status(f"[{self.finished}/{self._total}] {name} {duration(seconds)}{self._score(name)}{more}")
 
     def cell_failed(self, name: str, error: str) -> None:
         """A cell has failed."""
         self.end(name, None)
         self.finished += 1
-        self.say(f"[{self.finished}/{self._total}] {name} FAILED: {error}")
+        self.print_status(f"[{self.finished}/{self._total}] {name} FAILED: {error}")
 
     def refresh(self) -> None:
         """Move the bars of what runs to the steps in the metrics files, and say what is left where it is time to."""
@@ -186,18 +186,20 @@ class SweepView:
         elif self.whole is not None and left is not None:
             line = self.whole.line(left, f"{self.finished} of {self._total} cells")
             if line is not None:
-                self.say(line)
+                self.print_status(line)
         elif time.monotonic() - self._last_line > QUIET_S:
             words = f", {remaining(left)}" if left is not None else ""
-            self.say(f"sweep {self.sweep.name}: {self.finished} of {self._total} cells{words}")
+            self.print_status(f"sweep {self.sweep.name}: {self.finished} of {self._total} cells{words}")
 
     def summary(self, done: int, failed: Mapping[str, str]) -> None:
         """The last words: counts, every failure with its reason, and the next command."""
-        self.say(f"sweep {self.sweep.name}: {done} of {self._total} cells done, {len(failed)} failed; {self.sweep.out}")
+        self.print_status(
+            f"sweep {self.sweep.name}: {done} of {self._total} cells done, {len(failed)} failed; {self.sweep.out}"
+        )
         for name, error in failed.items():
-            self.say(f"  {name}: {error}")
+            self.print_status(f"  {name}: {error}")
         report = f"next: `ddpm-lmk report {quote(str(self.sweep.out))}`"
-        self.say("the same command tries these again" if failed else report)
+        self.print_status("the same command tries these again" if failed else report)
 
     def _step(self, key: str) -> int:
         return last_step(self._runs[key].folder / "metrics.jsonl")

@@ -177,7 +177,7 @@ class SweepRunner:
         run = {"config": stage.cfg.model_dump(mode="json"), "out": str(stage.folder), "is_foretold": False}
         # On GPUs all devices stay visible to it; on CPUs those side by side share the cores.
         environment = worker_environment("cpu", 0, side_by_side, devices=1) if self.device == "cpu" else None
-        self.view.say(f"{stage.key}: pre-training in {stage.folder}, see {log}")
+        self.view.print_status(f"{stage.key}: pre-training in {stage.folder}, see {log}")
         job = {"stage": {"run": run, "processes": processes, "device": self.device}}
         self._start(job, log, environment, stage=stage)
         self.view.begin(stage.key)
@@ -187,14 +187,14 @@ class SweepRunner:
         stage, seconds = child.stage, time.monotonic() - child.began
         if stage.is_done():
             self.view.end(stage.key, seconds)
-            self.view.say(f"{stage.key} done, {duration(seconds)}")
+            self.view.print_status(f"{stage.key} done, {duration(seconds)}")
             return
         self.view.end(stage.key, None)
         if code in STOPPED:
-            self.view.say(f"{stage.key} stopped; the same command continues it")
+            self.view.print_status(f"{stage.key} stopped; the same command continues it")
             return
         reason = f"{stage.key} ended with exit code {code}; see {child.log}"
-        self.view.say(reason)
+        self.view.print_status(reason)
         for cell in self._pending():
             if self.sweep.stage_of(cell) is stage:
                 self.failed[cell.name] = reason
@@ -232,7 +232,7 @@ class SweepRunner:
         if worker.cell is not None:
             self._lose_cell(worker.cell, f"its worker {how}; see {worker.log}", code, can_follow=can_follow)
         elif worker.restarts == 0:
-            self.view.say(f"worker {worker.slot} {how} before its first cell; see {worker.log}")
+            self.view.print_status(f"worker {worker.slot} {how} before its first cell; see {worker.log}")
         if can_follow and self._pending():
             self._start_worker(worker.slot, restarts=worker.restarts + 1)
 
@@ -241,7 +241,7 @@ class SweepRunner:
         self._lost[name] += 1
         if can_follow and self._lost[name] < TRIES:
             self.view.stop(name)
-            self.view.say(f"{name}: {reason}; a new worker tries it once more")
+            self.view.print_status(f"{name}: {reason}; a new worker tries it once more")
             return
         cell = next(cell for cell in self.sweep.cells if cell.name == name)
         facts = {"session": self.session, "error": reason, "type": "WorkerLost", "exit_code": code}
@@ -262,7 +262,7 @@ class SweepRunner:
                 self.view.begin(name)
             case "stopped":
                 self.view.stop(name)
-                self.view.say(f"{name} stopped; the same command continues it")
+                self.view.print_status(f"{name} stopped; the same command continues it")
             case "failed":
                 self._fail_cell(name, event["error"])
             case "done" if name not in self.done:  # else it has only met what another worker did

@@ -41,7 +41,7 @@ def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
     return "".join(SPELT.get(a) or a.encode("ascii", "backslashreplace").decode() for a in letters), error.end
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """One line on standard error."""
     from rich.console import Console
 
@@ -167,6 +167,6 @@ def _line_per_tenth(title: str) -> Callable[[int, int], None]:
         tenth = 10 * done // max(1, total)
         if tenth > shown:
             shown = tenth
-            say(f"{title}: {done} of {total}")
+            print_status(f"{title}: {done} of {total}")
 
     return show

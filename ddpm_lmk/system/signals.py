@@ -133,7 +133,9 @@ class StopRequest:
         while True:
             left_s = None if self._first_at is None else max(0.0, self._first_at + self._within_s - time.monotonic())
             if not select.select([self._inlet], [], [], left_s)[0]:
-                say(f"not saved within {self._within_s:.0f} s; the same command continues from the last checkpoint")
+                print_status(
+                    f"not saved within {self._within_s:.0f} s; the same command continues from the last checkpoint"
+                )
                 self._leave(exit_code_of(self.signal))
             for byte in os.read(self._inlet, 64):
                 if byte == 0:
@@ -171,7 +173,7 @@ def leaving_at_once() -> Iterator[None]:
 def leave_at_once(number: int) -> None:
     """End this process, and those it has started, with the code of a stop."""
     if not environment.is_rank() or os.environ.get("RANK", "0") == "0":
-        say(f"error[{StoppedError.__name__}]: {stopped_outside(number)}")
+        print_status(f"error[{StoppedError.__name__}]: {stopped_outside(number)}")
     _leave(exit_code_of(number))
 
 
@@ -206,7 +208,7 @@ def check_stopped(code: int) -> None:
         raise StoppedError("asked to stop, or another process is at the same work; the same command continues")
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """One line on standard error where anybody can take it, without a lock that the main thread may hold."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())

@@ -124,7 +124,7 @@ def read(cfg: RunConfig, world: int) -> list[str]:
     found: dict[int, str] = {}
     for rank in range(world):
         loader = open_loader(cfg, stage="train", rank=rank, world=world)
-        for _, group in zip(range(3), loader.groups()):
+        for _, group in zip(range(3), loader.global_batches()):
             for batch in group.micro_batches:
                 found |= dict(zip(batch.positions.tolist(), batch.ids, strict=True))
         loader.close()

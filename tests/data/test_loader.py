@@ -36,7 +36,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def steps(cfg: RunConfig, count: int, *, start: int = 0, **place: int) -> list[list[Batch]]:
     loader = open_loader(cfg, stage="train", **place)
-    groups = [group.micro_batches for group in itertools.islice(loader.groups(start), count)]
+    groups = [group.micro_batches for group in itertools.islice(loader.global_batches(start), count)]
     loader.close()
     return groups
 
@@ -210,7 +210,7 @@ def test_a_cache_keeps_pixels_for_the_next_run_and_changes_nothing(pack):
     kept = next(iter(cache.values()))
     cached = open_loader(more, stage="train", cache=cache)
     assert list(cache.values()) == [kept]
-    group = next(cached.groups(0))
+    group = next(cached.global_batches(0))
     assert same(samples(group.micro_batches), samples(steps(more, 1)[0]))
 
 

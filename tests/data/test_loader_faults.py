@@ -20,7 +20,7 @@ from tests.data.dot_packs import corrupt, pack_dots, run_config
 def ids(loader: TrainLoader, count: int) -> list[str]:
     """Names of the samples of the first groups; bad ones are listed as the training loop does it."""
     names = []
-    for step, group in enumerate(itertools.islice(loader.groups(0), count), start=1):
+    for step, group in enumerate(itertools.islice(loader.global_batches(0), count), start=1):
         names += [name for batch in group.micro_batches for name in batch.ids]
         loader.quarantine.merge(group.bad, step=step)
         loader.quarantine.check()
@@ -49,7 +49,7 @@ def test_labels_follow_the_substitute(tmp_path):
     pack = pack_dots(tmp_path / "dots", {"train": 2, "test": 1})
     corrupt(pack, Manifest.open(pack).rows(["train"])[:1].tolist())
     cfg = run_config(pack, data={"augment": {"probability": 0}}, train={"global_batch_size": 2})
-    batch = next(open_loader(cfg, stage="train").groups(0)).micro_batches[0]
+    batch = next(open_loader(cfg, stage="train").global_batches(0)).micro_batches[0]
     assert batch.ids == ("train-001", "train-001")
     assert batch.points is not None
     assert batch.points[0].equal(batch.points[1])

@@ -164,7 +164,7 @@ def test_a_store_that_stays_away_stops_the_run_resumably(store, tmp_path, cache_
     loader = open_loader(config(store.url, tmp_path, cache_gib=cache_gib), stage="train")
     store.faults.meets = lambda number: "503"
     with pytest.raises(StoppedError, match=r"after \d tries") as caught:
-        next(loader.groups(0))
+        next(loader.global_batches(0))
     loader.close()
     assert caught.value.exit_code == 75
     assert loader.quarantine.entries == []
@@ -175,7 +175,7 @@ def test_a_client_that_itself_tries_for_long_is_not_asked_again(store, tmp_path,
     store.faults.meets = lambda number: "500"
     monkeypatch.setattr(remote, "GIVE_UP_S", 0.0)
     with pytest.raises(StoppedError, match="after 1 tries"):
-        next(loader.groups(0))
+        next(loader.global_batches(0))
     loader.close()
 
 
@@ -192,7 +192,7 @@ def test_what_is_not_there_or_not_for_us_is_told_at_once(store, tmp_path, fault)
     loader = open_loader(config(store.url, tmp_path, cache_gib=0.0), stage="train")
     store.faults.meets = lambda number: fault
     with pytest.raises(DataError, match=r"shard-0000\d\d.tar is not there or not for us"):
-        next(loader.groups(0))
+        next(loader.global_batches(0))
     loader.close()
     assert store.faults.answers == 1
     nowhere = store.url.replace("films", "nowhere")

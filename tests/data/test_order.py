@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder, few_shot_rows, keyed_seed, keyed_uniform
+from ddpm_lmk.data.loading.order import BatchPlan, SampleOrder, few_shot_rows, keyed_seed, keyed_uniform
 from ddpm_lmk.data.shards.index import ListedRows
 from ddpm_lmk.errors import ConfigError
 
@@ -101,7 +101,7 @@ def test_a_pool_by_weight_honours_it_and_consumes_each_set_in_epochs():
     [("chest", 229, 8, 4, 750, 171_000), ("ceph", 150, 5, 20, 1600, 236_800), ("hand", 609, 19, 32, 421, 255_968)],
 )
 def test_epoch_windows_are_the_papers(name, images, steps, last, epochs, passes):
-    plan = GroupPlan(images, 32, 4, "epoch")  # the paper's 256,000 for hands is 421.05 epochs
+    plan = BatchPlan(images, 32, 4, "epoch")  # the paper's 256,000 for hands is 421.05 epochs
     assert plan.steps_per_epoch == steps
     assert [plan.size(step) for step in (0, steps - 1, steps)] == [32, last, 32]
     assert sum(plan.size(step) for step in range(steps * epochs)) == passes
@@ -109,13 +109,13 @@ def test_epoch_windows_are_the_papers(name, images, steps, last, epochs, passes)
 
 
 def test_labelled_epochs_keep_an_unfilled_micro_batch():
-    plan = GroupPlan(25, 16, 2, "epoch", drop_last=False)
+    plan = BatchPlan(25, 16, 2, "epoch", drop_last=False)
     assert [plan.size(step) for step in range(3)] == [16, 9, 16]
-    assert GroupPlan(1, 16, 2, "epoch", drop_last=False).size(0) == 1
+    assert BatchPlan(1, 16, 2, "epoch", drop_last=False).size(0) == 1
 
 
 def test_straddling_groups_are_always_full():
-    plan = GroupPlan(10, 16, None, "straddle")
+    plan = BatchPlan(10, 16, None, "straddle")
     assert [(plan.start(step), plan.size(step)) for step in range(3)] == [(0, 16), (16, 16), (32, 16)]
 
 
@@ -124,7 +124,7 @@ def test_straddling_groups_are_always_full():
     ("windows", "micro_batch"), [("straddle", None), ("straddle", 2), ("epoch", 4), ("epoch", None)]
 )
 def test_ranks_share_out_each_group_in_the_same_shapes(world, windows, micro_batch):
-    plan = GroupPlan(29, 16, micro_batch, windows)
+    plan = BatchPlan(29, 16, micro_batch, windows)
     for step in range(5):
         shares = [plan.share(step, rank, world) for rank in range(world)]
         assert len({(len(positions), micro) for positions, _, micro in shares}) == 1
@@ -134,11 +134,11 @@ def test_ranks_share_out_each_group_in_the_same_shapes(world, windows, micro_bat
 
 
 def test_a_world_that_cannot_share_the_group_is_refused_with_those_that_can():
-    plan = GroupPlan(100, 24, 4, "straddle")
+    plan = BatchPlan(100, 24, 4, "straddle")
     with pytest.raises(ConfigError, match="use 1, 2, 3, 6 processes"):
         plan.check_world(4)
     with pytest.raises(ConfigError, match="not a multiple of"):
-        GroupPlan(100, 24, 5, "straddle")
+        BatchPlan(100, 24, 5, "straddle")
 
 
 def test_few_shots_are_the_first_or_a_nested_draw():

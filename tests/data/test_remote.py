@@ -82,7 +82,7 @@ def test_a_server_that_stays_away_stops_the_run_resumably_and_makes_no_sample_co
     loader = open_loader(config(f"{server.url}/dots", tmp_path, cache_gib=cache_gib), stage="train")
     server.fault = lambda name, number: "500" if name.endswith(".tar") else None
     with pytest.raises(StoppedError, match="after 5 tries") as caught:
-        next(loader.groups(0))
+        next(loader.global_batches(0))
     assert caught.value.exit_code == 75
     assert loader.quarantine.entries == []
 
@@ -100,7 +100,7 @@ def test_what_is_not_there_is_told_at_once(server, tmp_path, fault):
     server.fault = lambda name, number: fault if name.endswith(".tar") else None
     loader = open_loader(config(f"{server.url}/dots", tmp_path), stage="train")
     with pytest.raises(DataError, match=r"shard-0000\d\d.tar is not there or not for us") as caught:
-        next(loader.groups(0))
+        next(loader.global_batches(0))
     assert caught.value.exit_code == 3
     with pytest.raises(DataError, match=r"nowhere/manifest.json is not there"):
         Manifest.open(f"{server.url}/nowhere", CacheSettings(tmp_path))

@@ -169,7 +169,7 @@ def test_training_goes_on_without_samples_whose_decoders_hang_or_crash(
     pack = pack_dots(tmp_path / "dots", {"train": 12, "test": 2}, encoding="png", suffixes={3: "hang", 8: "crash"})
     rows = Manifest.open(pack).rows(["train"])
     loader = open_loader(run_config(pack, runtime={"cache_pixels": residency, "workers": workers}), stage="train")
-    groups = list(itertools.islice(loader.groups(0), 3))
+    groups = list(itertools.islice(loader.global_batches(0), 3))
     loader.close()
     reasons = {bad.row: bad.reason for group in groups for bad in group.bad}
     assert set(reasons) == {int(rows[3]), int(rows[8])}

@@ -83,9 +83,9 @@ class Uploads(TorchFunctionMode):
 class LabelledTrain(ToyTrain):
     """The toy's positions, with images of full size and points."""
 
-    def groups(self, start_step: int) -> Any:
+    def global_batches(self, start_step: int) -> Any:
         side = self.cfg.data.image_size
-        for group in super().groups(start_step):
+        for group in super().global_batches(start_step):
             batches = [
                 replace(
                     batch,

@@ -79,7 +79,7 @@ def test_the_reported_loss_is_the_mean_over_the_group(tmp_path: Path, parallel: 
     cfg = config(optim=SGD, train={"duration": 2, "micro_batch": 2})
     _, lines = train(cfg, tmp_path / "run", parallel)
     task, model, stream = ToyTask(cfg.seed), fresh_state(cfg).model, ToyTrain(cfg)
-    losses = [task.loss(model, batch) for batch in next(stream.groups(0)).micro_batches]
+    losses = [task.loss(model, batch) for batch in next(stream.global_batches(0)).micro_batches]
     assert lines[0]["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
     assert {"step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "eta_s"} <= lines[0].keys()
     assert lines[1]["eta_s"] == 0

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.batch import Batch, Group
+from ddpm_lmk.data.batch import Batch, GlobalBatch
 from ddpm_lmk.data.loading.bad_samples import Quarantine
-from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder, keyed_uniform
+from ddpm_lmk.data.loading.order import BatchPlan, SampleOrder, keyed_uniform
 from ddpm_lmk.data.shards.index import ListedRows
 from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.engine.loop import Loaders, fit
@@ -137,20 +137,20 @@ class ToyTrain:
     def __init__(self, cfg: RunConfig, *, rank: int = 0, world: int = 1, num_images: int = 6) -> None:
         self.cfg, self.rank, self.world, self.num_images = cfg, rank, world, num_images
         train = cfg.train
-        self.plan = GroupPlan(
+        self.plan = BatchPlan(
             num_images, train.global_batch_size, train.micro_batch, train.epoch_boundary, drop_last=False
         )
         self.quarantine = Quarantine([], 0.0)
         self.order = SampleOrder(cfg.seed, [ListedRows(np.arange(num_images), np.zeros(num_images, int))], None, 1)
 
-    def groups(self, start_step: int) -> Iterator[Group]:
+    def global_batches(self, start_step: int) -> Iterator[GlobalBatch]:
         step = start_step
         while True:
             positions, weights, micro = self.plan.share(step, self.rank, self.world)
             rows = self.order.at(positions)[1]
             cuts = [slice(i, i + micro) for i in range(0, len(positions), micro)]
             batches = [make_batch(self.cfg.seed, rows[cut], positions[cut], weights[cut]) for cut in cuts]
-            yield Group(self.plan.size(step), batches, 0.0)
+            yield GlobalBatch(self.plan.size(step), batches, 0.0)
             step += 1
 
     def close(self) -> None:

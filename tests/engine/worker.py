@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.batch import Group
+from ddpm_lmk.data.batch import GlobalBatch
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, check_same_weights
@@ -90,10 +90,10 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
     out.with_name(f"{out.name}-rank{parallel.rank}.json").write_text(json.dumps(facts))
 
 
-def dry(groups: Callable[[int], Iterator[Group]], last: int) -> Callable[[int], Iterator[Group]]:
+def dry(groups: Callable[[int], Iterator[GlobalBatch]], last: int) -> Callable[[int], Iterator[GlobalBatch]]:
     """The stream of a rank whose file system goes away when the group of step `last` is wanted."""
 
-    def ending(start: int) -> Iterator[Group]:
+    def ending(start: int) -> Iterator[GlobalBatch]:
         yield from itertools.islice(groups(start), last - start)
         raise StoppedError("the file system does not answer")
 

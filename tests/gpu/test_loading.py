@@ -24,7 +24,7 @@ def batches(pack: Path, loader: str, device: torch.device) -> list[Batch]:
     data: dict[str, Any] = {"augment": MOVES, "intensity": "full_range"}
     runtime: dict[str, Any] = {"loader": loader, "cache_pixels": "stream"}
     opened = open_loader(run_config(pack, data=data, runtime=runtime), stage="train", device=device)
-    made = [batch for group in itertools.islice(opened.groups(0), 3) for batch in group.micro_batches]
+    made = [batch for group in itertools.islice(opened.global_batches(0), 3) for batch in group.micro_batches]
     opened.close()
     return made
 

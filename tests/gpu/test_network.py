@@ -117,7 +117,7 @@ def test_steps_of_cuda_graphs_are_those_of_eager(device: torch.device) -> None:
     """Through the engine's own parts, with the average in the place of the weights once in between."""
 
     def weights(**train: Any) -> Tensor:
-        settings = {"group_size": 4, "precision": "fp32", "group_norm": "native", **train}
+        settings = {"global_batch_size": 4, "precision": "fp32", "group_norm": "native", **train}
         cfg = RunConfig(data={"path": "."}, model=SHALLOW, task={"kind": "denoise"}, optim=SGD, train=settings)
         state = TrainState.fresh(cfg, network(device, SHALLOW))
         compile_model(state.model, cfg, device)

@@ -65,7 +65,7 @@ def test_each_dataset_has_its_own_columns_and_shots(packs: list[str]) -> None:
     loader = open_loader(config(packs), stage="train")
     assert loader.num_images == 8  # four of each
     assert loader.spec.num_landmarks == CHESTS + HANDS
-    group = next(loader.groups())
+    group = next(loader.global_batches())
     seen = set()
     for batch in group.micro_batches:
         assert batch.points is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpm_lmk.config.load import load_run
-from ddpm_lmk.data.loading.order import GroupPlan
+from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
 from tests.cli.commands import CONFIGS
@@ -19,10 +19,10 @@ from tests.engine.toy import ToyTask, ToyTrain, config, fresh_state, start
 PAPER = CONFIGS / "paper"
 
 
-def plan(run_file: str, num_images: int, *, drop_last: bool) -> tuple[GroupPlan, int]:
+def plan(run_file: str, num_images: int, *, drop_last: bool) -> tuple[BatchPlan, int]:
     """Groups of a run file on so many images, and the steps of its length."""
     train = load_run(PAPER / run_file, ["data.path=shards"]).train
-    groups = GroupPlan(
+    groups = BatchPlan(
         num_images, train.global_batch_size, train.micro_batch, train.epoch_boundary, drop_last=drop_last
     )
     return groups, train.duration.steps(train.global_batch_size, num_images, groups.steps_per_epoch)
@@ -79,7 +79,7 @@ def test_accumulation_is_the_released_loops(tmp_path: Path, gradient: str, limit
     with run:
         fit(cfg, ToyTask(cfg.seed), state, loaders, parallel, run)
 
-    task, stream = ToyTask(cfg.seed), ToyTrain(cfg, num_images=7).groups(0)
+    task, stream = ToyTask(cfg.seed), ToyTrain(cfg, num_images=7).global_batches(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(4):
         sizes = []

@@ -12,7 +12,7 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.batch import Batch, Group
+from ddpm_lmk.data.batch import Batch, GlobalBatch
 from ddpm_lmk.data.loading.backend import choose_backend, measure_backends
 from ddpm_lmk.data.loading.corpus import training_corpora
 from ddpm_lmk.data.shards.manifest import Manifest
@@ -49,9 +49,9 @@ def config(path: Path | list[Path], loader: str, **sections: dict[str, Any]) -> 
     return run_config(path, data=data, runtime=runtime, **sections)
 
 
-def groups(cfg: RunConfig, count: int = 3, *, start: int = 0, **place: int) -> list[Group]:
+def groups(cfg: RunConfig, count: int = 3, *, start: int = 0, **place: int) -> list[GlobalBatch]:
     loader = open_loader(cfg, stage="train", **place)
-    made = list(itertools.islice(loader.groups(start), count))
+    made = list(itertools.islice(loader.global_batches(start), count))
     loader.close()
     return made
 
@@ -69,7 +69,7 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
         assert (dali_batch.images - torch_batch.images).abs().max() < 0.01 * GREY_LEVEL
 
 
-def batches(made: list[Group]) -> list[Batch]:
+def batches(made: list[GlobalBatch]) -> list[Batch]:
     return [batch for group in made for batch in group.micro_batches]
 
 

@@ -82,15 +82,15 @@ def check_dali(cfg: RunConfig) -> None:
 
 def _images_per_s(cfg: RunConfig, corpora: Sequence[Corpus], name: Name, device: torch.device) -> float:
     loader = open_training(cfg, Seat(0, 1, device, name), cache=None, corpora=corpora)
-    groups = loader.groups(0)
-    for _ in itertools.islice(groups, _WARM_UP):
+    batches = loader.global_batches(0)
+    for _ in itertools.islice(batches, _WARM_UP):
         pass
     began, images = time.perf_counter(), 0
     while time.perf_counter() - began < _MEASURED_S:
-        images += next(groups).size
+        images += next(batches).size
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # copies and tone changes may still be under way
     elapsed = time.perf_counter() - began
-    groups.close()
+    batches.close()
     loader.close()
     return images / elapsed

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.batch import Batch, Group
+from ddpm_lmk.data.batch import Batch, GlobalBatch
 from ddpm_lmk.data.loading.augment import Changes, compose, draw_changes, invert, move, no_changes
 from ddpm_lmk.data.loading.bad_samples import BadSample, Fetched, Quarantine, first_readable
 from ddpm_lmk.data.loading.corpus import Corpus, Facts, evaluation_corpora, fingerprint, training_corpora
 from ddpm_lmk.data.loading.dali import DaliPixels
-from ddpm_lmk.data.loading.order import GroupPlan, SampleOrder
+from ddpm_lmk.data.loading.order import BatchPlan, SampleOrder
 from ddpm_lmk.data.loading.pixels import ResidentPixels, StreamPixels, open_pixels
 from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.errors import ConfigError
@@ -151,11 +151,11 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """The endless training stream of one rank, in groups.
+    """The endless training stream of one rank, in global batches.
 
     Attributes:
         plan: where each step starts and how many images it takes.
-        quarantine: the samples that cannot be read; who takes the groups merges what they bring (`Group.bad`).
+        quarantine: the samples that cannot be read; who takes batches merges what they bring (`GlobalBatch.bad`).
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class TrainLoader(_Loader):
         seat: Seat,
         cache: dict[Any, Any] | None,
         *,
-        plan: GroupPlan,
+        plan: BatchPlan,
     ) -> None:
         super().__init__(
             cfg, corpora, seat, cache, largest=cfg.train.given_micro_batch or -(-plan.largest // seat.world)
@@ -174,8 +174,8 @@ class TrainLoader(_Loader):
         self._order = SampleOrder(cfg.seed, [c.by_shard for c in corpora], cfg.data.weights, cfg.data.shuffle_window)
         self.quarantine = Quarantine(corpora, cfg.data.max_bad_fraction)
 
-    def groups(self, start_step: int = 0) -> Generator[Group, None, None]:
-        """Yield this rank's part of every group from `start_step` on, without end.
+    def global_batches(self, start_step: int = 0) -> Generator[GlobalBatch, None, None]:
+        """Yield this rank's part of every global batch from `start_step` on, without end.
 
         Raises:
             DataError: a position has no readable sample. StoppedError: the file system does not answer.
@@ -184,7 +184,7 @@ class TrainLoader(_Loader):
         if isinstance(self._pixels, ResidentPixels):
             known = [BadSample(*bad) for bad in self._pixels.bad_among(self.corpora)]
         for (step, micro_batches, bad), waited in self._ahead(self._make, itertools.count(start_step)):
-            yield Group(self.plan.size(step), micro_batches, waited, tuple(known + bad))
+            yield GlobalBatch(self.plan.size(step), micro_batches, waited, tuple(known + bad))
             known = []
 
     def _prefetch_shards(self, step: int) -> None:
@@ -257,11 +257,11 @@ def open_training(
     """See `ddpm_lmk.data.open_loader`; `corpora` where they are open already."""
     corpora = training_corpora(cfg) if corpora is None else corpora
     count = sum(len(corpus.rows) for corpus in corpora)
-    plan = GroupPlan.of(cfg, count)
+    plan = BatchPlan.of(cfg, count)
     plan.check_world(seat.world)
     if count < plan.largest:
         log.warning(
-            "%d images are fewer than train.global_batch_size=%d: groups repeat them",
+            "%d images are fewer than train.global_batch_size=%d: global batches repeat them",
             count,
             cfg.train.global_batch_size,
         )

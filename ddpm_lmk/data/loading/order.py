@@ -35,35 +35,41 @@ def keyed_seed(seed: int, stream: str, position: int) -> int:
     return int.from_bytes(_digest(seed, stream, position), "little") >> 65
 
 
-class GroupPlan:
+class BatchPlan:
     """Where each optimizer step starts in the stream and how many images it takes, over all ranks.
 
-    With windows "straddle" every group is full and may reach over the end of an epoch. With "epoch" none does: an epoch
-    starts at a multiple of `num_images` and its last group is short; with `drop_last` the images that do not fill a
-    micro-batch are left out (docs/method.md, section 2). Positions left out are never used, so epochs stay aligned.
+    With epoch_boundary "straddle" every global batch is full and may reach over the end of an epoch. With "epoch" none
+    does: an epoch starts at a multiple of `num_images` and its last global batch is short; with `drop_last` the images
+    that do not fill a micro-batch are left out (docs/method.md, section 2). Positions left out are never used, so
+    epochs stay aligned.
     """
 
     def __init__(
         self,
         num_images: int,
-        group_size: int,
+        global_batch_size: int,
         micro_batch: int | None,
         windows: Literal["straddle", "epoch"],
         *,
         drop_last: bool = True,
     ) -> None:
         assert num_images > 0
-        if micro_batch is not None and group_size % micro_batch:
+        if micro_batch is not None and global_batch_size % micro_batch:
             raise ConfigError(
-                f"train.global_batch_size={group_size} is not a multiple of train.micro_batch={micro_batch}"
+                f"train.global_batch_size={global_batch_size} is not a multiple of train.micro_batch={micro_batch}"
             )
-        self.num_images, self.group_size, self.micro_batch, self.windows = num_images, group_size, micro_batch, windows
+        self.num_images, self.global_batch_size, self.micro_batch, self.windows = (
+            num_images,
+            global_batch_size,
+            micro_batch,
+            windows,
+        )
         unit = micro_batch if drop_last and micro_batch is not None and micro_batch <= num_images else 1
         self._used = num_images // unit * unit
 
     @classmethod
-    def of(cls, cfg: RunConfig, num_images: int) -> GroupPlan:
-        """The groups of a run that learns from so many images; raises ConfigError as the constructor."""
+    def of(cls, cfg: RunConfig, num_images: int) -> BatchPlan:
+        """The global batches of a run that learns from so many images; raises ConfigError as the constructor."""
         train = cfg.train
         # The paper drops an unfilled micro-batch in pre-training, and uses every labelled image (docs/method.md, 2, 3)
         drop_last = cfg.task.stage == "pretrain"
@@ -73,55 +79,55 @@ class GroupPlan:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Steps of one epoch where groups end with it; None where they straddle."""
-        return -(-self._used // self.group_size) if self.windows == "epoch" else None
+        """Steps of one epoch where global batches end with it; None where they straddle."""
+        return -(-self._used // self.global_batch_size) if self.windows == "epoch" else None
 
     @property
     def largest(self) -> int:
-        """Images of the largest group."""
-        return self.group_size if self.windows == "straddle" else min(self.group_size, self._used)
+        """Images of the largest global batch."""
+        return self.global_batch_size if self.windows == "straddle" else min(self.global_batch_size, self._used)
 
     def start(self, step: int) -> int:
         """Position of the first image of `step` (the first step is 0)."""
         if self.steps_per_epoch is None:
-            return step * self.group_size
+            return step * self.global_batch_size
         epoch, within = divmod(step, self.steps_per_epoch)
-        return epoch * self.num_images + within * self.group_size
+        return epoch * self.num_images + within * self.global_batch_size
 
     def size(self, step: int) -> int:
         """Images of `step` over all ranks."""
         if self.steps_per_epoch is None:
-            return self.group_size
-        return min(self.group_size, self._used - step % self.steps_per_epoch * self.group_size)
+            return self.global_batch_size
+        return min(self.global_batch_size, self._used - step % self.steps_per_epoch * self.global_batch_size)
 
     def images(self, steps: int) -> int:
         """Images of the first `steps` steps; fewer than positions where epochs leave some out."""
         if self.steps_per_epoch is None:
-            return steps * self.group_size
+            return steps * self.global_batch_size
         epochs, within = divmod(steps, self.steps_per_epoch)
-        return epochs * self._used + within * self.group_size
+        return epochs * self._used + within * self.global_batch_size
 
     def worlds(self) -> list[int]:
-        """Numbers of processes that divide the group into equal, whole micro-batches."""
+        """Numbers of processes that divide the global batch into equal, whole micro-batches."""
         unit = self.micro_batch or 1
-        return [w for w in range(1, self.group_size + 1) if self.group_size % (w * unit) == 0]
+        return [w for w in range(1, self.global_batch_size + 1) if self.global_batch_size % (w * unit) == 0]
 
     def check_world(self, world: int) -> None:
-        """Raise ConfigError if the group cannot be shared out evenly among `world` processes (docs/faults.md, A4)."""
+        """Raise ConfigError if `world` processes cannot share out the global batch evenly (docs/faults.md, A4)."""
         if world not in self.worlds():
             each = f" x micro_batch {self.micro_batch}" if self.micro_batch else ""
             allowed = ", ".join(map(str, self.worlds()))
             raise ConfigError(
-                f"train.global_batch_size={self.group_size} cannot be shared by {world} processes{each}; "
+                f"train.global_batch_size={self.global_batch_size} cannot be shared by {world} processes{each}; "
                 f"use {allowed} processes or change train.global_batch_size"
             )
 
     def share(self, step: int, rank: int, world: int) -> tuple[Ints, NDArray[np.float32], int]:
         """Positions and weights of `rank`'s part of `step`, padded to whole micro-batches, and the micro-batch size.
 
-        Every rank gets the same count. A given `micro_batch` cuts the group into the same micro-batches for any
-        `world`: number k is places [k * micro_batch, (k + 1) * micro_batch) of the group; ranks get consecutive ones.
-        Padding repeats the first position of the part (of the group, where the part is empty) with weight 0.
+        Every rank gets the same count. A given `micro_batch` cuts the global batch into the same micro-batches for any
+        `world`: number k is its places [k * micro_batch, (k + 1) * micro_batch); ranks get consecutive ones.
+        Padding repeats the first position of the part (of the global batch, where the part is empty) with weight 0.
         """
         start, size = self.start(step), self.size(step)
         unit = self.micro_batch or 1

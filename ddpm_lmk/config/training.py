@@ -224,7 +224,7 @@ class RuntimeConfig(Section):
 
 
 class InitConfig(Section):
-    """Where the weights come from, decided once (`runs.starting_state`)."""
+    """Where the weights come from, decided once (`run.starting_state`)."""
 
     weights: str | None = Field(
         None, description="run directory, snapshot directory or .safetensors file; null: random"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ddpm_lmk.data.sources.kinds import KINDS
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.system.console import print_status, print_table, progress
 
@@ -27,7 +28,7 @@ FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder writ
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="folder, list or tars of x-rays; for phantoms: chest, skull or hand")
 ]
-Kind = Annotated[str, typer.Option(help="folder, dicom, table, phantom, chest, cephalometric or hand")]
+Kind = Annotated[str, typer.Option(help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder for the shards")]
 Size = Annotated[int, typer.Option(help="side of the stored square, pixels")]
 Workers = Annotated[int | None, typer.Option(min=1, help="decoding processes", show_default="one per core")]

@@ -136,7 +136,11 @@ def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:
 
 
 def kind_of(section: type[BaseModel]) -> str:
-    return str(section.model_fields["kind"].default) if "kind" in section.model_fields else section.__name__
+    """The value of `kind` that chooses a section, whether or not it is the field's default too; else its name."""
+    field = section.model_fields.get("kind")
+    if field is None:
+        return section.__name__
+    return str(get_args(field.annotation)[0] if field.is_required() else field.default)
 
 
 def default_kind(field: FieldInfo | None) -> str | None:

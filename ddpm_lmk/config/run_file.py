@@ -45,7 +45,7 @@ class RunConfig(Section):
     @property
     def is_time_conditioned(self) -> bool:
         """Is the network conditioned on a timestep? Where it is not, layers that only a timestep reaches do not learn."""
-        return getattr(self.task, "timestep", 0) is not None
+        return self.task.is_time_conditioned
 
     @model_validator(mode="before")
     @classmethod
@@ -125,10 +125,10 @@ class RunConfig(Section):
                 f"data.image_size={self.data.image_size} must be a multiple of {model.side_multiple} for this "
                 f"model.kind={model.kind}, which halves its maps"
             )
-        if not model.takes_time and task.kind == "denoise":
-            raise ValueError(f"model.kind={model.kind} takes no timestep, which task denoise needs; use ddpm_unet")
-        if not model.takes_time and task.kind == "landmarks" and task.timestep is not None:
-            raise ValueError(f"model.kind={model.kind} takes no timestep; set task.timestep=null")
+        if not model.takes_time and task.is_time_conditioned:
+            if isinstance(task, LandmarksConfig):
+                raise ValueError(f"model.kind={model.kind} takes no timestep; set task.timestep=null")
+            raise ValueError(f"model.kind={model.kind} takes no timestep, which task {task.kind} needs; use ddpm_unet")
         if not isinstance(task, EncoderTaskConfig):
             return
         if not isinstance(model, EncoderUNetConfig):

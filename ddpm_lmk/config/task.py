@@ -12,7 +12,18 @@ from pydantic import Field, field_validator, model_validator
 from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Section, Stage
 
 
-class DenoiseConfig(Section):
+class TaskConfig(Section):
+    """What the sections of all tasks have in common."""
+
+    stage: ClassVar[Stage]
+
+    @property
+    def is_time_conditioned(self) -> bool:
+        """Does the task tell the network a timestep?"""
+        return False
+
+
+class DenoiseConfig(TaskConfig):
     """Noise prediction, the pre-training task (docs/method.md, section 2)."""
 
     stage: ClassVar[Stage] = "pretrain"
@@ -38,6 +49,11 @@ class DenoiseConfig(Section):
                 f"wanted t_min <= t_max < num_timesteps, found {self.t_min}, {self.t_max}, {self.num_timesteps}"
             )
         return self
+
+    @property
+    def is_time_conditioned(self) -> bool:
+        """Always."""
+        return True
 
 
 class DiscCodecConfig(Section):
@@ -101,7 +117,7 @@ Codec = Annotated[
 ]
 
 
-class LandmarksConfig(Section):
+class LandmarksConfig(TaskConfig):
     """Landmark detection, the fine-tuning task."""
 
     stage: ClassVar[Stage] = "finetune"
@@ -114,6 +130,11 @@ class LandmarksConfig(Section):
     views: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="slightly moved views averaged at evaluation; 1: the image as it is (paper)"
     )
+
+    @property
+    def is_time_conditioned(self) -> bool:
+        """Where a timestep is set."""
+        return self.timestep is not None
 
 
 Momentum = Annotated[float, Field(ge=0, le=1)]
@@ -147,7 +168,7 @@ class ViewConfig(Section):
         return value
 
 
-class EncoderTaskConfig(Section):
+class EncoderTaskConfig(TaskConfig):
     """What the three have in common."""
 
     stage: ClassVar[Stage] = "pretrain"

@@ -11,29 +11,12 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_va
 from ddpm_lmk.config import Fraction, Positive, Section
 from ddpm_lmk.data.images.resize import Filter, Window
 from ddpm_lmk.data.shards.records import Aspect, Encoding
+from ddpm_lmk.data.sources.kinds import ONLY_FOR, Kind
 from ddpm_lmk.errors import ConfigError
 
-Kind = Literal["folder", "dicom", "table", "phantom", "chest", "cephalometric", "hand"]
 Convention = Literal["paper", "published"]
 
 PHANTOM_COUNTS = {"train": 400, "val": 40, "test": 100}
-
-_OF_FILES = ("folder", "dicom", "table", "chest", "cephalometric", "hand")  # any of them may be DICOM by its content
-_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "convention": ("chest", "cephalometric", "hand"),
-    "split": ("folder", "dicom", "table"),
-    "val_fraction": ("folder", "dicom"),
-    "hashed_ids": ("folder", "dicom", "table"),
-    "allow_burned_in": _OF_FILES,
-    "frame": _OF_FILES,
-    "annotator": ("cephalometric", "table"),
-    "spec": ("table",),
-    "unit": ("table",),
-    "thresholds": ("table",),
-    "spacing_pair": ("hand", "table"),
-    "keep_unlabelled": ("table",),
-    "counts": ("phantom",),
-}
 
 
 class PackSettings(Section):
@@ -95,7 +78,7 @@ class PackSettings(Section):
             raise ConfigError("shards pack: JPEG holds 8 bits; use encoding=raw or png with bits=16")
         if self.unit not in (None, "mm", "px"):
             raise ConfigError(f"shards pack: unit={self.unit!r}, wanted mm or px")
-        for option, kinds in _ONLY_FOR.items():
+        for option, kinds in ONLY_FOR.items():
             is_given = getattr(self, option) != type(self).model_fields[option].default
             if is_given and self.kind not in kinds:
                 raise ConfigError(

@@ -361,7 +361,7 @@ def random_batch(cfg: RunConfig, task: Task, count: int, *, seed: int = 0) -> Ba
 
     from ddpm_lmk.data.batch import Batch
 
-    size, landmarks = cfg.data.image_size, task.out_channels if cfg.task.kind == "landmarks" else 0
+    size, landmarks = cfg.data.image_size, task.out_channels if cfg.task.stage == "finetune" else 0
     generator = torch.Generator().manual_seed(seed)
     return Batch(
         images=torch.rand(count, 1, size, size, generator=generator).contiguous(memory_format=torch.channels_last),

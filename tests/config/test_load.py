@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ddpm_lmk.config import Duration, RunConfig
+from ddpm_lmk.config import Duration, RunConfig, Section
+from ddpm_lmk.config.explain import kind_of
 from ddpm_lmk.config.load import ABSENT, config_hash, diff_runs, dump_run, explain, load_run, load_yaml
 from ddpm_lmk.errors import CheckpointError, ConfigError
 
@@ -345,3 +347,19 @@ def test_plain_yaml_loads_with_its_extends(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("extends: base.yaml\ngrids:\n  - {shots: [1, 5], start: {scratch: null}}\n")
     data = load_yaml(tmp_path / "sweep.yaml")
     assert data == {"set": {"optim.lr": "1e-4"}, "grids": [{"shots": [1, 5], "start": {"scratch": None}}]}
+
+
+def test_a_section_without_a_default_kind_is_known_by_the_kind_that_chooses_it() -> None:
+    class Plain(Section):
+        kind: Literal["plain"]
+
+    assert kind_of(Plain) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [({"kind": "denoise"}, True), ({"kind": "landmarks"}, False), ({"kind": "landmarks", "timestep": 3}, True)],
+)
+def test_a_task_says_whether_it_tells_a_timestep(task: dict[str, object], told: bool) -> None:
+    run = RunConfig.model_validate({"data": {"path": "x"}, "task": task})
+    assert run.is_time_conditioned == told

@@ -2,14 +2,17 @@
 
 import csv
 import shutil
+from itertools import chain
 
 import cv2
 import numpy as np
 import pytest
 
 from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.shards.pack import READERS
 from ddpm_lmk.data.sources.base import parse_decimal
 from ddpm_lmk.data.sources.folder import read_folder
+from ddpm_lmk.data.sources.kinds import KINDS, ONLY_FOR
 from ddpm_lmk.data.sources.public import CHEST_EXCLUDED, read_cephalometric, read_chest, read_hand
 from ddpm_lmk.data.sources.table import read_table
 from ddpm_lmk.errors import ConfigError, DataError
@@ -255,3 +258,9 @@ def test_labels_of_another_set_do_not_pass_as_a_known_one(tmp_path):
         read(tmp_path, spec="chest")
     with pytest.raises(ConfigError, match="not known"):
         read(tmp_path, spec="knee")
+
+
+def test_every_kind_of_source_has_its_reader():
+    assert set(READERS) == set(KINDS)
+    assert set(chain(*ONLY_FOR.values())) <= set(KINDS)
+    assert set(ONLY_FOR) <= set(PackSettings.model_fields)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_lmk.config import ContourCodecConfig, DiscCodecConfig, SpatialCodecConfig
+from ddpm_lmk.config import AnyTask, Codec, ContourCodecConfig, DiscCodecConfig, SpatialCodecConfig
+from ddpm_lmk.config.explain import kind_of, sections_of
 from ddpm_lmk.data.loading.augment import about_centre, compose, invert, move
-from ddpm_lmk.tasks.codecs import ContourCodec, DiscCodec, Frame, SpatialCodec, build_codec
+from ddpm_lmk.tasks import TASKS
+from ddpm_lmk.tasks.codecs import CODECS, ContourCodec, DiscCodec, Frame, SpatialCodec, build_codec
+from ddpm_lmk.tasks.codecs import Codec as BaseCodec
 from ddpm_lmk.tasks.codecs.base import grid_shift
 
 disc = DiscCodec(DiscCodecConfig())
@@ -185,3 +188,22 @@ def test_build_codec_honours_the_kind():
         (ContourCodecConfig, ContourCodec),
     ):
         assert isinstance(build_codec(section()), kind)
+
+
+def test_every_kind_of_a_run_file_has_its_codec_and_its_task():
+    assert {kind_of(section) for section in sections_of(Codec)} == set(CODECS)
+    assert {kind_of(section) for section in sections_of(AnyTask)} == set(TASKS)
+
+
+def test_a_codec_that_lacks_one_way_is_refused_when_it_is_made():
+    class HalfCodec(BaseCodec):
+        def loss(self, logits, points, frame):
+            return logits.sum((1, 2, 3))
+
+    class WholeCodec(HalfCodec):
+        def decode(self, logits, frame):
+            return spatial.decode(logits, frame)
+
+    with pytest.raises(TypeError, match="decode"):
+        HalfCodec()
+    assert WholeCodec().full_size

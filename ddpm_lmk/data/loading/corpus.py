@@ -108,7 +108,7 @@ def training_corpora(cfg: RunConfig) -> list[Corpus]:
         ConfigError: a split is trained on and scored, more shots than images.
         DataError: a folder is not a dataset, a split does not exist or is empty, there are no labels.
     """
-    data, labelled = cfg.data, cfg.task.kind == "landmarks"
+    data, labelled = cfg.data, cfg.task.stage == "finetune"
     for key, split in (("data.validation_split", data.validation_split), ("evaluate.split", cfg.evaluate.split)):
         if split in data.splits:
             raise ConfigError(f"{key}={split} is also in data.splits, so it would be trained on; use another split")
@@ -128,7 +128,7 @@ def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
         for corpus in corpora:
             corpus.keep(_shots(cfg, corpus)[1])
         return corpora
-    return _open_splits(cfg, (split,), labelled=cfg.task.kind == "landmarks")
+    return _open_splits(cfg, (split,), labelled=cfg.task.stage == "finetune")
 
 
 def _shots(cfg: RunConfig, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:

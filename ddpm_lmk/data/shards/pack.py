@@ -25,13 +25,14 @@ from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
 from ddpm_lmk.data.images.decode import ReadOptions
 from ddpm_lmk.data.images.dicom_spacing import AT_DETECTOR, UNKNOWN
 from ddpm_lmk.data.images.sandbox import answer, decoders
-from ddpm_lmk.data.pack_settings import Kind, PackSettings
+from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.labels import Findings, Labels
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.writer import ShardWriter, is_begun, refuse_existing
 from ddpm_lmk.data.sources.base import PhantomSource, RawDataset, RawSample, TarMember, folder_split, read_phantom
 from ddpm_lmk.data.sources.folder import read_dicom_tree, read_folder
 from ddpm_lmk.data.sources.ids import KeyedIds, open_key, write_map
+from ddpm_lmk.data.sources.kinds import Kind
 from ddpm_lmk.data.sources.public import read_cephalometric, read_chest, read_hand
 from ddpm_lmk.data.sources.table import read_table
 from ddpm_lmk.errors import ConfigError, DataError, LmkError, StoppedError

@@ -5,6 +5,7 @@ Coordinates are (x, y); the centre of the top-left pixel is (0, 0).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,11 +40,13 @@ class Decoded:
 class Codec(Protocol):
     """Both ways between points and maps."""
 
-    full_size: bool  # maps have the size of the image, or are `model.pixel_unshuffle` times smaller
+    full_size: bool = True  # maps have the size of the image, or are `model.pixel_unshuffle` times smaller
 
+    @abstractmethod
     def loss(self, logits: Tensor, points: Tensor, frame: Frame) -> Tensor:
         """Loss per image `[B]` of maps `[B, N, h, w]` for `points` `[B, N, 2]`; NaN points do not count."""
 
+    @abstractmethod
     def decode(self, logits: Tensor, frame: Frame) -> Decoded:
         """Points and uncertainties read from maps `[B, N, h, w]`."""
 

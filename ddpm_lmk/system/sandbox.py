@@ -101,8 +101,8 @@ class Sandbox:
         Raises:
             LaunchError: a process cannot be started at all.
         """
-        for _ in range(self._limits.tries):
-            process = self._take()
+        for number in range(self._limits.tries):
+            process = self._take(fresh=number > 0)
             try:
                 answer = process.ask(message, self._limits.deadline_s)
             except _LostError as error:
@@ -117,11 +117,15 @@ class Sandbox:
                 return answer
         return answer
 
-    def _take(self) -> _Process:
-        """An idle process, or a new one. One that died while idle is not to be blamed on the next message."""
+    def _take(self, *, fresh: bool) -> _Process:
+        """An idle process, or a new one. One that died while idle is not to be blamed on the next message.
+
+        With `fresh` always a new one: the kernel ends a process with the thread that started it, so where a loader's
+        threads end, all that are idle may die, one after the other, under the same message.
+        """
         with self._lock:
             idle = self._idle.pop() if self._idle else None
-        if idle is not None and idle.is_running():
+        if idle is not None and not fresh and idle.is_running():
             return idle
         if idle is not None:
             self._drop(idle)

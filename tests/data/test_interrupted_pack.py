@@ -14,6 +14,7 @@ from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.data.shards.verify import verify
 from ddpm_lmk.data.shards.writer import ShardWriter
 from ddpm_lmk.errors import ResourceError, RunConflictError
+from tests.data.sets import picture, write
 
 COUNT, KILL_AT, SHARD_BYTES = 45, 40, 60_000  # about 20 squares of 32 pixels each
 SETTINGS = PackSettings(kind="folder", name="set", size=32, val_fraction=0.2)
@@ -134,3 +135,14 @@ def test_an_error_of_the_data_leaves_nothing_and_a_full_disk_what_is_finished(so
         pack(source, tmp_path / "out", SETTINGS, workers=1, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     assert pack(source, tmp_path / "out", SETTINGS, workers=1).resumed_at > 0
+
+
+def test_a_disk_that_is_full_when_small_images_leave_their_buffer_is_told_in_a_line(tmp_path):
+    def drawn(number, bits):
+        if number == 0:
+            (tmp_path / ".out.partial" / "pack" / "shard-000000.tar").symlink_to("/dev/full")
+        return picture(number, bits)
+
+    with pytest.raises(ResourceError, match="No space left on device; make room and give the same command"):
+        write(tmp_path / "out", drawn=drawn)
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,22 @@ def test_the_cache_stays_below_its_limit_and_drops_what_was_used_longest_ago(tmp
     for name in ("a.tar", "b.tar", "c.tar", "a.tar", "d.tar"):
         want(name)
     assert {path.name for path in tmp_path.glob("*/*.tar")} == {"a.tar", "c.tar", "d.tar"}
+
+
+def test_what_others_are_fetching_stays_and_what_a_killed_process_left_goes(tmp_path):
+    caches = {name: ShardCache(tmp_path / name, 1000) for name in ("one", "two")}
+    left = tmp_path / "one" / ".unfinished-1000-left.tar"
+    left.write_bytes(b"cut off")
+    both_fetch = threading.Barrier(2, timeout=30)
+
+    def fetch(path: Path) -> None:
+        path.write_bytes(bytes(1000))
+        both_fetch.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        copies = [pool.submit(cache.get, "a.tar", 1000, fetch) for cache in caches.values()]
+        assert [copy.result().stat().st_size for copy in copies] == [1000, 1000]
+    assert not left.exists()
 
 
 def test_a_cache_of_two_windows_serves_a_pack_that_is_larger(server, pack, tmp_path):

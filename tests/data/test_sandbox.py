@@ -92,6 +92,19 @@ def test_a_process_killed_from_outside_is_started_again_with_the_same_file(tmp_p
     assert answers == wanted
 
 
+def test_the_second_try_does_not_depend_on_processes_that_die_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = set(psutil.Process().children())
+    with decoders(2) as processes:
+        list(processes.answers([job(good(tmp_path))] * 8))
+        for child in set(psutil.Process().children()) - others:
+            child.kill()
+        with monkeypatch.context() as at_that_moment:
+            at_that_moment.setattr("ddpm_lmk.system.sandbox._Process.is_running", lambda process: True)
+            assert "code" not in processes.ask(job(tmp_path / "good.png"))[0]
+
+
 def test_time_in_which_the_parent_does_not_listen_does_not_count(tmp_path: Path) -> None:
     with decoders(1, replace(LIMITS, deadline_s=1.0)) as processes:
         codes = []

@@ -144,13 +144,16 @@ class ShardCache:
     def _make_room(self, size: int, unfinished: Path) -> None:
         """Drop copies until one of `size` fits, and reserve its place: `unfinished` counts from now on.
 
-        What a killed process left unfinished grows old and goes like a copy. One that is being written does not.
+        Those that others are fetching stay: where more are under way than fit, all would be fetched again and again.
         """
         root = self.folder.parent
         with locked(root / ".lock", waits=True):
-            others = [(stat, path) for path in root.glob("*/*.tar") if path != unfinished and (stat := _stat(path))]
-            copies = sorted((stat.st_mtime_ns, _reserved(path, stat), path) for stat, path in others)
-            excess = size + sum(length for _, length, _ in copies) - self._limit
+            # In this order, so that one that is being renamed counts twice rather than never.
+            excess = size - self._limit
+            excess += sum(_reserved(path) for path in root.glob(f"*/{_UNFINISHED}*") if path != unfinished)
+            whole = [path for path in root.glob("*/*.tar") if not path.name.startswith(_UNFINISHED)]
+            copies = sorted((stat.st_mtime_ns, stat.st_size, path) for path in whole if (stat := _stat(path)))
+            excess += sum(length for _, length, _ in copies)
             for _, length, path in copies:
                 if excess <= 0:
                     break
@@ -166,11 +169,13 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _reserved(path: Path, stat: os.stat_result) -> int:
-    """Bytes of a copy; of one that is being fetched those that it will have, which its name says."""
-    if path.name.startswith(_UNFINISHED):
-        return int(path.name.removeprefix(_UNFINISHED).partition("-")[0])
-    return stat.st_size
+def _reserved(unfinished: Path) -> int:
+    """Bytes that a copy will have which is being fetched. What a killed process left is removed: its lock is free."""
+    size, _, name = unfinished.name.removeprefix(_UNFINISHED).partition("-")
+    with locked(unfinished.parent / _LOCKS / name) as is_left:
+        if is_left:
+            unfinished.unlink(missing_ok=True)
+    return 0 if is_left else int(size)
 
 
 class Origin:

@@ -8,6 +8,7 @@ which a transaction ends with every finished shard. What a killed writer had not
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import io
@@ -249,7 +250,8 @@ class ShardWriter:
             keep, value = True, error
         finally:
             if self._shard is not None:
-                self._shard.file.close()
+                with contextlib.suppress(OSError):  # what is left in its buffer does not fit either
+                    self._shard.file.close()
             self._disconnect()
             if not (keep and self._shards):  # before the lock is released: nobody may have begun there
                 shutil.rmtree(self._folder, ignore_errors=True)

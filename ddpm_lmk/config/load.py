@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from ddpm_lmk.config import RunConfig, yaml
 from ddpm_lmk.config.explain import default_kind, explain, kind_of, sections_of
-from ddpm_lmk.config.renamed import moved_origins, under_new_names, under_old_names, warn_of
+from ddpm_lmk.config.renamed import RENAMED, moved_origins, under_new_names, under_old_names, warn_of
 from ddpm_lmk.config.yaml import KeyPath, Origins
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.system.shipped import find
@@ -265,15 +265,21 @@ def _nearest(model: type[BaseModel], key: str) -> str:
     known += [part for part in dict.fromkeys(name.rpartition(".")[0] for name in known) if part]
     section, _, leaf = key.rpartition(".")
     beside = {name.rpartition(".")[2]: name for name in reversed(known) if name.rpartition(".")[0] == section}
+    here = list(beside)
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
     full = {name: name for name in known}
+    if model is RunConfig:  # old names are still read, so a misspelt one is likelier than any name like it
+        full |= RENAMED
+        beside = {
+            old.rpartition(".")[2]: new for old, new in RENAMED.items() if old.rpartition(".")[0] == section
+        } | beside
     # `sigma` for `sigma_px` is likelier than any name of the same number of different letters.
     akin = {name: path for name, path in beside.items() if leaf.startswith(name) or name.startswith(leaf)}
     for names, word, cutoff in ((akin, leaf, 0.3), (beside, leaf, 0.6), (leaves, leaf, 0.8), (full, key, 0.6)):
         found = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
         if found:
             return f"; did you mean {names[found[0]]}?"
-    return f"; known here: {', '.join(beside)}" if beside else ""
+    return f"; known here: {', '.join(here)}" if here else ""
 
 
 def _refuse_odd_values(checked: BaseModel, data: dict[str, Any], source: str, origins: Origins) -> None:

@@ -18,6 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+# Not only where it is needed: a disk that no longer answers is one of the things that are described.
+import psutil  # type: ignore[import-untyped]
+
 from ddpm_lmk.errors import StoppedError
 from ddpm_lmk.rundir.log import RunLog
 from ddpm_lmk.system import files, heartbeat
@@ -96,8 +99,6 @@ def find_stragglers(ranks: Sequence[Heartbeat]) -> list[tuple[Heartbeat, float]]
 
 def describe(last: Heartbeat) -> str:
     """What is known of a rank, in words."""
-    import psutil  # type: ignore[import-untyped]
-
     states = {psutil.STATUS_STOPPED: ", stopped by a signal", psutil.STATUS_DISK_SLEEP: ", waiting for a device"}
     states[psutil.STATUS_TRACING_STOP] = ", held by a debugger"
     state, at = "", f"step {last.step}" if last.step >= 0 else last.phase

@@ -132,6 +132,8 @@ def test_a_path_that_is_no_utf8_comes_back_from_the_file_of_its_run(run_file: Pa
         ("dat.path=x", "unknown key dat", "did you mean data?"),
         ("task.codec.sigma=1", "unknown key task.codec.sigma", "did you mean task.codec.sigma_px?"),
         ("model.multiplier=[1]", "unknown key model.multiplier", "did you mean model.multipliers?"),
+        ("train.lenght=1", "unknown key train.lenght", "did you mean train.duration?"),  # a misspelt old name
+        ("data.residencey=ram", "unknown key data.residencey", "did you mean runtime.cache_pixels?"),
     ],
 )
 def test_unknown_key_is_named_with_its_path_and_nearest_name(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,20 @@ def test_the_clock_of_the_wall_decides_nothing(monkeypatch: pytest.MonkeyPatch, 
     assert [name for name, text in sources.items() if "time.time()" in text] == []
     # A cache asks which copy goes first when it is full; the others whether a file is still the same one.
     assert {name for name, text in sources.items() if "st_mtime" in text} <= {"remote.py", "session.py", "base.py"}
+
+
+def test_describing_a_rank_imports_nothing_since_the_disk_may_be_what_hangs() -> None:
+    code = (
+        "import sys\n"
+        "from ddpm_lmk.launcher import supervise\n"
+        "from ddpm_lmk.system.heartbeat import Recorder\n"
+        "recorder = Recorder(None, 0)\n"
+        "recorder.beat('step', 1, None)\n"
+        "before = set(sys.modules)\n"
+        "supervise.describe(recorder.last)\n"
+        "assert set(sys.modules) == before, set(sys.modules) - before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_causes_are_told_apart() -> None:

@@ -15,6 +15,7 @@ Which of several sets of weights in a file is meant is decided in `state_dicts`.
 from __future__ import annotations
 
 import _compat_pickle
+import contextlib
 import hashlib
 import io
 import os
@@ -79,7 +80,8 @@ def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, 
     except OSError as error:
         raise ResourceError(f"cannot write {out}: {error.strerror}; free or unlock the disk and run again") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stands in the way was told above
+            temporary.unlink(missing_ok=True)
     return answer
 
 

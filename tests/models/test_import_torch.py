@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddpm_lmk.config import EncoderUNetConfig
-from ddpm_lmk.errors import CheckpointError, RunConflictError
+from ddpm_lmk.errors import CheckpointError, ResourceError, RunConflictError
 from ddpm_lmk.models.encoder_unet import build_encoder
 from ddpm_lmk.models.import_torch import dense, import_weights, inspect, read
 from ddpm_lmk.models.state_dicts import choose, describe
@@ -320,3 +320,10 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
     found = dense(read(tmp_path / "tied.pt"), tmp_path / "tied.pt")
     assert all(torch.equal(value, weight) for value in found.values())
     assert found["in.weight"].data_ptr() != found["out.weight"].data_ptr()
+
+
+def test_a_file_where_the_folder_should_be_is_told_in_a_line(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pt")
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ResourceError, match="cannot write"):
+        import_weights(tmp_path / "w.pt", tmp_path / "out" / "w.safetensors")

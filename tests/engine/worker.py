@@ -82,7 +82,7 @@ def work(job: dict[str, Any], parallel: Parallel) -> None:
     sizes = {"num_images": job.get("num_images", 6), "ballast": job.get("ballast", 0)}
     state, loaders, run = start(cfg, out, parallel, is_standardised=job.get("is_standardised", False), **sizes)
     if "dry_at" in job and parallel.rank == 1:
-        loaders.train.groups = dry(loaders.train.groups, job["dry_at"])
+        loaders.train.global_batches = dry(loaders.train.global_batches, job["dry_at"])
     with run:
         fit(cfg, task, state, loaders, parallel, run, is_strict=job.get("strict", False))
     unused = [p.grad for n, p in state.model.named_parameters() if "unreached" in n]

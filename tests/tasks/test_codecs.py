@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_lmk.config import AnyTask, Codec, ContourCodecConfig, DiscCodecConfig, SpatialCodecConfig
+from ddpm_lmk.config import Codec, ContourCodecConfig, DiscCodecConfig, SpatialCodecConfig
 from ddpm_lmk.config.explain import kind_of, sections_of
+from ddpm_lmk.config.task import AnyTask
 from ddpm_lmk.data.loading.augment import about_centre, compose, invert, move
 from ddpm_lmk.tasks import TASKS
 from ddpm_lmk.tasks.codecs import CODECS, ContourCodec, DiscCodec, Frame, SpatialCodec, build_codec

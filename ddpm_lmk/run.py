@@ -23,8 +23,7 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.leakage import Uncompared
 from ddpm_lmk.data.loading.backend import choose_backend
-from ddpm_lmk.data.loading.corpus import Corpus, fingerprints_of, training_corpora
-from ddpm_lmk.data.spec import mixture
+from ddpm_lmk.data.loading.corpus import Corpus, fingerprints_of, images_left_out, spec_of, training_corpora
 from ddpm_lmk.engine.device_fit import Fitted, emulation_warning, fit_to_device
 from ddpm_lmk.engine.forecast import LONG_S, Forecast, Work, steps_done, time_steps
 from ddpm_lmk.engine.loop import Loaders, Pace, fit
@@ -102,10 +101,12 @@ def execute(
         if past.results is not None:
             return past.results
         devices = check_devices(parallel, past.facts.get("devices", []), is_strict=is_strict)
+        # On one rank: a large pool takes minutes and gigabytes to compare.
+        left_out = parallel.on_main(lambda: images_left_out(cfg))
         with parallel.together():
             # Opened once, before the settings are fitted: steps, outputs and loaders all follow from it.
-            corpora = training_corpora(cfg)
-            task = build_task(cfg, _spec_of(cfg, corpora))
+            corpora = training_corpora(cfg, left_out)
+            task = build_task(cfg, spec_of(cfg, [corpus.manifest.spec for corpus in corpora]))
         fitted = _fit(cfg, task, corpora, past, parallel)
         here = fitted.applied(cfg)
         with _opened(here, corpora, past, parallel, session) as loaders:
@@ -146,12 +147,6 @@ def _look_back(cfg: RunConfig, run: RunDir, fork: Path | None) -> Past:
     check_temperatures(cfg, run.path)
     forked = None if fork is None else copy_checkpoint(fork, run.path)
     return Past(None, run.facts(), forked, steps_done(run.path))
-
-
-def _spec_of(cfg: RunConfig, corpora: Sequence[Corpus]) -> Any:
-    """Facts of the dataset: of all labelled ones together, of the first one in a pool without labels."""
-    specs = [corpus.manifest.spec for corpus in corpora]
-    return mixture(specs) if cfg.task.stage == "finetune" else specs[0]
 
 
 def _fit(cfg: RunConfig, task: Task, corpora: Sequence[Corpus], past: Past, parallel: Parallel) -> Fitted:

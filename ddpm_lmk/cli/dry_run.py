@@ -16,7 +16,7 @@ from ddpm_lmk.config.load import config_hash, load_run
 from ddpm_lmk.config.values import Stage
 from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.engine.forecast import LONG_S, images_trained_on
-from ddpm_lmk.launcher import Device, Placement, preflight
+from ddpm_lmk.launcher import Device, Placement
 from ddpm_lmk.sweep import Sweep
 from ddpm_lmk.sweep.file import scales_of
 from ddpm_lmk.sweep.forecast import forecast_run
@@ -34,7 +34,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     Args:
         instead: what to say where the run takes very long.
     """
-    from ddpm_lmk.data.loading.corpus import training_corpora
+    from ddpm_lmk.data.loading.corpus import spec_of, training_corpora
     from ddpm_lmk.data.shards.manifest import open_datasets
     from ddpm_lmk.engine.device_fit import device_bytes, emulation_warning, fit_to_device, memory_gib
     from ddpm_lmk.engine.parallel import Parallel
@@ -50,7 +50,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     train = cfg.train
     steps = train.duration.steps(train.global_batch_size, num_images, batches.steps_per_epoch)
     images = batches.images(steps)
-    task = build_task(cfg, preflight.spec_of(cfg, [manifest.spec for manifest in manifests]))
+    task = build_task(cfg, spec_of(cfg, [manifest.spec for manifest in manifests]))
     world = placement.processes * placement.nodes
     share = cfg.model_copy(
         update={"train": train.model_copy(update={"global_batch_size": train.global_batch_size // world})}

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_lmk.config import EncoderUNetConfig, LandmarksConfig, RunConfig
-from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, fingerprint, training_corpora
+from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, fingerprint, spec_of, training_corpora
 from ddpm_lmk.data.loading.order import BatchPlan
-from ddpm_lmk.data.spec import DatasetSpec, mixture
+from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.requirements import check_cuda_graphs, check_exclusions, check_zero
 from ddpm_lmk.errors import CheckpointError, ConfigError
 from ddpm_lmk.inference.scoring import check_scorable, check_temperatures
@@ -88,11 +88,6 @@ def check_data(cfg: RunConfig) -> list[Corpus]:
         for scored, learnt in zip(evaluation_corpora(cfg, cfg.evaluate.split), corpora, strict=True):
             check_scorable(scored, learnt)
     return corpora
-
-
-def spec_of(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> DatasetSpec:
-    """Facts of the dataset: of all labelled ones together, of the first one in a pool without labels."""
-    return mixture(specs) if cfg.task.stage == "finetune" else specs[0]
 
 
 def _specs(corpora: Sequence[Corpus]) -> list[DatasetSpec]:

@@ -15,11 +15,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.loading import corpus
 from ddpm_lmk.data.shards.manifest import open_datasets
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.forecast import BUDGET_S, Timing, time_steps
 from ddpm_lmk.errors import LmkError
-from ddpm_lmk.launcher import preflight
 from ddpm_lmk.launcher.placement import Device, Placement, visible_gpus, worker_environment
 from ddpm_lmk.system.children import child_job, collect_output, start_child
 
@@ -113,7 +113,7 @@ def _together(answers: Sequence[dict[str, Any] | str], began: float) -> Timing |
 
 def spec_of(cfg: RunConfig) -> DatasetSpec:
     """Facts of the run's data, together where it has several labelled sets."""
-    return preflight.spec_of(cfg, [dataset.spec for dataset in open_datasets(cfg)])
+    return corpus.spec_of(cfg, [dataset.spec for dataset in open_datasets(cfg)])
 
 
 def time_here(

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from ddpm_lmk.cli.app import run
-from ddpm_lmk.data.duplicates import search
+from ddpm_lmk.data.duplicates import leakage, search
 from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME, FINGERPRINT_DTYPE, check_fingerprints, read_fingerprints
 from ddpm_lmk.data.duplicates.leakage import Source, compare, exclusion, find_seen
 from ddpm_lmk.data.duplicates.search import find_matches, find_originals
-from ddpm_lmk.data.loading.corpus import training_corpora
+from ddpm_lmk.data.loading.corpus import images_left_out, training_corpora
 from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.phantom import render
 from ddpm_lmk.data.shards.manifest import Manifest
@@ -100,6 +100,23 @@ def test_a_protected_set_need_not_be_in_the_pool_and_keeping_leaks_is_a_recorded
     corpora = training_corpora(cfg)
     assert len(corpora[0].rows) == images
     assert exclusion([corpora[0].manifest], cfg.data).record["overlap"] == overlap
+
+
+def test_a_rank_that_is_given_what_is_left_out_compares_nothing(
+    pool: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = run_config(pool["corpus"], task="denoise", data={"protect": [str(pool["set"])]})
+    [asked], left_out = training_corpora(cfg), images_left_out(cfg)
+    assert left_out is not None
+    assert len(left_out[0]) == 6  # four leaks and two copies; two more had the same pixels and were refused by packing
+
+    def refuse(*unused: object) -> None:
+        raise AssertionError("compared again")
+
+    monkeypatch.setattr(leakage, "_KNOWN", {})
+    monkeypatch.setattr(leakage, "compare", refuse)
+    [given] = training_corpora(cfg, left_out)
+    assert np.array_equal(np.asarray(given.rows), np.asarray(asked.rows))
 
 
 def test_a_pack_whose_every_film_is_protected_says_so(pool: dict[str, Path], tmp_path: Path) -> None:

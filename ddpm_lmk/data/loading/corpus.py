@@ -22,6 +22,7 @@ from ddpm_lmk.data.shards.index import ByShard, ListedRows, SplitRows
 from ddpm_lmk.data.shards.manifest import Manifest, open_datasets
 from ddpm_lmk.data.shards.records import CorruptSampleError, SampleRecord, to_stored_matrix
 from ddpm_lmk.data.shards.remote import CacheSettings, with_retries
+from ddpm_lmk.data.spec import DatasetSpec, mixture
 from ddpm_lmk.errors import ConfigError, DataError
 
 HELD_OUT = "held_out"
@@ -101,8 +102,26 @@ class Corpus:
         return pixels
 
 
-def training_corpora(cfg: RunConfig) -> list[Corpus]:
+def spec_of(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> DatasetSpec:
+    """Facts of the data of a run: of all labelled datasets together, of the first one in a pool without labels."""
+    return mixture(specs) if cfg.task.stage == "finetune" else specs[0]
+
+
+def images_left_out(cfg: RunConfig) -> tuple[np.ndarray, ...] | None:
+    """Rows of each dataset that pre-training must not see, or sees already; None for a run with labels.
+
+    Comparing a pool takes the longest of what comes before the first step (`duplicates.leakage.exclusion`).
+    """
+    if cfg.task.stage == "finetune":
+        return None
+    return exclusion(open_datasets(cfg), cfg.data, CacheSettings.of(cfg)).rows
+
+
+def training_corpora(cfg: RunConfig, left_out: Sequence[np.ndarray] | None = None) -> list[Corpus]:
     """The rows trained on: for a pool `data.splits` less leaks and copies, for landmarks the shots of each set.
+
+    Args:
+        left_out: what `images_left_out` gave, here or on another rank; None: asked for here.
 
     Raises:
         ConfigError: a split is trained on and scored, more shots than images.
@@ -112,7 +131,9 @@ def training_corpora(cfg: RunConfig) -> list[Corpus]:
     for key, split in (("data.validation_split", data.validation_split), ("evaluate.split", cfg.evaluate.split)):
         if split in data.splits:
             raise ConfigError(f"{key}={split} is also in data.splits, so it would be trained on; use another split")
-    corpora = _open_splits(cfg, data.splits, labelled=labelled, is_pool=not labelled)
+    if left_out is None:
+        left_out = images_left_out(cfg)
+    corpora = _open_splits(cfg, data.splits, labelled=labelled, left_out=left_out)
     for corpus in corpora if labelled else ():
         corpus.keep(_shots(cfg, corpus)[0])
     return corpora
@@ -160,11 +181,10 @@ def fingerprints_of(cfg: RunConfig, paths: Sequence[str]) -> list[str]:
     return [Manifest.open(path, CacheSettings.of(cfg)).fingerprint for path in paths]
 
 
-def _open_splits(cfg: RunConfig, splits: Sequence[str], *, labelled: bool, is_pool: bool = False) -> list[Corpus]:
-    """In a pool, a dataset may lack some of the splits, but each split must be in one of the datasets.
-
-    `is_pool`: images are learnt from without labels, so leaks and duplicates are left out (see `duplicates.leakage`).
-    """
+def _open_splits(
+    cfg: RunConfig, splits: Sequence[str], *, labelled: bool, left_out: Sequence[np.ndarray] | None = None
+) -> list[Corpus]:
+    """In a pool, a dataset may lack some of the splits, but each split must be in one of the datasets."""
     data, manifests = cfg.data, open_datasets(cfg)
     for manifest in manifests:
         _check_settings(manifest, data.require_dataset)
@@ -174,10 +194,10 @@ def _open_splits(cfg: RunConfig, splits: Sequence[str], *, labelled: bool, is_po
         if not any(split in manifest.splits for manifest in manifests):
             there = "; ".join(f"{manifest.root}: {', '.join(manifest.splits)}" for manifest in manifests)
             raise DataError(f"there is no split {split!r} (there are {there}); change data.splits or evaluate.split")
-    left_out = exclusion(manifests, data, CacheSettings.of(cfg)).rows if is_pool else [None] * len(manifests)
+    without: Sequence[np.ndarray | None] = [None] * len(manifests) if left_out is None else left_out
     return [
         _open_one(manifest, splits, data.image_size, labelled=labelled, without=rows)
-        for manifest, rows in zip(manifests, left_out, strict=True)
+        for manifest, rows in zip(manifests, without, strict=True)
     ]
 
 

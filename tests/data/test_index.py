@@ -111,7 +111,7 @@ def test_no_index_is_written_for_shards_that_changed(copy: Path) -> None:
 
 
 def test_fewer_shards_than_processes_and_workers_do_not_matter(tmp_path: Path) -> None:
-    """One shard for four processes of three workers: the samples that one process reads alone (failures.md, B23)."""
+    """One shard for four processes of three workers: the samples that one process reads alone (docs/faults.md, B23)."""
     pack = pack_dots(tmp_path / "few", {"train": 2}, size=32)
     assert len(Manifest.open(pack).shards) == 1
     cfg = run_config(pack, task="denoise", data={"image_size": 32}, runtime={"workers": 3, "cache_pixels": "stream"})

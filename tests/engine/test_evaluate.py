@@ -1,4 +1,4 @@
-"""Scores on the way: what they decide, and what happens where one cannot be had (failures.md, C14)."""
+"""Scores on the way: what they decide, and what happens where one cannot be had (docs/faults.md, C14)."""
 
 from __future__ import annotations
 

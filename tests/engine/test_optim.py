@@ -93,7 +93,7 @@ def test_the_norm_tells_of_one_bad_element(bad: float) -> None:
 
 
 def test_triangular2_is_the_schedule_of_torch() -> None:
-    """GU2Net trains with CyclicLR in mode triangular2 (paper.md, section 5)."""
+    """GU2Net trains with CyclicLR in mode triangular2 (docs/method.md, section 5)."""
     rate = learning_rate(
         settings(lr=1e-2, lr_low=1e-4, schedule="triangular2", cycle=20), warmup=0, total=100, cycle=20
     )

@@ -40,6 +40,14 @@ __all__ = [
 
 COMMAND_LINE = "command line"
 ABSENT = "(absent)"
+# What other trainers call a setting, too unlike its name here to be found by its letters.
+OTHER_TOOLS = {
+    "learning_rate": "optim.lr",
+    "batch_size": "train.global_batch_size",
+    "epochs": "train.duration",
+    "num_workers": "runtime.workers",
+    "resolution": "data.image_size",
+}
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -64,6 +72,8 @@ def load_stored(folder: Path) -> RunConfig:
 
 def _load(path: str | Path, overrides: list[str], renamed: dict[str, str]) -> RunConfig:
     data, origins = _compose(Path(path), RunConfig, (), renamed)
+    if "grids" in data:
+        raise ConfigError(f"{path} is a sweep file; use `ddpm-lmk sweep {path}`")
     words, word_origins = _read_overrides(overrides, renamed)
     _merge(data, words, RunConfig)
     origins.update(word_origins)
@@ -261,6 +271,8 @@ def _origin(path: KeyPath, source: str, origins: Origins) -> str:
 
 def _nearest(model: type[BaseModel], key: str) -> str:
     """The ending "; did you mean ...?" for an unknown key: beside it, then by last word, then by full path."""
+    if model is RunConfig and (ours := OTHER_TOOLS.get(key.rpartition(".")[2])):
+        return f"; did you mean {ours}?"
     known = list(dict.fromkeys(row[0] for row in explain(model)))
     known += [part for part in dict.fromkeys(name.rpartition(".")[0] for name in known) if part]
     section, _, leaf = key.rpartition(".")
@@ -275,7 +287,7 @@ def _nearest(model: type[BaseModel], key: str) -> str:
         } | beside
     # `sigma` for `sigma_px` is likelier than any name of the same number of different letters.
     akin = {name: path for name, path in beside.items() if leaf.startswith(name) or name.startswith(leaf)}
-    for names, word, cutoff in ((akin, leaf, 0.3), (beside, leaf, 0.6), (leaves, leaf, 0.8), (full, key, 0.6)):
+    for names, word, cutoff in ((akin, leaf, 0.3), (beside, leaf, 0.6), (leaves, leaf, 0.8), (full, key, 0.7)):
         found = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
         if found:
             return f"; did you mean {names[found[0]]}?"

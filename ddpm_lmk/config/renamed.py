@@ -99,8 +99,8 @@ def _moved(
 def _section_at(data: dict[str, Any], path: list[str], *, make: bool = False) -> dict[str, Any] | None:
     section: Any = data
     for name in path:
-        if make:
-            section.setdefault(name, {})
+        if make and section.get(name) is None:  # `runtime:` with nothing behind it is an empty section
+            section[name] = {}
         section = section.get(name)
         if not isinstance(section, dict):
             return None

@@ -47,7 +47,7 @@ DODGE = 1.035  # neighbouring methods stand this factor apart on the axis of lab
 FEATURED = 3  # numbers of labels that are shown where there is no room for all
 SIDE, PANEL_SIDE = 760, 640  # pixels of the longer side
 MARGIN = 0.15  # of the extent of the landmarks, around them
-KEY = '<span class="key"><i style="color:#d07300">×</i> found, <i style="color:#2f9e44">○</i> annotated.</span>'
+KEY = '<span class="key"><i style="color:#d07300">×</i> predicted, <i style="color:#2f9e44">○</i> annotated.</span>'
 LOSSES = {
     "denoise": "noise prediction loss",
     "mocov3": "MoCo v3 loss",

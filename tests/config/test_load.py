@@ -123,6 +123,12 @@ def test_a_path_that_is_no_utf8_comes_back_from_the_file_of_its_run(run_file: Pa
     assert load_run(tmp_path / "config.yaml") == run
 
 
+def test_a_sweep_file_given_to_a_run_is_sent_to_its_command(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("name: table\nrun: run.yaml\ngrids: []\n")
+    with pytest.raises(ConfigError, match=r"is a sweep file; use `ddpm-lmk sweep .*sweep\.yaml`"):
+        load_run(tmp_path / "sweep.yaml")
+
+
 @pytest.mark.parametrize(
     ("word", "named", "nearest"),
     [
@@ -134,6 +140,8 @@ def test_a_path_that_is_no_utf8_comes_back_from_the_file_of_its_run(run_file: Pa
         ("model.multiplier=[1]", "unknown key model.multiplier", "did you mean model.multipliers?"),
         ("train.lenght=1", "unknown key train.lenght", "did you mean train.duration?"),  # a misspelt old name
         ("data.residencey=ram", "unknown key data.residencey", "did you mean runtime.cache_pixels?"),
+        ("optim.learning_rate=1", "unknown key optim.learning_rate", "did you mean optim.lr?"),  # as others call it
+        ("train.epochs=1", "unknown key train.epochs", "did you mean train.duration?"),
     ],
 )
 def test_unknown_key_is_named_with_its_path_and_nearest_name(

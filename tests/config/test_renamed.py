@@ -56,6 +56,11 @@ def test_a_file_may_extend_one_that_uses_the_other_names(file: Path, tmp_path: P
     assert load_run(tmp_path / "old.yaml", ["runtime.workers=1"]).train.duration == Duration(6)
 
 
+def test_an_empty_section_takes_settings_that_moved_into_it(file: Path) -> None:
+    file.write_text(file.read_text() + "runtime:\n")
+    assert load_run(file).runtime.workers == 3
+
+
 def test_a_setting_under_both_names_is_refused(file: Path) -> None:
     file.write_text(OLD + "  duration: 4 steps\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: train\.length is now train\.duration, and both are given"):

@@ -1,4 +1,4 @@
-"""A run of two processes is hurt in every way: it goes on by itself, or says how to go on (docs/faults.md, C5-C10, A9)."""
+"""A run of two processes is hurt in every way: it resumes by itself, or says how (docs/faults.md, C5-C10, A9)."""
 
 from __future__ import annotations
 

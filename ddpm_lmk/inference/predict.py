@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 
@@ -23,7 +22,7 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.drawing import draw_overlay, encode_png, to_uint8
 from ddpm_lmk.data.images.decode import SUFFIXES
 from ddpm_lmk.data.images.image import DecodedImage, ReadOptions, RefusedImageError
-from ddpm_lmk.data.images.resize import to_square
+from ddpm_lmk.data.images.resize import as_packed, to_network_size
 from ddpm_lmk.data.images.sandbox import decoders
 from ddpm_lmk.data.loading.augment import compose, invert, no_changes, resize_matrix
 from ddpm_lmk.data.loading.warp import develop
@@ -187,21 +186,8 @@ def _prepare(name: str, image: DecodedImage, settings: dict[str, Any], image_siz
     """Resize an image as packing and loading do; raises RefusedImageError."""
     pixels = image.pixels
     native = (pixels.shape[1], pixels.shape[0])
-    stored = to_square(
-        pixels,
-        native,
-        size=settings["size"],
-        aspect=settings["aspect"],
-        resize=settings["filter"],
-        window="full" if image.is_windowed else settings["window"],
-        bits=settings["bits"],
-        full_range=image.full_range,
-    )
     # twice, as a packed image is: once to the stored square, once from there to the network's
-    network = stored
-    if stored.shape != (image_size, image_size):
-        method = cv2.INTER_AREA if image_size < len(stored) else cv2.INTER_LINEAR
-        network = cv2.resize(stored, (image_size, image_size), interpolation=method)
+    network = to_network_size(as_packed(image, native, settings), image_size)
     to_stored = to_stored_matrix(native, settings["size"], settings["aspect"])
     to_network = compose(resize_matrix(settings["size"], image_size), to_stored)
     return _Picture(name, to_uint8(pixels), network, invert(to_network), image.mm_per_px, image.facts.get("spacing"))

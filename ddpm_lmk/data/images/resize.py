@@ -1,23 +1,47 @@
 """From decoded pixels to the stored square, and back from its bytes: grey window, one anti-aliased resize, encoding.
 
-An image is resized here once, at packing; `predict` does the same arithmetic.
+An image is resized once at packing (`as_packed`) and, where the network takes another size, again when it is read
+(`to_network_size`). `predict` does both, by the same functions.
 """
 
 from __future__ import annotations
 
 import io
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
-from ddpm_lmk.data.images.image import RefusedImageError
+from ddpm_lmk.data.images.image import DecodedImage, RefusedImageError
 from ddpm_lmk.data.shards.records import Aspect, Encoding, content_box
 
 Window = Literal["percentile", "minmax", "full", "voi"]
 Filter = Literal["area", "linear", "gaussian"]
 
 _WINDOW_PERCENTILES = (0.1, 99.9)  # markers and collimators are a few pixels at the extremes
+
+
+def as_packed(image: DecodedImage, native: tuple[int, int], settings: Mapping[str, Any]) -> np.ndarray:
+    """The stored image of a decoded one under these pack settings: size, aspect, filter, window, bits."""
+    return to_square(
+        image.pixels,
+        native,
+        size=settings["size"],
+        aspect=settings["aspect"],
+        resize=settings["filter"],
+        window="full" if image.is_windowed else settings["window"],
+        bits=settings["bits"],
+        full_range=image.full_range,
+    )
+
+
+def to_network_size(stored: np.ndarray, size: int) -> np.ndarray:
+    """A stored image at the side that the network takes."""
+    if stored.shape == (size, size):
+        return stored
+    method = cv2.INTER_AREA if size < len(stored) else cv2.INTER_LINEAR
+    return cv2.resize(stored, (size, size), interpolation=method)
 
 
 def to_square(

@@ -21,7 +21,7 @@ import numpy as np
 from ddpm_lmk.data.images.decode import decode_image, read_content
 from ddpm_lmk.data.images.dicom import is_dicom, read_spacing
 from ddpm_lmk.data.images.image import DecodedImage, ReadOptions, RefusedImageError, check_information
-from ddpm_lmk.data.images.resize import decode_square, encode, to_square
+from ddpm_lmk.data.images.resize import as_packed, decode_square, encode
 from ddpm_lmk.system.sandbox import Answer, Limits, Sandbox, serve
 
 LIMITS = Limits(memory_bytes=2 << 30, deadline_s=30.0)
@@ -145,16 +145,7 @@ def _per_native_px(mm_per_px: float | None, size: tuple[int, int], native: tuple
 
 
 def _encode_square(image: DecodedImage, native: tuple[int, int], store: dict[str, Any]) -> bytes:
-    square = to_square(
-        image.pixels,
-        native,
-        size=store["size"],
-        aspect=store["aspect"],
-        resize=store["filter"],
-        window="full" if image.is_windowed else store["window"],
-        bits=store["bits"],
-        full_range=image.full_range,
-    )
+    square = as_packed(image, native, store)
     check_information(square)  # a window may leave nothing of an image that had something to show
     return encode(square, store["encoding"], store["quality"])
 

@@ -11,11 +11,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.duplicates.leakage import exclusion
+from ddpm_lmk.data.images.resize import to_network_size
 from ddpm_lmk.data.loading.augment import Floats, compose, resize_matrix
 from ddpm_lmk.data.loading.order import few_shot_rows
 from ddpm_lmk.data.shards.index import ByShard, ListedRows, SplitRows
@@ -89,10 +89,7 @@ class Corpus:
         data = with_retries(self.manifest.read_bytes, row)
         try:
             pixels = self.manifest.decode_bytes(data)
-            if pixels.shape != (self.image_size, self.image_size):
-                shrinks = self.image_size < pixels.shape[0]
-                side = (self.image_size, self.image_size)
-                pixels = cv2.resize(pixels, side, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+            pixels = to_network_size(pixels, self.image_size)
         except CorruptSampleError as error:
             raise CorruptSampleError(f"row {row}: {error}") from error
         except DataError:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Section
+from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Section, is_null
 
 
 class AugmentConfig(Section):
@@ -85,6 +85,12 @@ class DataConfig(Section):
     image_size: Annotated[int, Field(ge=16, le=4096)] = Field(
         256, description="side of the square network input, pixels"
     )
+    fine_size: Annotated[int, Field(ge=32, le=8192)] | None = Field(
+        None,
+        description="side of the finer copy of each image that crops are cut from (task.refine, task.zoom), pixels; "
+        "null: none is loaded. Pack with at least this --size",
+        exclude_if=is_null,
+    )
     require_dataset: dict[str, str | int | None] = Field(
         {}, description="settings the shards must have been packed with, e.g. {filter: gaussian}; null: any"
     )
@@ -113,5 +119,14 @@ class DataConfig(Section):
         if self.weights is not None and len(self.weights) != len(self.path):
             raise ValueError(
                 f"weights has {len(self.weights)} entries, path has {len(self.path)}; give one weight per folder"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fine_is_finer(self) -> DataConfig:
+        if self.fine_size is not None and self.fine_size <= self.image_size:
+            raise ValueError(
+                f"fine_size={self.fine_size} is no finer than image_size={self.image_size}; use a larger one, e.g. "
+                f"{4 * self.image_size}"
             )
         return self

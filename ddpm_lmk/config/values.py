@@ -16,6 +16,11 @@ ADVANCED: dict[str, Any] = {"advanced": True}
 Stage = Literal["pretrain", "finetune"]  # the command a task belongs to: without labels, or with them
 
 
+def is_null(value: Any) -> bool:
+    """Whether a setting is left out where it is written: a new one that is null, so that hashes of old runs stay."""
+    return value is None
+
+
 class Duration:
     """A length of training: `6000 steps`, `200 epochs` or `171000 images`; a bare number means steps."""
 

@@ -31,6 +31,9 @@ class Batch:
         weight: `[B]` float32, 1 for a sample that counts, 0 for one repeated to fill the shape.
         ids: sample names, `B` of them.
         domain: `[B]` int64 in host memory, which part of a mixture's spec a sample belongs to; None: there is one.
+        fine: `[B, 1, F, F]` grey values of the same squares with more pixels and not augmented, uint8, or uint16 bits
+            as int16; None where `data.fine_size` is.
+        to_fine: `[B, 2, 3]` float32, network pixels to pixels of `fine`.
     """
 
     images: Tensor
@@ -42,6 +45,8 @@ class Batch:
     weight: Tensor
     ids: tuple[str, ...]
     domain: Tensor | None = None
+    fine: Tensor | None = None
+    to_fine: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

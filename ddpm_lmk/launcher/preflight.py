@@ -78,7 +78,7 @@ def check_data(cfg: RunConfig) -> list[Corpus]:
     if not isinstance(cfg.task, LandmarksConfig):
         return corpora
     spec = spec_of(cfg, _specs(corpora))
-    if cfg.task.codec.kind == "disc" and spec.num_landmarks == 1:
+    if spec.num_landmarks == 1 and any(codec.kind == "disc" for codec in cfg.task.codecs):
         # Its softmax runs over landmarks at each pixel: with one of them it is 1 everywhere.
         raise ConfigError(
             f"task.codec.kind=disc tells landmarks apart at every pixel, but {spec.name} has only one, so nothing "
@@ -141,9 +141,12 @@ def has_begun(out: Path) -> bool:
 
 def remarks(cfg: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
     """What is no fault, and worth a second look before the time is spent."""
-    small = [corpus.manifest for corpus in corpora if corpus.manifest.stored_size < cfg.data.image_size]
-    return [
-        f"{manifest.root} holds images of {manifest.stored_size} pixels, which are enlarged to data.image_size="
-        f"{cfg.data.image_size} and gain no detail; pack them with --size {cfg.data.image_size}, or use smaller images"
-        for manifest in small
-    ]
+    lines = []
+    for manifest in (corpus.manifest for corpus in corpora):
+        for key, wanted in (("image_size", cfg.data.image_size), ("fine_size", cfg.data.fine_size)):
+            if manifest.stored_size < (wanted or 0):
+                lines.append(
+                    f"{manifest.root} holds images of {manifest.stored_size} pixels, which are enlarged to data.{key}="
+                    f"{wanted} and gain no detail; pack them with --size {wanted}, or use smaller images"
+                )
+    return lines

@@ -50,12 +50,15 @@ class Changes:
         return Changes(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
-def draw_changes(cfg: AugmentConfig, seed: int, positions: np.ndarray, size: int) -> Changes:
+def draw_changes(
+    cfg: AugmentConfig, seed: int, positions: np.ndarray, size: int, *, stream: str = "augment"
+) -> Changes:
     """Changes of the images at `positions` `[P]`, for a network input of side `size` px; a pure function.
 
-    With `p` the probability: a share `p` of images is changed, each by every quantity that is switched on.
+    With `p` the probability: a share `p` of images is changed, each by every quantity that is switched on. `stream`
+    names the purpose: crops of an image are changed in other ways than the image.
     """
-    u = keyed_uniform(seed, "augment", positions, _COLUMNS)
+    u = keyed_uniform(seed, stream, positions, _COLUMNS)
     chosen = u[:, 0] < cfg.probability
     # An image that is not chosen draws zeros, which make the identity: one path, no branches.
     signed = np.where(chosen[:, None], 2 * u - 1, 0.0)

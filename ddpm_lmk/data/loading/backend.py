@@ -41,7 +41,7 @@ def choose_backend(
     """The backend of a run; `before` is what the run that is resumed recorded.
 
     Raises:
-        ConfigError: DALI was asked for, and pixels that are decoded beforehand.
+        ConfigError: DALI was asked for, and finer pixels, or pixels that are decoded beforehand.
         LaunchError: DALI was asked for and is not installed.
     """
     device = torch.device(device)
@@ -50,6 +50,8 @@ def choose_backend(
     if cfg.runtime.loader == "dali":
         check_dali(cfg)
         return Backend("dali", "runtime.loader=dali")
+    if cfg.data.fine_size is not None:
+        return Backend("torch", "crops are cut from pixels that only it loads (data.fine_size)")
     if before is not None:
         return Backend(before["name"], "as this run began", before.get("images_per_s"))
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
@@ -71,7 +73,12 @@ def measure_backends(cfg: RunConfig, corpora: Sequence[Corpus], *, device: torch
 
 
 def check_dali(cfg: RunConfig) -> None:
-    """Refuse DALI where it is not installed, or pixels are to be decoded beforehand; raises as `choose_backend`."""
+    """Refuse DALI where it is not installed, or cannot prepare the pixels of this run; raises as `choose_backend`."""
+    if cfg.data.fine_size is not None:
+        raise ConfigError(
+            f"runtime.loader=dali prepares pixels of one size, but data.fine_size={cfg.data.fine_size} wants finer "
+            "ones beside them; use runtime.loader=auto or torch"
+        )
     if cfg.runtime.cache_pixels in ("ram", "device"):
         raise ConfigError(
             f"runtime.loader=dali decodes as it streams, but runtime.cache_pixels={cfg.runtime.cache_pixels} decodes "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config import DataConfig, RunConfig
 from ddpm_lmk.data.duplicates.leakage import exclusion
 from ddpm_lmk.data.images.resize import to_network_size
 from ddpm_lmk.data.loading.augment import Floats, compose, resize_matrix
@@ -42,10 +42,17 @@ class Facts:
 
 
 class Corpus:
-    """Some rows of one dataset, at the network's image size. With `labelled`, only rows that have points."""
+    """Some rows of one dataset, at the network's image size. With `labelled`, only rows that have points.
 
-    def __init__(self, manifest: Manifest, rows: SplitRows, image_size: int, *, labelled: bool) -> None:
+    Attributes:
+        sizes: sides of the squares that a sample is decoded to: the network's, and that of its finer copy if any.
+    """
+
+    def __init__(
+        self, manifest: Manifest, rows: SplitRows, image_size: int, *, labelled: bool, fine_size: int | None = None
+    ) -> None:
         self.manifest, self.image_size = manifest, image_size
+        self.sizes = (image_size,) if fine_size is None else (image_size, fine_size)
         self._resize = resize_matrix(manifest.stored_size, image_size)
         self.records: dict[int, SampleRecord] = {}
         self.rows: SplitRows | np.ndarray = rows
@@ -79,8 +86,8 @@ class Corpus:
         to_network = compose(self._resize, record.to_stored)
         return Facts(record.id, record.points, record.native_size, np.nan if spacing is None else spacing, to_network)
 
-    def decode(self, row: int) -> np.ndarray:
-        """Pixels at network size, uint8 or uint16 `[S, S]`: shrunk by area, enlarged linearly, half-pixel centres.
+    def decode(self, row: int) -> tuple[np.ndarray, ...]:
+        """Pixels at each of `sizes`, uint8 or uint16 `[S, S]`: shrunk by area, enlarged linearly, half-pixel centres.
 
         Raises:
             CorruptSampleError: the bytes are not those packed, or are no image.
@@ -89,14 +96,13 @@ class Corpus:
         data = with_retries(self.manifest.read_bytes, row)
         try:
             pixels = self.manifest.decode_bytes(data)
-            pixels = to_network_size(pixels, self.image_size)
+            return tuple(to_network_size(pixels, size) for size in self.sizes)
         except CorruptSampleError as error:
             raise CorruptSampleError(f"row {row}: {error}") from error
         except DataError:
             raise
         except Exception as error:  # a decoder may leak anything, StopIteration included (docs/faults.md, B27)
             raise CorruptSampleError(f"row {row} of {self.manifest.root}: {type(error).__name__}: {error}") from error
-        return pixels
 
 
 def spec_of(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> DatasetSpec:
@@ -193,7 +199,7 @@ def _open_splits(
             raise DataError(f"there is no split {split!r} (there are {there}); change data.splits or evaluate.split")
     without: Sequence[np.ndarray | None] = [None] * len(manifests) if left_out is None else left_out
     return [
-        _open_one(manifest, splits, data.image_size, labelled=labelled, without=rows)
+        _open_one(manifest, splits, data, labelled=labelled, without=rows)
         for manifest, rows in zip(manifests, without, strict=True)
     ]
 
@@ -212,7 +218,7 @@ def _check_settings(manifest: Manifest, wanted: Mapping[str, str | int | None]) 
 
 
 def _open_one(
-    manifest: Manifest, splits: Sequence[str], image_size: int, *, labelled: bool, without: np.ndarray | None
+    manifest: Manifest, splits: Sequence[str], data: DataConfig, *, labelled: bool, without: np.ndarray | None
 ) -> Corpus:
     present = [split for split in splits if split in manifest.splits]
     names = ", ".join(splits)
@@ -220,7 +226,8 @@ def _open_one(
         raise DataError(f"{manifest.root} has none of the splits {names}; it has {', '.join(manifest.splits)}")
     if labelled and manifest.spec.num_landmarks == 0:
         raise DataError(f"{manifest.root} is packed without landmarks; task landmarks needs a labelled set")
-    corpus = Corpus(manifest, manifest.rows(present, without=without), image_size, labelled=labelled)
+    rows = manifest.rows(present, without=without)
+    corpus = Corpus(manifest, rows, data.image_size, labelled=labelled, fine_size=data.fine_size)
     if len(corpus.rows) == 0 and without is not None and len(without):
         raise DataError(
             f"{manifest.root}: all {len(without)} images of {names} are in protected splits or other datasets too; "

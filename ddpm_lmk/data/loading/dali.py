@@ -68,7 +68,7 @@ class DaliPixels:
         """
         kind, used = self._kinds[corpus], self._corpora[corpus]
         if kind.encoding == "raw":
-            return kind, used.decode(row)[:, :, None]
+            return kind, used.decode(row)[0][:, :, None]
         data = with_retries(used.manifest.read_bytes, row)
         _check_header(data, kind, self._size)
         return kind, np.frombuffer(data, np.uint8)
@@ -94,6 +94,9 @@ class DaliPixels:
                 self._stream.synchronize()  # in the prefetching thread: who takes the batch need not wait
                 images.record_stream(torch.cuda.default_stream(self._device))  # its memory is not reused before
         return images
+
+    def fine(self, fetched: Sequence[tuple[Kind, np.ndarray]]) -> None:
+        """None: `check_dali` refuses runs that want finer copies."""
 
     def close(self) -> None:
         """Give back what the pipelines hold."""

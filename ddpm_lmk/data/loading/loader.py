@@ -22,7 +22,7 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import Batch, GlobalBatch
-from ddpm_lmk.data.loading.augment import Changes, compose, draw_changes, invert, move, no_changes
+from ddpm_lmk.data.loading.augment import Changes, compose, draw_changes, invert, move, no_changes, resize_matrix
 from ddpm_lmk.data.loading.bad_samples import BadSample, Fetched, Quarantine, first_readable
 from ddpm_lmk.data.loading.corpus import Corpus, Facts, evaluation_corpora, fingerprint, training_corpora
 from ddpm_lmk.data.loading.dali import DaliPixels
@@ -83,6 +83,7 @@ class _Loader:
                 corpora, wanted, device=seat.device, workers=workers, world=seat.world, cache=cache
             )
         self.residency = self._pixels.residency
+        self._to_fine = resize_matrix(corpora[0].sizes[0], corpora[0].sizes[-1])  # of the picture that nothing moved
 
     def close(self) -> None:
         """Stop the decoding threads; the loader cannot be used afterwards."""
@@ -135,6 +136,8 @@ class _Loader:
             weight=_tensor(weights),
             ids=tuple(fact.id for fact in facts),
             domain=torch.tensor(domains) if self.spec.parts else None,
+            fine=(fine := self._pixels.fine(pixels)),
+            to_fine=None if fine is None else _tensor(compose(self._to_fine, invert(changes.matrix))),
         )
         return batch.to(self._seat.device)
 

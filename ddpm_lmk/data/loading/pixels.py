@@ -1,7 +1,8 @@
 """Where decoded pixels live: nowhere (each sample is decoded when it is due), in memory, or on the device.
 
-All kinds, and `DaliPixels`, have the same two calls: `fetch` gets a sample's pixels or raises CorruptSampleError,
-`images` turns what was fetched into network input on the device. The batches are the same to the bit.
+All kinds, and `DaliPixels`, have the same calls: `fetch` gets a sample's pixels or raises CorruptSampleError, `images`
+turns what was fetched into network input on the device, `fine` brings the finer copies there where there are some. The
+batches are the same to the bit.
 """
 
 from __future__ import annotations
@@ -42,21 +43,25 @@ class StreamPixels:
         self._wide = needs_16_bits(corpora)
 
     def fetch(self, corpus: int, row: int) -> Any:
-        """What `images` takes of a sample: here its pixels `[S, S]`. Raises CorruptSampleError."""
-        return _as_stored(self._corpora[corpus].decode(row), wide=self._wide)
+        """What `images` takes of a sample: here its pixels `[S, S]`, of each size. Raises CorruptSampleError."""
+        return [_as_stored(pixels, wide=self._wide) for pixels in self._corpora[corpus].decode(row)]
 
     def images(
         self, fetched: Sequence[Any], changes: Changes, *, seed: int, positions: np.ndarray, intensity: Intensity
     ) -> Tensor:
         """Network input `[B, 1, S, S]` float32 in [0, 1], channels-last, on the device."""
-        return develop(self._stack(fetched), changes, seed=seed, positions=positions, intensity=intensity)
+        return develop(self._stack(fetched, 0), changes, seed=seed, positions=positions, intensity=intensity)
+
+    def fine(self, fetched: Sequence[Any]) -> Tensor | None:
+        """The finer copies `[B, 1, F, F]` as they are stored, uint8 or int16 on the device, if there are some."""
+        return self._stack(fetched, 1)[:, None] if len(self._corpora[0].sizes) > 1 else None
 
     def close(self) -> None:
         """Nothing is held that another loader of the same data would not want."""
 
-    def _stack(self, fetched: Sequence[Any]) -> Tensor:
-        """`[B, S, S]` uint8 or int16 on the device."""
-        return self._to_device(torch.from_numpy(np.stack(fetched)))
+    def _stack(self, fetched: Sequence[Any], size: int) -> Tensor:
+        """`[B, S, S]` uint8 or int16 on the device, of the size of this number."""
+        return self._to_device(torch.from_numpy(np.stack([pixels[size] for pixels in fetched])))
 
     def _to_device(self, pixels: Tensor) -> Tensor:
         # Only pinned memory is copied beside the computation.
@@ -64,7 +69,7 @@ class StreamPixels:
 
 
 class ResidentPixels(StreamPixels):
-    """Decoded once, kept as one tensor in memory or on the device; rows can be added, for the next run of a sweep."""
+    """Decoded once, kept in memory or on the device; rows can be added, for the next run of a sweep."""
 
     def __init__(self, corpora: Sequence[Corpus], residency: Residency, device: torch.device) -> None:
         super().__init__(corpora, device)
@@ -72,8 +77,8 @@ class ResidentPixels(StreamPixels):
         home = device if residency == "device" else torch.device("cpu")
         self._slots = [np.full(len(corpus.manifest), -1, dtype=np.int64) for corpus in corpora]
         self._bad: dict[tuple[int, int], str] = {}
-        size = corpora[0].image_size
-        self._store = torch.empty(0, size, size, dtype=torch.int16 if self._wide else torch.uint8, device=home)
+        dtype = torch.int16 if self._wide else torch.uint8
+        self._stores = [torch.empty(0, size, size, dtype=dtype, device=home) for size in corpora[0].sizes]
 
     def add(self, corpora: Sequence[Corpus], workers: int) -> None:
         """Decode the rows that are not here yet."""
@@ -81,21 +86,23 @@ class ResidentPixels(StreamPixels):
         missing = [(c, int(row)) for c, rows in enumerate(used) for row in rows[self._slots[c][rows] < 0]]
         if not missing:
             return
-        first = len(self._store)
-        grown = self._store.new_empty((first + len(missing), *self._store.shape[1:]))
-        grown[:first] = self._store
-        self._store = grown
+        first = len(self._stores[0])
+        for number, store in enumerate(self._stores):
+            grown = store.new_empty((first + len(missing), *store.shape[1:]))
+            grown[:first] = store
+            self._stores[number] = grown
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for begin in range(0, len(missing), _CHUNK):
                 chunk = missing[begin : begin + _CHUNK]
                 decoded = list(pool.map(lambda key: self._decode(corpora[key[0]], *key), chunk))
                 begin += first
-                self._store[begin : begin + len(chunk)] = torch.from_numpy(np.stack(decoded)).to(self._store.device)
+                for store, pixels in zip(self._stores, zip(*decoded, strict=True), strict=True):
+                    store[begin : begin + len(chunk)] = torch.from_numpy(np.stack(pixels)).to(store.device)
                 for slot, (c, row) in enumerate(chunk, begin):
                     self._slots[c][row] = slot
 
     def fetch(self, corpus: int, row: int) -> Any:
-        """The place of a sample in the store. Raises CorruptSampleError."""
+        """The place of a sample in the stores. Raises CorruptSampleError."""
         if (corpus, row) in self._bad:
             raise CorruptSampleError(self._bad[corpus, row])
         return int(self._slots[corpus][row])
@@ -105,16 +112,18 @@ class ResidentPixels(StreamPixels):
         used = [set(corpus.rows.tolist()) for corpus in corpora]
         return sorted((c, row, reason) for (c, row), reason in self._bad.items() if row in used[c])
 
-    def _stack(self, fetched: Sequence[Any]) -> Tensor:
-        pixels = self._store.index_select(0, torch.tensor(fetched).to(self._store.device))
+    def _stack(self, fetched: Sequence[Any], size: int) -> Tensor:
+        store = self._stores[size]
+        pixels = store.index_select(0, torch.tensor(fetched).to(store.device))
         return pixels if self.residency == "device" else self._to_device(pixels)
 
-    def _decode(self, corpus: Corpus, c: int, row: int) -> np.ndarray:
+    def _decode(self, corpus: Corpus, c: int, row: int) -> list[np.ndarray]:
         try:
-            return _as_stored(corpus.decode(row), wide=self._wide)
+            return [_as_stored(pixels, wide=self._wide) for pixels in corpus.decode(row)]
         except CorruptSampleError as error:
             self._bad[c, row] = str(error)
-            return np.zeros(self._store.shape[1:], dtype=np.int16 if self._wide else np.uint8)
+            dtype = np.int16 if self._wide else np.uint8
+            return [np.zeros(store.shape[1:], dtype=dtype) for store in self._stores]
 
 
 def open_pixels(
@@ -137,7 +146,7 @@ def open_pixels(
         return StreamPixels(corpora, device)
     cache = {} if cache is None else cache
     digests = tuple(corpus.manifest.fingerprint for corpus in corpora)
-    key = ("pixels", digests, corpora[0].image_size, residency, str(device))
+    key = ("pixels", digests, corpora[0].sizes, residency, str(device))
     pixels = cache[key] = cache.get(key) or ResidentPixels(corpora, residency, device)
     pixels.add(corpora, workers)
     return pixels
@@ -171,7 +180,8 @@ def choose_residency(corpora: Sequence[Corpus], wanted: str, device: torch.devic
 
 def _bytes(corpora: Sequence[Corpus]) -> int:
     count = sum(len(corpus.rows) for corpus in corpora)
-    return count * corpora[0].image_size ** 2 * (2 if needs_16_bits(corpora) else 1)
+    pixels = sum(size**2 for size in corpora[0].sizes)
+    return count * pixels * (2 if needs_16_bits(corpora) else 1)
 
 
 def _as_stored(pixels: np.ndarray, *, wide: bool) -> np.ndarray:

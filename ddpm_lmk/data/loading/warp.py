@@ -25,11 +25,32 @@ def develop(raw: Tensor, changes: Changes, *, seed: int, positions: np.ndarray, 
     """
     images = warp(_as_float(raw)[:, None].contiguous(memory_format=torch.channels_last), changes)
     for part in _parts(images):
-        if intensity == "per_image":
-            _stretch(images[part])
-        else:
-            images[part] /= 255.0 if raw.dtype == torch.uint8 else 65535.0
+        _to_unit_range(images[part], raw.dtype, intensity)
     return tone(images, changes, seed=seed, positions=positions)
+
+
+def cut(raw: Tensor, back: Tensor, size: int, *, finer: int = 1, intensity: Intensity) -> Tensor:
+    """A crop of each picture: `[B, 1, size, size]` float32 in [0, 1], channels-last, whose own extremes are 0 and 1.
+
+    Args:
+        raw: `[B, 1, F, F]` uint8, or uint16 bits as int16.
+        back: `[B, 2, 3]` float64, pixels of the crop to pixels of the picture.
+        finer: how many times finer it is sampled, a side, before that is averaged: what one crop pixel covers of the
+            picture, or more, keeps the crop free of aliasing.
+        intensity: as in `develop`; `per_image` takes the extremes of the crop.
+    """
+    count, side = len(raw), raw.shape[-1]
+    crops = torch.empty(count, size, size, 1, device=raw.device).permute(0, 3, 1, 2)
+    steps = (torch.arange(size * finer, dtype=torch.float64, device=raw.device) + 0.5) / finer - 0.5
+    x, y = back.unbind(1)  # each [B, 3]; in grid_sample's coordinates, where -1 and 1 are the picture's borders
+    columns = torch.complex(x[:, :1] * steps, y[:, :1] * steps) * (2 / side)
+    rows = torch.complex(x[:, 1:2] * steps + x[:, 2:] + 0.5, y[:, 1:2] * steps + y[:, 2:] + 0.5) * (2 / side) - (1 + 1j)
+    columns, rows = columns.to(torch.complex64), rows.to(torch.complex64)
+    for part in _parts(crops):
+        sampled = _sample(_as_float(raw[part]), columns[part], rows[part])
+        crops[part] = F.avg_pool2d(sampled, finer) if finer > 1 else sampled
+        _to_unit_range(crops[part], raw.dtype, intensity)
+    return crops
 
 
 def warp(images: Tensor, changes: Changes) -> Tensor:
@@ -46,12 +67,12 @@ def warp(images: Tensor, changes: Changes) -> Tensor:
     return images.index_copy_(0, index, _sample(images.index_select(0, index), columns, rows))
 
 
-def tone(images: Tensor, changes: Changes, *, seed: int, positions: np.ndarray) -> Tensor:
+def tone(images: Tensor, changes: Changes, *, seed: int, positions: np.ndarray, stream: str = "augment") -> Tensor:
     """Change intensities of `images` `[B, 1, S, S]` in [0, 1], in place; those that keep theirs are not touched."""
     is_toned = changes.is_toned
     for part in _parts(images):
         if is_toned[part].any():
-            images[part] = _tone(images[part], changes[part], seed, positions[part])
+            images[part] = _tone(images[part], changes[part], seed, positions[part], stream)
     return images
 
 
@@ -91,6 +112,14 @@ def _as_float(raw: Tensor) -> Tensor:
     return raw.to(torch.float32)
 
 
+def _to_unit_range(images: Tensor, stored: torch.dtype, intensity: Intensity) -> None:
+    """Scale grey values that were stored as `stored` to [0, 1], in place."""
+    if intensity == "per_image":
+        _stretch(images)
+    else:
+        images /= 255.0 if stored == torch.uint8 else 65535.0
+
+
 def _stretch(images: Tensor) -> None:
     """(x - min) / (max - min) per image (docs/method.md, section 2), in place; a constant image becomes 0."""
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
@@ -98,7 +127,7 @@ def _stretch(images: Tensor) -> None:
     images.sub_(low).div_(span + (span == 0))
 
 
-def _tone(images: Tensor, changes: Changes, seed: int, positions: np.ndarray) -> Tensor:
+def _tone(images: Tensor, changes: Changes, seed: int, positions: np.ndarray, stream: str) -> Tensor:
     def column(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
 
@@ -106,15 +135,15 @@ def _tone(images: Tensor, changes: Changes, seed: int, positions: np.ndarray) ->
     mean = toned.mean((1, 2, 3), keepdim=True)
     toned = mean + (toned - mean) * column(changes.contrast) + column(changes.brightness)
     if changes.noise_std.any():
-        toned += column(changes.noise_std) * _noise(images, changes.noise_std, seed, positions)
+        toned += column(changes.noise_std) * _noise(images, changes.noise_std, seed, positions, stream)
     return toned.clamp_(0, 1)
 
 
-def _noise(images: Tensor, noise_std: np.ndarray, seed: int, positions: np.ndarray) -> Tensor:
+def _noise(images: Tensor, noise_std: np.ndarray, seed: int, positions: np.ndarray, stream: str) -> Tensor:
     """Standard normal noise, each image's from its own generator; CPU and CUDA draw different numbers."""
     noise = torch.zeros_like(images)
     for index in np.flatnonzero(noise_std):
         generator = torch.Generator(images.device)
-        generator.manual_seed(keyed_seed(seed, "augment/noise", int(positions[index])))
+        generator.manual_seed(keyed_seed(seed, f"{stream}/noise", int(positions[index])))
         noise[index] = torch.randn(images.shape[1:], generator=generator, device=images.device)
     return noise

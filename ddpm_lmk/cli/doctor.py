@@ -169,7 +169,8 @@ def checkpoint_gib(cfg: RunConfig) -> float:
 
     cost = model_cost(cfg.model, cfg.data.image_size, 1)
     copies = 1 + 2 * (cfg.optim.kind == "adamw") + (cfg.train.ema is not None) + (cfg.train.select == "best")
-    return cost.weight_bytes * copies / 2**30
+    networks = 1 if getattr(cfg.task, "refine", None) is None else 2
+    return cost.weight_bytes * networks * copies / 2**30
 
 
 def _write_speed(folder: Path) -> float:

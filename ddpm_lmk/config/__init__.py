@@ -17,8 +17,10 @@ from ddpm_lmk.config.task import (
     DiscCodecConfig,
     GaussianCodecConfig,
     LandmarksConfig,
+    RefineConfig,
     SimclrV2Config,
     SpatialCodecConfig,
+    ZoomConfig,
 )
 from ddpm_lmk.config.training import (
     ClipConfig,
@@ -53,6 +55,7 @@ __all__ = [
     "OptimConfig",
     "PlateauConfig",
     "Positive",
+    "RefineConfig",
     "RunConfig",
     "Section",
     "SimclrV2Config",
@@ -60,4 +63,5 @@ __all__ = [
     "SpikeConfig",
     "TrainConfig",
     "UNetConfig",
+    "ZoomConfig",
 ]

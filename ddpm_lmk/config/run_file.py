@@ -15,6 +15,7 @@ from ddpm_lmk.config.renamed import under_new_names
 from ddpm_lmk.config.task import (
     AnyTask,
     ContourCodecConfig,
+    DiscCodecConfig,
     EncoderTaskConfig,
     LandmarksConfig,
 )
@@ -83,11 +84,40 @@ class RunConfig(Section):
                 )
         elif self.data.protect:
             raise ValueError("data.protect is for pre-training; a fine-tuning run trains on one set's splits")
+        self._check_crops()
         codec = self.task.codec if isinstance(self.task, LandmarksConfig) else None
         if codec is None and self.data.hold_out is not None:
             raise ValueError("data.hold_out keeps labelled shots from training; it is for task landmarks")
         if isinstance(codec, ContourCodecConfig) and codec.temperatures == "fitted" and len(self.data.path) > 1:
             raise ValueError("task.codec.temperatures=fitted is for one labelled set; a mixture goes without: use none")
+
+    def _check_crops(self) -> None:
+        """Crops are cut from finer pixels, which nothing else uses."""
+        task, fine_size = self.task, self.data.fine_size
+        zooms, refines = getattr(task, "zoom", None) is not None, getattr(task, "refine", None) is not None
+        if fine_size is None and (zooms or refines):
+            raise ValueError(
+                f"task.{'zoom' if zooms else 'refine'} cuts crops from finer pixels than the network's; set "
+                f"data.fine_size, e.g. {4 * self.data.image_size}, of images packed with that --size"
+            )
+        if fine_size is not None and not (zooms or refines):
+            raise ValueError(
+                f"data.fine_size={fine_size} would load pixels that nothing uses; set "
+                f"{'task.refine' if task.stage == 'finetune' else 'task.zoom (of task denoise)'}, or fine_size=null"
+            )
+        if not isinstance(task, LandmarksConfig) or task.refine is None:
+            return
+        size = task.refine.size or self.data.image_size
+        if size % self.model.side_multiple:
+            raise ValueError(f"task.refine.size={size} must be a multiple of {self.model.side_multiple}, as image_size")
+        for codec in task.codecs:
+            if isinstance(codec, ContourCodecConfig) and codec.temperatures == "fitted":
+                raise ValueError("temperatures=fitted are those of one look; with task.refine use none")
+        if isinstance(codec, DiscCodecConfig) and codec.masks == "warped":
+            raise ValueError(
+                "masks=warped draws discs on the whole picture and warps them with it, which a crop of task.refine has "
+                "not; use masks=drawn, or give task.refine a codec of its own"
+            )
 
     def _check_training(self) -> None:
         """Where something depends on the size of a micro-batch, neither the device nor the number of ranks chooses it."""

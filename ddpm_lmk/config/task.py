@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Section, Stage
+from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Section, Stage, is_null
 
 
 class TaskConfig(Section):
@@ -21,6 +21,19 @@ class TaskConfig(Section):
     def is_time_conditioned(self) -> bool:
         """Does the task tell the network a timestep?"""
         return False
+
+
+class ZoomConfig(Section):
+    """Some of the images are crops, so that the network learns what a second look will see (docs/method.md, section 9)."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="share of images that are zoomed in", json_schema_extra=ADVANCED
+    )
+    smallest: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.125,
+        description="smallest side of a crop, as a share of the image side; drawn log-uniformly up to all of it",
+        json_schema_extra=ADVANCED,
+    )
 
 
 class DenoiseConfig(TaskConfig):
@@ -41,6 +54,11 @@ class DenoiseConfig(TaskConfig):
     )
     target: Literal["eps", "x0", "v"] = Field("eps", description="what the network predicts (paper: eps)")
     loss: Literal["l2", "l1"] = Field("l2", description="mean squared or absolute error over pixels")
+    zoom: ZoomConfig | None = Field(
+        None,
+        description="train on crops of data.fine_size pixels too, at all scales; null: on whole images only",
+        exclude_if=is_null,
+    )
 
     @model_validator(mode="after")
     def _timesteps_in_order(self) -> DenoiseConfig:
@@ -117,6 +135,33 @@ Codec = Annotated[
 ]
 
 
+class RefineConfig(Section):
+    """A second look: a network of its own on crops around the points of the first (docs/method.md, section 9)."""
+
+    crop: Annotated[float, Field(gt=0, lt=1)] = Field(0.25, description="side of a crop, as a share of the image side")
+    size: Annotated[int, Field(ge=16, le=4096)] | None = Field(
+        None, description="side of a crop, network pixels; null: data.image_size"
+    )
+    crops: Annotated[int, Field(ge=1, le=64)] = Field(2, description="crops cut per image and step in training")
+    jitter: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.06,
+        description="largest distance of a crop's centre from its landmark in x and y, as a share of the image side",
+    )
+    codec: Codec | None = Field(
+        None,
+        description="codec of the second look, its numbers in crop pixels; null: as task.codec",
+        json_schema_extra=ADVANCED,
+    )
+
+    @model_validator(mode="after")
+    def _landmark_in_crop(self) -> RefineConfig:
+        if self.jitter >= self.crop / 2:
+            raise ValueError(
+                f"jitter={self.jitter} moves landmarks out of crops of side {self.crop}; use less than {self.crop / 2:g}"
+            )
+        return self
+
+
 class LandmarksConfig(TaskConfig):
     """Landmark detection, the fine-tuning task."""
 
@@ -130,6 +175,16 @@ class LandmarksConfig(TaskConfig):
     views: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="slightly moved views averaged at evaluation; 1: the image as it is (paper)"
     )
+    refine: RefineConfig | None = Field(
+        None,
+        description="a second look at crops of data.fine_size pixels around the points; null: one look (paper)",
+        exclude_if=is_null,
+    )
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """The codec of each look."""
+        return (self.codec,) if self.refine is None else (self.codec, self.refine.codec or self.codec)
 
     @property
     def is_time_conditioned(self) -> bool:

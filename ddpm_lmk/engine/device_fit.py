@@ -13,6 +13,7 @@ fp32 on processors with AVX2. Scoring and prediction on a CPU stay in fp32.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import weakref
@@ -188,12 +189,13 @@ class _Step:
         try:
             model = _network(cfg, self._task).to(device)
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            trained = self._task.wrap(model)
             # Moments and average, which the optimizer makes after the first step only.
-            later = [torch.empty_like(p) for p in model.parameters() for _ in range(2 + (cfg.train.ema is not None))]
+            later = [torch.empty_like(p) for p in trained.parameters() for _ in range(2 + (cfg.train.ema is not None))]
             with self._parallel.autocast(self._precision):
-                out = model(*_inputs(cfg, images, device))
+                out = model(*_inputs(cfg, math.ceil(images * _passes(cfg, self._task)), device))
             out.float().square().mean().backward()
-            del model, later, out
+            del model, trained, later, out
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -206,6 +208,12 @@ class _Step:
 
 def _network(cfg: RunConfig, task: Task) -> nn.Module:
     return build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
+
+
+def _passes(cfg: RunConfig, task: Task) -> float:
+    """Passes of a training image through the network: of several of it, or of views and crops of the image."""
+    per_pass = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
+    return task.cost(cfg.model, cfg.data.image_size).flops_train / per_pass.flops_train
 
 
 def _inputs(cfg: RunConfig, images: int, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
@@ -240,9 +248,7 @@ class Memory:
         use_norm(network, Norm(norm, ""))
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._peaks = [_peak_of_a_pass(cfg, network, size, is_half=is_half) for size in self._sizes]
-        # A task may pass an image through several networks, or views of it through one.
-        per_pass = model_cost(cfg.model, cfg.data.image_size, task.out_channels, full_size=task.full_size)
-        self._passes = task.cost(cfg.model, cfg.data.image_size).flops_train / per_pass.flops_train
+        self._passes = _passes(cfg, task)
 
     def process_bytes(self, cfg: RunConfig, images: int, *, world: int = 1, zero: int = 0) -> int:
         """Peak of one process of `world` that computes so many images at once."""

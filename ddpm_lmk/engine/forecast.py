@@ -316,8 +316,8 @@ def repeated(
 
 def _uses(
     cfg: RunConfig, task: Task, model: Any, parallel: Parallel, precision: Precision
-) -> Iterator[tuple[str, Callable[[int], None], int]]:
-    """What the network is used for beside training, for so many images, and its passes of each.
+) -> Iterator[tuple[str, Callable[[int], None], float]]:
+    """What the network is used for beside training, for so many images, and its passes of each in those of a step.
 
     A sample is drawn in so many passes; one of them is done here.
     """
@@ -342,7 +342,7 @@ def _uses(
             with torch.inference_mode(), parallel.autocast(cfg.train.precision):
                 predict(model, batch)
 
-        yield "score_s", score, task.cfg.views
+        yield "score_s", score, task.prediction_passes
     if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
         denoise = task
 
@@ -360,9 +360,15 @@ def random_batch(cfg: RunConfig, task: Task, count: int, *, seed: int = 0) -> Ba
     import torch
 
     from ddpm_lmk.data.batch import Batch
+    from ddpm_lmk.data.loading.augment import resize_matrix
 
     size, landmarks = cfg.data.image_size, task.out_channels if cfg.task.stage == "finetune" else 0
     generator = torch.Generator().manual_seed(seed)
+    finer: dict[str, Any] = {}
+    if (fine_size := cfg.data.fine_size) is not None:
+        shape = (count, 1, fine_size, fine_size)
+        finer["fine"] = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        finer["to_fine"] = torch.from_numpy(resize_matrix(size, fine_size)).float().expand(count, 2, 3)
     return Batch(
         images=torch.rand(count, 1, size, size, generator=generator).contiguous(memory_format=torch.channels_last),
         points=torch.rand(count, landmarks, 2, generator=generator) * (size - 1) if landmarks else None,
@@ -373,4 +379,5 @@ def random_batch(cfg: RunConfig, task: Task, count: int, *, seed: int = 0) -> Ba
         weight=torch.ones(count),
         ids=tuple(map(str, range(count))),
         domain=torch.zeros(count, dtype=torch.long) if len(task.domains) > 1 else None,
+        **finer,
     )

@@ -55,7 +55,7 @@ class Session:
             )
         setting = (device, cfg.train.channels_last, cfg.train.compile, cfg.train.cuda_graphs, cfg.train.group_norm)
         head = cfg.task if cfg.task.stage == "pretrain" else None  # some tasks train more than the network
-        key = (cfg.model, type(task), head, task.out_channels, task.full_size, task.domains, *setting)
+        key = (cfg.model, type(task), type(fresh), head, task.out_channels, task.full_size, task.domains, *setting)
         model = self._networks.pop(key, None)
         if model is not None:
             # In place: a compiled network, and CUDA graphs, stay valid.

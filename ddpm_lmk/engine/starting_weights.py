@@ -1,7 +1,8 @@
 """Where the weights of a run come from: `starting_state` decides it, `put_weights` how much of `init.weights` is used.
 
 All of them where the parent learnt the same task with the same outputs; the encoder where that is all the weights have
-of the network; else all but the output layer. `require_fitting` puts tensors without content into a network without
+of the network; else all but the output layer. The weights of one network go into both of a run with a second look, and
+of a parent with one each into its own. `require_fitting` puts tensors without content into a network without
 content in the very same way, so what it lets through is loaded later, unless bytes are damaged.
 """
 
@@ -22,6 +23,7 @@ from ddpm_lmk.engine.session import Session
 from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.models import build_model
+from ddpm_lmk.models.coarse_to_fine import PARTS, CoarseToFine, parts_of
 from ddpm_lmk.models.encoder_unet import is_encoder_only, load_encoder, require_file
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir.checkpoint import load_checkpoint, weights_header
@@ -37,7 +39,7 @@ def starting_state(
     1. The newest good checkpoint of the run directory: everything continues as it was.
     2. `init.weights`, into a network that is otherwise random from `seed`. All of it where the parent learnt the same
        task with the same outputs on the same dataset; the encoder where that is all the weights have of the network;
-       else all but the output layer, which stays random from `seed`.
+       else all but the output layer, which stays random from `seed`. With a second look, in both of its networks.
     3. Random from `seed`.
     """
     with parallel.together():
@@ -77,11 +79,14 @@ def put_weights(
     """
     if "config" not in meta and "init_conv.weight" in weights and weights["init_conv.weight"].shape[1] == 2:
         weights = from_upstream(weights)  # the released network has an input channel more than ours
+    looks: Mapping[str, Mapping[str, Tensor]] = parts_of(weights) or dict.fromkeys(PARTS, weights)
     is_same = meta.get("out_channels") == task.out_channels and meta.get("export") == task.export()
-    part = "all" if is_same else "encoder" if is_encoder_only(cfg.model, weights) else "trunk"
-    # Exported weights may be in 16 bits; a run trains in fp32 and casts where it computes.
-    target: dict[str, Tensor] = {name: value.to(torch.float32) for name, value in weights.items()}
-    {"all": load_all, "trunk": load_trunk, "encoder": load_encoder}[part](model, target)
+    part = "all" if is_same else "encoder" if is_encoder_only(cfg.model, looks["coarse"]) else "trunk"
+    load = {"all": load_all, "trunk": load_trunk, "encoder": load_encoder}[part]
+    networks = {name: getattr(model, name) for name in PARTS} if isinstance(model, CoarseToFine) else {"coarse": model}
+    for name, network in networks.items():  # of one kind: what does not fit the first is refused before any has changed
+        # Exported weights may be in 16 bits; a run trains in fp32 and casts where it computes.
+        load(network, {key: value.to(torch.float32) for key, value in looks[name].items()})
     return part
 
 

@@ -199,8 +199,13 @@ def _score_and_write(
         "mean_shape": score_points(spec, scoring.place_shape(shape, labels.native_size), labels),
         "mean_shape_points": shape.round(6).tolist(),
     }
+    if task.second_look is not None:  # the points it began with, so that a reader sees what it gives
+        coarse = [each.coarse for each in ordered if each.coarse is not None]
+        results["coarse"] = score_points(
+            spec, np.stack([each.points for each in coarse]), labels, np.stack([each.failed for each in coarse])
+        )
     # only these maps are probabilities, whose spread is an expected radial error
-    if isinstance(task.codec, ContourCodec):
+    if isinstance(task.reads_with, ContourCodec):
         scale = labels.mm_per_px[:, None] if spec.unit == "mm" else 1.0
         spread = np.stack([each.spread_px for each in ordered]) * scale
         errors = np.linalg.norm(points - labels.points, axis=-1) * scale

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ddpm_lmk.config import DataConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.drawing import draw_overlay, encode_png, to_uint8
 from ddpm_lmk.data.images.decode import SUFFIXES
@@ -65,6 +66,7 @@ class _Picture:
     name: str
     grey: np.ndarray  # [H, W] uint8, for the overlay
     network: np.ndarray  # [S, S] uint8 or uint16
+    fine: np.ndarray | None  # [F, F] of the same square, where the run looks twice
     to_native: np.ndarray  # [2, 3] network px -> file px
     mm_per_px: float | None  # as the file states it
     spacing: str | None  # from which of its tags, or why it is unknown
@@ -161,7 +163,7 @@ def _predict_files(
             answers = processes.answers({"path": name, "options": options} for name in part)
             for name, answer in zip(part, answers, strict=True):
                 try:
-                    pictures[name] = _prepare(name, _image(answer), settings, loaded.cfg.data.image_size)
+                    pictures[name] = _prepare(name, _image(answer), settings, loaded.cfg.data)
                 except RefusedImageError as error:
                     pictures[name] = error
             readable = [picture for picture in pictures.values() if isinstance(picture, _Picture)]
@@ -182,15 +184,17 @@ def _image(answer: Answer) -> DecodedImage:
     return DecodedImage(pixels, facts["facts"], full_range, facts["is_windowed"], facts["mm_per_px"])
 
 
-def _prepare(name: str, image: DecodedImage, settings: dict[str, Any], image_size: int) -> _Picture:
+def _prepare(name: str, image: DecodedImage, settings: dict[str, Any], data: DataConfig) -> _Picture:
     """Resize an image as packing and loading do; raises RefusedImageError."""
     pixels = image.pixels
     native = (pixels.shape[1], pixels.shape[0])
     # twice, as a packed image is: once to the stored square, once from there to the network's
-    network = to_network_size(as_packed(image, native, settings), image_size)
+    stored = as_packed(image, native, settings)
+    network = to_network_size(stored, data.image_size)
+    fine = None if data.fine_size is None else to_network_size(stored, data.fine_size)
     to_stored = to_stored_matrix(native, settings["size"], settings["aspect"])
-    to_network = compose(resize_matrix(settings["size"], image_size), to_stored)
-    return _Picture(name, to_uint8(pixels), network, invert(to_network), image.mm_per_px, image.facts.get("spacing"))
+    to_native = invert(compose(resize_matrix(settings["size"], data.image_size), to_stored))
+    return _Picture(name, to_uint8(pixels), network, fine, to_native, image.mm_per_px, image.facts.get("spacing"))
 
 
 @torch.inference_mode()
@@ -200,9 +204,12 @@ def _predict_batch(loaded: LoadedRun, pictures: list[_Picture]) -> list[ImagePre
         return []
     assert isinstance(loaded.task, LandmarkTask)
     device = loaded.parallel.device
-    stacked = np.stack([picture.network for picture in pictures])
-    # torch computes little with uint16: its bits travel as int16, as the loader's do
-    raw = torch.from_numpy(stacked if stacked.dtype == np.uint8 else stacked.view(np.int16)).to(device)
+    raw = _as_tensor([picture.network for picture in pictures]).to(device)
+    finer: dict[str, torch.Tensor] = {}
+    if (fine_size := loaded.cfg.data.fine_size) is not None:
+        finer["fine"] = _as_tensor([picture.fine for picture in pictures if picture.fine is not None])[:, None]
+        to_fine = torch.from_numpy(resize_matrix(loaded.cfg.data.image_size, fine_size)).float()
+        finer["to_fine"] = to_fine.expand(len(pictures), 2, 3)
     positions = np.arange(len(pictures))
     images = develop(
         raw, no_changes(len(pictures)), seed=loaded.cfg.seed, positions=positions, intensity=loaded.cfg.data.intensity
@@ -216,9 +223,16 @@ def _predict_batch(loaded: LoadedRun, pictures: list[_Picture]) -> list[ImagePre
         positions=torch.from_numpy(positions),
         weight=torch.ones(len(pictures)),
         ids=tuple(picture.name for picture in pictures),
+        **finer,
     ).to(device)
     with loaded.parallel.autocast(loaded.cfg.train.precision):
         return to_native(loaded.task.predict(loaded.model, batch), batch)
+
+
+def _as_tensor(pixels: list[np.ndarray]) -> torch.Tensor:
+    stacked = np.stack(pixels)
+    # torch computes little with uint16: its bits travel as int16, as the loader's do
+    return torch.from_numpy(stacked if stacked.dtype == np.uint8 else stacked.view(np.int16))
 
 
 def _facts(

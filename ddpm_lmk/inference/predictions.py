@@ -40,6 +40,7 @@ class ImagePrediction:
     failed: np.ndarray  # [N] bool
     peak: np.ndarray | None = None  # [N] probability of the most probable pixel of the maps
     pixel_px: float = 1.0  # side of a network pixel
+    coarse: ImagePrediction | None = None  # by the first look, where there was a second
 
 
 def to_native(predictions: Decoded, batch: Batch) -> list[ImagePrediction]:
@@ -51,7 +52,8 @@ def to_native(predictions: Decoded, batch: Batch) -> list[ImagePrediction]:
     spread = predictions.spread_px.double().cpu().numpy() * scale
     failed = predictions.failed.cpu().numpy()
     peaks = [None] * len(native) if predictions.peak is None else predictions.peak.double().cpu().numpy()
-    return [ImagePrediction(*row) for row in zip(native, spread, failed, peaks, scale[:, 0], strict=True)]
+    coarse = [None] * len(native) if predictions.coarse is None else to_native(predictions.coarse, batch)
+    return [ImagePrediction(*row) for row in zip(native, spread, failed, peaks, scale[:, 0], coarse, strict=True)]
 
 
 def peak_error(predictions: Sequence[ImagePrediction], labels: Labels) -> dict[str, Any]:

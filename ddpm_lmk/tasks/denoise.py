@@ -6,6 +6,7 @@ for any number of processes and any micro-batch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ddpm_lmk.config import DenoiseConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.loading.order import keyed_seed, keyed_uniform
+from ddpm_lmk.tasks.crops import Cutter
 from ddpm_lmk.tasks.noise_schedule import NoiseSchedule
 from ddpm_lmk.tasks.task import Task
 
@@ -25,8 +27,10 @@ class DenoiseTask(Task):
     out_channels = 1
     full_size = True
 
-    def __init__(self, cfg: DenoiseConfig, *, seed: int) -> None:
+    def __init__(self, cfg: DenoiseConfig, *, seed: int, cutter: Cutter | None = None) -> None:
+        """`cutter`: what makes crops, needed for `cfg.zoom` only."""
         self.cfg = cfg
+        self.cutter = cutter
         self.seed = seed
         self.t_max = cfg.num_timesteps - 1 if cfg.t_max is None else cfg.t_max
         self.schedule = NoiseSchedule(
@@ -51,8 +55,11 @@ class DenoiseTask(Task):
         return eps
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean squared (or absolute) error over pixels, per image `[B]`."""
-        return self._loss(model, batch, "")
+        """Mean squared (or absolute) error over pixels, per image `[B]`, or crop of it where the run zooms in."""
+        if self.cfg.zoom is None:
+            return self._loss(model, batch, "")
+        assert self.cutter is not None, "build_task makes it"
+        return self._loss(model, replace(batch, images=self.cutter.zoomed(self.cfg.zoom, batch)), "")
 
     def _loss(self, model: nn.Module, batch: Batch, suffix: str) -> Tensor:
         t = self.timesteps(batch.positions, "timestep" + suffix).to(batch.images.device, non_blocking=True)
@@ -62,7 +69,7 @@ class DenoiseTask(Task):
         return (error.abs() if self.cfg.loss == "l1" else error.square()).mean((1, 2, 3))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The training loss with timesteps and noise of their own, the same at every evaluation."""
+        """The training loss on whole images, with timesteps and noise of their own, the same at every evaluation."""
         return {"loss": (self._loss(model, batch, "-evaluate") * batch.weight).sum(), "count": batch.weight.sum()}
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:

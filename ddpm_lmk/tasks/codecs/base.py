@@ -35,6 +35,7 @@ class Decoded:
     spread_px: Tensor  # [B, N], the codec's own measure of how far off the point may be
     failed: Tensor  # [B, N] bool
     peak: Tensor | None = None  # [B, N] probability of the most probable pixel, from codecs that claim one
+    coarse: Decoded | None = None  # what the first look found, where there was a second
 
 
 class Codec(Protocol):

@@ -31,6 +31,7 @@ from ddpm_lmk.bench import Result, Timings, alternate, compare_paired
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.engine.device_fit import is_out_of_memory, memory_gib
 from ddpm_lmk.errors import ResourceError
+from ddpm_lmk.models import coarse_to_fine
 from ddpm_lmk.system.console import print_status, progress
 
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
@@ -161,7 +162,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for name, child in model.named_children():
         found += (
             [(f"{name}.{inner}", part) for inner, part in _blocks(child)]
-            if isinstance(child, nn.ModuleList)
+            if isinstance(child, nn.ModuleList) or name in coarse_to_fine.PARTS
             else [(name, child)]
         )
     return found
@@ -169,6 +170,9 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _level(name: str, kind: str) -> str:
     """`downs.0.2` -> `downs.0`; `mid_block1` -> `mid`; the rest of a ddpm_unet is the ends, of others a part each."""
+    part, _, inner = name.partition(".")
+    if part in coarse_to_fine.PARTS:  # the networks of two looks, each with levels of its own
+        return f"{part} {_level(inner, kind)}"
     words = name.split(".")
     if kind != "ddpm_unet":
         return words[0]

@@ -101,7 +101,8 @@ def export(
     """Weights as one safetensors file, or the network as ONNX, with what is needed to use them."""
     from ddpm_lmk.inference.export import export_run
 
-    typer.echo(str(export_run(run_dir, format=format, out=out)))  # type: ignore[arg-type] # checked there
+    for path in export_run(run_dir, format=format, out=out):  # type: ignore[arg-type] # checked there
+        typer.echo(str(path))
 
 
 @results_app.command("import-weights")

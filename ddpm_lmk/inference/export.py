@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ddpm_lmk.errors import ConfigError, DataError, LaunchError
 from ddpm_lmk.inference.load import LoadedRun, open_run
 from ddpm_lmk.inference.sample import draw_samples, to_png
+from ddpm_lmk.models.coarse_to_fine import CoarseToFine
 from ddpm_lmk.rundir.lock import check_writable
 from ddpm_lmk.system import files
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask
@@ -48,8 +49,16 @@ def sample_run(
     return Path(file)
 
 
-def export_run(run: str | Path, *, format: Format = "safetensors", out: str | Path | None = None) -> Path:  # noqa: A002
+def export_run(
+    run: str | Path,
+    *,
+    format: Format = "safetensors",  # noqa: A002
+    out: str | Path | None = None,
+) -> list[Path]:
     """Write RUN/export/NAME.{safetensors,onnx}, or `out`; returns where.
+
+    The two networks of a run with a second look are one safetensors file (`coarse.`, `fine.`), and two of ONNX: NAME
+    for whole images, NAME-fine for crops.
 
     Raises:
         ConfigError: an unknown format.
@@ -69,10 +78,27 @@ def export_run(run: str | Path, *, format: Format = "safetensors", out: str | Pa
         )
     if format == "safetensors":
         tensors = {name: value.detach().contiguous() for name, value in loaded.model.state_dict().items()}
-        files.write_bytes(path, safetensors.torch.save(tensors, metadata=facts))
+        contents = {path: safetensors.torch.save(tensors, metadata=facts)}
+    elif isinstance(loaded.model, CoarseToFine):
+        # Both before either is written: they belong together.
+        contents = {
+            place: to_onnx(loaded, getattr(loaded.model, part), facts | {"part": json.dumps(part)}, side)
+            for part, place, side in (
+                ("coarse", path, loaded.cfg.data.image_size),
+                ("fine", path.with_name(f"{path.stem}-fine{path.suffix}"), _crop_size(loaded)),
+            )
+        }
     else:
-        files.write_bytes(path, to_onnx(loaded, facts))
-    return path
+        contents = {path: to_onnx(loaded, loaded.model, facts, loaded.cfg.data.image_size)}
+    for place, content in contents.items():
+        files.write_bytes(place, content)
+    return list(contents)
+
+
+def _crop_size(loaded: LoadedRun) -> int:
+    assert isinstance(loaded.task, LandmarkTask)
+    assert loaded.task.second_look is not None
+    return loaded.task.second_look.size
 
 
 def _facts(loaded: LoadedRun) -> dict[str, str]:
@@ -85,6 +111,8 @@ def _facts(loaded: LoadedRun) -> dict[str, str]:
         "model": loaded.cfg.model.model_dump(mode="json"),
         "task": loaded.task.export(),
     }
+    if loaded.cfg.data.fine_size is not None:
+        facts["fine_size"] = loaded.cfg.data.fine_size  # side of the square that crops are cut from
     try:
         facts["pixels"] = loaded.pixel_settings()
     except DataError:
@@ -105,16 +133,17 @@ class _Maps(nn.Module):
         return self.model(images, torch.full((images.shape[0],), self.timestep, dtype=torch.int64))
 
 
-def to_onnx(loaded: LoadedRun, facts: dict[str, str]) -> bytes:
-    """The network as an ONNX file with a free batch size: `images` (and `timesteps` for denoising) to `maps`.
+def to_onnx(loaded: LoadedRun, model: nn.Module, facts: dict[str, str], side: int) -> bytes:
+    """A network of the run as an ONNX file with a free batch size: `images` (`timesteps` for denoising) to `maps`.
+
+    Args:
+        side: of the images, or crops, it takes.
 
     Raises:
         ConfigError: more weights than one file holds, or a mixture of datasets.
     """
-    side = loaded.cfg.data.image_size
     images = torch.zeros(2, 1, side, side)  # of one image the exporter would take the batch size for a constant
     batch = torch.export.Dim("batch", min=1)
-    model: nn.Module = loaded.model
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     if size >= ONNX_LIMIT:
         raise ConfigError(f"{loaded.path} has {size / 1e9:.1f} GB of weights, one ONNX file holds 2.1; use safetensors")
@@ -124,7 +153,7 @@ def to_onnx(loaded: LoadedRun, facts: dict[str, str]) -> bytes:
     if isinstance(loaded.task, LandmarkTask):
         if loaded.task.spec.parts:
             raise ConfigError(f"{loaded.path} finds landmarks in several datasets, ONNX holds one; use safetensors")
-        model = _Maps(loaded.model, loaded.task.cfg.timestep)
+        model = _Maps(model, loaded.task.cfg.timestep)
         arguments, names, shapes = (images,), ["images"], ({0: batch},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's advice to its own developers

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ddpm_lmk.config import LandmarksConfig, RunConfig
+from ddpm_lmk.config import DenoiseConfig, LandmarksConfig, RunConfig
 from ddpm_lmk.config.load import diff_runs
 from ddpm_lmk.data.duplicates.report import refuse_seen
 from ddpm_lmk.errors import ConfigError
@@ -252,6 +252,33 @@ def calibration_table(study: Study) -> FactsTable:
     )
 
 
+def second_look_table(study: Study) -> FactsTable:
+    """What the second look gives: the first one's points beside the refined ones, of every row that has one."""
+    keys, rows = study.thresholds("original"), []
+    for start in study.starts:
+        for labels in study.shots:
+            runs = [run for run in study.select(start, labels) if run.results.get("coarse")]
+            if not runs:
+                continue
+            looks = [[run.results[look]["original"] for run in runs] for look in ("coarse", "protocols")]
+            facts = [plain_spread(mean_and_std([each["mre"] for each in look])) for look in looks]
+            for key in keys:
+                facts += [plain_spread(mean_and_std([each["sdr"][key] for each in look])) for look in looks]
+            rows.append([study.title(start), str(labels), str(len(runs)), *facts])
+    heads = [
+        f"{name}, {look} look"
+        for name in (f"MRE {study.unit('original')}", *(f"SDR {key} %" for key in keys))
+        for look in ("first", "second")
+    ]
+    return FactsTable(
+        "Second look",
+        ("method", "labels", "runs", *heads),
+        rows,
+        intro="Protocol original. The first look sees the whole image; the second one sees crops of finer pixels "
+        "around its points, and gives those that are scored everywhere else on this page.",
+    )
+
+
 def _reliability(runs: Sequence[Run]) -> list[str]:
     """Means and deviations over runs of what they say in `reliability`."""
     facts = [run.results["reliability"] for run in runs]
@@ -333,7 +360,13 @@ def _settings(cfg: RunConfig) -> list[str]:
 
 
 def _network(cfg: RunConfig) -> str:
-    return cfg.model.describe(cfg.data.image_size)
+    words = [cfg.model.describe(cfg.data.image_size)]
+    if isinstance(cfg.task, LandmarksConfig) and (refine := cfg.task.refine) is not None:
+        size = refine.size or cfg.data.image_size
+        words.append(f"and a second one for crops of {refine.crop:g} of the side at {size}²")
+    if isinstance(cfg.task, DenoiseConfig) and (zoom := cfg.task.zoom) is not None:
+        words.append(f"{100 * zoom.share:g} % of images zoomed in, to {zoom.smallest:g} of the side")
+    return ", ".join(words)
 
 
 def runs_table(study: Study) -> FactsTable:

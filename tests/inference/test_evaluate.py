@@ -291,7 +291,7 @@ def test_samples_are_one_sheet_and_the_same_every_time(denoise_run: Path, landma
 def test_exported_weights_are_the_runs_weights_with_what_is_needed_to_use_them(
     landmark_run: Path, tmp_path: Path
 ) -> None:
-    path = export_run(landmark_run, out=tmp_path / "weights.safetensors")
+    (path,) = export_run(landmark_run, out=tmp_path / "weights.safetensors")
     state = open_run(landmark_run, device="cpu").model.state_dict()
     with safetensors.safe_open(str(path), "pt") as file:
         assert set(file.keys()) == set(state)
@@ -318,7 +318,7 @@ def test_export_names_the_packages_that_are_missing_and_the_formats_there_are(
 def test_export_to_onnx_gives_the_same_maps(landmark_run: Path, tmp_path: Path) -> None:
     import onnxruntime as runtime
 
-    path = export_run(landmark_run, format="onnx", out=tmp_path / "net.onnx")
+    (path,) = export_run(landmark_run, format="onnx", out=tmp_path / "net.onnx")
     images = torch.rand(3, 1, 32, 32)
     (maps,) = runtime.InferenceSession(str(path)).run(None, {"images": images.numpy()})
     with torch.inference_mode():

@@ -41,6 +41,10 @@ class ImagePrediction:
     peak: np.ndarray | None = None  # [N] probability of the most probable pixel of the maps
     pixel_px: float = 1.0  # side of a network pixel
 
+    def radius_px(self, factor: float) -> np.ndarray:
+        """Radii `[N]` around the points (`inference.radius`), NaN where nothing could be read from the map."""
+        return np.where(self.failed | (self.spread_px <= 0), np.nan, factor * self.spread_px)
+
 
 def to_native(predictions: Decoded, batch: Batch) -> list[ImagePrediction]:
     """Predictions of a batch in native pixels, one for each image; spreads grow with the mean of both scales."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,7 +41,19 @@ def evaluate(
     for protocol, scores in results["protocols"].items():
         shape = results["mean_shape"][protocol]
         typer.echo(f"{protocol}: MRE {scores['mre']:.3f} {scores['unit']} (mean shape {shape['mre']:.3f})")
+    if "radius" in results:
+        typer.echo(radius_line(results["radius"]))
     typer.echo(f"{results['num_images']} images; {folder / 'results.json'}")
+
+
+def radius_line(measured: dict[str, Any]) -> str:
+    """What the radii of a run hold on images that are scored, beside one radius for all points."""
+    unit, constant = measured["unit"], measured.get("constant")
+    text = f"radius: {measured['within_pct']:.1f} % of the true points are within theirs, wanted "
+    text += f"{100 * measured['coverage']:g} %; mean {measured['mean']:.2f} {unit}"
+    if constant is None:
+        return text
+    return f"{text} (one of {constant['mean']:.2f} {unit} for all: {constant['within_pct']:.1f} %)"
 
 
 @results_app.command()
@@ -63,6 +75,7 @@ def predict(
 ) -> None:
     """Find the landmarks in x-rays: points in pixels of the file, their uncertainty, and a picture with them.
 
+    After `ddpm-lmk calibrate RUN` each point has a radius that holds the true point with 90 %.
     A file that cannot be read is a row with its error, and the others are done: exit code 0, or 3 if all failed.
     """
     from ddpm_lmk.inference.predict import predict_images
@@ -74,6 +87,8 @@ def predict(
     if summary.passed_over:
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in summary.passed_over.most_common(5))
         print_status(f"{summary.passed_over.total()} files that are no images were skipped ({kinds})")
+    if summary.coverage is None and summary.predicted:
+        print_status(f"no radius_px: `ddpm-lmk calibrate {run_dir}` learns which radius holds a point with 90 %")
     typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")
     summary.check(strict=strict)
 

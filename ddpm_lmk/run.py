@@ -1,7 +1,8 @@
 """One run from its run file to its results: open, fit, evaluate.
 
-Where its weights come from is decided in `engine.starting_weights`. A `Session` outlives a run: a sweep's worker keeps
-there what its next cell may use.
+Where its weights come from is decided in `engine.starting_weights`. A run with pseudo-labels does its teacher first, a
+run like any other in RUN/teacher, which may have a teacher itself (docs/method.md, section 10). A `Session` outlives a
+run: a sweep's worker keeps there what its next cell may use.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,20 +25,32 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.leakage import Uncompared
 from ddpm_lmk.data.loading.backend import choose_backend
-from ddpm_lmk.data.loading.corpus import Corpus, fingerprints_of, images_left_out, spec_of, training_corpora
+from ddpm_lmk.data.loading.corpus import (
+    Corpus,
+    fingerprints_of,
+    images_left_out,
+    pool_compared,
+    spec_of,
+    training_corpora,
+    unlabelled_corpora,
+)
 from ddpm_lmk.engine.device_fit import Fitted, emulation_warning, fit_to_device
 from ddpm_lmk.engine.forecast import LONG_S, Forecast, Work, steps_done, time_steps
 from ddpm_lmk.engine.loop import Loaders, Pace, fit
 from ddpm_lmk.engine.parallel import AllRanks, Parallel
-from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, checksum, class_kept
+from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, checksum, class_kept, kernels
 from ddpm_lmk.engine.session import Session
 from ddpm_lmk.engine.starting_weights import starting_state
 from ddpm_lmk.engine.training_state import TrainState
-from ddpm_lmk.inference import calibration
-from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split
+from ddpm_lmk.inference import calibration, pseudo_labels
+from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split, predict_split
+from ddpm_lmk.inference.predictions import ImagePrediction
 from ddpm_lmk.inference.sample import draw_samples, to_png
 from ddpm_lmk.inference.scoring import check_temperatures
+from ddpm_lmk.models.weights import load_all
+from ddpm_lmk.rundir.checkpoint import load_weights
 from ddpm_lmk.rundir.directory import RunDir, copy_checkpoint
+from ddpm_lmk.rundir.lock import PSEUDO_LABELS, TEACHER
 from ddpm_lmk.system.console import Whole, about, print_status, progress
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.system.machine import code_digest, granted_cores, versions
@@ -66,6 +80,19 @@ class Past:
     steps_done: int = 0
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Images without labels that a run learns from.
+
+    Attributes:
+        corpora: those with pseudo-labels.
+        facts: what run.json and results.json say of them.
+    """
+
+    corpora: Sequence[Corpus] = ()
+    facts: Mapping[str, Any] | None = None
+
+
 def execute(
     cfg: RunConfig,
     out: Path,
@@ -79,6 +106,7 @@ def execute(
     forecast: Forecast | None = None,
     instead: str | None = None,
     whole: Whole | None = None,
+    then: Sequence[Work] = (),
 ) -> dict[str, Any]:
     """Do a run in the directory `out`, or what is left of it, and return its results, on every rank.
 
@@ -89,6 +117,7 @@ def execute(
         forecast: how long it takes, where that is known without.
         instead: what to say where that is very long.
         whole: what the run is a stage of, so that what is shown as left is all of that.
+        then: what the runs that learn from this one have to do, which is foretold with it.
 
     Raises:
         LmkError: on all ranks alike where it is found before training; see `rundir`, `data` and `engine.loop`.
@@ -106,21 +135,31 @@ def execute(
         with parallel.together():
             # Opened once, before the settings are fitted: steps, outputs and loaders all follow from it.
             corpora = training_corpora(cfg, left_out)
+            unlabelled = unlabelled_corpora(cfg, left_out)
             task = build_task(cfg, spec_of(cfg, [corpus.manifest.spec for corpus in corpora]))
+        if cfg.teacher is not None and is_foretold:
+            whole = whole or Whole(cfg.name, time.monotonic(), then_s=0.0)
+        common: dict[str, Any] = {"device": device, "parallel": parallel, "session": session, "is_strict": is_strict}
+        telling: dict[str, Any] = {"is_foretold": is_foretold, "instead": instead, "whole": whole}
+        taught_by = _run_teacher(cfg, run, past, unlabelled, then, **common, **telling)
         fitted = _fit(cfg, task, corpora, past, parallel)
         here = fitted.applied(cfg)
-        with _opened(here, corpora, past, parallel, session) as loaders:
+        pool = _pseudo_labelled(here, task, unlabelled, run, past, taught_by, parallel, session)
+        with _opened(here, corpora, pool, past, parallel, session) as loaders:
             pace = Pace.of(here, loaders.train)
             if is_foretold and not parallel.zero:  # whose state is made once
                 work = Work.of(here, steps=pace.total, done=past.steps_done)
-                timing = time_steps(here, task, parallel, precision=fitted.precision, session=session)
-                forecast = timing.forecast(work)
-                _tell_forecast(cfg, forecast, instead, parallel)
+                more: dict[str, Any] = {"session": session, "is_scored": bool(then)}
+                timing = time_steps(here, task, parallel, precision=fitted.precision, **more)
+                forecast, then_s = timing.forecast(work), sum(timing.forecast(each).total_s for each in then)
+                whole = whole if whole is None else replace(whole, then_s=whole.then_s + then_s)
+                _tell_forecast(cfg, forecast, instead, parallel, num_after=len(then), then_s=then_s)
             state, parent = starting_state(here, task, session=session, parallel=parallel, run=run)
             # After the weights are loaded and before anything is written: a rank with other code would train another
             # run.
             _check_same_everywhere(here, loaders, state, parallel)
             facts = _facts(cfg, loaders, parallel, devices, past.forked or parent) | {"fit": fitted.facts()}
+            facts |= {} if pool.facts is None else {"pool": pool.facts}
             parallel.on_main(lambda: _begin(cfg, run, corpora, facts, step=state.step))
             collectives = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else OneRank()
             task.prepare(collectives, total_steps=pace.total)
@@ -128,7 +167,7 @@ def execute(
             with parallel.training_in(fitted.precision):
                 fit(here, task, state, loaders, parallel, run, is_strict=is_strict, forecast=forecast, whole=whole)
             with _shown_conclusion(cfg, parallel, forecast, whole) as show:
-                results = _conclude(cfg, task, state, loaders, parallel, run, session, show)
+                results = _conclude(cfg, task, state, loaders, pool, parallel, run, session, show)
         parallel.on_main(lambda: run.finish(cfg, results))
         return results
 
@@ -149,6 +188,93 @@ def _look_back(cfg: RunConfig, run: RunDir, fork: Path | None) -> Past:
     return Past(None, run.facts(), forked, steps_done(run.path))
 
 
+def _run_teacher(
+    cfg: RunConfig,
+    run: RunDir,
+    past: Past,
+    unlabelled: Sequence[Corpus],
+    then: Sequence[Work],
+    *,
+    parallel: Parallel,
+    **how: Any,
+) -> dict[str, Any] | None:
+    """Do the run that makes the pseudo-labels of this one; its results, None where there is nothing to learn from it.
+
+    Its directory may go once this run has begun with the labels it has made.
+    """
+    teacher = cfg.teacher
+    if teacher is None:
+        return None
+    has_labels = parallel.on_main((run.path / PSEUDO_LABELS).is_file)
+    if has_labels and "pool" in past.facts:
+        return None
+    parallel.on_main(lambda: run.claim(cfg))  # from here on the directory holds something
+    work = Work.of(cfg, done=past.steps_done)
+    if not has_labels:
+        work = replace(work, scored=work.scored + sum(len(corpus.rows) for corpus in unlabelled))
+    return execute(teacher, run.path / TEACHER, parallel=parallel, then=(work, *then), **how)
+
+
+def _pseudo_labelled(
+    cfg: RunConfig,
+    task: Task,
+    unlabelled: Sequence[Corpus],
+    run: RunDir,
+    past: Past,
+    taught_by: Mapping[str, Any] | None,
+    parallel: Parallel,
+    session: Session,
+) -> Pool:
+    """The images of the pool with what the teacher of the run found in them, which is asked once.
+
+    Raises:
+        DataError: the labels, or the images, are not those that this run was started on; no point is accepted.
+    """
+    propagate = cfg.data.propagate
+    if propagate is None:
+        return Pool()
+    assert isinstance(task, LandmarkTask), "RunConfig wants it"
+    if not parallel.on_main((run.path / PSEUDO_LABELS).is_file):
+        found = _predict_unlabelled(cfg, task, unlabelled, run, parallel, session)
+        parallel.on_main(lambda: pseudo_labels.write(run.path, task.spec, found, unlabelled, agree=propagate.agree))
+
+    def read() -> tuple[list[pseudo_labels.Points], dict[str, Any]]:
+        points = pseudo_labels.read(run.path, unlabelled)
+        left_out = pool_compared(cfg).record["left_out"]
+        facts = pseudo_labels.facts(run.path, unlabelled, points, taught_by, left_out=left_out)
+        return points, pseudo_labels.as_begun(facts, past.facts.get("pool"), run.path)
+
+    # Read back where they were written just now, too: a resumed run has what the file holds.
+    points, facts = parallel.on_main(read)
+    for corpus, of_corpus in zip(unlabelled, points, strict=True):
+        corpus.use(of_corpus)
+    if parallel.is_main:
+        print_status(f"{cfg.name}: {pseudo_labels.described(facts)}")
+    return Pool([corpus for corpus in unlabelled if len(corpus.rows)], facts)
+
+
+def _predict_unlabelled(
+    cfg: RunConfig,
+    task: LandmarkTask,
+    unlabelled: Sequence[Corpus],
+    run: RunDir,
+    parallel: Parallel,
+    session: Session,
+) -> dict[str, ImagePrediction]:
+    """What the teacher finds in every image without a label, on every rank."""
+    with parallel.together():
+        weights, _ = load_weights(run.path / TEACHER, "auto")
+        model = session.model(cfg, task, parallel.device)
+        load_all(model, weights)
+    show: AbstractContextManager[Show | None] = nullcontext()
+    if parallel.is_main:
+        count = sum(len(corpus.rows) for corpus in unlabelled)
+        print_status(f"{cfg.name}: finding pseudo-labels in {count:,} images")
+        show = progress("pseudo-labels", lines=False)
+    with kernels(cfg.train.exactness, parallel.device), show as shown:
+        return predict_split(cfg, task, model, parallel, corpora=unlabelled, cache=session.cache, show=shown)
+
+
 def _fit(cfg: RunConfig, task: Task, corpora: Sequence[Corpus], past: Past, parallel: Parallel) -> Fitted:
     """What this run does on this device: as before where it is resumed, else chosen now."""
     if "fit" in past.facts:
@@ -167,7 +293,7 @@ def _fit(cfg: RunConfig, task: Task, corpora: Sequence[Corpus], past: Past, para
 
 @contextmanager
 def _opened(
-    cfg: RunConfig, corpora: Sequence[Corpus], past: Past, parallel: Parallel, session: Session
+    cfg: RunConfig, corpora: Sequence[Corpus], pool: Pool, past: Past, parallel: Parallel, session: Session
 ) -> Iterator[Loaders]:
     """The loaders of training and validation, closed when the block is left."""
     place: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": str(parallel.device)}
@@ -177,7 +303,7 @@ def _opened(
     if parallel.is_main:
         print_status(f"loader={backend.name} ({backend.reason})")
     with parallel.together():
-        train = open_loader(cfg, stage="train", corpora=corpora, **place)
+        train = open_loader(cfg, stage="train", corpora=corpora, pseudo_labelled=pool.corpora, **place)
         split = cfg.data.validation_split
         validation = None if split is None else open_loader(cfg, stage="evaluate", split=split, **place)
     loaders = Loaders(train, validation, backend)
@@ -188,10 +314,14 @@ def _opened(
         parallel.release()
 
 
-def _tell_forecast(cfg: RunConfig, forecast: Forecast, instead: str | None, parallel: Parallel) -> None:
+def _tell_forecast(
+    cfg: RunConfig, forecast: Forecast, instead: str | None, parallel: Parallel, *, num_after: int, then_s: float
+) -> None:
     if parallel.is_main:
-        print_status(f"{cfg.name}: {forecast}")
-        if instead is not None and forecast.total_s > LONG_S:
+        runs = "the run that learns" if num_after == 1 else f"the {num_after} runs that learn"
+        after = f"; with {runs} from it {about(forecast.total_s + then_s)}" if num_after else ""
+        print_status(f"{cfg.name}: {forecast}{after}")
+        if instead is not None and forecast.total_s + then_s > LONG_S:
             print_status(instead)
 
 
@@ -241,6 +371,8 @@ def _begin(cfg: RunConfig, run: RunDir, corpora: Sequence[Corpus], facts: dict[s
         "data.path": [corpus.manifest.fingerprint for corpus in corpora],
         "data.protect": fingerprints_of(cfg, cfg.data.protect),
     }
+    if cfg.data.propagate is not None:
+        packs["data.propagate.path"] = fingerprints_of(cfg, cfg.data.unlabelled_path)
     run.begin(cfg, facts | {"packs": packs})
     run.log.rewind_metrics(step)
     if cfg.task.stage != "pretrain":
@@ -278,13 +410,14 @@ def _conclude(
     task: Task,
     state: TrainState,
     loaders: Loaders,
+    pool: Pool,
     parallel: Parallel,
     run: RunDir,
     session: Session,
     show: Show,
 ) -> dict[str, Any]:
     """Score what was learnt: a task that finds points on its split, any other by the losses it ended with."""
-    train = {
+    train: dict[str, Any] = {
         "steps": state.step,
         "images": state.images,
         "wall_s": round(state.seconds, 2),
@@ -292,19 +425,23 @@ def _conclude(
         # Operations of training as executed, 10^12.
         "tflop": round(task.cost(cfg.model, cfg.data.image_size).flops_train * state.images / 1e12, 6),
     }
+    if pool.facts is not None:  # what a run costs is what it took to get there
+        train |= {key: round(train[key] + pool.facts["teachers"][key], 6) for key in pseudo_labels.COSTS}
     with state.ema.applied() as model:
         calibration.after_training(cfg, task, model, run, parallel, session)
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
             split, cache = cfg.evaluate.split, session.cache
-            score = evaluate_parts if len(cfg.data.path) > 1 else evaluate_split
-            return score(cfg, task, model, parallel, split=split, out=run.path, train=train, cache=cache, show=show)
+            more: dict[str, Any] = {"split": split, "out": run.path, "train": train, "cache": cache, "show": show}
+            if len(cfg.data.path) > 1:
+                return evaluate_parts(cfg, task, model, parallel, **more)
+            return evaluate_split(cfg, task, model, parallel, pool=pool.facts, **more)
         if isinstance(task, DenoiseTask) and cfg.evaluate.samples:
             images = draw_samples(cfg, task, model, parallel, count=cfg.evaluate.samples, show=show)
             parallel.on_main(lambda: to_png(images, run.path / "samples.png"))
-    return parallel.on_main(lambda: _unscored(cfg, loaders, run, train))
+    return parallel.on_main(lambda: _unscored(cfg, loaders, run, train, pool))
 
 
-def _unscored(cfg: RunConfig, loaders: Loaders, run: RunDir, train: dict[str, Any]) -> dict[str, Any]:
+def _unscored(cfg: RunConfig, loaders: Loaders, run: RunDir, train: dict[str, Any], pool: Pool) -> dict[str, Any]:
     """Results of a run that finds no points, from what it noted on the way; on rank 0."""
     trained, validated = run.log.last_metrics()
     # A fine-tuning run that scores nothing compares nothing.
@@ -320,7 +457,7 @@ def _unscored(cfg: RunConfig, loaders: Loaders, run: RunDir, train: dict[str, An
         "validation": validated.get("validation"),
         "validated_step": validated.get("step"),
         "leakage": leakage,
-    }
+    } | ({} if pool.facts is None else {"pool": pool.facts})
 
 
 def run_job(job: dict[str, Any]) -> int:

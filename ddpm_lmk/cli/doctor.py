@@ -151,10 +151,9 @@ def check_disk(folder: Path, cfg: RunConfig | None) -> Iterator[Finding]:
     needed_gib, need = LOW_DISK_GIB, "checkpoints need a few times the model"
     if cfg is not None:
         each_gib = checkpoint_gib(cfg)
-        needed_gib = each_gib * (
-            cfg.runtime.keep_checkpoints + 1.5
-        )  # the one being written needs room for its copy too
-        need = f"{cfg.runtime.keep_checkpoints} checkpoints and one being written"
+        kept = cfg.runtime.keep_checkpoints * (1 + len(cfg.teachers))  # a teacher is a run, and keeps its own
+        needed_gib = each_gib * (kept + 1.5)  # the one being written needs room for its copy too
+        need = f"{kept} checkpoints and one being written"
         text = f"{each_gib:.2f} GiB each, {each_gib * 1024 / mib_per_s:.1f} s to write; {need}: {needed_gib:.2f} GiB"
         yield Finding("ok", f"checkpoints of {cfg.name}", text)
     if free_gib < needed_gib:

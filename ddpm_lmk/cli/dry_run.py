@@ -17,6 +17,7 @@ from ddpm_lmk.config.values import Stage
 from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.engine.forecast import LONG_S, images_trained_on
 from ddpm_lmk.launcher import Device, Placement
+from ddpm_lmk.rundir.lock import TEACHER
 from ddpm_lmk.sweep import Sweep
 from ddpm_lmk.sweep.file import scales_of
 from ddpm_lmk.sweep.forecast import forecast_run
@@ -34,7 +35,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     Args:
         instead: what to say where the run takes very long.
     """
-    from ddpm_lmk.data.loading.corpus import spec_of, training_corpora
+    from ddpm_lmk.data.loading.corpus import spec_of, training_corpora, unlabelled_corpora
     from ddpm_lmk.data.shards.manifest import open_datasets
     from ddpm_lmk.engine.device_fit import device_bytes, emulation_warning, fit_to_device, memory_gib
     from ddpm_lmk.engine.parallel import Parallel
@@ -75,16 +76,25 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     if cfg.data.shots is not None:
         each = " of each set" if len(counts) > 1 else " of them"
         rows.append(("shots", f"{cfg.data.shots}{each}, {cfg.data.draw}"))
+    pool_share = 0.0
+    if cfg.data.propagate is not None:
+        pool_share, teachers = cfg.data.propagate.share, cfg.teachers
+        unlabelled = sum(len(corpus.rows) for corpus in unlabelled_corpora(cfg))
+        where = ", ".join(cfg.data.unlabelled_path)
+        rows.append(("pseudo-labels", f"{unlabelled:,} images of {where}, {pool_share:.1%} of those of a step"))
+        each = f"{len(teachers)} teachers" if len(teachers) > 1 else "1 teacher"
+        rows.append(("teachers", f"{each} first, in {out / TEACHER}, of {steps:,} steps each"))
     rows.append(("fit", str(fitted)))
     if warning := emulation_warning(here, fitted.precision, placement.device):
         rows.append(("warning", warning))
+    passes = (1 - pool_share) * images / num_images
     size = f"{cost.params:,} parameters, {cost.flops_forward / 1e9:,.2f} GFLOP forward per image"
     tflop = cost.flops_train * train.global_batch_size / 1e12
     rows += [
         ("model", f"{cfg.model.kind}, {size}"),
         ("step", f"{train.global_batch_size} images, {micro_batch} at once, {tflop:,.3f} TFLOP"),
         ("memory", f"about {memory:,.2f} GiB per process (estimate)"),
-        ("length", f"{steps:,} steps, {images:,} images, {images / num_images:,.1f} passes over the data"),
+        ("length", f"{steps:,} steps, {images:,} images, {passes:,.1f} passes over the data"),
         ("weights from", cfg.init.weights or f"random, seed {cfg.seed}"),
     ]
     return [*rows, *_time(cfg, placement, out, steps, instead)]

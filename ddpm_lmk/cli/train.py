@@ -314,7 +314,7 @@ def slurm(
     cfg = load_run(run_file, overrides or [])
     folder = (out or Path("runs") / cfg.name).absolute()
     # A queue is long; what a login node does not see is checked as the job starts.
-    if all((Path(path) / "manifest.json").is_file() for path in cfg.data.path):
+    if all((Path(path) / "manifest.json").is_file() for path in (*cfg.data.path, *cfg.data.unlabelled_path)):
         placement = Placement(file.device, file.processes, nodes or file.nodes, zero=file.zero)
         for remark in check_run(cfg, folder, placement):
             print_status(remark)

@@ -9,6 +9,11 @@ from pydantic import Field, field_validator, model_validator
 from ddpm_lmk.config.values import ADVANCED, Fraction, NonNegative, Positive, Section, is_null
 
 
+def _listed(value: Any) -> Any:
+    """One name as a list of one."""
+    return (value,) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
+
+
 class AugmentConfig(Section):
     """Random changes of a training image, drawn from `(seed, position)`; the geometric ones move the points too."""
 
@@ -40,6 +45,36 @@ class HoldOutConfig(Section):
         if self.fold >= self.of:
             raise ValueError(f"fold={self.fold} is none of {self.of} parts; use 0..{self.of - 1}")
         return self
+
+
+class PropagateConfig(Section):
+    """Pseudo-labels: images without labels are trained on where both looks find the same (docs/method.md, section 10)."""
+
+    path: tuple[str, ...] | None = Field(
+        None, description="folder(s) or URL(s) of the images without labels; null: those of data.path less the shots"
+    )
+    splits: tuple[str, ...] = Field(
+        ("train",), min_length=1, description="their splits that are trained on", json_schema_extra=ADVANCED
+    )
+    rounds: Annotated[int, Field(ge=1, le=10)] = Field(
+        2,
+        description="how often a run makes pseudo-labels for the next one, which starts anew; this run is the last",
+        json_schema_extra=ADVANCED,
+    )
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.625, description="share of the images of a batch that have pseudo-labels", json_schema_extra=ADVANCED
+    )
+    agree: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.02,
+        description="largest distance of what both looks find, of which a pseudo-label is made, as a share of the image "
+        "side",
+        json_schema_extra=ADVANCED,
+    )
+
+    @field_validator("path", "splits", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return _listed(value)
 
 
 class DedupConfig(Section):
@@ -82,6 +117,11 @@ class DataConfig(Section):
         description="part of the shots kept from training; it is split `held_out`, to validate or score on",
         json_schema_extra=ADVANCED,
     )
+    propagate: PropagateConfig | None = Field(
+        None,
+        description="train on images without labels too, where both looks of task.refine find the same; null: on the shots alone",
+        exclude_if=is_null,
+    )
     image_size: Annotated[int, Field(ge=16, le=4096)] = Field(
         256, description="side of the square network input, pixels"
     )
@@ -109,10 +149,15 @@ class DataConfig(Section):
     )
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 
+    @property
+    def unlabelled_path(self) -> tuple[str, ...]:
+        """Where images come from that are trained on without labels of their own; none without `propagate`."""
+        return () if self.propagate is None else self.propagate.path or self.path
+
     @field_validator("path", "splits", "protect", mode="before")
     @classmethod
     def _one_is_enough(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
+        return _listed(value)
 
     @model_validator(mode="after")
     def _weights_match(self) -> DataConfig:

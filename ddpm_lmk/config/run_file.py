@@ -28,11 +28,16 @@ from ddpm_lmk.config.training import (
 )
 from ddpm_lmk.config.values import Section
 
+LONGEST_NAME = 80
+TEACHER_SUFFIX = "-teacher"
+
 
 class RunConfig(Section):
     """Everything about one run."""
 
-    name: str = Field("run", min_length=1, max_length=80, pattern=r"^[A-Za-z0-9._+-]+$", description="shown in reports")
+    name: str = Field(
+        "run", min_length=1, max_length=LONGEST_NAME, pattern=r"^[A-Za-z0-9._+-]+$", description="shown in reports"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="root of all randomness")
     data: DataConfig
     model: Annotated[Network, Field(description="network")] = Field(default_factory=UNetConfig)
@@ -47,6 +52,33 @@ class RunConfig(Section):
     def is_time_conditioned(self) -> bool:
         """Is the network conditioned on a timestep? Where it is not, layers that only a timestep reaches do not learn."""
         return self.task.is_time_conditioned
+
+    @property
+    def teacher(self) -> RunConfig | None:
+        """The run whose pseudo-labels this one learns from: one round less. None where it learns from labels alone.
+
+        It is scored on nothing, so that no test image is looked at on the way.
+        """
+        propagate = self.data.propagate
+        if propagate is None:
+            return None
+        before = propagate.model_copy(update={"rounds": propagate.rounds - 1}) if propagate.rounds > 1 else None
+        protect = () if before is None else self.data.protect
+        name = self.name[: LONGEST_NAME - len(TEACHER_SUFFIX)] + TEACHER_SUFFIX
+        return self.model_copy(
+            update={
+                "name": name,
+                "data": self.data.model_copy(update={"propagate": before, "protect": protect}),
+                "train": self.train.model_copy(update={"snapshot_every": None}),
+                "evaluate": self.evaluate.model_copy(update={"split": None}),
+            }
+        )
+
+    @property
+    def teachers(self) -> tuple[RunConfig, ...]:
+        """The teacher, its own teacher, and so on."""
+        teacher = self.teacher
+        return () if teacher is None else (teacher, *teacher.teachers)
 
     @model_validator(mode="before")
     @classmethod
@@ -82,14 +114,32 @@ class RunConfig(Section):
                 raise ValueError(
                     "data.shots is for labelled training (task landmarks); pre-training uses every image of data.splits"
                 )
-        elif self.data.protect:
-            raise ValueError("data.protect is for pre-training; a fine-tuning run trains on one set's splits")
+        elif self.data.protect and self.data.propagate is None:
+            raise ValueError(
+                "data.protect is for images without labels; a fine-tuning run without data.propagate trains on one set's "
+                "splits"
+            )
         self._check_crops()
+        self._check_propagation()
         codec = self.task.codec if isinstance(self.task, LandmarksConfig) else None
         if codec is None and self.data.hold_out is not None:
             raise ValueError("data.hold_out keeps labelled shots from training; it is for task landmarks")
         if isinstance(codec, ContourCodecConfig) and codec.temperatures == "fitted" and len(self.data.path) > 1:
             raise ValueError("task.codec.temperatures=fitted is for one labelled set; a mixture goes without: use none")
+
+    def _check_propagation(self) -> None:
+        """Pseudo-labels are what two looks agree on, at images that may be like those of one labelled set."""
+        if self.data.propagate is None:
+            return
+        if not isinstance(self.task, LandmarksConfig) or self.task.refine is None:
+            raise ValueError(
+                "data.propagate takes for labels what two looks at an image agree on; set task.refine (of task "
+                "landmarks), or data.propagate=null"
+            )
+        if len(self.data.path) > 1:
+            raise ValueError(
+                f"data.propagate is for one labelled set, data.path has {len(self.data.path)}; fine-tune on each by itself"
+            )
 
     def _check_crops(self) -> None:
         """Crops are cut from finer pixels, which nothing else uses."""

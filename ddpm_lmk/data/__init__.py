@@ -24,6 +24,7 @@ def open_loader(
     cache: dict[Any, Any] | None = ...,
     backend: Name | None = ...,
     corpora: Sequence[Corpus] | None = ...,
+    pseudo_labelled: Sequence[Corpus] = ...,
 ) -> TrainLoader: ...
 
 
@@ -38,7 +39,7 @@ def open_loader(
     split: str | None = ...,
     cache: dict[Any, Any] | None = ...,
     backend: Name | None = ...,
-    corpora: None = ...,
+    corpora: Sequence[Corpus] | None = ...,
 ) -> EvalLoader: ...
 
 
@@ -53,6 +54,7 @@ def open_loader(
     cache: dict[Any, Any] | None = None,
     backend: Name | None = None,
     corpora: Sequence[Corpus] | None = None,
+    pseudo_labelled: Sequence[Corpus] = (),
 ) -> TrainLoader | EvalLoader:
     """Open the data of a run for one process.
 
@@ -65,7 +67,8 @@ def open_loader(
         split: the split to evaluate; None: `evaluate.split`.
         cache: keeps decoded pixels for the next loader of the same data; the caller owns it.
         backend: what `backend.choose_backend` said, so that all loaders and ranks of a run have the same; None: ask it.
-        corpora: what is trained on, where it is open already.
+        corpora: what is trained on, or evaluated in place of a split, where it is open already.
+        pseudo_labelled: what is trained on beside it (`data.propagate`).
 
     Raises:
         ConfigError: the run cannot be honoured (world size, shots, overlapping splits).
@@ -82,5 +85,5 @@ def open_loader(
     chosen = backend or choose_backend(cfg, device=device, world=world).name
     seat = Seat(rank, world, torch.device(device), chosen)
     if stage == "train":
-        return open_training(cfg, seat, cache, corpora=corpora)
-    return open_evaluation(cfg, seat, cache, split=split)
+        return open_training(cfg, seat, cache, corpora=corpora, pseudo_labelled=pseudo_labelled)
+    return open_evaluation(cfg, seat, cache, split=split, corpora=corpora)

@@ -14,14 +14,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.loading.order import BatchPlan
-from ddpm_lmk.data.shards.manifest import open_datasets
+from ddpm_lmk.data.shards.manifest import Manifest, open_datasets
+from ddpm_lmk.data.shards.remote import CacheSettings
 from ddpm_lmk.rundir import retention
+from ddpm_lmk.rundir.lock import PSEUDO_LABELS, TEACHER, is_finished
 from ddpm_lmk.system.console import about, duration
 from ddpm_lmk.system.heartbeat import beat
 
@@ -90,11 +92,40 @@ class Work:
             drawn=cfg.evaluate.samples if cfg.task.kind == "denoise" else 0,
         )
 
+    @classmethod
+    def left(cls, cfg: RunConfig, out: Path, *, steps: int | None = None) -> Work:
+        """Of a run in `out`, with the teachers it waits for and what they find; `steps` as in `of`."""
+        work, teacher = cls.of(cfg, steps=steps, done=steps_done(out)), cfg.teacher
+        if teacher is None or (out / PSEUDO_LABELS).is_file():
+            return work
+        work = replace(work, scored=work.scored + images_without_labels(cfg))
+        if is_finished(out / TEACHER, teacher):
+            return work
+        before = cls.left(teacher, out / TEACHER, steps=steps)
+        return replace(
+            work,
+            steps=work.steps + before.steps,
+            evaluations=work.evaluations + before.evaluations,
+            scored=work.scored + before.scored,
+        )
+
 
 def images_trained_on(cfg: RunConfig, count: int) -> int:
     """Images of a set of `count` that are trained on."""
     shots, hold_out = min(cfg.data.shots or count, count), cfg.data.hold_out
     return shots if hold_out is None else shots - len(range(hold_out.fold, shots, hold_out.of))
+
+
+def images_without_labels(cfg: RunConfig) -> int:
+    """Images of `data.propagate`, but for those left out because they are found twice."""
+    if cfg.data.propagate is None:
+        return 0
+    splits, labelled = cfg.data.propagate.splits, {manifest.fingerprint for manifest in open_datasets(cfg)}
+    count = 0
+    for manifest in (Manifest.open(path, CacheSettings.of(cfg)) for path in cfg.data.unlabelled_path):
+        rows = len(manifest.rows([split for split in splits if split in manifest.splits]))
+        count += max(0, rows - min(cfg.data.shots or rows, rows)) if manifest.fingerprint in labelled else rows
+    return count
 
 
 def steps_done(run: Path) -> int:
@@ -198,6 +229,7 @@ def time_steps(
     *,
     precision: Precision,
     session: Session,
+    is_scored: bool = False,
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
@@ -206,6 +238,7 @@ def time_steps(
     Args:
         cfg: with numbers in place of `auto`, precision aside.
         precision: that of training.
+        is_scored: time a prediction, though this run has none to make; the one that learns from it has.
 
     Raises:
         ResourceError: no memory for a step.
@@ -267,7 +300,7 @@ def time_steps(
         image_s, update_s = (statistics.median(column) for column in zip(*parts[-len(taken) :], strict=True))
         seconds = {"image_s": image_s / images, "update_s": update_s}
         model.eval()
-        for name, use, passes in _uses(cfg, task, model, parallel, precision):
+        for name, use, passes in _uses(cfg, task, model, parallel, precision, is_scored=is_scored):
             forward_s = seconds["image_s"] * FORWARD_SHARE
             seconds[name] = passes * forward_s
             if (forward_s if name == "draw_s" else seconds[name]) < budget_s / STEPS:
@@ -315,7 +348,7 @@ def repeated(
 
 
 def _uses(
-    cfg: RunConfig, task: Task, model: Any, parallel: Parallel, precision: Precision
+    cfg: RunConfig, task: Task, model: Any, parallel: Parallel, precision: Precision, *, is_scored: bool
 ) -> Iterator[tuple[str, Callable[[int], None], float]]:
     """What the network is used for beside training, for so many images, and its passes of each in those of a step.
 
@@ -334,7 +367,8 @@ def _uses(
 
     if cfg.data.validation_split is not None:
         yield "validate_s", validate, 1
-    if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:
+    is_scored |= cfg.evaluate.split is not None or cfg.data.propagate is not None
+    if isinstance(task, LandmarkTask) and is_scored:
         predict = task.predict
 
         def score(images: int) -> None:

@@ -22,6 +22,11 @@ def check_exclusions(cfg: RunConfig, *, world: int, zero: int) -> None:
         )
     if zero and cfg.train.exactness == "exact":
         raise ConfigError("train.exactness=exact cannot be kept with ZeRO, which adds in its own order; use ordered")
+    if zero and cfg.data.propagate is not None:
+        raise ConfigError(
+            "data.propagate trains several runs one after the other in one process, where ZeRO shares out the state of "
+            "one; use a launch file without zero"
+        )
     if zero and cfg.train.weight_standardization == "step":
         raise ConfigError(
             "train.weight_standardization=step cannot be kept with ZeRO, which shares out gradients before they are "

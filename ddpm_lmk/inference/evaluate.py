@@ -10,7 +10,7 @@ is no score over all of them: millimetres and pixels do not add.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import nn
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
-from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, training_corpora
+from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, training_corpora, unlabelled_corpora
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
@@ -47,6 +47,7 @@ def evaluate_split(
     out: Path,
     cache: dict[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
+    pool: Mapping[str, Any] | None = None,
     show: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Predict every labelled image of `split` once, over all ranks, and score it; call on every rank.
@@ -55,6 +56,7 @@ def evaluate_split(
         out: folder that gets `predictions.csv` and `results.json` (written by rank 0).
         cache: pixels kept resident between the runs of a sweep, as `open_loader` takes it.
         train: what training took (steps, images, wall_s), copied into the results.
+        pool: images without labels that it learnt from, copied likewise.
         show: called with how many of this rank's images are done, and of how many.
 
     Returns:
@@ -80,9 +82,10 @@ def evaluate_split(
             "labels": {"training": len(shots.rows), "validation": _count_validation(cfg)},
             "train": None if train is None else dict(train),
             "pixels": pixel_settings(corpus.manifest),
-            "leakage": report.of_score(cfg.init.weights, corpus, shots),
+            "leakage": report.of_score(cfg.init.weights, corpus, shots, _unlabelled_images(cfg)),
             "calibration": calibration.summary(out),
         }
+        facts |= {} if pool is None else {"pool": dict(pool)}
         learnt = None if train is None else radius.read(out, task.spec, steps=train["steps"])
         return _score_and_write(task, predictions, corpus, training_shape(shots), out, facts, learnt)
 
@@ -115,7 +118,9 @@ def evaluate_run(
     copied = ("name", "seed", "draw", "shots", "start", "labels", "train", "pixels", "calibration")
     facts = {key: loaded.results.get(key) for key in copied}
     facts |= {"dataset": corpus.manifest.dataset, "spec": corpus.manifest.spec.name, "split": split}
-    facts |= {"run": str(loaded.path), "leakage": report.of_score(loaded.cfg.init.weights, corpus, shots)}
+    facts |= {"pool": loaded.results["pool"]} if "pool" in loaded.results else {}
+    leakage = report.of_score(loaded.cfg.init.weights, corpus, shots, _unlabelled_images(loaded.cfg))
+    facts |= {"run": str(loaded.path), "leakage": leakage}
     return _score_and_write(loaded.task, predictions, corpus, _shape_of(loaded, shots), Path(out), facts, loaded.radius)
 
 
@@ -124,6 +129,14 @@ def _training_images(loaded: LoadedRun) -> Corpus | None:
     names = loaded.spec.landmark_names
     try:
         return next((c for c in training_corpora(loaded.cfg) if c.manifest.spec.landmark_names == names), None)
+    except DataError:
+        return None
+
+
+def _unlabelled_images(cfg: RunConfig) -> list[Corpus] | None:
+    """The images with pseudo-labels that a run learnt from, and those in which none was accepted; None: not there."""
+    try:
+        return unlabelled_corpora(cfg)
     except DataError:
         return None
 
@@ -144,17 +157,20 @@ def predict_split(
     model: nn.Module,
     parallel: Parallel,
     *,
-    split: str,
+    split: str | None = None,
+    corpora: Sequence[Corpus] | None = None,
     cache: dict[str, Any] | None = None,
     show: Callable[[int, int], None] | None = None,
 ) -> dict[str, ImagePrediction]:
-    """What `model` predicts in every labelled image of `split`, by image id, gathered from all ranks.
+    """What `model` predicts in every labelled image of `split`, or every image of `corpora`, by image id.
+
+    Gathered from all ranks.
 
     Raises:
         DataError: an image was predicted twice.
     """
     place: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": str(parallel.device)}
-    loader = open_loader(cfg, stage="evaluate", split=split, cache=cache, **place)
+    loader = open_loader(cfg, stage="evaluate", split=split, corpora=corpora, cache=cache, **place)
     was_training = model.training
     model.eval()
     rows: list[tuple[str, ImagePrediction]] = []

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_lmk.config import EncoderUNetConfig, LandmarksConfig, RunConfig
-from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, fingerprint, spec_of, training_corpora
+from ddpm_lmk.data.loading.corpus import (
+    Corpus,
+    evaluation_corpora,
+    fingerprint,
+    spec_of,
+    training_corpora,
+    unlabelled_corpora,
+)
 from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.engine.requirements import check_cuda_graphs, check_exclusions, check_zero
@@ -73,6 +80,7 @@ def check_data(cfg: RunConfig) -> list[Corpus]:
         ConfigError, DataError: as opening and scoring would.
     """
     corpora = training_corpora(cfg)
+    unlabelled_corpora(cfg)
     if cfg.data.validation_split is not None:
         evaluation_corpora(cfg, cfg.data.validation_split)
     if not isinstance(cfg.task, LandmarksConfig):
@@ -142,7 +150,7 @@ def has_begun(out: Path) -> bool:
 def remarks(cfg: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
     """What is no fault, and worth a second look before the time is spent."""
     lines = []
-    for manifest in (corpus.manifest for corpus in corpora):
+    for manifest in (corpus.manifest for corpus in [*corpora, *unlabelled_corpora(cfg)]):
         for key, wanted in (("image_size", cfg.data.image_size), ("fine_size", cfg.data.fine_size)):
             if manifest.stored_size < (wanted or 0):
                 lines.append(

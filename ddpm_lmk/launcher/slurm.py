@@ -169,9 +169,11 @@ def program() -> tuple[str, ...]:
 
 def absolute_paths(cfg: RunConfig) -> dict[str, str | list[str] | None]:
     """Settings that name files relative to the current folder, made absolute: a batch job may start in another."""
+    propagate = cfg.data.propagate
     places: dict[str, str | list[str] | None] = {
         "data.path": list(cfg.data.path),
         "data.protect": list(cfg.data.protect),
+        "data.propagate.path": list(propagate.path) if propagate is not None and propagate.path is not None else None,
         "runtime.cache_dir": cfg.runtime.cache_dir,
         "init.weights": cfg.init.weights,
     }

@@ -22,6 +22,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from ddpm_lmk.errors import StoppedError
+from ddpm_lmk.rundir.lock import TEACHER
 from ddpm_lmk.rundir.log import RunLog
 from ddpm_lmk.system import files, heartbeat
 from ddpm_lmk.system.heartbeat import DUMP_SIGNAL, STEPS_COMPARED, Heartbeat, Recorder
@@ -57,11 +58,13 @@ class LaunchLog:
             journal.event(event, node=self._node_rank, message=text, **facts)
 
     def newest_step(self) -> int:
-        """Step of the newest checkpoint, the measure of progress; -1 where there is none."""
-        if self._out is None:
-            return -1
-        names = [path.name.removeprefix("step-") for path in (self._out / "checkpoints").glob("step-*")]
-        return max((int(name) for name in names if name.isdigit()), default=-1)
+        """Step of the newest checkpoint, with those of teachers, the measure of progress; -1 where there is none."""
+        newest, folder = -1, self._out
+        while folder is not None and folder.is_dir():
+            names = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
+            newest += 1 + max((int(name) for name in names if name.isdigit()), default=-1)
+            folder /= TEACHER
+        return newest
 
     @property
     def stacks(self) -> Path:

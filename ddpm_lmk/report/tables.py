@@ -397,13 +397,22 @@ def _settings(cfg: RunConfig) -> list[str]:
     sigma = "" if codec.get("sigma_px") is None else f", σ {codec['sigma_px']:g} px of {cfg.data.image_size}"
     return [
         _network(cfg),
-        f"{train.duration} × {train.global_batch_size}",
+        f"{train.duration} × {train.global_batch_size}{_pool(cfg)}",
         f"{optim.lr:g}, {optim.schedule}" + (f"; {optim.freeze} frozen" if optim.freeze else ""),
         f"{codec['kind']}{sigma}",
         str(cfg.task.views),
         "none" if train.ema is None else f"decay {train.ema.decay:g}",
         "none" if cfg.data.validation_split is None else cfg.data.validation_split,
     ]
+
+
+def _pool(cfg: RunConfig) -> str:
+    propagate = cfg.data.propagate
+    if propagate is None:
+        return ""
+    where = _joined(Path(path).name for path in cfg.data.unlabelled_path)
+    times = "once" if propagate.rounds == 1 else f"{propagate.rounds} times"
+    return f", {100 * propagate.share:g} % of them with pseudo-labels ({where}, made {times})"
 
 
 def _network(cfg: RunConfig) -> str:
@@ -479,8 +488,9 @@ def compute_table(study: Study) -> FactsTable:
         [_cost(study, start) for start in study.starts],
         (("", 1), ("pre-training, once", 3), ("fine-tuning, a run (median)", 3), ("all its runs", 2)),
         remark="TFLOP: operations of training as executed, 10¹²; scoring is left out. Rows that start from the same "
-        "pre-training name it each, though it was run once. Hours are those of the clock, times the devices or "
-        "threads; a dash is what a run did not record. The paper gives neither.",
+        "pre-training name it each, though it was run once. A run with pseudo-labels counts the runs that made them. "
+        "Hours are those of the clock, times the devices or threads; a dash is what a run did not record. The paper "
+        "gives neither.",
     )
 
 

@@ -1,8 +1,9 @@
 """A run directory: one process may work in it, and everything a run writes goes through here.
 
 `RUN/.lock config.yaml run.json events.jsonl metrics.jsonl quarantine.jsonl checkpoints/ snapshots/ results.json
-done.json`. A directory is resumed when it holds the same run; another run is refused with a key-by-key diff. An object
-of this class on another rank than 0 has the same path and writes nothing.
+done.json`, and `teacher/ pseudo_labels.csv` of a run that learns from another. A directory is resumed when it holds the
+same run; another run is refused with a key-by-key diff. An object of this class on another rank than 0 has the same
+path and writes nothing.
 """
 
 from __future__ import annotations
@@ -75,6 +76,11 @@ class RunDir:
         for folder in (path, path / "checkpoints", path / "snapshots"):
             retention.clean(folder)
         return run
+
+    def claim(self, cfg: RunConfig) -> None:
+        """Write which run this is, where there will be nothing of it for long but its teacher."""
+        if not (self.path / "config.yaml").exists():
+            files.write_text(self.path / "config.yaml", load.dump_run(cfg))
 
     def begin(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
         """Write what this run is: its run file and `run.json` with `facts` (fingerprint, versions, hardware, parent).

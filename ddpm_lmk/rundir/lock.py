@@ -28,11 +28,14 @@ from ddpm_lmk.system.files import DamagedError, read_json, read_no_follow
 
 LOCK = ".lock"
 LAUNCHER_LOCK = ".lock-launcher"
+TEACHER = "teacher"  # in RUN: the directory of the run it learns from, and what that has found
+PSEUDO_LABELS = "pseudo_labels.csv"
 MAY_CHANGE = (
     "name",
     "train.snapshot_every",
 )
-PLACES = ("data.path", "data.protect", "init.weights")  # these too, while what lies there is the same
+# These too, while what lies there is the same.
+PLACES = ("data.path", "data.propagate.path", "data.protect", "init.weights")
 
 
 @contextmanager
@@ -234,7 +237,9 @@ def _holds_the_same(key: str, path: Path, cfg: RunConfig) -> bool:
         return _same_weights(facts.get("parent"), cfg)
     from ddpm_lmk.data.loading.corpus import fingerprints_of, joined
 
-    found = fingerprints_of(cfg, cfg.data.path if key == "data.path" else cfg.data.protect)
+    data = cfg.data
+    paths = {"data.path": data.path, "data.propagate.path": data.unlabelled_path, "data.protect": data.protect}
+    found = fingerprints_of(cfg, paths[key])
     known = facts.get("packs", {}).get(key)
     if known is None and key == "data.path":  # begun by a version that noted one for all of them
         return facts.get("fingerprint") == joined(found)

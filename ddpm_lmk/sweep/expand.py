@@ -52,11 +52,14 @@ class SweepRun:
 
     @property
     def images(self) -> int:
-        """Image passes of training, the measure of a run's length (upper bound when a global batch is cut short)."""
+        """Image passes of training, teachers included, the measure of a run's length.
+
+        An upper bound when a global batch is cut short.
+        """
         batch = self.cfg.train.global_batch_size
         if self.cfg.train.epoch_boundary == "epoch" and self.shots is not None:  # else batches repeat images
             batch = min(batch, self.shots)
-        return (self.steps or 0) * batch
+        return (self.steps or 0) * batch * (1 + len(self.cfg.teachers))
 
     def is_done(self) -> bool:
         """Has this very run finished in its folder, its results as they were written? No other settings count."""

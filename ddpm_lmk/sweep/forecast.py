@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.engine.forecast import BUDGET_S, Forecast, Timing, Work, steps_done
+from ddpm_lmk.engine.forecast import BUDGET_S, Forecast, Timing, Work
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.launcher import Device, Placement
 from ddpm_lmk.launcher.time_runs import AFTER_DAYS, DAYS_S, spec_of, time_apart, time_run
@@ -47,7 +47,7 @@ def forecast_run(
     timing = time_run(cfg, spec_of(cfg), placement, budget_s=budget_s)
     if isinstance(timing, str):
         return timing
-    return timing.forecast(Work.of(cfg, steps=steps, done=steps_done(out)))
+    return timing.forecast(Work.left(cfg, out, steps=steps))
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class _Left:
         cfg, spec = run.cfg, spec_of(run.cfg)
         without_length = cfg.model_copy(update={"train": cfg.train.model_copy(update={"duration": 1})})
         kind = (recipe_key(without_length), spec.num_landmarks)
-        return cls(run, Work.of(cfg, done=steps_done(run.folder)), spec, kind)
+        return cls(run, Work.left(cfg, run.folder), spec, kind)
 
 
 def forecast_sweep(
@@ -217,7 +217,7 @@ def _shortened(cfg: RunConfig, name: str) -> RunConfig:
     fields["train"] |= {"duration": TRIAL_STEPS}
     fields["runtime"] |= {"log_every": 1, "checkpoint_every": TRIAL_STEPS + 1}
     fields["train"] |= {"snapshot_every": None, "evaluate_every": None, "patience": None, "select": "last"}
-    fields["data"] |= {"validation_split": None}
+    fields["data"] |= {"validation_split": None, "propagate": None}
     fields["optim"] |= {"plateau": None}
     fields["init"] |= {"weights": None}
     fields["evaluate"] |= {"split": None}

@@ -310,6 +310,8 @@ def flat_scores(results: dict[str, Any]) -> dict[str, Any]:
     """The headline numbers of a results.json as one flat row."""
     row: dict[str, Any] = {"dataset": results["dataset"], "split": results["split"], "images": results["num_images"]}
     row |= {f"labels_{kind}": count for kind, count in results["labels"].items()}
+    pool = results.get("pool") or {}
+    row |= {f"pool_{key}": pool[key] for key in ("offered", "images", "points", "of") if key in pool}
     for stage, leak in results.get("leakage", {}).items():
         row[f"leaked_{stage}_images"] = leak.get("images")
     for protocol, scores in results["protocols"].items():

@@ -43,17 +43,24 @@ def folder(packed_phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def test_two_processes_look_twice_with_the_bits_of_one(packed_phantoms: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("data", "files"),
+    [({}, []), ({"propagate": {"rounds": 1, "agree": 0.2}}, ["pseudo_labels.csv"])],
+    ids=["alone", "and teach"],
+)
+def test_two_processes_look_twice_with_the_bits_of_one(
+    packed_phantoms: Path, tmp_path: Path, data: dict[str, Any], files: list[str]
+) -> None:
     """Crops of both parts, drawn by position, in micro-batches that other ranks compute."""
     refine = {"refine": {"crop": 0.5}}
-    run = RUN | {"data": RUN["data"] | {"fine_size": 64}, "task": RUN["task"] | refine}
+    run = RUN | {"data": RUN["data"] | {"fine_size": 64} | data, "task": RUN["task"] | refine}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     for number, name in ((1, "one"), (2, "two")):
         words = ("--cpu", number, "--out", tmp_path / name, f"data.path={packed_phantoms}")
         result = run_command("finetune", tmp_path / "run.yaml", *words)
         assert result.code == 0, result.err
     names = [*(f"snapshots/step-00000004/{use}.safetensors" for use in ("model", "ema")), "predictions.csv"]
-    for name in names:
+    for name in [*names, *files]:
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 

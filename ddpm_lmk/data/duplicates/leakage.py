@@ -108,6 +108,45 @@ def exclusion(manifests: Sequence[Manifest], data: DataConfig, cache: CacheSetti
     return _KNOWN[key]
 
 
+def pool_exclusion(
+    pool: Sequence[Manifest],
+    labelled: Manifest,
+    data: DataConfig,
+    *,
+    shots: np.ndarray,
+    held_out: np.ndarray,
+    cache: CacheSettings | None = None,
+) -> Exclusion:
+    """The images of `data.propagate` that are not trained on: repeats of protected ones, of shots, and of one another.
+
+    Protected are the splits of the labelled set and of the pool's sets that neither is trained on, the shots that are
+    `held_out`, and `data.protect`. Rows of the shots themselves are among those left out. Raises as `exclusion`.
+    """
+    assert data.propagate is not None
+    splits = data.propagate.splits
+    guards = [Manifest.open(path, cache) for path in data.protect]
+    digests = tuple(tuple(manifest.fingerprint for manifest in part) for part in ([labelled], pool, guards))
+    key = ("pool", digests, data.splits, splits, shots.tobytes(), held_out.tobytes(), data.dedup)
+    if key in _KNOWN:
+        return _KNOWN[key]
+    is_own = [manifest.fingerprint == labelled.fingerprint for manifest in pool]
+    own = np.union1d(shots, held_out)
+    trained = [Source(labelled, rows=shots)]  # first, so that of an image found twice the labelled one stays
+    for manifest, same in zip(pool, is_own, strict=True):
+        names = tuple(split for split in splits if split in manifest.splits)
+        trained.append(Source(manifest, names, without=own if same else None))
+    used = (*data.splits, *splits) if any(is_own) else data.splits
+    protected = [Source(labelled, tuple(split for split in labelled.splits if split not in used))]
+    protected += [Source(labelled, rows=held_out)]
+    for manifest in (manifest for manifest, same in zip(pool, is_own, strict=True) if not same):
+        protected.append(Source(manifest, tuple(split for split in manifest.splits if split not in splits)))
+    protected += [_protected_splits(manifest, (*data.splits, *splits)) for manifest in guards]
+    found = _left_out(trained, [source for source in protected if len(source.rows)], data, num_labelled=1)
+    rows = [np.union1d(rows, own) if same else rows for same, rows in zip(is_own, found.rows[1:], strict=True)]
+    _KNOWN[key] = Exclusion(tuple(rows), found.record)
+    return _KNOWN[key]
+
+
 def _compare_pool(manifests: Sequence[Manifest], guards: Sequence[Manifest], data: DataConfig) -> Exclusion:
     splits = [tuple(split for split in data.splits if split in manifest.splits) for manifest in manifests]
     trained = [Source(manifest, names) for manifest, names in zip(manifests, splits, strict=True)]
@@ -119,7 +158,15 @@ def _compare_pool(manifests: Sequence[Manifest], guards: Sequence[Manifest], dat
     ):  # else a dataset without fingerprints would be decoded for nothing
         nothing = tuple(np.zeros(0, np.int64) for _ in manifests)
         return Exclusion(nothing, _record(Leakage(trained, []), data, left_out=0))
+    return _left_out(trained, protected, data)
+
+
+def _left_out(trained: list[Source], protected: list[Source], data: DataConfig, *, num_labelled: int = 0) -> Exclusion:
+    """What of `trained` is left out, as the settings say; the first `num_labelled` sources stay as they are."""
     found = compare(trained, protected)
+    found.leaks, found.copies = (
+        [each for each in findings if each.image[0] >= num_labelled] for findings in (found.leaks, found.copies)
+    )
     if data.dedup.leakage == "leave_out":  # what leaks is counted once, not also as a duplicate
         leaking = {finding.image for finding in found.leaks}
         found.copies = [each for each in found.copies if each.image not in leaking]

@@ -7,7 +7,7 @@ taken from what the run wrote. A score whose images were seen is not shown unles
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ from ddpm_lmk.errors import DataError, LmkError
 from ddpm_lmk.system.files import read_json, write_json
 
 FILE_NAME = "leakage.json"
+STAGES = {
+    "pretraining": "seen in pre-training",
+    "training": "among the labelled training images",
+    "pool": "among the images with pseudo-labels",
+}
 
 
 def write_record(cfg: RunConfig, folder: Path) -> dict[str, Any]:
@@ -51,24 +56,31 @@ def summary(record: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def of_score(weights: str | None, tested: Corpus, learnt: Corpus | None) -> dict[str, Any]:
+def of_score(
+    weights: str | None, tested: Corpus, learnt: Corpus | None, pool: Sequence[Corpus] | None = ()
+) -> dict[str, Any]:
     """The block `leakage` of results.json, for the images of `tested` that are scored.
 
     Args:
         weights: what the model started from (`init.weights`); None: random.
         tested: the images that are scored.
         learnt: the labelled images it was fine-tuned on, where they are at hand.
+        pool: the images it was fine-tuned on with pseudo-labels, where they are at hand; empty: there are none.
 
     Returns:
         `pretraining`: {"status": "none", "clean", "overlap" or "unknown", ...} with, for an overlap, how many of the
         scored images were seen and how; `training`: the same about the labelled images, which published splits may
-        share.
+        share; `pool`: about those with pseudo-labels, where there are any.
     """
     source = Source(tested.manifest, rows=np.asarray(tested.rows))
     training: dict[str, Any] = {"status": "unknown"}
     if learnt is not None:
         training = verdict(source, [Source(learnt.manifest, rows=np.asarray(learnt.rows))])
-    return {"pretraining": _of_pretraining(weights, source), "training": training}
+    verdicts = {"pretraining": _of_pretraining(weights, source), "training": training}
+    if pool is None:
+        return {**verdicts, "pool": {"status": "unknown"}}
+    sources = [Source(corpus.manifest, rows=np.asarray(corpus.rows)) for corpus in pool]
+    return {**verdicts, "pool": verdict(source, sources)} if sources else verdicts
 
 
 def verdict(tested: Source, trained: list[Source]) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def refuse_seen(results: Iterable[dict[str, Any]], *, acknowledged: bool) -> lis
     """
     results = list(results)
     lines = []
-    for stage, words in (("pretraining", "seen in pre-training"), ("training", "among the labelled training images")):
+    for stage, words in STAGES.items():
         found = [leak for each in results if (leak := _leak(each, stage)).get("status") == "overlap"]
         if not found:
             continue
@@ -147,15 +159,15 @@ def refuse_seen(results: Iterable[dict[str, Any]], *, acknowledged: bool) -> lis
         runs = f"{len(found)} of {len(results)} runs"
         lines.append(f"Leakage: up to {most} of the {total} scored images were {words} ({runs}).")
         # Published splits share images (ISBI 2015 does), so labelled ones seen in training are only remarked on.
-        if stage == "pretraining" and not acknowledged:
+        if stage != "training" and not acknowledged:
             raise DataError(
-                f"{lines[-1]} The score is not shown: pre-train with data.protect and data.dedup.leakage=leave_out, "
+                f"{lines[-1]} The score is not shown: train with data.protect and data.dedup.leakage=leave_out, "
                 "or pass --acknowledge-leakage to have it shown with this remark"
             )
     reasons = {  # a dict keeps their order, and each once
         reason: None
         for each in results
-        for stage in ("pretraining", "training")
+        for stage in STAGES
         for reason in _leak(each, stage).get("patients_not_compared", ())
     }
     lines += [f"{reason[0].upper()}{reason[1:]}." for reason in reasons]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ddpm_lmk.config import DataConfig, RunConfig
-from ddpm_lmk.data.duplicates.leakage import exclusion
+from ddpm_lmk.data.duplicates.leakage import Exclusion, exclusion, pool_exclusion
 from ddpm_lmk.data.images.resize import to_network_size
 from ddpm_lmk.data.loading.augment import Floats, compose, resize_matrix
 from ddpm_lmk.data.loading.order import few_shot_rows
@@ -45,6 +45,7 @@ class Corpus:
     """Some rows of one dataset, at the network's image size. With `labelled`, only rows that have points.
 
     Attributes:
+        pseudo_labels: points `[N, 2]` native px of rows that have no label of their own, NaN for those unknown.
         sizes: sides of the squares that a sample is decoded to: the network's, and that of its finer copy if any.
     """
 
@@ -55,6 +56,7 @@ class Corpus:
         self.sizes = (image_size,) if fine_size is None else (image_size, fine_size)
         self._resize = resize_matrix(manifest.stored_size, image_size)
         self.records: dict[int, SampleRecord] = {}
+        self.pseudo_labels: dict[int, Floats] = {}
         self.rows: SplitRows | np.ndarray = rows
         if labelled:
             # Few, unlike a pool's: all labels are read now, so that a missing one is known before training.
@@ -74,14 +76,20 @@ class Corpus:
         self.rows = rows
         self.records = {row: self.records[row] for row in rows.tolist() if row in self.records}
 
+    def use(self, pseudo_labels: Mapping[int, Floats]) -> None:
+        """Use only the rows that are given points `[N, 2]` here, native px, NaN for those unknown."""
+        self.pseudo_labels = dict(pseudo_labels)
+        self.keep(np.array(sorted(self.pseudo_labels), dtype=np.int64))
+
     def facts(self, row: int) -> Facts:
-        """Label, spacing and geometry of a row; without labels the name is dataset:row."""
+        """Label, spacing and geometry of a row; where labels are not read the name is dataset:row."""
         record = self.records.get(row)
         if record is None:  # the index alone: a pool's records would be a read from the shards for every sample
             entry = self.manifest.index[row]
             size = (int(entry["width"]), int(entry["height"]))
             to_stored = to_stored_matrix(size, self.manifest.stored_size, self.manifest.aspect)
-            return Facts(f"{self.manifest.dataset}:{row}", None, size, np.nan, compose(self._resize, to_stored))
+            name, points = f"{self.manifest.dataset}:{row}", self.pseudo_labels.get(row)
+            return Facts(name, points, size, np.nan, compose(self._resize, to_stored))
         spacing = self.manifest.spec.resolve_spacing(record.points, record.mm_per_px)
         to_network = compose(self._resize, record.to_stored)
         return Facts(record.id, record.points, record.native_size, np.nan if spacing is None else spacing, to_network)
@@ -111,13 +119,69 @@ def spec_of(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> DatasetSpec:
 
 
 def images_left_out(cfg: RunConfig) -> tuple[np.ndarray, ...] | None:
-    """Rows of each dataset that pre-training must not see, or sees already; None for a run with labels.
+    """Rows of each dataset without labels that a run must not see, or sees already; None where it has labels alone.
 
     Comparing a pool takes the longest of what comes before the first step (`duplicates.leakage.exclusion`).
     """
-    if cfg.task.stage == "finetune":
-        return None
-    return exclusion(open_datasets(cfg), cfg.data, CacheSettings.of(cfg)).rows
+    if cfg.task.stage == "pretrain":
+        return exclusion(open_datasets(cfg), cfg.data, CacheSettings.of(cfg)).rows
+    return None if cfg.data.propagate is None else pool_compared(cfg).rows
+
+
+def pool_compared(cfg: RunConfig) -> Exclusion:
+    """Which images of `data.propagate` are left out, and the record of it; raises as `unlabelled_corpora`."""
+    [labelled] = _open_splits(cfg, cfg.data.splits, labelled=True)
+    shots, held_out = _shots(cfg, labelled)
+    pool = _open_pool(cfg, labelled.manifest)
+    rows = {"shots": shots, "held_out": held_out}
+    return pool_exclusion(pool, labelled.manifest, cfg.data, cache=CacheSettings.of(cfg), **rows)
+
+
+def unlabelled_corpora(cfg: RunConfig, left_out: Sequence[np.ndarray] | None = None) -> list[Corpus]:
+    """The images of `data.propagate`, whose labels are not read if there are any; none without it.
+
+    Args:
+        left_out: what `images_left_out` gave, here or on another rank; None: asked for here.
+
+    Raises:
+        ConfigError: a split is used and scored, two sets of one name. DataError: as `training_corpora`.
+    """
+    propagate = cfg.data.propagate
+    if propagate is None:
+        return []
+    left_out = pool_compared(cfg).rows if left_out is None else left_out
+    manifests = _open_pool(cfg, Manifest.open(cfg.data.path[0], CacheSettings.of(cfg)))
+    size, fine_size = cfg.data.image_size, cfg.data.fine_size
+    corpora = []
+    for manifest, rows in zip(manifests, left_out, strict=True):
+        names = [split for split in propagate.splits if split in manifest.splits]
+        corpus = Corpus(manifest, manifest.rows(names, without=rows), size, labelled=False, fine_size=fine_size)
+        corpora += [corpus] if len(corpus.rows) else []
+    if not corpora:
+        raise DataError(
+            f"data.propagate finds no image without a label in {', '.join(propagate.splits)} of "
+            f"{', '.join(str(manifest.root) for manifest in manifests)}: {sum(map(len, left_out))} are shots, or "
+            "repeat one or a scored image; name a set with more (data.propagate.path) or use fewer data.shots"
+        )
+    return corpora
+
+
+def _open_pool(cfg: RunConfig, labelled: Manifest) -> list[Manifest]:
+    propagate, cache = cfg.data.propagate, CacheSettings.of(cfg)
+    assert propagate is not None
+    manifests = [Manifest.open(path, cache) for path in cfg.data.unlabelled_path]
+    names = [manifest.dataset for manifest in manifests]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"data.propagate.path has two sets of one name ({', '.join(names)}), which names their images; name each "
+            "once, or pack one with another --name"
+        )
+    for manifest in manifests:
+        _check_settings(manifest, cfg.data.require_dataset)
+    _check_splits(manifests, propagate.splits, "data.propagate.splits")
+    if labelled.fingerprint in [manifest.fingerprint for manifest in manifests]:
+        _check_unscored(cfg, propagate.splits, "data.propagate.splits")
+    return manifests
 
 
 def training_corpora(cfg: RunConfig, left_out: Sequence[np.ndarray] | None = None) -> list[Corpus]:
@@ -131,15 +195,21 @@ def training_corpora(cfg: RunConfig, left_out: Sequence[np.ndarray] | None = Non
         DataError: a folder is not a dataset, a split does not exist or is empty, there are no labels.
     """
     data, labelled = cfg.data, cfg.task.stage == "finetune"
-    for key, split in (("data.validation_split", data.validation_split), ("evaluate.split", cfg.evaluate.split)):
-        if split in data.splits:
-            raise ConfigError(f"{key}={split} is also in data.splits, so it would be trained on; use another split")
-    if left_out is None:
-        left_out = images_left_out(cfg)
-    corpora = _open_splits(cfg, data.splits, labelled=labelled, left_out=left_out)
-    for corpus in corpora if labelled else ():
-        corpus.keep(_shots(cfg, corpus)[0])
-    return corpora
+    _check_unscored(cfg, data.splits, "data.splits")
+    if labelled:
+        corpora = _open_splits(cfg, data.splits, labelled=True)
+        for corpus in corpora:
+            corpus.keep(_shots(cfg, corpus)[0])
+        return corpora
+    return _open_splits(
+        cfg, data.splits, labelled=False, left_out=images_left_out(cfg) if left_out is None else left_out
+    )
+
+
+def _check_unscored(cfg: RunConfig, splits: Sequence[str], key: str) -> None:
+    for scored, split in (("data.validation_split", cfg.data.validation_split), ("evaluate.split", cfg.evaluate.split)):
+        if split in splits:
+            raise ConfigError(f"{scored}={split} is also in {key}, so it would be trained on; use another split")
 
 
 def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
@@ -193,15 +263,19 @@ def _open_splits(
         _check_settings(manifest, data.require_dataset)
     if len({manifest.fingerprint for manifest in manifests}) < len(manifests):
         raise ConfigError("data.path names the same packed set twice; use data.weights to draw more from one")
-    for split in splits:
-        if not any(split in manifest.splits for manifest in manifests):
-            there = "; ".join(f"{manifest.root}: {', '.join(manifest.splits)}" for manifest in manifests)
-            raise DataError(f"there is no split {split!r} (there are {there}); change data.splits or evaluate.split")
+    _check_splits(manifests, splits, "data.splits or evaluate.split")
     without: Sequence[np.ndarray | None] = [None] * len(manifests) if left_out is None else left_out
     return [
         _open_one(manifest, splits, data, labelled=labelled, without=rows)
         for manifest, rows in zip(manifests, without, strict=True)
     ]
+
+
+def _check_splits(manifests: Sequence[Manifest], splits: Sequence[str], keys: str) -> None:
+    for split in splits:
+        if not any(split in manifest.splits for manifest in manifests):
+            there = "; ".join(f"{manifest.root}: {', '.join(manifest.splits)}" for manifest in manifests)
+            raise DataError(f"there is no split {split!r} (there are {there}); change {keys}")
 
 
 def _check_settings(manifest: Manifest, wanted: Mapping[str, str | int | None]) -> None:

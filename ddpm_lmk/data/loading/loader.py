@@ -54,33 +54,42 @@ class _Loader:
     """What training and evaluation share: samples at places become a batch on the device.
 
     Attributes:
-        corpora: the datasets it reads, for whoever needs them beside the batches.
+        corpora: the datasets it reads, for whoever needs them beside the batches; those with pseudo-labels last.
         spec: facts of the dataset: of all labelled ones together, of the first one in a pool without labels.
         records: the labelled samples in use, few-shot ones in the order drawn; empty where labels are not used.
-        fingerprint: changes when the packed data changes.
+        num_images: what an epoch is; images with pseudo-labels do not count.
+        fingerprint: changes when the packed data changes; that of pseudo-labels is the run's.
         residency: where the pixels are.
     """
 
     def __init__(
-        self, cfg: RunConfig, corpora: Sequence[Corpus], seat: Seat, cache: dict[Any, Any] | None, *, largest: int
+        self,
+        cfg: RunConfig,
+        corpora: Sequence[Corpus],
+        seat: Seat,
+        cache: dict[Any, Any] | None,
+        *,
+        largest: int,
+        pseudo_labelled: Sequence[Corpus] = (),
     ) -> None:
         """`largest`: most images of a batch."""
         assert 0 <= seat.rank < seat.world
-        self._cfg, self.corpora, self._seat = cfg, corpora, seat
+        self._cfg, self.corpora, self._seat = cfg, [*corpora, *pseudo_labelled], seat
         specs = [corpus.manifest.spec for corpus in corpora]
         self.spec: DatasetSpec = mixture(specs) if corpora[0].records else specs[0]
         self.records = [corpus.records[row] for corpus in corpora if corpus.records for row in corpus.rows.tolist()]
         self.num_images = sum(len(corpus.rows) for corpus in corpora)
         self.fingerprint = fingerprint(corpora)
         self._domains = [self.spec.domains.index(spec) if self.spec.parts else 0 for spec in specs]
+        self._domains += [0 for _ in pseudo_labelled]  # beside one labelled set only, whose landmarks they have
         workers, wanted = cfg.runtime.workers, cfg.runtime.cache_pixels
         self._decoders = ThreadPoolExecutor(workers, "decode") if workers else None
         self._pixels: StreamPixels | DaliPixels
         if seat.backend == "dali":
-            self._pixels = DaliPixels(corpora, seat.device, workers=workers, largest=largest)
+            self._pixels = DaliPixels(self.corpora, seat.device, workers=workers, largest=largest)
         else:
             self._pixels = open_pixels(
-                corpora, wanted, device=seat.device, workers=workers, world=seat.world, cache=cache
+                self.corpora, wanted, device=seat.device, workers=workers, world=seat.world, cache=cache
             )
         self.residency = self._pixels.residency
         self._to_fine = resize_matrix(corpora[0].sizes[0], corpora[0].sizes[-1])  # of the picture that nothing moved
@@ -169,13 +178,20 @@ class TrainLoader(_Loader):
         cache: dict[Any, Any] | None,
         *,
         plan: BatchPlan,
+        pseudo_labelled: Sequence[Corpus] = (),
     ) -> None:
-        super().__init__(
-            cfg, corpora, seat, cache, largest=cfg.train.given_micro_batch or -(-plan.largest // seat.world)
-        )
+        largest = cfg.train.given_micro_batch or -(-plan.largest // seat.world)
+        super().__init__(cfg, corpora, seat, cache, largest=largest, pseudo_labelled=pseudo_labelled)
         self.plan = plan
-        self._order = SampleOrder(cfg.seed, [c.by_shard for c in corpora], cfg.data.weights, cfg.data.shuffle_window)
-        self.quarantine = Quarantine(corpora, cfg.data.max_bad_fraction)
+        weights = cfg.data.weights
+        if pseudo_labelled:
+            assert cfg.data.propagate is not None, "RunConfig wants one labelled set beside it"
+            share = cfg.data.propagate.share
+            count = sum(len(corpus.rows) for corpus in pseudo_labelled)
+            weights = (1 - share, *(share * len(corpus.rows) / count for corpus in pseudo_labelled))
+        by_shard = [corpus.by_shard for corpus in self.corpora]
+        self._order = SampleOrder(cfg.seed, by_shard, weights, cfg.data.shuffle_window)
+        self.quarantine = Quarantine(self.corpora, cfg.data.max_bad_fraction)
 
     def global_batches(self, start_step: int = 0) -> Generator[GlobalBatch, None, None]:
         """Yield this rank's part of every global batch from `start_step` on, without end.
@@ -196,7 +212,7 @@ class TrainLoader(_Loader):
         if not remote:
             return
         shards = sum(len(corpus.by_shard.counts) for corpus in self.corpora)
-        half = self._cfg.data.shuffle_window * self.num_images // (2 * shards)
+        half = self._cfg.data.shuffle_window * self._order.num_images // (2 * shards)
         corpora, rows = self._order.at(self.plan.start(step) + half + np.arange(self.plan.size(step)))
         for c in remote:
             manifest = self.corpora[c].manifest
@@ -255,7 +271,12 @@ class EvalLoader(_Loader):
 
 
 def open_training(
-    cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None, *, corpora: Sequence[Corpus] | None = None
+    cfg: RunConfig,
+    seat: Seat,
+    cache: dict[Any, Any] | None,
+    *,
+    corpora: Sequence[Corpus] | None = None,
+    pseudo_labelled: Sequence[Corpus] = (),
 ) -> TrainLoader:
     """See `ddpm_lmk.data.open_loader`; `corpora` where they are open already."""
     corpora = training_corpora(cfg) if corpora is None else corpora
@@ -268,11 +289,20 @@ def open_training(
             count,
             cfg.train.global_batch_size,
         )
-    return TrainLoader(cfg, corpora, seat, cache, plan=plan)
+    return TrainLoader(cfg, corpora, seat, cache, plan=plan, pseudo_labelled=pseudo_labelled)
 
 
-def open_evaluation(cfg: RunConfig, seat: Seat, cache: dict[Any, Any] | None, *, split: str | None) -> EvalLoader:
+def open_evaluation(
+    cfg: RunConfig,
+    seat: Seat,
+    cache: dict[Any, Any] | None,
+    *,
+    split: str | None,
+    corpora: Sequence[Corpus] | None = None,
+) -> EvalLoader:
     """See `ddpm_lmk.data.open_loader`."""
+    if corpora is not None:
+        return EvalLoader(cfg, corpora, seat, cache)
     split = split or cfg.evaluate.split
     if split is None:
         raise ConfigError("evaluate.split is null, so there is nothing to evaluate; name a split")

@@ -137,8 +137,8 @@ def training_corpora(cfg: RunConfig, left_out: Sequence[np.ndarray] | None = Non
     return corpora
 
 
-def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
-    """All rows of one split, for landmarks those with labels. Raises as `training_corpora`.
+def evaluation_corpora(cfg: RunConfig, split: str, *, labelled: bool | None = None) -> list[Corpus]:
+    """All rows of one split, or those with labels, which None means for landmarks. Raises as `training_corpora`.
 
     Split `held_out` is the part of the shots that `data.hold_out` keeps from training.
     """
@@ -147,7 +147,7 @@ def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
         for corpus in corpora:
             corpus.keep(_shots(cfg, corpus)[1])
         return corpora
-    return _open_splits(cfg, (split,), labelled=cfg.task.stage == "finetune")
+    return _open_splits(cfg, (split,), labelled=cfg.task.stage == "finetune" if labelled is None else labelled)
 
 
 def _shots(cfg: RunConfig, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:

@@ -259,8 +259,9 @@ def test_one_trains_on_what_was_suggested(denoise_run: Path, packed_phantoms: Pa
     suggested = names(tmp_path / "next")
     assert all(name in done.out for name in suggested)
     assert f"12 images, 0 labelled; {tmp_path / 'next' / 'suggestions.csv'}" in done.out
-    words = [f"data.path={packed_phantoms}", "data.draw=listed", "data.shots=2", "init.weights=null"]
+    words = [f"data.path={packed_phantoms}", "data.draw=listed", "data.shots=2", f"init.weights={denoise_run}"]
     words += [f"data.images={tmp_path / 'next' / 'suggestions.csv'}"]
+    words += [f"model.{key}={value}" for key, value in NETWORK.items()]
     done = run_command("finetune", SMOKE / "finetune.yaml", *words, "--cpu", 1, "--out", tmp_path / "run")
     assert done.code == 0, done.err
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""Commands about finished runs: evaluate, predict, sample, export, report."""
+"""Commands about finished runs: evaluate, predict, suggest, sample, export, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ddpm_lmk.system.console import print_status
+from ddpm_lmk.system.console import print_status, print_table
 
 results_app = typer.Typer()
 
@@ -91,6 +91,50 @@ def predict(
         print_status(f"no radius_px: `ddpm-lmk calibrate {run_dir}` learns which radius holds a point with 90 %")
     typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")
     summary.check(strict=strict)
+
+
+@results_app.command()
+def suggest(
+    run_dir: RunArgument,
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="folder of shards, with or without labels")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the list and a sheet of images")],
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="whose images, once for each", show_default="train")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="images to suggest")] = 10,
+    labelled: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labelled",
+            metavar="ID|FILE.csv",
+            help="labelled already, once for each; a CSV file has a column image_id",
+            show_default="the shots of a landmark run",
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Rank the images to label next: those that stand for all the others best, by the features of a finished run.
+
+    To train on the first five of them, once they are labelled and packed: data.draw=listed data.shots=5
+    data.images=DIR/suggestions.csv
+    """
+    from ddpm_lmk.inference.suggest import suggest_images
+
+    splits = tuple(split or ("train",))
+    summary = suggest_images(
+        run_dir, data=data, out=out, splits=splits, count=count, labelled=labelled or (), device=device
+    )
+    rows = [
+        (str(each.rank), each.image_id, f"{each.coverage:.3f}", f"{each.gain:.3f}", each.nearest_labelled or "")
+        for each in summary.suggestions
+    ]
+    print_table(("rank", "image", "coverage", "gain", "nearest labelled or above"), rows)
+    if summary.named > summary.labelled:
+        missing = summary.named - summary.labelled
+        print_status(f"{missing} of {summary.named} labelled images are not in {data}; they cover nothing here")
+    if summary.bad:
+        print_status(f"{len(summary.bad)} images cannot be read and were left out; suggestions.json lists them")
+    typer.echo(f"{summary.num_images} images, {summary.labelled} labelled; {summary.out / 'suggestions.csv'}")
 
 
 @results_app.command()

@@ -292,6 +292,8 @@ def _conclude(
         # Operations of training as executed, 10^12.
         "tflop": round(task.cost(cfg.model, cfg.data.image_size).flops_train * state.images / 1e12, 6),
     }
+    if isinstance(task, LandmarkTask) and task.second_look is not None:  # how much of it was spent on crops
+        train["tflop_crops"] = round(task.cost_of_crops(cfg.model).flops_train * state.images / 1e12, 6)
     with state.ema.applied() as model:
         calibration.after_training(cfg, task, model, run, parallel, session)
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:

@@ -53,7 +53,9 @@ class PropagateConfig(Section):
     """Pseudo-labels: images without labels are trained on where both looks find the same (docs/method.md, section 10)."""
 
     path: tuple[str, ...] | None = Field(
-        None, description="folder(s) or URL(s) of the images without labels; null: those of data.path less the shots"
+        None,
+        description="folder(s) or URL(s) of the images without labels; null: those of data.path less the shots",
+        json_schema_extra=ADVANCED,
     )
     splits: tuple[str, ...] = Field(
         ("train",), min_length=1, description="their splits that are trained on", json_schema_extra=ADVANCED
@@ -141,7 +143,9 @@ class DataConfig(Section):
         exclude_if=is_null,
     )
     require_dataset: dict[str, str | int | None] = Field(
-        {}, description="settings the shards must have been packed with, e.g. {filter: gaussian}; null: any"
+        {},
+        description="settings the shards must have been packed with, e.g. {filter: gaussian}; null: any",
+        json_schema_extra=ADVANCED,
     )
     intensity: Literal["per_image", "full_range"] = Field(
         "per_image",

@@ -248,6 +248,40 @@ def radius_table(source: Path) -> str:
     return markdown(["films", *kinds], [[row["films"], *(cell(row[kind]) for kind in kinds)] for row in rows])
 
 
+def second_look_table(source: Path) -> str:
+    """What was tried of a second look and of pseudo-labels on validation films, and what their labels were worth."""
+    found = json.loads(source.read_text())
+
+    def both(trial: dict[str, Any], end: str) -> str:
+        return " / ".join(f"{value:.2f}" for value in trial[f"mre_mm_{end}"])
+
+    def seconds(trial: dict[str, Any]) -> str:
+        if trial["processor_s_from"] is None:
+            return ""
+        return f"{trial['processor_s_from']} → {trial['processor_s_to']}"
+
+    trials = [
+        [
+            *(trial[key] for key in ("what", "from", "to", "labels")),
+            f"{both(trial, 'from')} → {both(trial, 'to')}",
+            seconds(trial),
+        ]
+        for trial in found["trials"]
+    ]
+    labels = [list(row.values()) for row in found["pseudo_labels"]]
+    words = [
+        f"{found['hardware']['cpu']}, {found['hardware']['cores']} cores; {found['date']}; {found['films']}; "
+        f"{found['program']}. Seeds side by side.",
+        markdown(["what", "from", "to", "labels", "MRE, mm", "processor, s"], trials),
+        "Points of pool films where both looks agree:",
+        markdown(["labels", "seed", "accepted, %", "their error, mm", "off by over 10 mm, %", "round"], labels),
+        "One film's points found in the others by the features alone, nothing fine-tuned: "
+        + ", ".join(f"{row['one_shot_mm']} mm after {row['weights']} ({row['best']})" for row in found["matching"])
+        + ".",
+    ]
+    return "\n\n".join(words)
+
+
 def step_table(source: Path) -> str:
     """A step, its parts and its levels."""
     found = read_result(source)

@@ -234,6 +234,20 @@ exactness_table = of_rows(
 # Tables of several kinds of rows
 
 
+def radius_table(source: Path) -> str:
+    """What the radius holds in simulated films, beside what it would hold with points or films counted alone."""
+    rows = json.loads(source.read_text())["rows"]
+
+    def cell(found: dict[str, dict[str, Any]]) -> str:
+        means = ["–" if each["mean_pct"] is None else f"{each['mean_pct']:.1f}" for each in found.values()]
+        without = found["ours"]["without_pct"]
+        more = f" ({without:.0f} % none)" if without >= 1 else ""
+        return f"{means[0]} ± {found['ours']['std_pct']:.1f}{more} / {' / '.join(means[1:])}"
+
+    kinds = [key for key in rows[0] if key != "films"]
+    return markdown(["films", *kinds], [[row["films"], *(cell(row[kind]) for kind in kinds)] for row in rows])
+
+
 def step_table(source: Path) -> str:
     """A step, its parts and its levels."""
     found = read_result(source)

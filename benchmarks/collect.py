@@ -23,6 +23,7 @@ README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
 RECIPE = HERE.parent / "docs" / "recipe.md"
 HOUSE = HERE.parent / "docs" / "house.md"
+METHOD = HERE.parent / "docs" / "method.md"
 
 PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (README, "isbi", RESULTS / "table2_small" / "report.csv", tables.methods_table),
@@ -52,6 +53,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "exactness", RESULTS / "exactness_cpu.json", tables.exactness_table),
     (BENCHMARKS, "faults-checkpoint", RESULTS / "faults_checkpoint.json", tables.faults_table),
     (BENCHMARKS, "peers", newest(RESULTS, "peers", "width32_64px_fp32-cpu"), tables.peers_table),
+    (METHOD, "radius", RESULTS / "radius_coverage.json", tables.radius_table),
     (HOUSE, "house", RESULTS / "house_after.json", tables.house_table),
     (RECIPE, "trials", RESULTS / "isbi_recipe" / "trials.jsonl", trials_table),
 )

@@ -1,13 +1,13 @@
-"""Commands about finished runs: evaluate, predict, sample, export, report."""
+"""Commands about finished runs: evaluate, predict, suggest, sample, export, report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ddpm_lmk.system.console import print_status
+from ddpm_lmk.system.console import print_status, print_table
 
 results_app = typer.Typer()
 
@@ -41,7 +41,19 @@ def evaluate(
     for protocol, scores in results["protocols"].items():
         shape = results["mean_shape"][protocol]
         typer.echo(f"{protocol}: MRE {scores['mre']:.3f} {scores['unit']} (mean shape {shape['mre']:.3f})")
+    if "radius" in results:
+        typer.echo(radius_line(results["radius"]))
     typer.echo(f"{results['num_images']} images; {folder / 'results.json'}")
+
+
+def radius_line(measured: dict[str, Any]) -> str:
+    """What the radii of a run hold on images that are scored, beside one radius for all points."""
+    unit, constant = measured["unit"], measured.get("constant")
+    text = f"radius: {measured['within_pct']:.1f} % of the true points are within theirs, wanted "
+    text += f"{100 * measured['coverage']:g} %; mean {measured['mean']:.2f} {unit}"
+    if constant is None:
+        return text
+    return f"{text} (one of {constant['mean']:.2f} {unit} for all: {constant['within_pct']:.1f} %)"
 
 
 @results_app.command()
@@ -63,6 +75,7 @@ def predict(
 ) -> None:
     """Find the landmarks in x-rays: points in pixels of the file, their uncertainty, and a picture with them.
 
+    After `ddpm-lmk calibrate RUN` each point has a radius that holds the true point with 90 %.
     A file that cannot be read is a row with its error, and the others are done: exit code 0, or 3 if all failed.
     """
     from ddpm_lmk.inference.predict import predict_images
@@ -74,8 +87,54 @@ def predict(
     if summary.passed_over:
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in summary.passed_over.most_common(5))
         print_status(f"{summary.passed_over.total()} files that are no images were skipped ({kinds})")
+    if summary.coverage is None and summary.predicted:
+        print_status(f"no radius_px: `ddpm-lmk calibrate {run_dir}` learns which radius holds a point with 90 %")
     typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")
     summary.check(strict=strict)
+
+
+@results_app.command()
+def suggest(
+    run_dir: RunArgument,
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="folder of shards, with or without labels")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the list and a sheet of images")],
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="whose images, once for each", show_default="train")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="images to suggest")] = 10,
+    labelled: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labelled",
+            metavar="ID|FILE.csv",
+            help="labelled already, once for each; a CSV file has a column image_id",
+            show_default="the shots of a landmark run",
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Rank the images to label next: those that stand for all the others best, by the features of a finished run.
+
+    To train on the first five of them, once they are labelled and packed: data.draw=listed data.shots=5
+    data.images=DIR/suggestions.csv
+    """
+    from ddpm_lmk.inference.suggest import suggest_images
+
+    splits = tuple(split or ("train",))
+    summary = suggest_images(
+        run_dir, data=data, out=out, splits=splits, count=count, labelled=labelled or (), device=device
+    )
+    rows = [
+        (str(each.rank), each.image_id, f"{each.coverage:.3f}", f"{each.gain:.3f}", each.nearest_labelled or "")
+        for each in summary.suggestions
+    ]
+    print_table(("rank", "image", "coverage", "gain", "nearest labelled or above"), rows)
+    if summary.named > summary.labelled:
+        missing = summary.named - summary.labelled
+        print_status(f"{missing} of {summary.named} labelled images are not in {data}; they cover nothing here")
+    if summary.bad:
+        print_status(f"{len(summary.bad)} images cannot be read and were left out; suggestions.json lists them")
+    typer.echo(f"{summary.num_images} images, {summary.labelled} labelled; {summary.out / 'suggestions.csv'}")
 
 
 @results_app.command()

@@ -1,14 +1,14 @@
-"""Commands that train: `pretrain`, `finetune`, `sweep`, and `launch slurm`, which writes a batch job for a cluster."""
+"""Commands that train: `pretrain`, `finetune`, `sweep`, `calibrate`; and `launch slurm`, which writes a batch job."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.errors import ConfigError, LmkError, StoppedError
 from ddpm_lmk.system import environment, files, shipped
 from ddpm_lmk.system.console import console, print_status, print_table, reader_width
 from ddpm_lmk.system.signals import leaving_at_once
@@ -193,6 +193,68 @@ def sweep(
     if not dry_run:
         seconds = None if forecast.unknown else forecast.seconds()
         raise typer.Exit(run_sweep(loaded, processes=devices, per_device=each, device=device, seconds=seconds))
+
+
+@train_app.command()
+def calibrate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished fine-tuning runs", show_default=False)],
+    folds: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help="parts of the labelled images", show_default="each image, at most 5"),
+    ] = None,
+    coverage: Annotated[
+        float, typer.Option(min=0.5, max=0.99, help="probability with which a radius holds its true point")
+    ] = 0.9,
+    gpus: GpusOption = None,
+    cpu: CpuOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Learn the radius around a predicted point that holds the true point with 90 %, from errors on left-out images.
+
+    A run is trained again without each part of its labelled images (RUN/folds), which takes that many times as long.
+    RUN/radius.json is the result; `predict`, `evaluate` and `report` use it. Not to be confused with the temperatures
+    of contour-hugging runs (calibration.json).
+    """
+    with leaving_at_once():
+        from ddpm_lmk.cli.results import radius_line
+        from ddpm_lmk.launcher import place
+        from ddpm_lmk.sweep import folds as folding
+
+        placement = _placement_of_dry_run(gpus, cpu) if dry_run else place(gpus=gpus, cpu=cpu)
+        failures: list[LmkError] = []
+        for run in runs:
+            try:
+                planned = folding.plan_calibration(run, folds)
+                for remark in folding.check_folds(planned, placement):
+                    print_status(remark)
+                if dry_run:
+                    typer.echo(str(planned))
+                    continue
+                print_status(str(planned))
+                found = folding.calibrate(planned, placement, coverage=coverage)
+            except StoppedError:
+                raise
+            except LmkError as error:  # a run that has no radius must not stop the others; the first error is told last
+                if len(runs) > 1:
+                    print_status(f"failed: {error}")
+                failures.append(error)
+                continue
+            for each in found:
+                typer.echo(_radius_found(each))
+                if each["measured"] is not None:
+                    typer.echo(f"split {each['split']}: {radius_line(each['measured'])}")
+        if failures:
+            raise failures[0]
+
+
+def _radius_found(facts: dict[str, Any]) -> str:
+    """What a calibration has learnt of one dataset."""
+    told = f"{facts['points']} points of {facts['images']} left-out images tell as much as "
+    told += f"{facts['independent_points']:.0f} independent ones"
+    if facts["factor"] is None:
+        return f"{facts['folder']}: no radius. {told}, too few for {100 * facts['coverage']:g} %; label more images"
+    file = facts["folder"] / "radius.json"
+    return f"{file}: {facts['factor']:.2f} times the spread holds {100 * facts['coverage']:g} % ({told})"
 
 
 def _placement_of_dry_run(gpus: int | None, cpu: int | None) -> Placement:

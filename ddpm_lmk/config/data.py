@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -51,7 +53,9 @@ class PropagateConfig(Section):
     """Pseudo-labels: images without labels are trained on where both looks find the same (docs/method.md, section 10)."""
 
     path: tuple[str, ...] | None = Field(
-        None, description="folder(s) or URL(s) of the images without labels; null: those of data.path less the shots"
+        None,
+        description="folder(s) or URL(s) of the images without labels; null: those of data.path less the shots",
+        json_schema_extra=ADVANCED,
     )
     splits: tuple[str, ...] = Field(
         ("train",), min_length=1, description="their splits that are trained on", json_schema_extra=ADVANCED
@@ -109,8 +113,15 @@ class DataConfig(Section):
         None, description="labelled split for early stopping and choice of weights; null: no validation labels are used"
     )
     shots: Annotated[int, Field(ge=1)] | None = Field(None, description="number of labelled training images; null: all")
-    draw: Literal["first", "random"] = Field(
-        "first", description="which images the shots are: first by name (paper), or drawn from the seed"
+    draw: Literal["first", "random", "listed"] = Field(
+        "first", description="which images the shots are: first by name (paper), drawn from the seed, or data.images"
+    )
+    images: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="ids of labelled images, the first of which are the shots (draw: listed), or a CSV file that lists them",
+        json_schema_extra=ADVANCED,
+        exclude_if=lambda value: value is None,  # run files of before this key keep their hash
     )
     hold_out: HoldOutConfig | None = Field(
         None,
@@ -132,7 +143,9 @@ class DataConfig(Section):
         exclude_if=is_null,
     )
     require_dataset: dict[str, str | int | None] = Field(
-        {}, description="settings the shards must have been packed with, e.g. {filter: gaussian}; null: any"
+        {},
+        description="settings the shards must have been packed with, e.g. {filter: gaussian}; null: any",
+        json_schema_extra=ADVANCED,
     )
     intensity: Literal["per_image", "full_range"] = Field(
         "per_image",
@@ -159,6 +172,32 @@ class DataConfig(Section):
     def _one_is_enough(cls, value: Any) -> Any:
         return _listed(value)
 
+    @field_validator("images", mode="before")
+    @classmethod
+    def _ids(cls, value: Any) -> Any:
+        # The ids, not the path, become part of the run: a file that changes later must not change what is learnt.
+        if isinstance(value, str) and value.lower().endswith(".csv"):
+            return read_image_ids(value)
+        return cls._one_is_enough(value)
+
+    @model_validator(mode="after")
+    def _listed_shots(self) -> DataConfig:
+        images = self.images
+        if images is None or self.draw != "listed":
+            if images is not None or self.draw == "listed":
+                found = "no images" if images is None else f"images ({images[0]}, ...)"
+                raise ValueError(f"draw={self.draw} with {found}; wanted draw=listed with images, or neither")
+            return self
+        if len(self.path) > 1:
+            raise ValueError(f"draw=listed takes its shots from one dataset, path has {len(self.path)}")
+        if self.shots is None or self.shots > len(images):
+            given = "null" if self.shots is None else self.shots
+            raise ValueError(f"images lists {len(images)}, shots={given}: wanted shots of 1..{len(images)}")
+        if len(set(images)) < len(images):
+            twice = next(name for number, name in enumerate(images) if name in images[:number])
+            raise ValueError(f"images lists {twice} twice; name every image once")
+        return self
+
     @model_validator(mode="after")
     def _weights_match(self) -> DataConfig:
         if self.weights is not None and len(self.weights) != len(self.path):
@@ -175,3 +214,20 @@ class DataConfig(Section):
                 f"{4 * self.image_size}"
             )
         return self
+
+
+def read_image_ids(path: str) -> list[str]:
+    """The column image_id of a CSV file, each id once and in its order, as of `suggestions.csv` or `landmarks.csv`.
+
+    Raises:
+        ValueError: it cannot be read, or has no such column.
+    """
+    wanted = "wanted a CSV file with a column image_id"
+    try:
+        rows = list(csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {wanted}") from error
+    ids = list(dict.fromkeys(row["image_id"] for row in rows if row.get("image_id")))
+    if not ids:
+        raise ValueError(f"{path} lists no image; {wanted}")
+    return ids

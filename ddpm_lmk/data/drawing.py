@@ -21,7 +21,7 @@ def draw_overlay(
     points: np.ndarray,
     *,
     true: np.ndarray | None = None,
-    spread_px: np.ndarray | None = None,
+    circles_px: np.ndarray | None = None,
     names: Sequence[str] | None = None,
     side: int = 1024,
 ) -> np.ndarray:
@@ -30,7 +30,7 @@ def draw_overlay(
     Args:
         points: predictions `[N, 2]`, pixels of `grey`; so are the others.
         true: labels `[N, 2]`, NaN where there is none.
-        spread_px: `[N]` radii of thin circles that show the uncertainty.
+        circles_px: `[N]` radii of thin circles that show the uncertainty.
         names: short labels written beside the predictions.
     """
     scale = side / max(grey.shape)
@@ -39,9 +39,9 @@ def draw_overlay(
     canvas = cv2.cvtColor(resized, cv2.COLOR_GRAY2BGR)
     placed = (np.asarray(points, np.float64) + 0.5) * scale - 0.5  # the centre of a pixel is at an integer
     unit = side / 512  # line widths and sizes follow the picture
-    if spread_px is not None:
+    if circles_px is not None:
         layer = canvas.copy()  # blended, so that large circles do not hide what is below
-        for point, radius in zip(placed, np.asarray(spread_px) * scale):
+        for point, radius in zip(placed, np.asarray(circles_px) * scale):
             _circle(layer, point, radius, PREDICTED, max(1, round(0.6 * unit)))
         canvas = cv2.addWeighted(layer, 0.6, canvas, 0.4, 0)
     if true is not None:

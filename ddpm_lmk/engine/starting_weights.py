@@ -118,7 +118,8 @@ def require_fitting_stage(cfg: RunConfig, spec: DatasetSpec, stage: RunConfig, s
 def _hollow(cfg: RunConfig, spec: DatasetSpec) -> nn.Module:
     """The network of a run, of tensors without content."""
     # Cells of a sweep differ in name, seed and shots only: one network serves all of them.
-    settings = cfg.model_copy(update={"name": "same", "seed": 0, "data": cfg.data.model_copy(update={"shots": None})})
+    data = cfg.data.model_copy(update={"shots": None, "draw": "first", "images": None})
+    settings = cfg.model_copy(update={"name": "same", "seed": 0, "data": data})
     return _built(settings.model_dump_json(include={"data", "model", "task"}), spec.model_dump_json())
 
 

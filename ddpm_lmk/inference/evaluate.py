@@ -25,7 +25,7 @@ from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, training_co
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
-from ddpm_lmk.inference import calibration, scoring
+from ddpm_lmk.inference import calibration, radius, scoring
 from ddpm_lmk.inference.calibration import write_reliability
 from ddpm_lmk.inference.load import LoadedRun, open_run, pixel_settings
 from ddpm_lmk.inference.predictions import ImagePrediction, peak_error, predictions_csv, to_native
@@ -86,7 +86,8 @@ def evaluate_split(
             "calibration": calibration.summary(out),
         }
         facts |= {} if pool is None else {"pool": dict(pool)}
-        return _score_and_write(task, predictions, corpus, training_shape(shots), out, facts)
+        learnt = None if train is None else radius.read(out, task.spec, steps=train["steps"])
+        return _score_and_write(task, predictions, corpus, training_shape(shots), out, facts, learnt)
 
     return parallel.on_main(score)
 
@@ -120,7 +121,7 @@ def evaluate_run(
     facts |= {"pool": loaded.results["pool"]} if "pool" in loaded.results else {}
     leakage = report.of_score(loaded.cfg.init.weights, corpus, shots, _unlabelled_images(loaded.cfg))
     facts |= {"run": str(loaded.path), "leakage": leakage}
-    return _score_and_write(loaded.task, predictions, corpus, _shape_of(loaded, shots), Path(out), facts)
+    return _score_and_write(loaded.task, predictions, corpus, _shape_of(loaded, shots), Path(out), facts, loaded.radius)
 
 
 def _training_images(loaded: LoadedRun) -> Corpus | None:
@@ -200,6 +201,7 @@ def _score_and_write(
     shape: np.ndarray,
     out: Path,
     facts: dict[str, Any],
+    learnt_radius: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Score the images of a corpus, write predictions.csv and results.json, and return the latter's content."""
     labels, spec = read_labels(corpus), corpus.manifest.spec
@@ -229,6 +231,8 @@ def _score_and_write(
         results["reliability"] |= peak_error(ordered, labels)
     # results.json last: where it is, everything else is
     files.write_text(out / "predictions.csv", predictions_csv(spec, ordered, labels))
+    if learnt_radius is not None:
+        results["radius"] = radius.measure(learnt_radius, radius.read_errors([out]))
     files.write_json(out / "results.json", results)
     return results
 

@@ -17,7 +17,7 @@ from ddpm_lmk.data.spec import DatasetSpec, unlabelled
 from ddpm_lmk.engine.device_fit import is_emulated
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import CheckpointError, ConfigError, DataError
-from ddpm_lmk.inference import calibration
+from ddpm_lmk.inference import calibration, radius
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.weights import load_all
 from ddpm_lmk.rundir.checkpoint import load_weights
@@ -47,6 +47,13 @@ class LoadedRun:
         """The run's results.json, of a mixture the part about this dataset; empty where there is none."""
         whole = read_json(self.path / "results.json") or {}
         return next((part for part in whole.get("parts", ()) if part["spec"] == self.spec.name), whole)
+
+    @property
+    def radius(self) -> dict[str, Any] | None:
+        """radius.json of this dataset and these weights; None where `ddpm-lmk calibrate` has learnt none."""
+        places = (self.path, *sorted(self.path.glob("parts/*")))
+        found = (radius.read(place, self.spec, step=self.meta["step"]) for place in places)
+        return next((facts for facts in found if facts is not None), None)
 
     def for_dataset(self, name: str | None) -> LoadedRun:
         """The same for one of the datasets it has learnt, which has to be named where there are several.

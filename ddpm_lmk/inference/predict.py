@@ -37,7 +37,10 @@ from ddpm_lmk.system import files as atomic
 from ddpm_lmk.system.sandbox import Answer
 from ddpm_lmk.tasks import LandmarkTask
 
-COLUMNS = ("file", "landmark_index", "landmark_name", "x", "y", "x_mm", "y_mm", "spread_px", "spread_mm", "failed")
+COLUMNS = (
+    *("file", "landmark_index", "landmark_name", "x", "y", "x_mm", "y_mm", "spread_px", "spread_mm"),
+    *("radius_px", "radius_mm", "failed"),
+)
 IMAGES = SUFFIXES | {".dcm", ".dicom"}  # whose files are pictures, or reported as broken ones
 SMALLEST_OVERLAY, LARGEST_OVERLAY = 768, 2048  # longer side, pixels; in between an overlay has the size of its file
 
@@ -49,6 +52,7 @@ class PredictSummary:
     out: Path
     predicted: int = 0
     errors: dict[str, str] = field(default_factory=dict)
+    coverage: float | None = None  # probability with which a radius holds its true point; None: there are no radii
     passed_over: Counter[str] = field(default_factory=Counter)  # files of folders that are no images, by suffix
 
     def check(self, *, strict: bool) -> None:
@@ -107,6 +111,7 @@ def predict_images(
     check_writable(out)
     paths, passed_over = list_images(files)  # an empty folder is refused before the weights are read
     loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
+    learnt = loaded.radius
     summary = PredictSummary(out, passed_over=passed_over)
     images: list[dict[str, Any]] = []
     for name, picture, prediction in _predict_files(loaded, [str(path) for path in paths], frame):
@@ -117,13 +122,16 @@ def predict_images(
         assert prediction is not None
         summary.predicted += 1
         overlay = _overlay_name(images, name)
-        images.append(_facts(loaded, picture, prediction, mm_per_px) | {"overlay": f"overlays/{overlay}"})
+        radius_px = None if learnt is None else prediction.radius_px(learnt["factor"])
+        images.append(_facts(loaded, picture, prediction, radius_px, mm_per_px) | {"overlay": f"overlays/{overlay}"})
         numbers = [str(index) for index in range(len(prediction.points))]
         side = min(max(*picture.size, SMALLEST_OVERLAY), LARGEST_OVERLAY)
-        drawn = draw_overlay(picture.grey, prediction.points, spread_px=prediction.spread_px, names=numbers, side=side)
+        circles = prediction.spread_px if radius_px is None else np.nan_to_num(radius_px)
+        drawn = draw_overlay(picture.grey, prediction.points, circles_px=circles, names=numbers, side=side)
         atomic.write_bytes(out / "overlays" / overlay, encode_png(drawn))
     facts = {"run": str(loaded.path), "step": loaded.meta["step"], "dataset": loaded.spec.name, "mm_per_px": mm_per_px}
-    atomic.write_json(out / "predictions.json", {**facts, "images": images})
+    summary.coverage = None if learnt is None else learnt["coverage"]
+    atomic.write_json(out / "predictions.json", {**facts, "radius_coverage": summary.coverage, "images": images})
     atomic.write_text(out / "predictions.csv", _to_csv(images))
     return summary
 
@@ -236,9 +244,13 @@ def _as_tensor(pixels: list[np.ndarray]) -> torch.Tensor:
 
 
 def _facts(
-    loaded: LoadedRun, picture: _Picture, prediction: ImagePrediction, mm_per_px: float | None
+    loaded: LoadedRun,
+    picture: _Picture,
+    prediction: ImagePrediction,
+    radius_px: np.ndarray | None,
+    mm_per_px: float | None,
 ) -> dict[str, Any]:
-    """One image of predictions.json; `mm_per_px` goes before what the file states."""
+    """One image of predictions.json; `mm_per_px` goes before what the file states, `radius_px` is `[N]`."""
     # millimetres are only as good as their spacing, so its source stands beside it
     spacing = picture.spacing if mm_per_px is None else "--mm-per-px"
     mm_per_px = mm_per_px or picture.mm_per_px
@@ -246,10 +258,12 @@ def _facts(
     for index, name in enumerate(loaded.spec.landmark_names):
         x, y = (round(float(value), 3) for value in prediction.points[index])
         spread = round(float(prediction.spread_px[index]), 3)
-        point = {"name": name, "x": x, "y": y, "spread_px": spread, "failed": bool(prediction.failed[index])}
+        radius = None if radius_px is None or np.isnan(radius_px[index]) else round(float(radius_px[index]), 3)
+        point = {"name": name, "x": x, "y": y, "spread_px": spread, "radius_px": radius}
+        point["failed"] = bool(prediction.failed[index])
         if mm_per_px is not None:
-            millimetres = {"x_mm": x, "y_mm": y, "spread_mm": spread}
-            point |= {key: round(value * mm_per_px, 4) for key, value in millimetres.items()}
+            millimetres = {"x_mm": x, "y_mm": y, "spread_mm": spread, "radius_mm": radius}
+            point |= {key: None if value is None else round(value * mm_per_px, 4) for key, value in millimetres.items()}
         points.append(point)
     width, height = picture.size
     facts = {"file": picture.name, "width": width, "height": height, "mm_per_px": mm_per_px, "spacing": spacing}

@@ -42,6 +42,10 @@ class ImagePrediction:
     pixel_px: float = 1.0  # side of a network pixel
     coarse: ImagePrediction | None = None  # by the first look, where there was a second
 
+    def radius_px(self, factor: float) -> np.ndarray:
+        """Radii `[N]` around the points (`inference.radius`), NaN where nothing could be read from the map."""
+        return np.where(self.failed | (self.spread_px <= 0), np.nan, factor * self.spread_px)
+
 
 def to_native(predictions: Decoded, batch: Batch) -> list[ImagePrediction]:
     """Predictions of a batch in native pixels, one for each image; spreads grow with the mean of both scales."""

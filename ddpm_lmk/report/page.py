@@ -83,6 +83,7 @@ def _study(study: Study, *, against_paper: bool) -> str:
         figures.overlays(study, best),
         f"<h2>Landmark by landmark</h2>{html.note(by_landmark)}{tables.landmark_table(study, best)}",
         tables.second_look_table(study).html(),
+        tables.radius_table(study).html(),
         tables.calibration_table(study).html(),
         figures.calibration_plots(study),
         tables.recipes_table(study).html(),

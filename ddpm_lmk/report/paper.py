@@ -195,7 +195,11 @@ def _about_images(study: Study, paper_images: object) -> str:
 def _about_labels(study: Study, validation: object) -> str:
     used = sorted({run.results["labels"]["validation"] for run in study.runs})
     draws = sorted({run.results["draw"] for run in study.runs})
-    how = {"random": "drawn at random from the seed", "first": "the first by name, as in the paper"}
+    how = {
+        "random": "drawn at random from the seed",
+        "first": "the first by name, as in the paper",
+        "listed": "chosen by name in the run file",
+    }
     return (
         f"All labels counts validation labels too: the paper used {validation} in every row, ours "
         f"{_listed(used)}. Our shots are {_listed(how[draw] for draw in draws)}."

@@ -229,6 +229,53 @@ def landmark_table(study: Study, start: str) -> str:
     return html.table([html.row(above, "protocols"), html.row(heads)], lines)
 
 
+def radius_table(study: Study) -> FactsTable:
+    """Does the radius of a point hold the true one as often as it should? Every row whose runs have learnt one."""
+    rows = []
+    for start in study.starts:
+        for labels in study.shots:
+            found = [run.results["radius"] for run in study.select(start, labels) if run.results.get("radius")]
+            for wanted in sorted({each["coverage"] for each in found}):
+                alike = [each for each in found if each["coverage"] == wanted]
+                constant = [each["constant"] for each in alike if "constant" in each]
+                rows.append(
+                    [
+                        *(study.title(start), str(labels), str(len(alike)), f"{100 * wanted:g} %"),
+                        *(_within(alike), _mean_radius(alike, study), _worst_landmark(alike)),
+                        *((_within(constant), _mean_radius(constant, study)) if constant else ("–", "–")),
+                    ]
+                )
+    headings = ("method", "labels", "runs", "wanted", "within", "mean radius", "worst landmark", "within", "radius")
+    return FactsTable(
+        "Radius",
+        headings,
+        rows,
+        (("", 4), ("radius of each point", 3), ("one radius for all", 2)),
+        intro="Within: share of the true points that lie within the radius of their prediction, mean ± standard "
+        "deviation over runs. The radius of a point is its spread times a factor that ddpm-lmk calibrate has learnt "
+        "from errors on labelled images left out of training; one radius for all points, from the same errors, stands "
+        "beside it. Worst landmark: the one whose points are within least often, mean over runs.",
+    )
+
+
+def _within(measured: Sequence[dict[str, Any]]) -> str:
+    return f"{plain_spread(mean_and_std([each['within_pct'] for each in measured]))} %"
+
+
+def _mean_radius(measured: Sequence[dict[str, Any]], study: Study) -> str:
+    return f"{plain_spread(mean_and_std([each['mean'] for each in measured]))} {study.unit('original')}"
+
+
+def _worst_landmark(measured: Sequence[dict[str, Any]]) -> str:
+    """Its name, and the share of its true points within their radius."""
+    shares: dict[str, list[float]] = {}
+    for each in measured:
+        for row in each["per_landmark"]:
+            shares.setdefault(row["name"], []).append(row["within_pct"])
+    share, name = min((statistics.mean(values), name) for name, values in shares.items())
+    return f"{name.replace('_', ' ')}, {share:.0f} %"
+
+
 def calibration_table(study: Study) -> FactsTable:
     """Do models know their errors? Numbers of every row that has expected errors (contour-hugging maps)."""
     rows = []

@@ -109,8 +109,8 @@ class RunDir:
         """Results of this very run if it is finished and they are as they were written, else None."""
         return read_json(self.path / "results.json") if lock.is_finished(self.path, cfg) else None
 
-    def finish(self, cfg: RunConfig, results: dict[str, Any]) -> None:
-        """Write the results and mark the run as finished."""
+    def finish(self, cfg: RunConfig, results: dict[str, Any], *, event: str = "run.finished") -> None:
+        """Write the results and mark the run as finished; `event` says what has led to them."""
         path = self.path / "results.json"
         files.write_json(path, results)
         # Of what the disk has, so that results edited by hand are made again.
@@ -119,7 +119,7 @@ class RunDir:
             self.path / "done.json",
             {"config_hash": load.config_hash(cfg), "results_sha256": digest, "finished": now()},
         )
-        self.event("run.finished")
+        self.event(event)
 
     def facts(self) -> dict[str, Any]:
         """What `run.json` says about the run that is resumed here; empty for a new one."""

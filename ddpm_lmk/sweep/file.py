@@ -52,7 +52,9 @@ class Grid(Section):
     start: dict[Label, str | None] = Field(
         min_length=1, description="label and starting weights; null: random weights; stage:NAME[@STEP]: from a stage"
     )
-    draw: Literal["first", "random"] | None = Field(None, description="how shots are chosen; null: as the run file")
+    draw: Literal["first", "random", "listed"] | None = Field(
+        None, description="how shots are chosen; null: as the run file"
+    )
     set: dict[str, Any] = Field(default_factory=dict, description="dotted run keys for this grid")
 
     @property

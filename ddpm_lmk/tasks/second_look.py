@@ -1,7 +1,7 @@
 """The second look: crops around landmarks, in which a network of its own finds them again (docs/method.md, section 9).
 
 In training a crop lies near a labelled landmark, off by `jitter` at most. In prediction it lies around what the first
-look found, and its answer counts where the first look allows it.
+look found, and the first look is its prior.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from ddpm_lmk.config import RefineConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.loading.order import keyed_uniform
 from ddpm_lmk.tasks.codecs import Codec, Decoded, Frame
-from ddpm_lmk.tasks.codecs.base import inside
+from ddpm_lmk.tasks.codecs.base import cell_centers, inside
 from ddpm_lmk.tasks.crops import Cutter, inverted, moved
 from ddpm_lmk.tasks.test_time_views import combined
 
-# A landmark is read from every crop whose centre is so near it, as a share of the crop: training had it in the middle.
-REACH = 0.15
+# A landmark is read from every crop whose centre is so near it, as a share of the crop: it lies well inside.
+REACH = 0.25
+# The first look is never taken for surer than this, as a share of the image side (of a cephalogram: 2 mm).
+LEAST_SPREAD = 0.008
 
 
 class SecondLook:
@@ -60,9 +62,10 @@ class SecondLook:
     def predict(self, maps_of: Callable[[Tensor], Tensor], batch: Batch, coarse: Decoded) -> Decoded:
         """Points in network pixels of the whole image, from one crop around each point of the first look.
 
-        A landmark is read from all crops whose centre lies within `REACH` of its coarse point. What lies further from
-        that point than training ever had it from the middle of a crop, and than the spread of the first look explains,
-        is refused. Where nothing is left, the coarse point stays.
+        A landmark is read from all crops whose centre lies within `REACH` of its coarse point. What the first look says
+        is a prior of the second: a Gaussian around its point, as wide as its spread. A crop alone knows little of where
+        in the picture it lies, and would take a similar place for the right one. Where nothing is left, the coarse
+        point stays.
 
         Args:
             maps_of: the network, crops to maps; crops `[K B, 1, s, s]` are one of every image, K times over.
@@ -70,32 +73,41 @@ class SecondLook:
         assert batch.to_fine is not None, "RunConfig wants data.fine_size"
         side, to_fine = batch.images.shape[-1], batch.to_fine.double()
         to_network, centres = inverted(to_fine), moved(coarse.points.nan_to_num().double(), to_fine)
-        allowed = self.cfg.jitter * side + coarse.spread_px
+        zoom = self.size / (self.cfg.crop * side)  # crop pixels per network pixel
+        prior_spread = coarse.spread_px.nan_to_num().clamp(min=LEAST_SPREAD * side) * zoom
         together = max(1, self.crops_at_once // len(batch))
         numbers = range(centres.shape[1])
         views = []
         for part in (numbers[begin : begin + together] for begin in range(0, len(numbers), together)):
             cut = [self._cut(batch, centres[:, number], None) for number in part]
             maps = maps_of(torch.cat([crops for crops, _ in cut]))
-            read = self.codec.decode(maps, self._frame(maps))
+            expected = torch.cat([moved(centres, inverted(back)) for _, back in cut])
+            prior = self._log_prior(maps, expected.float(), prior_spread.repeat(len(part), 1))
+            read = self.codec.decode(self.codec.with_prior(maps, prior), self._frame(maps))
             shape = (len(part), len(batch))
             rows = (each.unflatten(0, shape).unbind(0) for each in (read.points, read.spread_px, read.failed))
             for number, (_, back), found, spread, failed in zip(part, cut, *rows, strict=True):
                 points = moved(moved(found.double(), back), to_network).to(coarse.points.dtype)
                 is_far = (coarse.points - coarse.points[:, number, None]).abs().amax(-1) > REACH * self.cfg.crop * side
-                is_refused = (points - coarse.points).abs().amax(-1) > allowed
-                failed = failed | coarse.failed[:, number, None] | is_far | is_refused | ~points.isfinite().all(-1)
+                failed = failed | coarse.failed[:, number, None] | is_far | ~points.isfinite().all(-1)
                 points = torch.where(failed[..., None], coarse.points, points)
-                views.append(Decoded(points, spread * (self.cfg.crop * side / self.size), failed))
+                views.append(Decoded(points, spread / zoom, failed))
         refined = combined(views)
         stays = refined.failed | coarse.failed
         points = torch.where(stays[..., None], coarse.points, refined.points)
         spread = torch.where(stays, coarse.spread_px, refined.spread_px)
         return Decoded(points, spread, coarse.failed, coarse=coarse)
 
+    def _log_prior(self, maps: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
+        """Logarithm `[B, N, h, w]` of a Gaussian of height 1 around `expected` `[B, N, 2]`, both in crop pixels."""
+        x, y = cell_centers(maps, self.size)
+        dx, dy = x - expected[..., :1], y - expected[..., 1:]
+        squared = dx.square().unsqueeze(-2) + dy.square().unsqueeze(-1)
+        return squared / (-2 * spread.square())[..., None, None]
+
     def facts(self) -> dict[str, Any]:
         """What a user of the weights needs to know beside the run file's section."""
-        return {"size": self.size, "reach": REACH}
+        return {"size": self.size, "reach": REACH, "least_spread": LEAST_SPREAD}
 
     def _cut(self, batch: Batch, centre: Tensor, stream: str | None) -> tuple[Tensor, Tensor]:
         assert batch.fine is not None, "RunConfig wants data.fine_size"

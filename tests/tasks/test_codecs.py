@@ -205,6 +205,9 @@ def test_a_codec_that_lacks_one_way_is_refused_when_it_is_made():
         def decode(self, logits, frame):
             return spatial.decode(logits, frame)
 
+        def with_prior(self, logits, log_prior):
+            return logits
+
     with pytest.raises(TypeError, match="decode"):
         HalfCodec()
     assert WholeCodec().full_size

@@ -68,19 +68,24 @@ def make_batch(truth: Tensor = TRUTH, *, matrix: np.ndarray | None = None, shown
 
 
 class Rigged(nn.Module):
-    """Two looks that see bright dots; the coarse one tells landmarks apart, by looking only near where they are."""
+    """Two looks that see bright dots; the coarse one tells landmarks apart, by looking only near where they are.
 
-    def __init__(self, near: Tensor, fine_maps: Any = None, landmarks: int = 3) -> None:
+    `doubt`: standard deviation of the coarse distribution, network pixels; None: sure, and wrong where `near` is.
+    """
+
+    def __init__(self, near: Tensor, fine_maps: Any = None, landmarks: int = 3, doubt: float | None = None) -> None:
         super().__init__()
-        self.near, self.fine_maps, self.landmarks = near, fine_maps, landmarks
+        self.near, self.fine_maps, self.landmarks, self.doubt = near, fine_maps, landmarks, doubt
         self.floor = 10.0
         self.seen: list[int] = []
 
     def forward(self, images: Any, condition: Any = None, crops: Any = None, crops_condition: Any = None) -> Any:
         coarse = fine = None
         if images is not None:
-            here = dots(self.near.flatten(0, 1)[:, None], SIZE, 1.0)[:, 0].unflatten(0, self.near.shape[:2])
-            coarse = 20 * here - self.floor
+            here = dots(self.near.flatten(0, 1)[:, None], SIZE, self.doubt or 1.0)[:, 0].unflatten(
+                0, self.near.shape[:2]
+            )
+            coarse = 20 * here - self.floor if self.doubt is None else here.clamp(min=1e-30).log()
         if crops is not None:
             self.seen.append(len(crops))
             fine = self.fine_maps(crops) if self.fine_maps else (20 * crops - 10).expand(-1, self.landmarks, -1, -1)
@@ -152,7 +157,7 @@ def test_a_second_look_mends_what_the_first_one_found(codec: str, at_once: int) 
     task, batch = made(codec={"kind": codec, "decode_radius_px": 3.0}), make_batch()
     assert task.second_look is not None
     task.second_look.crops_at_once = at_once
-    model = Rigged(off)
+    model = Rigged(off, doubt=None if codec == "gaussian" else 2.0)
     found = task.predict(model, batch)
     assert found.coarse is not None
     torch.testing.assert_close(found.coarse.points, off, atol=0.5, rtol=0)
@@ -174,7 +179,7 @@ def test_a_landmark_is_read_from_the_crops_of_its_neighbours_within_reach() -> N
 
     near = torch.tensor([[[8.0, 9.0], [9.0, 9.0], [20.0, 20.0]]]).expand(2, 3, 2)
     task = made(codec={"kind": "spatial", "decode_radius_px": 1.0})
-    found = task.predict(Rigged(near, maps), make_batch())
+    found = task.predict(Rigged(near, maps, doubt=2.0), make_batch())
     # In crops of 16 network pixels a pixel is half of one: a's own crop says 8 - 0.25, b's says 9 - 0.25 + 2.
     own, other = 7.75, 10.75
     torch.testing.assert_close(found.points[:, 0, 0], torch.full((2,), (own + other) / 2), atol=0.02, rtol=0)
@@ -182,18 +187,23 @@ def test_a_landmark_is_read_from_the_crops_of_its_neighbours_within_reach() -> N
     torch.testing.assert_close(found.points[:, 2, 0], torch.full((2,), 19.75), atol=0.02, rtol=0)  # c has its own alone
 
 
-def test_an_answer_that_the_first_look_does_not_allow_is_refused_and_the_coarse_point_kept() -> None:
-    def corner(crops: Tensor) -> Tensor:
+def test_the_first_look_is_a_prior_of_the_second() -> None:
+    """Between two places that look alike to a crop, the one where the first look expects the landmark wins."""
+
+    def two_places(crops: Tensor) -> Tensor:
         maps = torch.zeros(len(crops), 3, SIZE, SIZE)
-        maps[:, :, 1, 1] = 60.0
+        maps[:, :, 2, 3], maps[:, :, 18, 13] = 33.0, 30.0  # the far one looks a little better
         return maps
 
     task, batch = made(codec={"kind": "spatial", "decode_radius_px": 1.0}), make_batch()
-    found = task.predict(Rigged(TRUTH, corner), batch)
+    found = task.predict(Rigged(TRUTH, two_places, doubt=1.5), batch)
     assert found.coarse is not None
-    assert torch.equal(found.points, found.coarse.points)
-    assert torch.equal(found.spread_px, found.coarse.spread_px)
-    assert not found.failed.any()
+    # (13, 18) in a crop of 32 pixels, half a network pixel each, around the coarse point. c has no neighbour's crop.
+    near = found.coarse.points[:, 2] + (torch.tensor([13.0, 18.0]) - 15.5) / 2
+    torch.testing.assert_close(found.points[:, 2], near, atol=0.02, rtol=0)
+    sure = task.predict(Rigged(TRUTH, lambda crops: torch.zeros(len(crops), 3, SIZE, SIZE), doubt=1.5), batch)
+    torch.testing.assert_close(sure.points, sure.coarse.points, atol=0.3, rtol=0)  # type: ignore[union-attr]
+    assert sure.spread_px[0, 2].item() == pytest.approx(2**0.5 * 2**0.5 * 1.5, rel=0.1)  # the prior's own, per axis
 
 
 def test_what_cannot_be_read_falls_back_and_a_failed_coarse_point_stays_failed() -> None:
@@ -224,7 +234,7 @@ def test_what_cannot_be_read_falls_back_and_a_failed_coarse_point_stays_failed()
 def test_evaluation_adds_both_losses_and_measures_the_refined_points() -> None:
     task, batch = made(codec={"kind": "spatial", "decode_radius_px": 3.0}), make_batch()
     off = TRUTH + torch.tensor([1.5, -1.5])
-    model = Rigged(off)
+    model = Rigged(off, doubt=2.0)
     sums = {key: value.item() for key, value in task.evaluate(model, batch).items()}
     refined = task.predict(model, batch)
     distance = (refined.points - TRUTH).norm(dim=-1).sum().item()

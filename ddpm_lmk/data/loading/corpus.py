@@ -212,8 +212,8 @@ def _check_unscored(cfg: RunConfig, splits: Sequence[str], key: str) -> None:
             raise ConfigError(f"{scored}={split} is also in {key}, so it would be trained on; use another split")
 
 
-def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
-    """All rows of one split, for landmarks those with labels. Raises as `training_corpora`.
+def evaluation_corpora(cfg: RunConfig, split: str, *, labelled: bool | None = None) -> list[Corpus]:
+    """All rows of one split, or those with labels, which None means for landmarks. Raises as `training_corpora`.
 
     Split `held_out` is the part of the shots that `data.hold_out` keeps from training.
     """
@@ -222,13 +222,16 @@ def evaluation_corpora(cfg: RunConfig, split: str) -> list[Corpus]:
         for corpus in corpora:
             corpus.keep(_shots(cfg, corpus)[1])
         return corpora
-    return _open_splits(cfg, (split,), labelled=cfg.task.stage == "finetune")
+    return _open_splits(cfg, (split,), labelled=cfg.task.stage == "finetune" if labelled is None else labelled)
 
 
 def _shots(cfg: RunConfig, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
     """The labelled rows a run learns from, and those it holds out, of one set."""
     data, hold_out = cfg.data, cfg.data.hold_out
-    rows = few_shot_rows(np.asarray(corpus.rows), corpus.manifest.dataset, data.shots, data.draw, cfg.seed)
+    if data.draw == "listed":
+        rows = _listed_rows(corpus, data)
+    else:
+        rows = few_shot_rows(np.asarray(corpus.rows), corpus.manifest.dataset, data.shots, data.draw, cfg.seed)
     if hold_out is None:
         return rows, rows[:0]
     if len(rows) < hold_out.of:
@@ -237,6 +240,29 @@ def _shots(cfg: RunConfig, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
         )
     is_out = np.arange(len(rows)) % hold_out.of == hold_out.fold  # in turn, so every fold has early and late shots
     return rows[~is_out], rows[is_out]
+
+
+def _listed_rows(corpus: Corpus, data: DataConfig) -> np.ndarray:
+    """The rows of the first `data.shots` of `data.images`, in their order; ConfigError where one is no labelled row."""
+    assert data.images is not None, "DataConfig wants them"
+    row_of = {record.id: row for row, record in corpus.records.items()}
+    names = data.images[: data.shots]
+    for name in names:
+        if name not in row_of:
+            raise ConfigError(f"data.images: {name} {_why_not(corpus.manifest, name, data.splits)}")
+    return np.array([row_of[name] for name in names], dtype=np.int64)
+
+
+def _why_not(manifest: Manifest, name: str, splits: Sequence[str]) -> str:
+    """Why an image cannot be a shot, in words that follow its name."""
+    records = (with_retries(manifest.read_record, row) for row in range(len(manifest)))
+    record = next((record for record in records if record.id == name), None)
+    where, like = manifest.root, manifest.read_record(0).id
+    if record is None:
+        return f"is not in {where}, where ids are like {like}; list ids of labelled images of data.splits"
+    if record.split not in splits:
+        return f"is in split {record.split} of {where}, data.splits is {', '.join(splits)}; list another image"
+    return f"has no landmarks in {where}; label it and pack again, or list another image"
 
 
 def fingerprint(corpora: Sequence[Corpus]) -> str:

@@ -238,11 +238,21 @@ class EvalLoader(_Loader):
     """One pass over a split, unaugmented. Over all ranks each sample comes once with weight 1; padding has weight 0.
 
     Every rank has the same number of batches of the same shape. A sample that cannot be read raises DataError: a score
-    over fewer images is another score.
+    over fewer images is another score. With `skips_bad` another stands in for it with weight 0, and `bad` lists it.
     """
 
-    def __init__(self, cfg: RunConfig, corpora: Sequence[Corpus], seat: Seat, cache: dict[Any, Any] | None) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        corpora: Sequence[Corpus],
+        seat: Seat,
+        cache: dict[Any, Any] | None,
+        *,
+        skips_bad: bool = False,
+    ) -> None:
         super().__init__(cfg, corpora, seat, cache, largest=cfg.evaluate.batch)
+        self._skips_bad = skips_bad
+        self.bad: list[BadSample] = []
 
     def __iter__(self) -> Iterator[Batch]:
         for batch, _ in self._ahead(self._make, iter(self._parts())):
@@ -266,7 +276,13 @@ class EvalLoader(_Loader):
         starts = np.cumsum([0, *(len(corpus.rows) for corpus in self.corpora)])
         corpus = np.searchsorted(starts, positions, side="right") - 1
         rows = [int(self.corpora[c].rows[p - starts[c]]) for c, p in zip(corpus, positions, strict=True)]
-        samples = self._map(lambda c, row: Fetched(c, row, self._pixels.fetch(c, row), []), corpus.tolist(), rows)
+        if self._skips_bad:
+            read = functools.partial(first_readable, self.corpora, self._pixels.fetch, self._cfg.seed)
+            samples = self._map(read, positions.tolist(), corpus.tolist(), rows)
+            weights = np.where([bool(sample.bad) for sample in samples], np.float32(0), weights)
+            self.bad += [bad for sample in samples for bad in sample.bad]
+        else:
+            samples = self._map(lambda c, row: Fetched(c, row, self._pixels.fetch(c, row), []), corpus.tolist(), rows)
         return self._batch(samples, positions, weights, no_changes(len(positions)))
 
 

@@ -22,6 +22,7 @@ TITLE = 52
 COLUMNS = 6
 PAIR_COLUMNS = 3
 MOST_PAIRS = 18
+MOST_SUGGESTED = 59
 INK, MUTED, PAPER = (236, 240, 244), (150, 161, 173), (17, 21, 26)
 ALARM = (240, 128, 110)
 Rgb = tuple[int, int, int]
@@ -67,6 +68,37 @@ def pair_sheet(leakage: Leakage) -> bytes:
     return _png(sheet)
 
 
+def suggestion_sheet(images: Sequence[tuple[Manifest, int]], coverage: Sequence[float]) -> bytes:
+    """A PNG of the images suggested for labelling (dataset and row of each, best first), and a curve of the coverage.
+
+    Landmarks are not drawn: what is to be labelled is shown as an annotator will see it.
+    """
+    count = min(len(images), MOST_SUGGESTED)
+    facts = f"{len(images)} images" + (f"; {count} of them" if count < len(images) else "")
+    cell = (TILE + GAP, TILE + CAPTION + GAP)
+    sheet, pen, corners = _grid("Label these next", facts, count + 1, COLUMNS, cell)
+    for rank, ((manifest, row), share, corner) in enumerate(zip(images, coverage, corners), start=1):
+        _paste(sheet, pen, corner, manifest, row, f"coverage {share:.3f}", draws_points=False)
+        pen.rectangle((*corner, corner[0] + 34, corner[1] + 24), fill=PAPER)
+        pen.text((corner[0] + 6, corner[1] + 2), str(rank), fill=INK, font=_font(18))
+    _curve(pen, next(corners), coverage)
+    return _png(sheet)
+
+
+def _curve(pen: ImageDraw.ImageDraw, corner: tuple[int, int], values: Sequence[float]) -> None:
+    """Values in [0, 1] over their number, in a tile."""
+    left, top = corner
+    high = max(values) or 1.0
+    step = TILE / max(1, len(values) - 1)
+    line = [(left + step * n, top + TILE * (1 - value / high)) for n, value in enumerate(values)]
+    pen.line(((left, top), (left, top + TILE), (left + TILE, top + TILE)), fill=MUTED)
+    pen.line(line, fill=INK, width=2)
+    for x, y in line:
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=INK)
+    pen.text((left, top + TILE + 4), f"coverage, 0 to {high:.3f}", fill=INK, font=_font(13))
+    pen.text((left, top + TILE + 20), f"with images 1 to {len(values)} labelled", fill=MUTED, font=_font(12))
+
+
 def _grid(
     title: str, facts: str, count: int, most_columns: int, cell: tuple[int, int]
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, Iterator[tuple[int, int]]]:
@@ -83,14 +115,21 @@ def _grid(
 
 
 def _paste(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], manifest: Manifest, row: int, caption: str
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    manifest: Manifest,
+    row: int,
+    caption: str,
+    *,
+    draws_points: bool = True,
 ) -> None:
     """One image with its landmarks, `TILE` px square, its id and a caption below."""
     record, pixels = manifest.read_record(row), to_unit_range(manifest.decode(row))
     shrinks = pixels.shape[0] > TILE
     small = cv2.resize(pixels, (TILE, TILE), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
     tile = cv2.cvtColor(np.rint(np.clip(small, 0, 1) * 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
-    if record.points is not None:
+    if draws_points and record.points is not None:
         points = (stored_points(record) + 0.5) * (TILE / manifest.stored_size) - 0.5
         for (x, y), colour in zip(points, hues(len(points))):
             centre = (round(float(x) * 16), round(float(y) * 16))  # 4 fractional bits: OpenCV draws between pixels

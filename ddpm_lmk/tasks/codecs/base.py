@@ -51,6 +51,10 @@ class Codec(Protocol):
     def decode(self, logits: Tensor, frame: Frame) -> Decoded:
         """Points and uncertainties read from maps `[B, N, h, w]`."""
 
+    @abstractmethod
+    def with_prior(self, logits: Tensor, log_prior: Tensor) -> Tensor:
+        """Maps `[B, N, h, w]` that `decode` reads where `log_prior`, of the same shape and at most 0, is known too."""
+
 
 def grid_shift(frame: Frame) -> Tensor:
     """What to add to network pixels `[B, 1, 2]` to get the released code's grid, where a landmark has x S / w.

@@ -70,6 +70,10 @@ class ContourCodec:
             points = points - grid_shift(frame)
         return Decoded(points, error, ~points.isfinite().all(-1), probability.amax((-2, -1)))
 
+    def with_prior(self, logits: Tensor, log_prior: Tensor) -> Tensor:
+        """As of `SpatialCodec`."""
+        return logits.float() + log_prior
+
     def expected_radial_error(self, probability: Tensor, points: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """ERE `[B, N]` px: sum over pixels of w |p - point|, w the map without what is below `ere_cut` of its peak."""
         # What is far below the peak covers most pixels: without the cut, its sum of distances would be the answer.

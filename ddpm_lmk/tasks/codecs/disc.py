@@ -12,6 +12,8 @@ from torch import Tensor
 from ddpm_lmk.config import DiscCodecConfig
 from ddpm_lmk.tasks.codecs.base import Decoded, Frame, grid_shift
 
+PRIOR_REACH = 3.0  # standard deviations of a Gaussian prior, within which a contour counts
+
 
 class DiscCodec:
     """Discs, cross-entropy over landmark channels, centroid of the largest contour: the released way.
@@ -73,6 +75,10 @@ class DiscCodec:
         found = found.reshape(*maps.shape[:2], 4)
         values = torch.from_numpy(found).to(logits.device)
         return Decoded(values[..., :2].float() - grid_shift(frame), values[..., 2].float(), values[..., 3] > 0)
+
+    def with_prior(self, logits: Tensor, log_prior: Tensor) -> Tensor:
+        """Logits of a softmax over landmarks are no distribution over pixels: what is improbable is only left out."""
+        return torch.where(log_prior >= -0.5 * PRIOR_REACH**2, logits.float(), -torch.inf)
 
 
 def _largest_contour(logits: np.ndarray) -> tuple[float, float, float, float]:

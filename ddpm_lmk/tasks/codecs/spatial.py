@@ -51,6 +51,10 @@ class SpatialCodec:
         points = local_mean(probability, x, y, self.decode_radius_px)
         return Decoded(points, spread(probability, points, x, y), ~points.isfinite().all(-1))
 
+    def with_prior(self, logits: Tensor, log_prior: Tensor) -> Tensor:
+        """Of a softmax over pixels: the product of two distributions is the sum of their logarithms."""
+        return logits.float() + log_prior
+
 
 class GaussianCodec:
     """Binary cross-entropy against a Gaussian in a box; the peak, or the mean around it."""
@@ -94,6 +98,12 @@ class GaussianCodec:
         weight = probability / probability.sum((-2, -1), keepdim=True)
         points = local_mean(weight, x, y, self.cfg.decode_radius_px)
         return Decoded(points, spread(weight, points, x, y), ~points.isfinite().all(-1))
+
+    def with_prior(self, logits: Tensor, log_prior: Tensor) -> Tensor:
+        """Of a probability per pixel: each is multiplied by the prior, and goes back to a logit."""
+        # Below 1 by a float32's width: a pixel that is certain keeps a finite logit.
+        log_probability = (F.logsigmoid(logits.float()) + log_prior).clamp(max=-1e-7)
+        return log_probability - torch.log(-torch.expm1(log_probability))
 
 
 def spread(probability: Tensor, points: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -281,9 +281,7 @@ def test_a_run_in_a_warm_session_has_the_bits_of_one_alone(
     assert bits(tmp_path / "run") == bits(finished)
 
 
-def test_a_longer_run_would_have_had_other_teachers(
-    packed: Path, parallel: Parallel, tmp_path: Path
-) -> None:
+def test_a_longer_run_would_have_had_other_teachers(packed: Path, parallel: Parallel, tmp_path: Path) -> None:
     short = config(packed, optim={"lr": 1e-3, "schedule": "constant"})
     with RunDir.lock(tmp_path / "run", short) as run:
         run.claim(short)

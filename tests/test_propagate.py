@@ -281,6 +281,15 @@ def test_a_run_in_a_warm_session_has_the_bits_of_one_alone(
     assert bits(tmp_path / "run") == bits(finished)
 
 
+def test_a_longer_run_would_have_had_other_teachers(packed: Path, parallel: Parallel, tmp_path: Path) -> None:
+    short = config(packed, optim={"lr": 1e-3, "schedule": "constant"})
+    with RunDir.lock(tmp_path / "run", short) as run:
+        run.claim(short)
+    longer = config(packed, optim={"lr": 1e-3, "schedule": "constant"}, train={"duration": 5})
+    with pytest.raises(RunConflictError, match=r"train.duration: there '4 steps', here '5 steps'"):
+        execute(longer, tmp_path / "run", parallel=parallel)
+
+
 def test_labels_that_were_changed_by_hand_are_refused(
     finished: Path, packed: Path, parallel: Parallel, tmp_path: Path
 ) -> None:
@@ -324,6 +333,8 @@ def test_what_is_left_to_do_counts_every_round(finished: Path, packed: Path, tmp
     assert (Work.left(cfg, out).steps, Work.left(cfg, out).scored) == (4 + 2, 3 + 6)
     rewound(out / "teacher", to=None)
     assert (Work.left(cfg, out).steps, Work.left(cfg, out).scored) == (4 + 4, 3 + 6 + 6)
+    fold = config(packed, data={"shots": 5, "hold_out": {"fold": 1, "of": 2}}, evaluate={"split": "held_out"})
+    assert Work.of(fold).scored == 2
 
 
 def test_the_first_round_tells_how_long_all_of_them_take(

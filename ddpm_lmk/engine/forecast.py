@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.loading.corpus import HELD_OUT
 from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.data.shards.manifest import Manifest, open_datasets
 from ddpm_lmk.data.shards.remote import CacheSettings
@@ -78,6 +79,8 @@ class Work:
         def count(split: str | None) -> int:
             if split is None:
                 return 0
+            if split == HELD_OUT and cfg.data.hold_out is not None:
+                return sum(min(cfg.data.shots or each, each) for each in of_each) - images
             return (counts or {}).get(split, 0) + sum(len(manifest.rows([split])) for manifest in manifests)
 
         total = in_steps(train.duration) if steps is None else steps

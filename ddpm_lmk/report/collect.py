@@ -323,6 +323,11 @@ def _runs_in(folder: Path) -> tuple[list[Run], int]:
         raise DataError(
             f"{folder} is a run of kind {results.get('kind')}; a report needs fine-tuning runs or sweeps of them"
         )
+    if results["kind"] == "landmarks" and "protocols" not in results:
+        raise DataError(
+            f"{folder} was scored on nothing (evaluate.split=null), as the teacher of another run is; give a run that "
+            "was, or score it with `ddpm-lmk evaluate` and give that folder"
+        )
     # a single run has no label of its start, as a cell of a sweep does: the name of its weights will do
     weights = results["start"]["weights"]
     return _runs_of(folder, SCRATCH if weights is None else Path(weights).name, results), 1

@@ -223,8 +223,9 @@ def _may_change(key: str, stored: RunConfig, cfg: RunConfig) -> bool:
     """May this key differ between a run and its continuation? Only where the weights come out the same."""
     if key == "train.duration":
         old, new = stored.train.duration, cfg.train.duration
-        # Any other schedule has another rate at every step of a run of another length.
-        return cfg.optim.schedule == "constant" and _is_longer(old, new)
+        # Any other schedule has another rate at every step of a run of another length, and a longer run had other
+        # teachers.
+        return cfg.optim.schedule == "constant" and cfg.data.propagate is None and _is_longer(old, new)
     return key in MAY_CHANGE or key.startswith("runtime.")  # facts of the machine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -74,13 +75,15 @@ class LandmarkTask(Task):
         image = super().cost(network, image_size)
         if self.second_look is None:
             return image
+        crops = self.cost_of_crops(network)
+        return ModelCost(*(getattr(image, field.name) + getattr(crops, field.name) for field in fields(ModelCost)))
+
+    def cost_of_crops(self, network: Network) -> ModelCost:
+        """What the second look costs, of a training image."""
+        assert self.second_look is not None
         crop, count = super().cost(network, self.second_look.size), self.second_look.cfg.crops
-        return ModelCost(
-            image.params + crop.params,
-            image.flops_forward + count * crop.flops_forward,
-            image.flops_executed + count * crop.flops_executed,
-            image.flops_train + count * crop.flops_train,
-        )
+        flops = (crop.flops_forward, crop.flops_executed, crop.flops_train)
+        return ModelCost(crop.params, *(count * each for each in flops))
 
     @property
     def reads_with(self) -> Codec:

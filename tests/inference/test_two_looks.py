@@ -274,6 +274,7 @@ def test_training_costs_an_image_and_its_crops(finished: Path, packed: Path) -> 
     one, both = (build_task(each, spec).cost(each.model, SIZE) for each in (once, cfg))
     assert (both.params, both.flops_train) == (2 * one.params, 3 * one.flops_train)
     assert results["train"]["tflop"] == pytest.approx(both.flops_train * results["train"]["images"] / 1e12, abs=1e-6)
+    assert results["train"]["tflop_crops"] == pytest.approx(results["train"]["tflop"] * 2 / 3, abs=1e-6)
     batch = random_batch(cfg, build_task(cfg, spec), 2)
     assert batch.fine is not None
     assert batch.fine.shape == (2, 1, FINE, FINE)

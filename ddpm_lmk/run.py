@@ -428,8 +428,8 @@ def _conclude(
     if pool.facts is not None:  # what a run costs is what it took to get there
         train |= {key: round(train[key] + pool.facts["teachers"][key], 6) for key in pseudo_labels.COSTS}
     if isinstance(task, LandmarkTask) and task.second_look is not None:  # how much of it was spent on crops
-        whole, crops = task.cost(cfg.model, cfg.data.image_size), task.cost_of_crops(cfg.model)
-        train["tflop_crops"] = round(train["tflop"] * crops.flops_train / whole.flops_train, 6)
+        share = task.cost_of_crops(cfg.model).flops_train / task.cost(cfg.model, cfg.data.image_size).flops_train
+        train["tflop_crops"] = round(train["tflop"] * share, 6)
     with state.ema.applied() as model:
         calibration.after_training(cfg, task, model, run, parallel, session)
         if isinstance(task, LandmarkTask) and cfg.evaluate.split is not None:

@@ -95,6 +95,7 @@ def _add_training_command(name: Stage, text: str) -> None:
             from ddpm_lmk.launcher import launch as launch_run
             from ddpm_lmk.launcher import place
             from ddpm_lmk.launcher.preflight import check_run
+            from ddpm_lmk.report.collect import short_pretraining
             from ddpm_lmk.rundir.lock import check_unlocked
 
             if explain:
@@ -129,6 +130,8 @@ def _add_training_command(name: Stage, text: str) -> None:
             code = launch_run(job, placement)
             if code == 0:
                 typer.echo(f"{folder / 'results.json'}")
+                if (short := short_pretraining(files.read_json(folder / "results.json") or {})) is not None:
+                    print_status(f"{cfg.name}: {short}")
                 print_status(f"next: {_next_step(cfg, folder)}")
             raise typer.Exit(code)
 

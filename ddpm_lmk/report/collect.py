@@ -128,6 +128,21 @@ class Run:
         return next((RunFolder(p) for p in (path, *path.parents[:2]) if (p / METRICS).is_file()), None)
 
 
+# Images from which on denoising lowered landmark errors at the CPU size, whatever films it saw (docs/recipe.md).
+ENOUGH_IMAGES = 6000
+
+
+def short_pretraining(results: Mapping[str, Any]) -> str | None:
+    """What to say of a pre-training by denoising, from its results, that was too short to count on; None: nothing."""
+    images = (results.get("train") or {}).get("images")
+    if results.get("kind") != "denoise" or images is None or images >= ENOUGH_IMAGES:
+        return None
+    return (
+        f"pre-trained on {images:,} images, which may be too few to help: from {ENOUGH_IMAGES:,} on it lowered "
+        "landmark errors where it was measured (docs/recipe.md); train.duration makes it longer"
+    )
+
+
 @dataclass(frozen=True)
 class Score:
     """One protocol's figures over seeds."""

@@ -16,7 +16,7 @@ from ddpm_lmk.data.duplicates.report import refuse_seen
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.inference.scoring import Spread, mean_and_std
 from ddpm_lmk.report import html
-from ddpm_lmk.report.collect import PROTOCOLS, SCRATCH, Row, Run, RunFolder, Study, labels_text
+from ddpm_lmk.report.collect import PROTOCOLS, SCRATCH, Row, Run, RunFolder, Study, labels_text, short_pretraining
 from ddpm_lmk.report.html import FactsTable, plain_spread, spread_text
 from ddpm_lmk.report.style import SHAPE_COLOUR, method_name, swatch
 from ddpm_lmk.rundir.lock import MAY_CHANGE
@@ -44,7 +44,14 @@ def verdict(study: Study) -> str:
 def warnings(study: Study) -> list[str]:
     """What has to be said before any number is: leakage, and rows whose runs were not trained alike."""
     # refused or acknowledged was decided before the report was begun
-    return [*refuse_seen([run.results for run in study.runs], acknowledged=True), *unlike_runs(study)]
+    seen = refuse_seen([run.results for run in study.runs], acknowledged=True)
+    return [*seen, *unlike_runs(study), *short_pretrainings(study)]
+
+
+def short_pretrainings(study: Study) -> list[str]:
+    """A sentence per start whose pre-training was too short to count on."""
+    said = [(start, short_pretraining(parent.results)) for start in study.starts for parent in study.parents(start)]
+    return [f"“{study.title(start)}”: {text}." for start, text in said if text is not None]
 
 
 def unlike_runs(study: Study) -> list[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk.config.load import dump_run, load_run
-from ddpm_lmk.report.collect import SCRATCH, Study, collect
+from ddpm_lmk.report.collect import ENOUGH_IMAGES, SCRATCH, Study, collect, short_pretraining
 from ddpm_lmk.report.page import write_report
 from ddpm_lmk.report.statistics import difference
-from ddpm_lmk.report.tables import compute_table, recipes_table, runs_table, unlike_runs
+from ddpm_lmk.report.tables import compute_table, recipes_table, runs_table, short_pretrainings, unlike_runs
 from tests.known_runs import put, write_sweep
 
 FEW = ["task.codec.sigma_px=3", "train.duration=100 steps", "optim.lr=1e-3"]
@@ -79,6 +79,17 @@ def test_runs_of_one_row_that_were_not_trained_alike_are_told_before_any_number(
     page, _, markdown = write_report([tmp_path / "sweep"], tmp_path / "report.html")
     assert f'<p class="stamp">{settings}</p>' in page.read_text()
     assert settings in markdown.read_text()
+
+
+def test_a_pre_training_too_short_to_count_on_is_told_before_any_number(study: Study, tmp_path: Path) -> None:
+    assert short_pretraining({"kind": "denoise", "train": {"images": ENOUGH_IMAGES}}) is None
+    assert short_pretraining({"kind": "dino", "train": {"images": 100}}) is None
+    small, large = short_pretrainings(study)
+    assert small.startswith("“ours”: pre-trained on 100 images, which may be too few")
+    assert large.startswith("“ours”: pre-trained on 50 images")
+    page, _, markdown = write_report([tmp_path / "sweep"], tmp_path / "report.html")
+    assert f'<p class="stamp">{small}</p>' in page.read_text()
+    assert small in markdown.read_text()
 
 
 def test_compute_is_pre_training_once_and_fine_tuning_per_run(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ class DataConfig(Section):
     propagate: PropagateConfig | None = Field(
         None,
         description="train on images without labels too, where both looks of task.refine find the same; null: on the shots alone",
+        json_schema_extra=ADVANCED,
         exclude_if=is_null,
     )
     image_size: Annotated[int, Field(ge=16, le=4096)] = Field(

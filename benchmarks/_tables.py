@@ -248,6 +248,29 @@ def radius_table(source: Path) -> str:
     return markdown(["films", *kinds], [[row["films"], *(cell(row[kind]) for kind in kinds)] for row in rows])
 
 
+def parts_table(source: Path) -> str:
+    """What each part of the recipe gives on test films, and the operations of its training."""
+    rows = json.loads(source.read_text())["means"]
+
+    def cost(row: dict[str, Any], key: str) -> str:
+        return "" if row[key] is None else f" ({row[key]:.1f})"
+
+    parts = ("first_look", "second_look", "pool")
+    heads = ["labels", "seeds", "first look", "and a second", "and images without labels", "points accepted, %"]
+    return markdown(
+        heads,
+        [
+            [
+                row["labels"],
+                row["seeds"],
+                *(f"{row[f'{part}_mm']:.2f}{cost(row, f'{part}_tflop')}" for part in parts),
+                f"{row['accepted_pct']:.0f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def second_look_table(source: Path) -> str:
     """What was tried of a second look and of pseudo-labels on validation films, and what their labels were worth."""
     found = json.loads(source.read_text())
@@ -573,7 +596,9 @@ def methods_table(source: Path) -> str:
     texts = json.loads((source.parent / "sweep.json").read_text())["rows"]
     labels = sorted({int(row["labels_training"]) for row in rows})
     ours = {(row["start"], int(row["labels_training"])): row for row in rows if row["protocol"] == "original"}
-    methods = sorted({start for start, _ in ours}, key=lambda start: -float(ours[start, labels[-1]]["mre"]))
+    # By the largest number of labels that all have.
+    common = [count for count in labels if all((start, count) in ours for start, _ in ours)][-1]
+    methods = sorted({start for start, _ in ours}, key=lambda start: -float(ours[start, common]["mre"]))
     best = {count: min(float(row["mre"]) for (_, found), row in ours.items() if found == count) for count in labels}
 
     def cell(start: str, count: int) -> str:

@@ -10,6 +10,7 @@ is no score over all of them: millimetres and pixels do not add.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torch import nn
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
-from ddpm_lmk.data.loading.corpus import Corpus, evaluation_corpora, training_corpora, unlabelled_corpora
+from ddpm_lmk.data.loading.corpus import Corpus, enlarged, evaluation_corpora, training_corpora, unlabelled_corpora
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.errors import DataError
@@ -35,6 +36,8 @@ from ddpm_lmk.system import files
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.tasks import LandmarkTask
 from ddpm_lmk.tasks.codecs import ContourCodec
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_split(
@@ -111,6 +114,8 @@ def evaluate_run(
     settings = loaded.cfg.data.model_copy(update={"path": (str(data),), "require_dataset": {}})
     cfg = loaded.cfg.model_copy(update={"data": settings})
     corpus = evaluation_corpora(cfg, split)[0]
+    for line in enlarged(cfg, corpus):
+        log.warning("%s", line)
     loaded = loaded.for_landmarks_of(corpus.manifest.spec)
     assert isinstance(loaded.task, LandmarkTask)
     predictions = predict_split(cfg, loaded.task, loaded.model, loaded.parallel, split=split)

@@ -32,6 +32,7 @@ from ddpm_lmk.data.shards.remote import with_retries
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.inference.facility_location import choose
 from ddpm_lmk.inference.load import LoadedRun, open_run
+from ddpm_lmk.models.coarse_to_fine import CoarseToFine
 from ddpm_lmk.models.unet import Level, UNet
 from ddpm_lmk.rundir.lock import check_writable
 from ddpm_lmk.system import files
@@ -121,7 +122,12 @@ def suggest_images(
     loaded = open_run(run, device=device)
     level = _level(loaded)
     names, digests = _labelled(loaded, labelled)
-    data_of = loaded.cfg.data.model_copy(update={"path": (str(data),), "weights": None, "require_dataset": {}})
+    others: dict[str, Any] = {
+        "weights": None,
+        "require_dataset": {},
+        "fine_size": None,
+    }  # descriptors are of whole images
+    data_of = loaded.cfg.data.model_copy(update={"path": (str(data),), **others})
     cfg = loaded.cfg.model_copy(update={"data": data_of})
     corpora = [corpus for split in dict.fromkeys(splits) for corpus in evaluation_corpora(cfg, split, labelled=False)]
     pool, bad = _describe(loaded, level, cfg, corpora)
@@ -156,12 +162,14 @@ def suggest_images(
 
 def _level(loaded: LoadedRun) -> nn.Module:
     """The block whose maps describe an image: the end of the second level of the decoder, from below."""
-    if not isinstance(loaded.model, UNet) or not isinstance(loaded.task, DenoiseTask | LandmarkTask):
+    # Of two networks the one that sees whole images.
+    network = loaded.model.coarse if isinstance(loaded.model, CoarseToFine) else loaded.model
+    if not isinstance(network, UNet) or not isinstance(loaded.task, DenoiseTask | LandmarkTask):
         raise ConfigError(
             f"{loaded.path} is a run of task {loaded.cfg.task.kind} with model.kind={loaded.cfg.model.kind}; "
             "wanted a pre-training by denoising, or a landmark run, with model.kind=ddpm_unet"
         )
-    level = loaded.model.ups[min(1, len(loaded.model.ups) - 1)]
+    level = network.ups[min(1, len(network.ups) - 1)]
     assert isinstance(level, Level)
     return level.block2
 

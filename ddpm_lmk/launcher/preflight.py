@@ -14,6 +14,7 @@ from pathlib import Path
 from ddpm_lmk.config import EncoderUNetConfig, LandmarksConfig, RunConfig
 from ddpm_lmk.data.loading.corpus import (
     Corpus,
+    enlarged,
     evaluation_corpora,
     fingerprint,
     spec_of,
@@ -149,12 +150,4 @@ def has_begun(out: Path) -> bool:
 
 def remarks(cfg: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
     """What is no fault, and worth a second look before the time is spent."""
-    lines = []
-    for manifest in (corpus.manifest for corpus in [*corpora, *unlabelled_corpora(cfg)]):
-        for key, wanted in (("image_size", cfg.data.image_size), ("fine_size", cfg.data.fine_size)):
-            if manifest.stored_size < (wanted or 0):
-                lines.append(
-                    f"{manifest.root} holds images of {manifest.stored_size} pixels, which are enlarged to data.{key}="
-                    f"{wanted} and gain no detail; pack them with --size {wanted}, or use smaller images"
-                )
-    return lines
+    return [line for corpus in [*corpora, *unlabelled_corpora(cfg)] for line in enlarged(cfg, corpus)]

@@ -45,9 +45,10 @@ def labelled_dots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def landmark_run(labelled_dots: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on four of the images, one of which it holds out."""
-    data = {"shots": 4, "draw": "random", "hold_out": {"fold": 0, "of": 4}}
-    return _run(tmp_path_factory.mktemp("runs") / "landmarks", labelled_dots, {"kind": "landmarks"}, **data)
+    """A finished run of two looks on four of the images, one of which it holds out."""
+    data = {"shots": 4, "draw": "random", "hold_out": {"fold": 0, "of": 4}, "fine_size": 64}
+    task = {"kind": "landmarks", "refine": {}}
+    return _run(tmp_path_factory.mktemp("runs") / "landmarks", labelled_dots, task, **data)
 
 
 def _run(out: Path, packed: Path, task: dict[str, Any], **data: Any) -> Path:

@@ -113,6 +113,17 @@ class Corpus:
             raise CorruptSampleError(f"row {row} of {self.manifest.root}: {type(error).__name__}: {error}") from error
 
 
+def enlarged(cfg: RunConfig, corpus: Corpus) -> list[str]:
+    """What to say where a dataset holds fewer pixels than a run takes."""
+    stored, root = corpus.manifest.stored_size, corpus.manifest.root
+    return [
+        f"{root} holds images of {stored} pixels, which are enlarged to data.{key}={wanted} and gain no detail; pack "
+        f"them with --size {wanted}, or use smaller images"
+        for key, wanted in (("image_size", cfg.data.image_size), ("fine_size", cfg.data.fine_size))
+        if stored < (wanted or 0)
+    ]
+
+
 def spec_of(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> DatasetSpec:
     """Facts of the data of a run: of all labelled datasets together, of the first one in a pool without labels."""
     return mixture(specs) if cfg.task.stage == "finetune" else specs[0]

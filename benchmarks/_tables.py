@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -248,27 +249,64 @@ def radius_table(source: Path) -> str:
     return markdown(["films", *kinds], [[row["films"], *(cell(row[kind]) for kind in kinds)] for row in rows])
 
 
+TWO_LOOKS = {  # rows of configs/sweep/table2.yaml, in the order of the table
+    "scratch": "random weights",
+    "ours": "DDPM pre-training",
+    "scratch-pool": "random weights, and images without labels",
+    "ours-pool": "DDPM pre-training, and images without labels",
+}
+
+
+def _by_labels(source: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """The runs of each start by number of labels; of one that was trained for two lengths, the longer."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for row in json.loads(source.read_text()):
+        runs = found.setdefault(row["start"], {}).setdefault(row["labels"], [])
+        if runs and runs[0]["steps"] < row["steps"]:
+            runs.clear()
+        if not runs or runs[0]["steps"] == row["steps"]:
+            runs.append(row)
+    return found
+
+
+def two_looks_table(source: Path) -> str:
+    """Mean radial error in mm with two looks; mean and deviation over the seeds, the best of a column in bold."""
+    found = _by_labels(source)
+    labels = sorted({count for runs in found.values() for count in runs})
+    means = {(s, k): statistics.mean(run["mre_mm"] for run in runs[k]) for s, runs in found.items() for k in runs}
+    best = {count: min(mean for (_, k), mean in means.items() if k == count) for count in labels}
+
+    def cell(start: str, count: int) -> str:
+        runs = found[start].get(count, [])
+        if not runs:
+            return ""
+        mean, errors = means[start, count], [run["mre_mm"] for run in runs]
+        text = f"{mean:.2f} ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else f"{mean:.2f} (one seed)"
+        return f"**{text}**" if mean == best[count] else text
+
+    heads = ["start, and what it learns from", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
+    shown = [start for start in TWO_LOOKS if start in found]
+    return markdown(heads, [[TWO_LOOKS[start], *(cell(start, count) for count in labels)] for start in shown])
+
+
 def parts_table(source: Path) -> str:
-    """What each part of the recipe gives on test films, and the operations of its training."""
-    rows = json.loads(source.read_text())["means"]
-
-    def cost(row: dict[str, Any], key: str) -> str:
-        return "" if row[key] is None else f" ({row[key]:.1f})"
-
-    parts = ("first_look", "second_look", "pool")
+    """What each part of the recipe gives on test films with the same labels, and the operations of its training."""
+    found = _by_labels(source)
+    rows = []
+    for count, pool in sorted(found["ours-pool"].items()):
+        seeds = {run["seed"] for run in pool}
+        alone = [run for run in json.loads(source.read_text()) if run["start"] == "ours" and run["labels"] == count]
+        alone = [run for run in alone if run["seed"] in seeds and run["steps"] == pool[0]["steps"]]
+        if not alone:
+            continue
+        columns = [(alone, "first_look_mm"), (alone, "mre_mm"), (pool, "mre_mm")]
+        errors = [f"{statistics.mean(run[key] for run in runs):.2f}" for runs, key in columns]
+        errors[1] += f" ({alone[0]['tflop']:.1f})"
+        errors[2] += f" ({pool[0]['tflop']:.1f})"
+        accepted = statistics.mean(run["accepted_pct"] for run in pool)
+        rows.append([count, len(alone), *errors, f"{accepted:.0f}"])
     heads = ["labels", "seeds", "first look", "and a second", "and images without labels", "points accepted, %"]
-    return markdown(
-        heads,
-        [
-            [
-                row["labels"],
-                row["seeds"],
-                *(f"{row[f'{part}_mm']:.2f}{cost(row, f'{part}_tflop')}" for part in parts),
-                f"{row['accepted_pct']:.0f}",
-            ]
-            for row in rows
-        ],
-    )
+    return markdown(heads, rows)
 
 
 def second_look_table(source: Path) -> str:

@@ -26,7 +26,7 @@ HOUSE = HERE.parent / "docs" / "house.md"
 METHOD = HERE.parent / "docs" / "method.md"
 
 PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
-    (README, "isbi", RESULTS / "table2_two_looks" / "report.csv", tables.methods_table),
+    (README, "isbi", RESULTS / "table2_two_looks" / "cells.json", tables.two_looks_table),
     (README, "isbi-one-look", RESULTS / "table2_small" / "report.csv", tables.methods_table),
     (README, "demo", RESULTS / "demo" / "report.md", Path.read_text),
     (README, "commands", RESULTS / "two_commands.json", tables.commands_table),
@@ -56,7 +56,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "peers", newest(RESULTS, "peers", "width32_64px_fp32-cpu"), tables.peers_table),
     (METHOD, "radius", RESULTS / "radius_coverage.json", tables.radius_table),
     (HOUSE, "house", RESULTS / "house_after.json", tables.house_table),
-    (RECIPE, "parts", RESULTS / "table2_two_looks" / "parts.json", tables.parts_table),
+    (RECIPE, "parts", RESULTS / "table2_two_looks" / "cells.json", tables.parts_table),
     (RECIPE, "second-look", RESULTS / "isbi_recipe" / "second_look.json", tables.second_look_table),
     (RECIPE, "trials", RESULTS / "isbi_recipe" / "trials.jsonl", trials_table),
 )

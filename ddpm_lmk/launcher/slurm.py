@@ -151,10 +151,10 @@ def _task(job: Job) -> str:
 def command(
     cfg: RunConfig, run_file: Path, overrides: Sequence[str], *, gpus: int, cpu: int, out: Path, launch: Path | None
 ) -> tuple[str, ...]:
-    """`ddpm-lmk VERB RUN.yaml ...` of this installation, with paths that hold from any folder."""
-    places = absolute_paths(cfg)
-    kept = [word for word in overrides if word.partition("=")[0].strip() not in places]
-    added = [f"{key}={json.dumps(value)}" for key, value in places.items()]
+    """`ddpm-lmk VERB RUN.yaml ...` of this installation, with settings that mean the same in any folder."""
+    fixed = fixed_settings(cfg)
+    kept = [word for word in overrides if word.partition("=")[0].strip() not in fixed]
+    added = [f"{key}={json.dumps(value)}" for key, value in fixed.items()]
     words = [*program(), cfg.task.stage, str(run_file.absolute()), *kept, *added, "--out", str(out)]
     if launch is not None:
         return (*words, "--launch", str(launch.absolute()))
@@ -167,8 +167,8 @@ def program() -> tuple[str, ...]:
     return (str(script),) if script.is_file() else (sys.executable, "-m", "ddpm_lmk.cli")
 
 
-def absolute_paths(cfg: RunConfig) -> dict[str, str | list[str] | None]:
-    """Settings that name files relative to the current folder, made absolute: a batch job may start in another."""
+def fixed_settings(cfg: RunConfig) -> dict[str, str | list[str] | None]:
+    """Settings that depend on the current folder, where a batch job may not start: absolute paths, ids of images."""
     propagate = cfg.data.propagate
     places: dict[str, str | list[str] | None] = {
         "data.path": list(cfg.data.path),
@@ -178,7 +178,9 @@ def absolute_paths(cfg: RunConfig) -> dict[str, str | list[str] | None]:
         "init.weights": cfg.init.weights,
     }
     absolute = {key: _absolute(value) for key, value in places.items()}
-    return {key: value for key, value in absolute.items() if value != places[key]}
+    fixed = {key: value for key, value in absolute.items() if value != places[key]}
+    # Of a file that lists them nothing is left here: the job, and every restart of it, has what it lists now.
+    return fixed if cfg.data.images is None else fixed | {"data.images": list(cfg.data.images)}
 
 
 def _absolute(value: str | list[str] | None) -> str | list[str] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_lmk import cli
+from ddpm_lmk.config.load import load_run
 from ddpm_lmk.launcher import slurm
 from tests.cli.commands import SMOKE
 from tests.faults.harness import ROOT, steps_done
@@ -143,6 +144,30 @@ def test_a_preemption_is_passed_on_and_the_job_queued_again(
     process.send_signal(number)
     assert process.wait(60) == 75
     assert calls(tmp_path)[-1] == "requeue 77"
+
+
+@pytest.mark.parametrize("where", ["word", "run file"])
+def test_a_job_has_the_shots_that_a_file_listed_when_it_was_written(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (tmp_path / "here" / "next").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    Path("next/suggestions.csv").write_text("image_id,rank\ntrain 2,1\n0007,2\n")
+    listed = "data: {images: next/suggestions.csv}\n" if where == "run file" else ""
+    Path("run.yaml").write_text(f"extends: {SMOKE / 'finetune.yaml'}\n{listed}")
+    words = ["data.path=x", "data.draw=listed", "data.shots=1"]
+    words += ["data.images=next/suggestions.csv"] if where == "word" else []
+    assert cli.run(["launch", "slurm", "run.yaml", *words, "--cpu", "1", "--script", "s.sbatch", "--out", "out"]) == 0
+    script = Path("s.sbatch").resolve()
+    Path("next/suggestions.csv").write_text("image_id\nother\n")
+
+    assert cluster(script).wait(60) == 0
+    [call] = [call for call in calls(tmp_path) if call.startswith("ddpm-lmk finetune")]
+    assert 'data.images=["train 2", "0007"] ' in call
+    assert "suggestions.csv" not in call
+    # What the job gives is read over the run file's own: ids stay text, whatever they look like.
+    again = load_run("run.yaml", [*words, 'data.images=["train 2", "0007"]'])
+    assert again.data.images == ("train 2", "0007")
 
 
 def test_a_launch_file_says_what_nodes_have(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from ddpm_lmk.data.duplicates.leakage import Uncompared
 from ddpm_lmk.data.loading.backend import choose_backend
 from ddpm_lmk.data.loading.corpus import (
     Corpus,
-    fingerprints_of,
     images_left_out,
+    packs_of,
     pool_compared,
     spec_of,
     training_corpora,
@@ -366,14 +366,7 @@ def _facts(
 
 def _begin(cfg: RunConfig, run: RunDir, corpora: Sequence[Corpus], facts: dict[str, Any], *, step: int) -> None:
     """Write what this run is, what it leaves out, and drop lines after `step`, which it will write again; on rank 0."""
-    # Datasets by the keys that name their places, to know them again elsewhere.
-    packs = {
-        "data.path": [corpus.manifest.fingerprint for corpus in corpora],
-        "data.protect": fingerprints_of(cfg, cfg.data.protect),
-    }
-    if cfg.data.propagate is not None:
-        packs["data.propagate.path"] = fingerprints_of(cfg, cfg.data.unlabelled_path)
-    run.begin(cfg, facts | {"packs": packs})
+    run.begin(cfg, facts | {"packs": packs_of(cfg, corpora)})
     run.log.rewind_metrics(step)
     if cfg.task.stage != "pretrain":
         return

@@ -79,6 +79,18 @@ def test_the_same_packs_elsewhere_are_the_same_run_and_others_are_not(
         execute(pretraining(data=gone, train={"duration": 6}), tmp_path / "run", parallel=parallel)
 
 
+def test_a_protected_set_that_was_made_anew_in_its_place_is_refused(
+    tmp_path: Path, packed_phantoms: Path, others: Path, pretraining: Maker, parallel: Parallel
+) -> None:
+    data = {"path": str(packed_phantoms), "protect": copied(others, tmp_path)}
+    execute(pretraining(data=data), tmp_path / "run", parallel=parallel)
+    shutil.rmtree(data["protect"])
+    settings = PackSettings(kind="phantom", size=32, counts={"train": 2, "test": 2}, seed=9)
+    pack("skull", Path(data["protect"]), settings, workers=1)
+    with pytest.raises(DataError, match=r"dataset of data\.protect changed since .*run was started: was \w+, now \w+;"):
+        execute(pretraining(data=data, train={"duration": 5}), tmp_path / "run", parallel=parallel)
+
+
 def test_a_run_begun_before_packs_were_noted_one_by_one_goes_on_too(
     tmp_path: Path, packed_phantoms: Path, pretraining: Maker, parallel: Parallel
 ) -> None:

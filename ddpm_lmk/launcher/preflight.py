@@ -17,6 +17,7 @@ from ddpm_lmk.data.loading.corpus import (
     enlarged,
     evaluation_corpora,
     fingerprint,
+    packs_of,
     spec_of,
     training_corpora,
     unlabelled_corpora,
@@ -112,16 +113,17 @@ def check_folder(cfg: RunConfig, out: Path, corpora: Sequence[Corpus], *, fork: 
     """
     lock.check_writable(out)
     lock.check_contents(out, cfg, is_fork=fork is not None)
-    check_same_data(out, corpora)
+    check_same_data(cfg, out, corpora)
     if fork is not None and not has_begun(out) and not has_begun(fork):
         raise CheckpointError(
             f"no checkpoint in {fork / 'checkpoints'} to go on from (there is none); give the run with --out"
         )
 
 
-def check_same_data(out: Path, corpora: Sequence[Corpus]) -> None:
+def check_same_data(cfg: RunConfig, out: Path, corpora: Sequence[Corpus]) -> None:
     """Raise `DataError` where the run in `out` was started on other data."""
-    lock.check_same_data(out, fingerprint(corpora))
+    if (out / "run.json").exists():  # else nothing to compare with: a sweep has many cells, a pool may be far away
+        lock.check_same_data(out, fingerprint(corpora), packs_of(cfg, corpora))
 
 
 def check_start(

@@ -90,7 +90,7 @@ class RunDir:
         """
         before, stored = self.facts(), lock.stored_config(self.path)
         # Before anything is written: a refused run leaves the directory as it was.
-        lock.check_same_data(self.path, facts["fingerprint"])
+        lock.check_same_data(self.path, facts["fingerprint"], facts.get("packs", {}))
         self._config_hash = load.config_hash(cfg)
         files.write_text(self.path / "config.yaml", load.dump_run(cfg))
         # What a run is stays what it was when it began, but for the devices it has come to, and what they allow.

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -204,13 +204,38 @@ def _is_of(path: Path, done: dict[str, Any], cfg: RunConfig) -> bool:
         return False
 
 
-def check_same_data(path: Path, fingerprint: str) -> None:
-    """Raise `DataError` where the run in `path` was started on other data."""
+def check_same_data(path: Path, fingerprint: str, packs: Mapping[str, list[str]]) -> None:
+    """Raise `DataError` where the run in `path` was started on other data.
+
+    Args:
+        fingerprint: of what it learns from.
+        packs: fingerprints by the keys of `PLACES`; only what the run has noted is compared.
+    """
     before = read_json(path / "run.json")
-    if before is not None and before.get("fingerprint") != fingerprint:
-        raise DataError(
-            f"dataset changed since {path} was started: was {before.get('fingerprint')}, now {fingerprint}; restore "
-            "it, or use another --out directory (a single run goes on there with --fork NEWDIR)"
+    if before is None:
+        return
+    noted = before.get("packs", {})
+    rows = [("dataset", before.get("fingerprint"), fingerprint)]
+    rows += [(f"dataset of {key}", ", ".join(noted[key]), ", ".join(packs[key])) for key in packs if key in noted]
+    for name, was, now_at in rows:
+        if was != now_at:
+            raise DataError(
+                f"{name} changed since {path} was started: was {was}, now {now_at}; restore it, or use another --out "
+                "directory (a single run goes on there with --fork NEWDIR)"
+            )
+
+
+def check_same_weights(path: Path, cfg: RunConfig) -> None:
+    """Raise `RunConflictError` where `init.weights` are not those that the run in `path` noted when it began.
+
+    Raises:
+        CheckpointError: they are none, or gone.
+    """
+    parent = (read_json(path / "run.json") or {}).get("parent")  # None in a fork, which began with a checkpoint
+    if parent is not None and not _same_weights(parent, cfg):
+        raise RunConflictError(
+            f"{path} began with other weights than {cfg.init.weights} holds now; put those back, or run it again in "
+            "another --out directory"
         )
 
 

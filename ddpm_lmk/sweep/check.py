@@ -67,7 +67,7 @@ class _Checks:
             preflight.check_settings(cfg, placement)
             corpora = self._open(cfg)
             lock.check_contents(folder, cfg)
-            preflight.check_same_data(folder, corpora)
+            preflight.check_same_data(cfg, folder, corpora)
             if stage is not None:
                 require_snapshot(cfg, stage, self._open(stage.cfg))
             key = config_hash(cfg.model_copy(update={"seed": 0, "name": "same"}))  # neither changes what must fit

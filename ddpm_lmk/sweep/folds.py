@@ -15,12 +15,12 @@ from typing import Any
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.data import HoldOutConfig
 from ddpm_lmk.config.load import load_stored
-from ddpm_lmk.data.loading.corpus import HELD_OUT, training_corpora
+from ddpm_lmk.data.loading.corpus import HELD_OUT, fingerprint, training_corpora
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import CheckpointError, ConfigError, LaunchError
 from ddpm_lmk.inference import radius
 from ddpm_lmk.launcher import Placement, launch
-from ddpm_lmk.launcher.preflight import check_run
+from ddpm_lmk.launcher.preflight import check_run, check_same_data, has_begun
 from ddpm_lmk.rundir import lock
 from ddpm_lmk.system import files
 from ddpm_lmk.system.console import Whole, about, print_status
@@ -73,7 +73,8 @@ def plan_calibration(run: Path, count: int | None = None) -> Calibration:
     Raises:
         CheckpointError: there is no finished run.
         ConfigError: it finds no points, holds out images itself, or cannot be parted into so many folds.
-        DataError: its images are not there.
+        DataError: its images are not there, or others than it has learnt from.
+        RunConflictError: it began with other weights.
     """
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is no run directory; wanted a finished fine-tuning run, of a sweep its cells")
@@ -90,7 +91,9 @@ def plan_calibration(run: Path, count: int | None = None) -> Calibration:
             f"{run} holds out a part of its images itself (data.hold_out), and its folds would need another; wanted a "
             "run that trains on all its labelled images"
         )
-    labels = min(len(corpus.rows) for corpus in training_corpora(cfg))
+    corpora = training_corpora(cfg)
+    lock.check_same_data(run, fingerprint(corpora), {})
+    labels = min(len(corpus.rows) for corpus in corpora)
     if labels < 2:
         raise ConfigError(
             f"{run} has learnt from 1 labelled image, so none can be left out to measure errors on; label another one "
@@ -99,7 +102,12 @@ def plan_calibration(run: Path, count: int | None = None) -> Calibration:
     count = count or (labels if labels <= LEAVE_ONE_OUT else LEAVE_ONE_OUT)
     if count > labels:
         raise ConfigError(f"--folds {count}, but {run} has learnt from {labels} labelled images; use 2..{labels}")
-    return Calibration(run, cfg, results, [_fold(cfg, run, index, count) for index in range(count)])
+    planned = Calibration(run, cfg, results, [_fold(cfg, run, index, count) for index in range(count)])
+    if planned.left:  # finished ones need neither the pool nor the starting weights, which may be gone by now
+        check_same_data(cfg, run, corpora)
+    if not all(has_begun(fold.folder) for fold in planned.left):
+        lock.check_same_weights(run, cfg)
+    return planned
 
 
 def _fold(cfg: RunConfig, run: Path, index: int, count: int) -> Fold:

@@ -15,15 +15,17 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import safetensors.torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import diff_runs, load_stored
 from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.pack import pack
-from ddpm_lmk.errors import CheckpointError, ConfigError, DataError
+from ddpm_lmk.errors import CheckpointError, ConfigError, DataError, LmkError, RunConflictError
 from ddpm_lmk.inference import radius
 from ddpm_lmk.launcher import Placement
 from ddpm_lmk.run import execute
+from ddpm_lmk.rundir.checkpoint import load_weights
 from ddpm_lmk.sweep.folds import calibrate, plan_calibration
 from ddpm_lmk.system.files import read_json
 from tests.cli.commands import run_command
@@ -265,6 +267,48 @@ def test_images_that_are_gone_are_said_before_a_fold_begins(tmp_path: Path) -> N
     with pytest.raises(DataError, match="shards"):
         plan_calibration(tmp_path / "run")
     assert not (tmp_path / "run" / "folds").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "said"),
+    [
+        ("labelled", DataError, "dataset changed since .* was started"),
+        ("pool", DataError, r"dataset of data\.propagate\.path changed since .* was started"),
+        ("weights", RunConflictError, r"began with other weights than .*start\.safetensors holds now"),
+    ],
+)
+def test_a_run_whose_data_or_starting_weights_were_replaced_is_refused(
+    finished: Path, tmp_path: Path, what: str, error: type[LmkError], said: str
+) -> None:
+    def packed(name: str, seed: int) -> None:
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        settings = PackSettings(kind="phantom", size=64, counts={"train": 4, "test": 2}, seed=seed)
+        pack("skull", tmp_path / name, settings, workers=1)
+
+    def weights(scale: float) -> None:
+        tensors = {key: scale * value for key, value in load_weights(finished, "auto")[0].items()}
+        safetensors.torch.save_file(tensors, tmp_path / "start.safetensors")
+
+    packed("labelled", 1)
+    packed("pool", 2)
+    weights(1)
+    values = config(tmp_path / "labelled", shots=2).model_dump(mode="json")
+    values["init"]["weights"] = str(tmp_path / "start.safetensors")
+    if what == "pool":
+        values["data"] |= {"fine_size": 64, "propagate": {"path": [str(tmp_path / "pool")], "agree": 0.2}}
+        values["task"]["refine"] = {"crop": 0.5}
+        values["init"]["weights"] = None
+    run = tmp_path / "run"
+    execute(RunConfig.model_validate(values), run, device="cpu")
+    assert len(plan_calibration(run).left) == 2
+
+    weights(2) if what == "weights" else packed(what, 3)
+    with pytest.raises(error, match=said):
+        plan_calibration(run)
+    refused = run_command("calibrate", run, "--cpu", 1)
+    assert refused.code == error.exit_code
+    assert not (run / "folds").exists()
+    assert not (run / "radius.json").exists()
 
 
 def test_one_run_that_has_no_radius_does_not_stop_the_others(

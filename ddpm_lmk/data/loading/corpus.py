@@ -291,6 +291,21 @@ def fingerprints_of(cfg: RunConfig, paths: Sequence[str]) -> list[str]:
     return [Manifest.open(path, CacheSettings.of(cfg)).fingerprint for path in paths]
 
 
+def packs_of(cfg: RunConfig, corpora: Sequence[Corpus]) -> dict[str, list[str]]:
+    """Fingerprints of all datasets of a run by the keys that name their places, to know them again elsewhere.
+
+    Args:
+        corpora: what it learns from, as `training_corpora` gives. Raises as `Manifest.open`.
+    """
+    packs = {
+        "data.path": [corpus.manifest.fingerprint for corpus in corpora],
+        "data.protect": fingerprints_of(cfg, cfg.data.protect),
+    }
+    if cfg.data.propagate is not None:
+        packs["data.propagate.path"] = fingerprints_of(cfg, cfg.data.unlabelled_path)
+    return packs
+
+
 def _open_splits(
     cfg: RunConfig, splits: Sequence[str], *, labelled: bool, left_out: Sequence[np.ndarray] | None = None
 ) -> list[Corpus]:

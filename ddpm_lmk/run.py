@@ -25,6 +25,7 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.leakage import Uncompared
 from ddpm_lmk.data.loading.backend import choose_backend
+from ddpm_lmk.data.loading.bad_samples import BadSample, Quarantine
 from ddpm_lmk.data.loading.corpus import (
     Corpus,
     images_left_out,
@@ -228,15 +229,26 @@ def _pseudo_labelled(
     """The images of the pool with what the teacher of the run found in them, which is asked once.
 
     Raises:
-        DataError: the labels, or the images, are not those that this run was started on; no point is accepted.
+        DataError: the labels, or the images, are not those that this run was started on; no point is accepted; too
+            many images cannot be read.
     """
     propagate = cfg.data.propagate
     if propagate is None:
         return Pool()
     assert isinstance(task, LandmarkTask), "RunConfig wants it"
     if not parallel.on_main((run.path / PSEUDO_LABELS).is_file):
-        found = _predict_unlabelled(cfg, task, unlabelled, run, parallel, session)
-        parallel.on_main(lambda: pseudo_labels.write(run.path, task.spec, found, unlabelled, agree=propagate.agree))
+        found, bad = _predict_unlabelled(cfg, task, unlabelled, run, parallel, session)
+
+        def write() -> None:
+            quarantine = Quarantine(unlabelled, cfg.data.max_bad_fraction)
+            entries = quarantine.merge(bad, step=0)
+            quarantine.check()
+            unreadable = {unlabelled[each.corpus].facts(each.row).id for each in bad}
+            more: dict[str, Any] = {"agree": propagate.agree, "unreadable": unreadable}
+            pseudo_labels.write(run.path, task.spec, found, unlabelled, **more)
+            run.log.quarantine(entries)
+
+        parallel.on_main(write)
 
     def read() -> tuple[list[pseudo_labels.Points], dict[str, Any]]:
         points = pseudo_labels.read(run.path, unlabelled)
@@ -260,8 +272,8 @@ def _predict_unlabelled(
     run: RunDir,
     parallel: Parallel,
     session: Session,
-) -> dict[str, ImagePrediction]:
-    """What the teacher finds in every image without a label, on every rank."""
+) -> tuple[dict[str, ImagePrediction], list[BadSample]]:
+    """What the teacher finds in every image without a label, and those that cannot be read, on every rank."""
     with parallel.together():
         weights, _ = load_weights(run.path / TEACHER, "auto")
         model = session.model(cfg, task, parallel.device)
@@ -272,7 +284,9 @@ def _predict_unlabelled(
         print_status(f"{cfg.name}: finding pseudo-labels in {count:,} images")
         show = progress("pseudo-labels", lines=False)
     with kernels(cfg.train.exactness, parallel.device), show as shown:
-        return predict_split(cfg, task, model, parallel, corpora=unlabelled, cache=session.cache, show=shown)
+        bad: list[BadSample] = []
+        more: dict[str, Any] = {"cache": session.cache, "unreadable": bad, "show": shown}
+        return predict_split(cfg, task, model, parallel, corpora=unlabelled, **more), bad
 
 
 def _fit(cfg: RunConfig, task: Task, corpora: Sequence[Corpus], past: Past, parallel: Parallel) -> Fitted:

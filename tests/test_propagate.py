@@ -17,7 +17,8 @@ import torch
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import config_hash
 from ddpm_lmk.data import open_loader
-from ddpm_lmk.data.loading.corpus import training_corpora, unlabelled_corpora
+from ddpm_lmk.data.loading import bad_samples
+from ddpm_lmk.data.loading.corpus import Corpus, training_corpora, unlabelled_corpora
 from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
@@ -28,13 +29,14 @@ from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.rank_checks import kernels
 from ddpm_lmk.engine.requirements import check_exclusions
 from ddpm_lmk.engine.session import Session
-from ddpm_lmk.errors import ConfigError, DataError, LmkError, RunConflictError
+from ddpm_lmk.errors import ConfigError, DataError, LmkError, RunConflictError, StoppedError
 from ddpm_lmk.inference import pseudo_labels
 from ddpm_lmk.inference.evaluate import evaluate_run, predict_split
 from ddpm_lmk.inference.load import open_run
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.tasks import build_task
+from tests.data.dot_packs import corrupt
 
 SIZE, FINE = 32, 64
 AGREE = 0.2
@@ -346,6 +348,100 @@ def test_the_first_round_tells_how_long_all_of_them_take(
     assert "with the 2 runs that learn from it" in said
     assert "with the run that learns from it" in said
     assert "finding pseudo-labels in 6 images" in said
+
+
+# Images of the pool that cannot be read
+
+
+def damaged(packed: Path, out: Path) -> tuple[Path, int]:
+    """The same set with a changed byte in an image of the pool, and its row."""
+    shutil.copytree(packed, out)
+    row = int(unlabelled_corpora(config(packed))[0].rows[2])
+    corrupt(out, [row])
+    return out, row
+
+
+def before_labels(finished: Path, out: Path) -> Path:
+    """A run whose first teacher is done and has not been asked."""
+    shutil.copytree(finished, out)
+    for stage in STAGES[:2]:
+        rewound(out / stage, to=None)
+    return out
+
+
+def stop(*unused: Any, **more: Any) -> None:
+    raise DataError("stopped here")
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_the_pool_and_listed(
+    finished: Path, packed: Path, parallel: Parallel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, row = damaged(packed, tmp_path / "damaged")
+    cfg, out = config(data), before_labels(finished, tmp_path / "run")
+    manifest = Manifest.open(data)
+    image, digest = f"{manifest.dataset}:{row}", manifest.index[row]["sha256"].tobytes().hex()
+    results = execute(cfg, out, parallel=parallel)
+    assert (results["pool"]["offered"], results["pool"]["unreadable"], results["pool"]["of"]) == (6, 1, 6 * 19)
+    assert read(finished / "results.json")["pool"]["unreadable"] == 0
+    rows, whole = (read_csv(run / "teacher" / "pseudo_labels.csv") for run in (out, finished))
+    assert [each for each in rows if each["image"] != image] == [each for each in whole if each["image"] != image]
+    lost = [each for each in rows if each["image"] == image]
+    assert [each["landmark_index"] for each in lost] == [str(index) for index in range(19)]
+    assert {tuple(each[key] for key in ("x", "y", "spread_px", "distance", "accepted")) for each in lost} == {
+        ("", "", "", "", "0")
+    }
+    for stage in STAGES[:2]:  # a student that drew it would list it at a step
+        [entry] = read_csv_lines(out / stage / "quarantine.jsonl")
+        assert (entry["step"], entry["row"], entry["id"]) == (0, row, digest)
+        assert row not in pseudo_labels.read(out / stage, unlabelled_corpora(cfg))[0]
+    assert digest in caplog.text
+    ended = bits(out)
+    rewound(out, to=2)
+    assert execute(cfg, out, parallel=parallel)["pool"] == results["pool"]
+    assert bits(out) == ended
+    assert len(read_csv_lines(out / "quarantine.jsonl")) == 1
+
+
+def test_too_many_of_them_end_the_run_until_they_are_restored(
+    finished: Path, packed: Path, parallel: Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, row = damaged(packed, tmp_path / "damaged")
+    out = before_labels(finished, tmp_path / "run")
+    monkeypatch.setattr("ddpm_lmk.run.fit", stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(bad_samples, "BUDGET_FLOOR", 0)
+        with pytest.raises(DataError, match="1 of 6 samples cannot be read") as caught:
+            execute(config(data), out, parallel=parallel)
+    assert caught.value.exit_code == 3
+    labels = "teacher/pseudo_labels.csv"
+    assert not (out / labels).exists()
+    corrupt(data, [row])  # the byte is flipped back
+    with pytest.raises(DataError, match="stopped here"):
+        execute(config(data), out, parallel=parallel)
+    assert (out / labels).read_bytes() == (finished / labels).read_bytes()
+
+
+def test_a_file_system_that_fails_makes_no_image_unreadable(
+    finished: Path, packed: Path, parallel: Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, row = before_labels(finished, tmp_path / "run"), int(unlabelled_corpora(config(packed))[0].rows[2])
+    monkeypatch.setattr("ddpm_lmk.run.fit", stop)
+    decode = Corpus.decode
+
+    def stall(self: Corpus, asked: int) -> tuple[np.ndarray, ...]:
+        if asked == row:
+            raise StoppedError("the file system does not answer")
+        return decode(self, asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "decode", stall)
+        with pytest.raises(StoppedError, match="does not answer"):
+            execute(config(packed), out, parallel=parallel)
+    labels = "teacher/pseudo_labels.csv"
+    assert not (out / labels).exists()
+    with pytest.raises(DataError, match="stopped here"):
+        execute(config(packed), out, parallel=parallel)
+    assert (out / labels).read_bytes() == (finished / labels).read_bytes()
 
 
 # Which images, and which of them are trained on

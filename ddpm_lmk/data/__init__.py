@@ -40,6 +40,7 @@ def open_loader(
     cache: dict[Any, Any] | None = ...,
     backend: Name | None = ...,
     corpora: Sequence[Corpus] | None = ...,
+    skips_bad: bool = ...,
 ) -> EvalLoader: ...
 
 
@@ -55,6 +56,7 @@ def open_loader(
     backend: Name | None = None,
     corpora: Sequence[Corpus] | None = None,
     pseudo_labelled: Sequence[Corpus] = (),
+    skips_bad: bool = False,
 ) -> TrainLoader | EvalLoader:
     """Open the data of a run for one process.
 
@@ -69,6 +71,7 @@ def open_loader(
         backend: what `backend.choose_backend` said, so that all loaders and ranks of a run have the same; None: ask it.
         corpora: what is trained on, or evaluated in place of a split, where it is open already.
         pseudo_labelled: what is trained on beside it (`data.propagate`).
+        skips_bad: evaluate without the samples that cannot be read (`EvalLoader`).
 
     Raises:
         ConfigError: the run cannot be honoured (world size, shots, overlapping splits).
@@ -86,4 +89,4 @@ def open_loader(
     seat = Seat(rank, world, torch.device(device), chosen)
     if stage == "train":
         return open_training(cfg, seat, cache, corpora=corpora, pseudo_labelled=pseudo_labelled)
-    return open_evaluation(cfg, seat, cache, split=split, corpora=corpora)
+    return open_evaluation(cfg, seat, cache, split=split, corpora=corpora, skips_bad=skips_bad)

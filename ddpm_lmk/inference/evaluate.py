@@ -22,6 +22,7 @@ from torch import nn
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
+from ddpm_lmk.data.loading.bad_samples import BadSample
 from ddpm_lmk.data.loading.corpus import Corpus, enlarged, evaluation_corpora, training_corpora, unlabelled_corpora
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.engine.parallel import Parallel
@@ -165,17 +166,22 @@ def predict_split(
     split: str | None = None,
     corpora: Sequence[Corpus] | None = None,
     cache: dict[str, Any] | None = None,
+    unreadable: list[BadSample] | None = None,
     show: Callable[[int, int], None] | None = None,
 ) -> dict[str, ImagePrediction]:
     """What `model` predicts in every labelled image of `split`, or every image of `corpora`, by image id.
 
     Gathered from all ranks.
 
+    Args:
+        unreadable: takes the images that cannot be read, which are then left out.
+
     Raises:
-        DataError: an image was predicted twice.
+        DataError: an image was predicted twice, or cannot be read and there is no `unreadable`.
     """
     place: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": str(parallel.device)}
-    loader = open_loader(cfg, stage="evaluate", split=split, corpora=corpora, cache=cache, **place)
+    place |= {"cache": cache, "skips_bad": unreadable is not None}
+    loader = open_loader(cfg, stage="evaluate", split=split, corpora=corpora, **place)
     was_training = model.training
     model.eval()
     rows: list[tuple[str, ImagePrediction]] = []
@@ -193,6 +199,8 @@ def predict_split(
     finally:
         model.train(was_training)
         loader.close()
+    if unreadable is not None:
+        unreadable += sorted({bad for part in parallel.gather(loader.bad) for bad in part})
     gathered = [row for part in parallel.gather(rows) for row in part]
     names = [name for name, _ in gathered]
     scoring.check_ids(names, names)

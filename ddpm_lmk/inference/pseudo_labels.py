@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,22 @@ def write(
     corpora: Sequence[Corpus],
     *,
     agree: float,
+    unreadable: Collection[str] = (),
 ) -> None:
-    """Write the predictions in the images of `corpora`, whole or not at all; `agree` as in `data.propagate`."""
+    """Write the predictions in the images of `corpora`, whole or not at all.
+
+    Args:
+        agree: as in `data.propagate`.
+        unreadable: ids of the images without a prediction, whose numbers are left empty.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for corpus in corpora:
         for fact in (corpus.facts(row) for row in corpus.rows.tolist()):
+            if fact.id in unreadable:
+                writer.writerows([fact.id, index, name, *[""] * 4, 0] for index, name in enumerate(spec.landmark_names))
+                continue
             found = predictions[fact.id]
             distance = disagreement(found, fact.to_network) / corpus.image_size
             accepted = distance <= agree
@@ -105,6 +114,8 @@ def facts(
 ) -> dict[str, Any]:
     """What run.json and results.json say of the pool: how many images, how many points, and what they have cost.
 
+    Images `offered` are all of the pool, those that could not be read (`unreadable`) included.
+
     Args:
         points: as `read` returned them.
         taught_by: results of the teacher; None where they are known already (`as_begun`).
@@ -112,15 +123,18 @@ def facts(
     """
     images = [each for of_corpus in points for each in of_corpus.values()]
     offered = sum(len(corpus.rows) for corpus in corpora)
+    text = files.read_no_follow(folder / PSEUDO_LABELS)
+    lines = csv.DictReader(io.StringIO(text.decode()))
     return {
         "datasets": [corpus.manifest.dataset for corpus in corpora],
         "fingerprints": [corpus.manifest.fingerprint for corpus in corpora],
         "left_out": left_out,
         "offered": offered,
+        "unreadable": len({line["image"] for line in lines if not line["x"]}),
         "images": len(images),
         "points": int(sum(np.isfinite(each).all(-1).sum() for each in images)),
         "of": offered * len(images[0]),
-        "sha256": hashlib.sha256(files.read_no_follow(folder / PSEUDO_LABELS)).hexdigest(),
+        "sha256": hashlib.sha256(text).hexdigest(),
         "teachers": None if taught_by is None else _cost(taught_by),
     }
 
@@ -136,7 +150,7 @@ def as_begun(facts: dict[str, Any], before: dict[str, Any] | None, folder: Path)
     """The facts that a run began with, `before`, where it is resumed; DataError where its labels have changed since."""
     if before is None:
         return facts
-    if changed := [key for key in facts if key != "teachers" and facts[key] != before.get(key)]:
+    if changed := [key for key in before if key != "teachers" and facts.get(key) != before[key]]:
         raise DataError(
             f"the pseudo-labels of {folder} have changed since it was started ({', '.join(changed)}); restore "
             f"{PSEUDO_LABELS} and the datasets it was made from, or use another --out directory"
@@ -146,7 +160,8 @@ def as_begun(facts: dict[str, Any], before: dict[str, Any] | None, folder: Path)
 
 def described(facts: Mapping[str, Any]) -> str:
     """The facts in words."""
+    unreadable = f", {count:,} of which cannot be read" if (count := facts.get("unreadable")) else ""
     return (
         f"pseudo-labels for {facts['points']:,} of {facts['of']:,} points, in {facts['images']:,} of "
-        f"{facts['offered']:,} images"
+        f"{facts['offered']:,} images{unreadable}"
     )

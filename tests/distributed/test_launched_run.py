@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.loading.corpus import unlabelled_corpora
 from ddpm_lmk.data.shards.manifest import Manifest
 from tests.cli.commands import run_command
 from tests.data.dot_packs import corrupt
@@ -45,18 +47,24 @@ def folder(packed_phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.parametrize(
     ("data", "files"),
-    [({}, []), ({"propagate": {"rounds": 1, "agree": 0.2}}, ["pseudo_labels.csv"])],
+    [({}, []), ({"propagate": {"rounds": 1, "agree": 0.2}}, ["pseudo_labels.csv", "quarantine.jsonl"])],
     ids=["alone", "and teach"],
 )
 def test_two_processes_look_twice_with_the_bits_of_one(
     packed_phantoms: Path, tmp_path: Path, data: dict[str, Any], files: list[str]
 ) -> None:
-    """Crops of both parts, drawn by position, in micro-batches that other ranks compute."""
+    """Crops of both parts, drawn by position, in micro-batches that other ranks compute; one image cannot be read."""
+    skulls = tmp_path / "skulls"
+    shutil.copytree(packed_phantoms, skulls)
+    if files:
+        labelled = {"path": str(skulls), **RUN["data"], "fine_size": 64} | data
+        cfg = RunConfig.model_validate(RUN | {"data": labelled, "task": RUN["task"] | {"refine": {"crop": 0.5}}})
+        corrupt(skulls, unlabelled_corpora(cfg)[0].rows[1:2].tolist())
     refine = {"refine": {"crop": 0.5}}
     run = RUN | {"data": RUN["data"] | {"fine_size": 64} | data, "task": RUN["task"] | refine}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     for number, name in ((1, "one"), (2, "two")):
-        words = ("--cpu", number, "--out", tmp_path / name, f"data.path={packed_phantoms}")
+        words = ("--cpu", number, "--out", tmp_path / name, f"data.path={skulls}")
         result = run_command("finetune", tmp_path / "run.yaml", *words)
         assert result.code == 0, result.err
     names = [*(f"snapshots/step-00000004/{use}.safetensors" for use in ("model", "ema")), "predictions.csv"]

@@ -62,6 +62,24 @@ def test_a_point_is_accepted_where_both_looks_agree_in_pixels_of_the_network(
     assert (facts["offered"], facts["images"], facts["points"], facts["of"], facts["left_out"]) == (4, 2, 4, 12, 2)
 
 
+def test_an_image_that_could_not_be_read_has_no_numbers_and_is_counted(corpora: list[Corpus], tmp_path: Path) -> None:
+    rows = corpora[0].rows.tolist()
+    names = [corpora[0].facts(row).id for row in rows]
+    predictions = {name: found([(1, 0)] * 3) for name in names[1:]}
+    pseudo_labels.write(tmp_path, DOTS, predictions, corpora, agree=0.02, unreadable={names[0]})
+    lines = (tmp_path / "pseudo_labels.csv").read_text().splitlines()
+    assert lines[1:4] == [f"{names[0]},{index},{name},,,,,0" for index, name in enumerate(DOTS.landmark_names)]
+    [points] = pseudo_labels.read(tmp_path, corpora)
+    assert sorted(points) == rows[1:]
+    facts = pseudo_labels.facts(tmp_path, corpora, [points], None, left_out=0)
+    assert (facts["offered"], facts["unreadable"], facts["images"], facts["points"], facts["of"]) == (4, 1, 3, 9, 12)
+    assert pseudo_labels.described(facts).endswith("in 3 of 4 images, 1 of which cannot be read")
+    before = {key: value for key, value in facts.items() if key != "unreadable"}  # of a run begun without the count
+    assert pseudo_labels.as_begun(facts, before, tmp_path) == before
+    with pytest.raises(KeyError, match=names[1]):
+        pseudo_labels.write(tmp_path, DOTS, {}, corpora, agree=0.02, unreadable={names[0]})
+
+
 def test_labels_of_other_images_are_refused(corpora: list[Corpus], tmp_path: Path) -> None:
     predictions = {corpora[0].facts(row).id: found([(1, 0)] * 3) for row in corpora[0].rows.tolist()}
     pseudo_labels.write(tmp_path, DOTS, predictions, corpora, agree=0.02)

@@ -77,8 +77,8 @@ class Quarantine:
     """The bad samples all ranks know of.
 
     Attributes:
-        entries: one dict each, in the order they were listed: step, pack (place in data.path), dataset, row, id (digest
-            of the image as it was packed), reason.
+        entries: one dict each, in the order they were listed: step, pack (place among the corpora), dataset, row, id
+            (digest of the image as it was packed), reason.
     """
 
     def __init__(self, corpora: Sequence[Corpus], max_bad_fraction: float) -> None:
@@ -88,10 +88,14 @@ class Quarantine:
         self._seen: set[tuple[int, int]] = set()
 
     def recall(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Take up the list of the run that is resumed here."""
+        """Take up the list of the run that is resumed here.
+
+        Those of step 0 are left: in the pool of pseudo-labels, no longer drawn, counted where the teacher was asked.
+        """
         for entry in entries:
-            self._seen.add((entry["pack"], entry["row"]))
-            self.entries.append(entry)
+            if entry["step"] > 0:
+                self._seen.add((entry["pack"], entry["row"]))
+                self.entries.append(entry)
 
     def news(self, met: Iterable[BadSample]) -> list[BadSample]:
         """Those that are not listed yet."""
@@ -109,7 +113,7 @@ class Quarantine:
             digest = manifest.index[bad.row]["sha256"].tobytes().hex()
             place = {"pack": bad.corpus, "dataset": manifest.dataset, "row": bad.row, "id": digest}
             fresh.append({"step": step, **place, "reason": bad.reason})
-            log.warning("sample left out: %s", bad.reason)
+            log.warning("sample left out: %s (id %s)", bad.reason, digest)
         self.entries += fresh
         return fresh
 

@@ -315,14 +315,15 @@ def open_evaluation(
     *,
     split: str | None,
     corpora: Sequence[Corpus] | None = None,
+    skips_bad: bool = False,
 ) -> EvalLoader:
     """See `ddpm_lmk.data.open_loader`."""
     if corpora is not None:
-        return EvalLoader(cfg, corpora, seat, cache)
+        return EvalLoader(cfg, corpora, seat, cache, skips_bad=skips_bad)
     split = split or cfg.evaluate.split
     if split is None:
         raise ConfigError("evaluate.split is null, so there is nothing to evaluate; name a split")
-    return EvalLoader(cfg, evaluation_corpora(cfg, split), seat, cache)
+    return EvalLoader(cfg, evaluation_corpora(cfg, split), seat, cache, skips_bad=skips_bad)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

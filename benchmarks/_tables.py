@@ -265,6 +265,14 @@ def radius_films_table(source: Path) -> str:
     return markdown(heads, [[row[key] for key in keys] for row in json.loads(source.read_text())])
 
 
+def one_shot_table(source: Path) -> str:
+    """One labelled film that was chosen, and the others without labels."""
+    heads = ["film", "chosen as", "MRE, mm", "SDR 2 mm, %"]
+    rows = json.loads(source.read_text())
+    body = [[row["film"], row["chosen"], f"{row['mre_mm']:.2f}", f"{row['sdr_2mm_pct']:.1f}"] for row in rows]
+    return markdown(heads, body)
+
+
 TWO_LOOKS = {  # rows of configs/sweep/table2.yaml, in the order of the table
     "scratch": "random weights",
     "ours": "DDPM pre-training",

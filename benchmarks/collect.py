@@ -58,6 +58,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (METHOD, "radius-films", RESULTS / "table2_two_looks" / "radius.json", tables.radius_films_table),
     (HOUSE, "house", RESULTS / "house_after.json", tables.house_table),
     (RECIPE, "parts", RESULTS / "table2_two_looks" / "cells.json", tables.parts_table),
+    (RECIPE, "one-shot", RESULTS / "table2_two_looks" / "one_shot.json", tables.one_shot_table),
     (RECIPE, "second-look", RESULTS / "isbi_recipe" / "second_look.json", tables.second_look_table),
     (RECIPE, "trials", RESULTS / "isbi_recipe" / "trials.jsonl", trials_table),
 )

@@ -11,7 +11,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,12 +25,11 @@ from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.leakage import Uncompared
 from ddpm_lmk.data.loading.backend import choose_backend
-from ddpm_lmk.data.loading.bad_samples import BadSample, Quarantine
 from ddpm_lmk.data.loading.corpus import (
     Corpus,
+    fingerprint,
     images_left_out,
     packs_of,
-    pool_compared,
     spec_of,
     training_corpora,
     unlabelled_corpora,
@@ -39,19 +38,17 @@ from ddpm_lmk.engine.device_fit import Fitted, emulation_warning, fit_to_device
 from ddpm_lmk.engine.forecast import LONG_S, Forecast, Work, steps_done, time_steps
 from ddpm_lmk.engine.loop import Loaders, Pace, fit
 from ddpm_lmk.engine.parallel import AllRanks, Parallel
-from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, checksum, class_kept, kernels
+from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, checksum, class_kept
 from ddpm_lmk.engine.session import Session
 from ddpm_lmk.engine.starting_weights import starting_state
 from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.inference import calibration, pseudo_labels
-from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split, predict_split
-from ddpm_lmk.inference.predictions import ImagePrediction
+from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split
+from ddpm_lmk.inference.propagate import Pool, pseudo_labelled
 from ddpm_lmk.inference.sample import draw_samples, to_png
 from ddpm_lmk.inference.scoring import check_temperatures
-from ddpm_lmk.models.weights import load_all
-from ddpm_lmk.rundir.checkpoint import load_weights
 from ddpm_lmk.rundir.directory import RunDir, copy_checkpoint
-from ddpm_lmk.rundir.lock import PSEUDO_LABELS, TEACHER
+from ddpm_lmk.rundir.lock import PSEUDO_LABELS, TEACHER, check_same_data
 from ddpm_lmk.system.console import Whole, about, print_status, progress
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.system.machine import code_digest, granted_cores, versions
@@ -79,19 +76,6 @@ class Past:
     facts: dict[str, Any]
     forked: dict[str, Any] | None = None
     steps_done: int = 0
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Images without labels that a run learns from.
-
-    Attributes:
-        corpora: those with pseudo-labels.
-        facts: what run.json and results.json say of them.
-    """
-
-    corpora: Sequence[Corpus] = ()
-    facts: Mapping[str, Any] | None = None
 
 
 def execute(
@@ -142,10 +126,11 @@ def execute(
             whole = whole or Whole(cfg.name, time.monotonic(), then_s=0.0)
         common: dict[str, Any] = {"device": device, "parallel": parallel, "session": session, "is_strict": is_strict}
         telling: dict[str, Any] = {"is_foretold": is_foretold, "instead": instead, "whole": whole}
-        taught_by = _run_teacher(cfg, run, past, unlabelled, then, **common, **telling)
+        taught_by = _run_teacher(cfg, run, past, corpora, unlabelled, then, **common, **telling)
         fitted = _fit(cfg, task, corpora, past, parallel)
         here = fitted.applied(cfg)
-        pool = _pseudo_labelled(here, task, unlabelled, run, past, taught_by, parallel, session)
+        began = past.facts.get("pool")
+        pool = pseudo_labelled(here, task, unlabelled, run, parallel, session, began=began, taught_by=taught_by)
         with _opened(here, corpora, pool, past, parallel, session) as loaders:
             pace = Pace.of(here, loaders.train)
             if is_foretold and not parallel.zero:  # whose state is made once
@@ -193,6 +178,7 @@ def _run_teacher(
     cfg: RunConfig,
     run: RunDir,
     past: Past,
+    corpora: Sequence[Corpus],
     unlabelled: Sequence[Corpus],
     then: Sequence[Work],
     *,
@@ -210,83 +196,13 @@ def _run_teacher(
     if has_labels and "pool" in past.facts:
         return None
     parallel.on_main(lambda: run.claim(cfg))  # from here on the directory holds something
+    # One that has finished would not look at its data again.
+    packs = packs_of(teacher, corpora)
+    parallel.on_main(lambda: check_same_data(run.path / TEACHER, fingerprint(corpora), packs))
     work = Work.of(cfg, done=past.steps_done)
     if not has_labels:
         work = replace(work, scored=work.scored + sum(len(corpus.rows) for corpus in unlabelled))
     return execute(teacher, run.path / TEACHER, parallel=parallel, then=(work, *then), **how)
-
-
-def _pseudo_labelled(
-    cfg: RunConfig,
-    task: Task,
-    unlabelled: Sequence[Corpus],
-    run: RunDir,
-    past: Past,
-    taught_by: Mapping[str, Any] | None,
-    parallel: Parallel,
-    session: Session,
-) -> Pool:
-    """The images of the pool with what the teacher of the run found in them, which is asked once.
-
-    Raises:
-        DataError: the labels, or the images, are not those that this run was started on; no point is accepted; too
-            many images cannot be read.
-    """
-    propagate = cfg.data.propagate
-    if propagate is None:
-        return Pool()
-    assert isinstance(task, LandmarkTask), "RunConfig wants it"
-    if not parallel.on_main((run.path / PSEUDO_LABELS).is_file):
-        found, bad = _predict_unlabelled(cfg, task, unlabelled, run, parallel, session)
-
-        def write() -> None:
-            quarantine = Quarantine(unlabelled, cfg.data.max_bad_fraction)
-            entries = quarantine.merge(bad, step=0)
-            quarantine.check()
-            unreadable = {unlabelled[each.corpus].facts(each.row).id for each in bad}
-            more: dict[str, Any] = {"agree": propagate.agree, "unreadable": unreadable}
-            pseudo_labels.write(run.path, task.spec, found, unlabelled, **more)
-            run.log.quarantine(entries)
-
-        parallel.on_main(write)
-
-    def read() -> tuple[list[pseudo_labels.Points], dict[str, Any]]:
-        points = pseudo_labels.read(run.path, unlabelled)
-        left_out = pool_compared(cfg).record["left_out"]
-        facts = pseudo_labels.facts(run.path, unlabelled, points, taught_by, left_out=left_out)
-        return points, pseudo_labels.as_begun(facts, past.facts.get("pool"), run.path)
-
-    # Read back where they were written just now, too: a resumed run has what the file holds.
-    points, facts = parallel.on_main(read)
-    for corpus, of_corpus in zip(unlabelled, points, strict=True):
-        corpus.use(of_corpus)
-    if parallel.is_main:
-        print_status(f"{cfg.name}: {pseudo_labels.described(facts)}")
-    return Pool([corpus for corpus in unlabelled if len(corpus.rows)], facts)
-
-
-def _predict_unlabelled(
-    cfg: RunConfig,
-    task: LandmarkTask,
-    unlabelled: Sequence[Corpus],
-    run: RunDir,
-    parallel: Parallel,
-    session: Session,
-) -> tuple[dict[str, ImagePrediction], list[BadSample]]:
-    """What the teacher finds in every image without a label, and those that cannot be read, on every rank."""
-    with parallel.together():
-        weights, _ = load_weights(run.path / TEACHER, "auto")
-        model = session.model(cfg, task, parallel.device)
-        load_all(model, weights)
-    show: AbstractContextManager[Show | None] = nullcontext()
-    if parallel.is_main:
-        count = sum(len(corpus.rows) for corpus in unlabelled)
-        print_status(f"{cfg.name}: finding pseudo-labels in {count:,} images")
-        show = progress("pseudo-labels", lines=False)
-    with kernels(cfg.train.exactness, parallel.device), show as shown:
-        bad: list[BadSample] = []
-        more: dict[str, Any] = {"cache": session.cache, "unreadable": bad, "show": shown}
-        return predict_split(cfg, task, model, parallel, corpora=unlabelled, **more), bad
 
 
 def _fit(cfg: RunConfig, task: Task, corpora: Sequence[Corpus], past: Past, parallel: Parallel) -> Fitted:

@@ -274,6 +274,18 @@ def test_once_it_has_begun_a_run_needs_its_teacher_no_more(
     assert not (out / "teacher").exists()
 
 
+def test_a_finished_teacher_of_images_that_were_packed_anew_is_refused(parallel: Parallel, tmp_path: Path) -> None:
+    for seed in (7, 8):
+        shutil.rmtree(tmp_path / "skulls", ignore_errors=True)
+        settings = PackSettings(kind="phantom", size=FINE, counts={"train": 8, "val": 2, "test": 3}, seed=seed)
+        pack("skull", tmp_path / "skulls", settings, workers=1)
+        if seed == 7:
+            execute(config(tmp_path / "skulls", propagate={"rounds": 1}), tmp_path / "run", parallel=parallel)
+            rewound(tmp_path / "run", to=None)  # killed after its teacher had finished
+    with pytest.raises(DataError, match=r"dataset changed since .*/run/teacher was started"):
+        execute(config(tmp_path / "skulls", propagate={"rounds": 1}), tmp_path / "run", parallel=parallel)
+
+
 def test_a_run_in_a_warm_session_has_the_bits_of_one_alone(
     finished: Path, packed: Path, parallel: Parallel, tmp_path: Path
 ) -> None:

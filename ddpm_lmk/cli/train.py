@@ -255,7 +255,8 @@ def _radius_found(facts: dict[str, Any]) -> str:
     told = f"{facts['points']} points of {facts['images']} left-out images tell as much as "
     told += f"{facts['independent_points']:.0f} independent ones"
     if facts["factor"] is None:
-        return f"{facts['folder']}: no radius. {told}, too few for {100 * facts['coverage']:g} %; label more images"
+        wanted = f"{100 * facts['coverage']:g} %"
+        return f"{facts['folder']}: no radius. {told}: too few for {wanted}, or too many could not be read; label more"
     file = facts["folder"] / "radius.json"
     return f"{file}: {facts['factor']:.2f} times the spread holds {100 * facts['coverage']:g} % ({told})"
 

@@ -25,7 +25,7 @@ from ddpm_lmk.rundir.lock import PSEUDO_LABELS
 from ddpm_lmk.system import files
 
 COSTS = ("images", "wall_s", "tflop")  # of training, in results.json
-COLUMNS = ("image", "landmark_index", "landmark_name", "x", "y", "spread_px", "distance", "accepted")
+COLUMNS = ("dataset", "image", "landmark_index", "landmark_name", "x", "y", "spread_px", "distance", "accepted")
 
 Points = dict[int, np.ndarray]  # [N, 2] native px, by row
 
@@ -50,15 +50,16 @@ def write(
     writer.writerow(COLUMNS)
     for corpus in corpora:
         for fact in (corpus.facts(row) for row in corpus.rows.tolist()):
+            image = (_digest(corpus), fact.id)
             if fact.id in unreadable:
-                writer.writerows([fact.id, index, name, *[""] * 4, 0] for index, name in enumerate(spec.landmark_names))
+                writer.writerows([*image, index, name, *[""] * 4, 0] for index, name in enumerate(spec.landmark_names))
                 continue
             found = predictions[fact.id]
             distance = disagreement(found, fact.to_network) / corpus.image_size
             accepted = distance <= agree
             for index, name in enumerate(spec.landmark_names):
                 numbers = [f"{number:.4f}" for number in (*found.points[index], found.spread_px[index])]
-                writer.writerow([fact.id, index, name, *numbers, f"{distance[index]:.6f}", int(accepted[index])])
+                writer.writerow([*image, index, name, *numbers, f"{distance[index]:.6f}", int(accepted[index])])
     files.write_text(folder / PSEUDO_LABELS, text.getvalue())
 
 
@@ -78,13 +79,17 @@ def read(folder: Path, corpora: Sequence[Corpus]) -> list[Points]:
     Raises:
         DataError: they are of other images, or no point is accepted.
     """
-    by_image: dict[str, list[tuple[float, float]]] = {}
+    by_image: dict[tuple[str, str], list[tuple[float, float]]] = {}
     path = folder / PSEUDO_LABELS
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             point = (float(line["x"]), float(line["y"])) if line["accepted"] == "1" else (np.nan, np.nan)
-            by_image.setdefault(line["image"], []).append(point)
-    images = {corpus.facts(row).id: (c, row) for c, corpus in enumerate(corpora) for row in corpus.rows.tolist()}
+            by_image.setdefault((line["dataset"], line["image"]), []).append(point)
+    images = {
+        (_digest(corpus), corpus.facts(row).id): (c, row)
+        for c, corpus in enumerate(corpora)
+        for row in corpus.rows.tolist()
+    }
     if images.keys() != by_image.keys():
         others = len(images.keys() ^ by_image.keys())
         raise DataError(
@@ -102,6 +107,11 @@ def read(folder: Path, corpora: Sequence[Corpus]) -> list[Points]:
             "them; train longer or with more shots, raise data.propagate.agree, or leave data.propagate out"
         )
     return accepted
+
+
+def _digest(corpus: Corpus) -> str:
+    """Which packed set an image is of: its row alone would be another image where the set is packed again."""
+    return corpus.manifest.fingerprint[:16]
 
 
 def facts(
@@ -130,7 +140,7 @@ def facts(
         "fingerprints": [corpus.manifest.fingerprint for corpus in corpora],
         "left_out": left_out,
         "offered": offered,
-        "unreadable": len({line["image"] for line in lines if not line["x"]}),
+        "unreadable": len({(line["dataset"], line["image"]) for line in lines if not line["x"]}),
         "images": len(images),
         "points": int(sum(np.isfinite(each).all(-1).sum() for each in images)),
         "of": offered * len(images[0]),

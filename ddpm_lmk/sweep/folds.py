@@ -15,6 +15,7 @@ from typing import Any
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.data import HoldOutConfig
 from ddpm_lmk.config.load import load_stored
+from ddpm_lmk.config.run_file import LONGEST_NAME
 from ddpm_lmk.data.loading.corpus import HELD_OUT, fingerprint, training_corpora
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import CheckpointError, ConfigError, LaunchError
@@ -28,7 +29,6 @@ from ddpm_lmk.system.files import read_json
 from ddpm_lmk.system.signals import check_stopped
 
 LEAVE_ONE_OUT = 5  # up to so many labelled images each is left out by itself; more are parted in as many folds
-LONGEST_NAME = 80
 
 
 @dataclass(frozen=True)

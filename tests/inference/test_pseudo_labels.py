@@ -68,7 +68,8 @@ def test_an_image_that_could_not_be_read_has_no_numbers_and_is_counted(corpora: 
     predictions = {name: found([(1, 0)] * 3) for name in names[1:]}
     pseudo_labels.write(tmp_path, DOTS, predictions, corpora, agree=0.02, unreadable={names[0]})
     lines = (tmp_path / "pseudo_labels.csv").read_text().splitlines()
-    assert lines[1:4] == [f"{names[0]},{index},{name},,,,,0" for index, name in enumerate(DOTS.landmark_names)]
+    image = f"{corpora[0].manifest.fingerprint[:16]},{names[0]}"
+    assert lines[1:4] == [f"{image},{index},{name},,,,,0" for index, name in enumerate(DOTS.landmark_names)]
     [points] = pseudo_labels.read(tmp_path, corpora)
     assert sorted(points) == rows[1:]
     facts = pseudo_labels.facts(tmp_path, corpora, [points], None, left_out=0)
@@ -83,8 +84,13 @@ def test_an_image_that_could_not_be_read_has_no_numbers_and_is_counted(corpora: 
 def test_labels_of_other_images_are_refused(corpora: list[Corpus], tmp_path: Path) -> None:
     predictions = {corpora[0].facts(row).id: found([(1, 0)] * 3) for row in corpora[0].rows.tolist()}
     pseudo_labels.write(tmp_path, DOTS, predictions, corpora, agree=0.02)
+    path, text = tmp_path / "pseudo_labels.csv", (tmp_path / "pseudo_labels.csv").read_text()
+    path.write_text(text.replace(corpora[0].manifest.fingerprint[:16], 16 * "0"))  # rows of the same numbers
+    with pytest.raises(DataError, match=r"is of other images than data.propagate finds now \(8 differ\)"):
+        pseudo_labels.read(tmp_path, corpora)
+    path.write_text(text)
     corpora[0].keep(corpora[0].rows[:-1])
-    with pytest.raises(DataError, match=r"is of other images than data.propagate finds now"):
+    with pytest.raises(DataError, match=r"is of other images than data.propagate finds now \(1 differ\)"):
         pseudo_labels.read(tmp_path, corpora)
 
 

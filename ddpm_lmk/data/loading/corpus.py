@@ -228,6 +228,8 @@ def evaluation_corpora(cfg: RunConfig, split: str, *, labelled: bool | None = No
 
     Split `held_out` is the part of the shots that `data.hold_out` keeps from training.
     """
+    if cfg.task.stage == "pretrain":  # whose losses are of whole images: no finer pixels are read
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"fine_size": None})})
     if split == HELD_OUT and cfg.data.hold_out is not None:
         corpora = _open_splits(cfg, cfg.data.splits, labelled=True)
         for corpus in corpora:
@@ -315,7 +317,7 @@ def _open_splits(
         _check_settings(manifest, data.require_dataset)
     if len({manifest.fingerprint for manifest in manifests}) < len(manifests):
         raise ConfigError("data.path names the same packed set twice; use data.weights to draw more from one")
-    _check_splits(manifests, splits, "data.splits or evaluate.split")
+    _check_splits(manifests, splits, "data.splits, evaluate.split or --split")
     without: Sequence[np.ndarray | None] = [None] * len(manifests) if left_out is None else left_out
     return [
         _open_one(manifest, splits, data, labelled=labelled, without=rows)

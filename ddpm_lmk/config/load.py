@@ -246,6 +246,8 @@ def _describe(model: type[BaseModel], detail: ErrorDetails, data: dict[str, Any]
         given = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
         return f"{place}: {key}.kind={_short(given)}; wanted {wanted}"
     given = detail["input"]
+    if detail["type"] == "value_error" and isinstance(given, dict):  # a section's own check, which names what it found
+        return f"{place}: {key}: {message}"
     is_word = detail["type"] in ("string_type", "tuple_type") and (given is None or isinstance(given, bool))
     remedy = f"; if text is meant, quote it: {key}=\"'{json.dumps(given)}'\"" if is_word else ""
     return f"{place}: {key}={_short(given)}: {message[:1].lower()}{message[1:]}{remedy}"

@@ -44,14 +44,7 @@ def verdict(study: Study) -> str:
 def warnings(study: Study) -> list[str]:
     """What has to be said before any number is: leakage, and rows whose runs were not trained alike."""
     # refused or acknowledged was decided before the report was begun
-    seen = refuse_seen([run.results for run in study.runs], acknowledged=True)
-    return [*seen, *unlike_runs(study), *short_pretrainings(study)]
-
-
-def short_pretrainings(study: Study) -> list[str]:
-    """A sentence per start whose pre-training was too short to count on."""
-    said = [(start, short_pretraining(parent.results)) for start in study.starts for parent in study.parents(start)]
-    return [f"“{study.title(start)}”: {text}." for start, text in said if text is not None]
+    return [*refuse_seen([run.results for run in study.runs], acknowledged=True), *unlike_runs(study)]
 
 
 def unlike_runs(study: Study) -> list[str]:
@@ -455,7 +448,9 @@ def runs_table(study: Study) -> FactsTable:
         )
         rows += [_parent_row(parent) for parent in study.parents(start)]
     headings = ("method", "weights from", "runs", "seeds", "steps", "images seen", "median time", "hardware", "network")
-    return FactsTable("The runs", headings, rows)
+    said = [(start, short_pretraining(parent.results)) for start in study.starts for parent in study.parents(start)]
+    short = [f"“{study.title(start)}”: {text}." for start, text in said if text is not None]
+    return FactsTable("The runs", headings, rows, remark=" ".join(short))
 
 
 def _parent_row(parent: RunFolder) -> list[str]:

@@ -12,7 +12,7 @@ from ddpm_lmk.config.load import dump_run, load_run
 from ddpm_lmk.report.collect import ENOUGH_IMAGES, SCRATCH, Study, collect, short_pretraining
 from ddpm_lmk.report.page import write_report
 from ddpm_lmk.report.statistics import difference
-from ddpm_lmk.report.tables import compute_table, recipes_table, runs_table, short_pretrainings, unlike_runs
+from ddpm_lmk.report.tables import compute_table, recipes_table, runs_table, unlike_runs
 from tests.known_runs import put, write_sweep
 
 FEW = ["task.codec.sigma_px=3", "train.duration=100 steps", "optim.lr=1e-3"]
@@ -81,15 +81,15 @@ def test_runs_of_one_row_that_were_not_trained_alike_are_told_before_any_number(
     assert settings in markdown.read_text()
 
 
-def test_a_pre_training_too_short_to_count_on_is_told_before_any_number(study: Study, tmp_path: Path) -> None:
+def test_a_pre_training_too_short_to_count_on_is_told_below_the_runs(study: Study, tmp_path: Path) -> None:
     assert short_pretraining({"kind": "denoise", "train": {"images": ENOUGH_IMAGES}}) is None
     assert short_pretraining({"kind": "dino", "train": {"images": 100}}) is None
-    small, large = short_pretrainings(study)
-    assert small.startswith("“ours”: pre-trained on 100 images, which may be too few")
-    assert large.startswith("“ours”: pre-trained on 50 images")
-    page, _, markdown = write_report([tmp_path / "sweep"], tmp_path / "report.html")
-    assert f'<p class="stamp">{small}</p>' in page.read_text()
-    assert small in markdown.read_text()
+    remark = runs_table(study).remark
+    assert remark.startswith("“ours”: pre-trained on 100 images, which may be too few")
+    assert "“ours”: pre-trained on 50 images" in remark
+    page = write_report([tmp_path / "sweep"], tmp_path / "report.html")[0].read_text()
+    assert "pre-trained on 100 images, which may be too few" in page
+    assert 'class="stamp"' not in page
 
 
 def test_compute_is_pre_training_once_and_fine_tuning_per_run(tmp_path: Path) -> None:

@@ -206,6 +206,25 @@ def test_the_first_look_is_a_prior_of_the_second() -> None:
     assert sure.spread_px[0, 2].item() == pytest.approx(2**0.5 * 2**0.5 * 1.5, rel=0.1)  # the prior's own, per axis
 
 
+def test_a_first_look_that_is_too_sure_of_itself_does_not_overrule_the_second() -> None:
+    class Sure(Rigged):
+        def forward(self, images: Any, condition: Any = None, crops: Any = None, crops_condition: Any = None) -> Any:
+            coarse, fine = super().forward(images, condition, crops, crops_condition)
+            return coarse if coarse is None else 1e4 * coarse, fine  # all of the probability on one pixel
+
+    def right(crops: Tensor) -> Tensor:
+        maps = torch.zeros(len(crops), 3, SIZE, SIZE)
+        maps[:, :, 16, 17] = 60.0  # (17 - 15.5) / 2 network pixels to the right of the coarse point
+        return maps
+
+    task = made(codec={"kind": "spatial", "decode_radius_px": 1.0})
+    found = task.predict(Sure(TRUTH, right), make_batch())
+    assert found.coarse is not None
+    assert found.coarse.spread_px[:, 2].max() < 0.01  # the others lie between pixels
+    off = found.points[:, 2] - found.coarse.points[:, 2]
+    torch.testing.assert_close(off, torch.tensor([0.75, 0.25]).expand(2, 2), atol=0.02, rtol=0)
+
+
 def test_what_cannot_be_read_falls_back_and_a_failed_coarse_point_stays_failed() -> None:
     task = made(codec={"kind": "disc"})
     empty = Rigged(TRUTH, lambda crops: -torch.ones(len(crops), 3, SIZE, SIZE))  # no contour: the codec fails

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_lmk.config import AugmentConfig, DenoiseConfig, ZoomConfig
+from ddpm_lmk.config import AugmentConfig, DenoiseConfig, RunConfig, ZoomConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.loading.augment import resize_matrix
+from ddpm_lmk.data.loading.corpus import evaluation_corpora, training_corpora
 from ddpm_lmk.data.loading.warp import cut
 from ddpm_lmk.tasks.crops import Cutter, inverted, moved, oversampling
 from ddpm_lmk.tasks.denoise import DenoiseTask
@@ -138,3 +141,15 @@ def test_a_zooming_task_noises_the_crops_and_validates_on_whole_images() -> None
     zoomed = cutter.zoomed(ZoomConfig(share=1), batch)
     torch.testing.assert_close(task.loss(Seen(), batch), zoomed.square().mean((1, 2, 3)))
     assert torch.equal(task.evaluate(Seen(), batch)["loss"], plain.evaluate(Seen(), batch)["loss"])
+
+
+def test_finer_pixels_are_read_where_crops_are_cut_and_nowhere_else(packed_phantoms: Path) -> None:
+    def config(**task: Any) -> RunConfig:
+        data = {"path": str(packed_phantoms), "image_size": 16, "fine_size": 32, "shots": task.pop("shots", None)}
+        return RunConfig.model_validate({"data": data, "task": task})
+
+    pretrain, finetune = config(kind="denoise", zoom={}), config(kind="landmarks", refine={}, shots=4)
+    assert [corpus.sizes for corpus in training_corpora(pretrain)] == [(16, 32)]
+    assert [corpus.sizes for corpus in evaluation_corpora(pretrain, "val")] == [(16,)]  # losses of whole images
+    assert [corpus.sizes for corpus in training_corpora(finetune)] == [(16, 32)]
+    assert [corpus.sizes for corpus in evaluation_corpora(finetune, "val")] == [(16, 32)]

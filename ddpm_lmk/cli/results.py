@@ -68,6 +68,10 @@ def predict(
         str | None, typer.Option("--dataset", help="whose landmarks, where the run has learnt several sets")
     ] = None,
     frame: Annotated[int | None, typer.Option(min=0, help="of files with several frames")] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="coco: also write DIR/coco, to correct and pack again; repeatable"),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="exit with code 3 if any file could not be read, not only if all")
     ] = False,
@@ -80,7 +84,16 @@ def predict(
     """
     from ddpm_lmk.inference.predict import predict_images
 
-    summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, frame=frame, device=device)
+    summary = predict_images(
+        run_dir,
+        images,
+        out,
+        mm_per_px=mm_per_px,
+        dataset=dataset,
+        frame=frame,
+        formats=tuple(formats or ()),
+        device=device,
+    )
     # One bad file among thousands must not cost the others; `check` decides on the exit code.
     for name, reason in summary.errors.items():
         print_status(f"failed: {name}: {reason}")

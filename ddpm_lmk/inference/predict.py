@@ -30,8 +30,9 @@ from ddpm_lmk.data.loading.warp import develop
 from ddpm_lmk.data.shards.records import to_stored_matrix
 from ddpm_lmk.data.sources.walk import begins_as_dicom, walk
 from ddpm_lmk.errors import ConfigError, DataError
+from ddpm_lmk.inference.formats import open_writers
 from ddpm_lmk.inference.load import LoadedRun, open_run
-from ddpm_lmk.inference.predictions import ImagePrediction, to_native
+from ddpm_lmk.inference.predictions import ImagePrediction, PredictedFile, to_native
 from ddpm_lmk.rundir.lock import check_writable
 from ddpm_lmk.system import files as atomic
 from ddpm_lmk.system.sandbox import Answer
@@ -88,6 +89,7 @@ def predict_images(
     mm_per_px: float | None = None,
     dataset: str | None = None,
     frame: int | None = None,
+    formats: Sequence[str] = (),
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> PredictSummary:
     """Find the landmarks in image files; writes OUT/predictions.{csv,json} and OUT/overlays/NAME.png.
@@ -98,10 +100,12 @@ def predict_images(
         mm_per_px: spacing of the pixels of these files, where it is known; goes before what DICOM files state.
         dataset: whose landmarks are wanted, of a run that has learnt those of several.
         frame: which frame of files with several, from 0; None: such files fail.
+        formats: what else is written, in OUT/FORMAT (`inference.formats`).
 
     Raises:
-        ConfigError: no files, or the run has learnt something else.
+        ConfigError: no files, an unknown format, or the run has learnt something else.
         DataError: no image in a folder, or how the run prepared its pictures cannot be found out.
+        RunConflictError: OUT/FORMAT is there already.
     """
     if not files:
         raise ConfigError("no image files given; name at least one")
@@ -109,7 +113,9 @@ def predict_images(
         raise ConfigError(f"--mm-per-px={mm_per_px}: wanted a positive number of millimetres")
     out = Path(out)
     check_writable(out)
+    writers = open_writers(formats, out)
     paths, passed_over = list_images(files)  # an empty folder is refused before the weights are read
+    ids = dict(zip(map(str, paths), unique_ids(list(paths.values())), strict=True))
     loaded = open_run(run, kind="landmarks", device=device).for_dataset(dataset)
     learnt = loaded.radius
     summary = PredictSummary(out, passed_over=passed_over)
@@ -123,12 +129,30 @@ def predict_images(
         summary.predicted += 1
         overlay = _overlay_name(images, name)
         radius_px = None if learnt is None else prediction.radius_px(learnt["factor"])
-        images.append(_facts(loaded, picture, prediction, radius_px, mm_per_px) | {"overlay": f"overlays/{overlay}"})
+        # millimetres are only as good as their spacing, so its source stands beside it
+        spacing = picture.spacing if mm_per_px is None else "--mm-per-px"
+        predicted = PredictedFile(
+            path=Path(name),
+            id=ids[name],
+            grey=picture.grey,
+            landmark_names=loaded.spec.landmark_names,
+            prediction=prediction,
+            radius_px=radius_px,
+            coverage=None if learnt is None else learnt["coverage"],
+            mm_per_px=mm_per_px or picture.mm_per_px,
+            spacing=spacing,
+            frame=frame,
+        )
+        for writer in writers:
+            writer.add(predicted)
+        images.append(_facts(predicted) | {"overlay": f"overlays/{overlay}"})
         numbers = [str(index) for index in range(len(prediction.points))]
         side = min(max(*picture.size, SMALLEST_OVERLAY), LARGEST_OVERLAY)
         circles = prediction.spread_px if radius_px is None else np.nan_to_num(radius_px)
         drawn = draw_overlay(picture.grey, prediction.points, circles_px=circles, names=numbers, side=side)
         atomic.write_bytes(out / "overlays" / overlay, encode_png(drawn))
+    for writer in writers:
+        writer.finish()
     facts = {"run": str(loaded.path), "step": loaded.meta["step"], "dataset": loaded.spec.name, "mm_per_px": mm_per_px}
     summary.coverage = None if learnt is None else learnt["coverage"]
     atomic.write_json(out / "predictions.json", {**facts, "radius_coverage": summary.coverage, "images": images})
@@ -136,24 +160,38 @@ def predict_images(
     return summary
 
 
-def list_images(places: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]:
+def list_images(places: Sequence[str | Path]) -> tuple[dict[Path, str], Counter[str]]:
     """The files of `places` in order, folders replaced by the images below them, and what else is there by suffix.
 
-    DICOM files are known by their first bytes, whatever their names. Raises DataError where a folder holds no image.
+    Each with its path below the folder, or its name. DICOM files are known by their first bytes, whatever their names.
+    Raises DataError where a folder holds no image.
     """
-    files: dict[Path, None] = {}
+    files: dict[Path, str] = {}
     others: Counter[str] = Counter()
     for place in map(Path, places):
         if not place.is_dir():
-            files[place] = None
+            files.setdefault(place, place.name)
             continue
         below = [place / name for name in sorted(walk(place, None, Counter()))]
         images = [path for path in below if path.suffix.lower() in IMAGES or begins_as_dicom(path)]
         if not images:
             raise DataError(f"no image below {place}; looked for DICOM and {' '.join(sorted(SUFFIXES))}")
-        files |= dict.fromkeys(images)
+        for path in images:
+            files.setdefault(path, path.relative_to(place).as_posix())
         others.update(path.suffix or "none" for path in set(below) - set(images))
-    return list(files), others
+    return files, others
+
+
+def unique_ids(names: Sequence[str]) -> list[str]:
+    """Ids of files by their names: without the suffix of a picture, but for those that only the suffix tells apart."""
+    plain = [name.removesuffix(suffix) if (suffix := Path(name).suffix).lower() in IMAGES else name for name in names]
+    counts = Counter(plain)
+    ids: dict[str, None] = {}
+    for name, short in zip(names, plain):
+        wanted = short if counts[short] == 1 else name
+        numbered = (f"{wanted}-{number}" for number in range(1, len(names)))
+        ids[next(each for each in (wanted, *numbered) if each not in ids)] = None
+    return list(ids)
 
 
 def _predict_files(
@@ -243,19 +281,11 @@ def _as_tensor(pixels: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(stacked if stacked.dtype == np.uint8 else stacked.view(np.int16))
 
 
-def _facts(
-    loaded: LoadedRun,
-    picture: _Picture,
-    prediction: ImagePrediction,
-    radius_px: np.ndarray | None,
-    mm_per_px: float | None,
-) -> dict[str, Any]:
-    """One image of predictions.json; `mm_per_px` goes before what the file states, `radius_px` is `[N]`."""
-    # millimetres are only as good as their spacing, so its source stands beside it
-    spacing = picture.spacing if mm_per_px is None else "--mm-per-px"
-    mm_per_px = mm_per_px or picture.mm_per_px
+def _facts(predicted: PredictedFile) -> dict[str, Any]:
+    """One image of predictions.json."""
+    prediction, radius_px, mm_per_px = predicted.prediction, predicted.radius_px, predicted.mm_per_px
     points = []
-    for index, name in enumerate(loaded.spec.landmark_names):
+    for index, name in enumerate(predicted.landmark_names):
         x, y = (round(float(value), 3) for value in prediction.points[index])
         spread = round(float(prediction.spread_px[index]), 3)
         radius = None if radius_px is None or np.isnan(radius_px[index]) else round(float(radius_px[index]), 3)
@@ -265,9 +295,9 @@ def _facts(
             millimetres = {"x_mm": x, "y_mm": y, "spread_mm": spread, "radius_mm": radius}
             point |= {key: None if value is None else round(value * mm_per_px, 4) for key, value in millimetres.items()}
         points.append(point)
-    width, height = picture.size
-    facts = {"file": picture.name, "width": width, "height": height, "mm_per_px": mm_per_px, "spacing": spacing}
-    return facts | {"points": points}
+    width, height = predicted.size
+    facts = {"file": str(predicted.path), "width": width, "height": height}
+    return facts | {"mm_per_px": mm_per_px, "spacing": predicted.spacing, "points": points}
 
 
 def _to_csv(images: list[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from ddpm_lmk.data.sources.annotated import read_annotated
 from ddpm_lmk.data.sources.base import RawDataset, RawSample
 from ddpm_lmk.errors import ConfigError, DataError
 from tests.data.dicoms import dataset, to_bytes
+from tests.data.tools import accept
 
 WIDTH, HEIGHT = 64, 48
 GREY = np.add.outer(3 * np.arange(HEIGHT), np.arange(WIDTH)).astype(np.uint8)
@@ -221,18 +222,6 @@ def test_what_is_written_for_a_tool_is_read_again_to_a_hundredth_of_a_pixel(kind
         assert sample.native_size == (WIDTH, HEIGHT)
     spacings = {sample.mm_per_px for sample in found.samples}
     assert spacings == ({None} if kind == "cvat" else {0.1, 1.1, 2.1})  # CVAT has no place for it
-
-
-def accept(folder: Path, kind: str) -> None:
-    """What the tools make of drafts that somebody takes as they are."""
-    for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text())
-        if kind == "label-studio":
-            for task in content:
-                task["annotations"] = [{"id": 1, "completed_by": 1, "result": task["predictions"][0]["result"]}]
-        if kind == "labelme":
-            content["flags"]["checked"] = True
-        write_json(path, content)
 
 
 @pytest.mark.parametrize("kind", ["label-studio", "labelme"])

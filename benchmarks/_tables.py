@@ -274,10 +274,29 @@ def one_shot_table(source: Path) -> str:
 
 
 TWO_LOOKS = {  # rows of configs/sweep/table2.yaml, in the order of the table
-    "scratch": "random weights",
-    "ours": "DDPM pre-training",
-    "scratch-pool": "random weights, and images without labels",
-    "ours-pool": "DDPM pre-training, and images without labels",
+    "ddpm-contour": "DDPM, contour-hugging",
+    "ddpm-disc": "DDPM, discs (the paper's method)",
+    "gu2net": "GU2Net",
+    "encoder": "U-Net, random weights",
+    "mocov3": "U-Net, MoCo v3",
+    "simclrv2": "U-Net, SimCLR v2",
+    "dino": "U-Net, DINO",
+    "scratch": "ours, random weights",
+    "ours": "ours, DDPM pre-training",
+    "scratch-pool": "ours, random weights, and images without labels",
+    "ours-pool": "ours, DDPM pre-training, and images without labels",
+}
+POOLS = {  # rows of configs/sweep/pool_cpu.yaml
+    "scratch": "none (random weights)",
+    "chest-1500": "chests, 1,500",
+    "chest-6000": "chests, 6,000",
+    "chest-24000": "chests, 24,000",
+    "isbi-1500": "cephalograms, 1,500",
+    "isbi-6000": "cephalograms, 6,000",
+    "isbi-24000": "cephalograms, 24,000",
+    "both-6000": "both, 6,000",
+    "both-24000": "both, 24,000",
+    "both-72000": "both, 72,000",
 }
 
 
@@ -293,9 +312,11 @@ def _by_labels(source: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
     return found
 
 
-def two_looks_table(source: Path) -> str:
+def two_looks_table(
+    source: Path, head: str = "start, and what it learns from", names: Mapping[str, str] = TWO_LOOKS
+) -> str:
     """Mean radial error in mm with two looks; mean and deviation over the seeds, the best of a column in bold."""
-    found = _by_labels(source)
+    found = {start: runs for start, runs in _by_labels(source).items() if start in names}
     labels = sorted({count for runs in found.values() for count in runs})
     means = {(s, k): statistics.mean(run["mre_mm"] for run in runs[k]) for s, runs in found.items() for k in runs}
     best = {count: min(mean for (_, k), mean in means.items() if k == count) for count in labels}
@@ -308,9 +329,31 @@ def two_looks_table(source: Path) -> str:
         text = f"{mean:.2f} ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else f"{mean:.2f} (one seed)"
         return f"**{text}**" if mean == best[count] else text
 
-    heads = ["start, and what it learns from", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
-    shown = [start for start in TWO_LOOKS if start in found]
-    return markdown(heads, [[TWO_LOOKS[start], *(cell(start, count) for count in labels)] for start in shown])
+    heads = [head, *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
+    shown = [start for start in names if start in found]
+    return markdown(heads, [[names[start], *(cell(start, count) for count in labels)] for start in shown])
+
+
+def pools_table(source: Path) -> str:
+    """What pre-training on pools of two kinds and several sizes gives, by number of labels."""
+    return two_looks_table(source, "images of pre-training", POOLS)
+
+
+def time_to_accuracy_table(source: Path) -> str:
+    """Processor seconds of both recipes, and what they reach."""
+    found = json.loads(source.read_text())
+    rows = [
+        [
+            row["labels"],
+            "one, pre-trained" if row["looks"] == 1 else "two, random weights",
+            f"{row['mre_mm']:.2f} ({row['seeds']} seed{'s' if row['seeds'] > 1 else ''})",
+            *(f"{row[key]:.0f}" for key in ("pretraining_s", "tuning_s")),
+            f"{row['pretraining_s'] + row['tuning_s']:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    heads = ["labels", "looks", "MRE, mm", "pre-training, s", "fine-tuning, s", "together, s"]
+    return f"{found['hardware']['cpu']}, one core; {found['date'][:10]}\n\n{markdown(heads, rows)}"
 
 
 def parts_table(source: Path) -> str:

@@ -37,7 +37,7 @@ WIDE = ("data.path=shards/isbi192", "data.image_size=192", "task.codec.decode_ra
 def run(*words: str) -> float:
     """Run `ddpm-lmk` with these words; its processor seconds, those of the processes that it started included."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "ddpm_lmk", *words], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "ddpm_lmk.cli", *words], check=True, stdin=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

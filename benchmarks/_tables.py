@@ -286,24 +286,25 @@ TWO_LOOKS = {  # rows of configs/sweep/table2.yaml, in the order of the table
     "scratch-pool": "ours, random weights, and images without labels",
     "ours-pool": "ours, DDPM pre-training, and images without labels",
 }
-POOLS = {  # rows of configs/sweep/pool_cpu.yaml
+POOLS = {  # rows of configs/sweep/pool_cpu.yaml; those that table2 has too under its names
     "scratch": "none (random weights)",
     "chest-1500": "chests, 1,500",
     "chest-6000": "chests, 6,000",
     "chest-24000": "chests, 24,000",
     "isbi-1500": "cephalograms, 1,500",
     "isbi-6000": "cephalograms, 6,000",
-    "isbi-24000": "cephalograms, 24,000",
+    "ours": "cephalograms, 24,000",
     "both-6000": "both, 6,000",
     "both-24000": "both, 24,000",
     "both-72000": "both, 72,000",
 }
+Cells = dict[str, dict[int, list[dict[str, Any]]]]
 
 
-def _by_labels(source: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
+def _by_labels(rows: list[dict[str, Any]]) -> Cells:
     """The runs of each start by number of labels; of one that was trained for two lengths, the longer."""
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for row in json.loads(source.read_text()):
+    found: Cells = {}
+    for row in rows:
         runs = found.setdefault(row["start"], {}).setdefault(row["labels"], [])
         if runs and runs[0]["steps"] < row["steps"]:
             runs.clear()
@@ -312,11 +313,8 @@ def _by_labels(source: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
     return found
 
 
-def two_looks_table(
-    source: Path, head: str = "start, and what it learns from", names: Mapping[str, str] = TWO_LOOKS
-) -> str:
-    """Mean radial error in mm with two looks; mean and deviation over the seeds, the best of a column in bold."""
-    found = {start: runs for start, runs in _by_labels(source).items() if start in names}
+def _starts_table(found: Cells, names: Mapping[str, str], head: str) -> str:
+    """Mean radial error in mm by number of labels; mean and deviation over the seeds, the best of a column in bold."""
     labels = sorted({count for runs in found.values() for count in runs})
     means = {(s, k): statistics.mean(run["mre_mm"] for run in runs[k]) for s, runs in found.items() for k in runs}
     best = {count: min(mean for (_, k), mean in means.items() if k == count) for count in labels}
@@ -334,9 +332,21 @@ def two_looks_table(
     return markdown(heads, [[names[start], *(cell(start, count) for count in labels)] for start in shown])
 
 
+def two_looks_table(source: Path) -> str:
+    """The table of methods with two looks."""
+    return _starts_table(_by_labels(json.loads(source.read_text())), TWO_LOOKS, "start, and what it learns from")
+
+
 def pools_table(source: Path) -> str:
-    """What pre-training on pools of two kinds and several sizes gives, by number of labels."""
-    return two_looks_table(source, "images of pre-training", POOLS)
+    """What pools of pre-training give, by their kind and size; rows of table2 with the same draws of shots."""
+    rows = json.loads(source.read_text())
+    asked = {(row["labels"], row["seed"], row["steps"]) for row in rows}
+    rows += [
+        row
+        for row in json.loads((source.parent / "cells.json").read_text())
+        if row["start"] in POOLS and (row["labels"], row["seed"], row["steps"]) in asked
+    ]
+    return _starts_table(_by_labels(rows), POOLS, "images of pre-training")
 
 
 def time_to_accuracy_table(source: Path) -> str:
@@ -358,11 +368,12 @@ def time_to_accuracy_table(source: Path) -> str:
 
 def parts_table(source: Path) -> str:
     """What each part of the recipe gives on test films with the same labels, and the operations of its training."""
-    found = _by_labels(source)
+    cells = json.loads(source.read_text())
+    found = _by_labels(cells)
     rows = []
     for count, pool in sorted(found["ours-pool"].items()):
         seeds = {run["seed"] for run in pool}
-        alone = [run for run in json.loads(source.read_text()) if run["start"] == "ours" and run["labels"] == count]
+        alone = [run for run in cells if run["start"] == "ours" and run["labels"] == count]
         alone = [run for run in alone if run["seed"] in seeds and run["steps"] == pool[0]["steps"]]
         if not alone:
             continue

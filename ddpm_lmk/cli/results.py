@@ -106,6 +106,9 @@ def predict(
         print_status(f"{summary.passed_over.total()} files that are no images were skipped ({kinds})")
     if summary.coverage is None and summary.predicted:
         print_status(f"no radius_px: `ddpm-lmk calibrate {run_dir}` learns which radius holds a point with 90 %")
+    for name in dict.fromkeys(formats or ()):
+        again = f"; correct them there, then `ddpm-lmk shards pack {summary.out / name} --kind {name}`"
+        print_status(f"drafts: {summary.out / name}{again if name in ANNOTATED else ''}")
     typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")
     summary.check(strict=strict)
 

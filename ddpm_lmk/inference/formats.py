@@ -14,6 +14,7 @@ from ddpm_lmk.data.annotations.coco import to_coco
 from ddpm_lmk.data.annotations.image import AnnotatedImage
 from ddpm_lmk.data.drawing import encode_png
 from ddpm_lmk.errors import ConfigError, RunConflictError
+from ddpm_lmk.inference.dicom_documents import DicomWriter, measurement_report, presentation_state
 from ddpm_lmk.inference.predictions import PredictedFile
 from ddpm_lmk.system import files as atomic
 
@@ -24,7 +25,11 @@ class PredictionWriter(Protocol):
     """Writes predictions in one format, file by file as they are computed."""
 
     def add(self, predicted: PredictedFile) -> None:
-        """Take one file that was predicted; its picture is large and not kept."""
+        """Take one file that was predicted; its picture is large and not kept.
+
+        Raises:
+            RefusedImageError: the format cannot hold this file.
+        """
 
     def finish(self) -> None:
         """Write what can be written only when all files are known; called once, also where there were none."""
@@ -33,6 +38,8 @@ class PredictionWriter(Protocol):
 # A writer is made of its folder, before any weights are read: it raises LaunchError where its extra is missing.
 FORMATS: dict[str, Callable[[Path], PredictionWriter]] = {
     "coco": lambda folder: _LabelWriter(folder, _write_coco),
+    "dicom-sr": lambda folder: DicomWriter(folder, measurement_report),
+    "dicom-gsps": lambda folder: DicomWriter(folder, presentation_state),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ddpm_lmk.data.sources.kinds import ANNOTATED
 from ddpm_lmk.system.console import print_status, print_table
 
 results_app = typer.Typer()
@@ -70,7 +71,10 @@ def predict(
     frame: Annotated[int | None, typer.Option(min=0, help="of files with several frames")] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="coco: also write DIR/coco, to correct and pack again; repeatable"),
+        typer.Option(
+            "--format",
+            help=f"also write DIR/FORMAT: {', '.join(ANNOTATED)}, to correct there and pack again; repeatable",
+        ),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="exit with code 3 if any file could not be read, not only if all")

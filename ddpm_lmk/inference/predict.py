@@ -21,14 +21,13 @@ import torch
 from ddpm_lmk.config import DataConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.drawing import draw_overlay, encode_png, to_uint8
-from ddpm_lmk.data.images.decode import SUFFIXES
 from ddpm_lmk.data.images.image import DecodedImage, ReadOptions, RefusedImageError
 from ddpm_lmk.data.images.resize import as_packed, to_network_size
 from ddpm_lmk.data.images.sandbox import decoders
 from ddpm_lmk.data.loading.augment import compose, invert, no_changes, resize_matrix
 from ddpm_lmk.data.loading.warp import develop
 from ddpm_lmk.data.shards.records import to_stored_matrix
-from ddpm_lmk.data.sources.walk import begins_as_dicom, walk
+from ddpm_lmk.data.sources.walk import images_below, unique_ids
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.inference.formats import open_writers
 from ddpm_lmk.inference.load import LoadedRun, open_run
@@ -42,7 +41,6 @@ COLUMNS = (
     *("file", "landmark_index", "landmark_name", "x", "y", "x_mm", "y_mm", "spread_px", "spread_mm"),
     *("radius_px", "radius_mm", "failed"),
 )
-IMAGES = SUFFIXES | {".dcm", ".dicom"}  # whose files are pictures, or reported as broken ones
 SMALLEST_OVERLAY, LARGEST_OVERLAY = 768, 2048  # longer side, pixels; in between an overlay has the size of its file
 
 
@@ -178,26 +176,11 @@ def list_images(places: Sequence[str | Path]) -> tuple[dict[Path, str], Counter[
         if not place.is_dir():
             files.setdefault(place, place.name)
             continue
-        below = [place / name for name in sorted(walk(place, None, Counter()))]
-        images = [path for path in below if path.suffix.lower() in IMAGES or begins_as_dicom(path)]
-        if not images:
-            raise DataError(f"no image below {place}; looked for DICOM and {' '.join(sorted(SUFFIXES))}")
-        for path in images:
-            files.setdefault(path, path.relative_to(place).as_posix())
-        others.update(path.suffix or "none" for path in set(below) - set(images))
+        below, further = images_below(place)
+        for name in below:
+            files.setdefault(place / name, name)
+        others += further
     return files, others
-
-
-def unique_ids(names: Sequence[str]) -> list[str]:
-    """Ids of files by their names: without the suffix of a picture, but for those that only the suffix tells apart."""
-    plain = [name.removesuffix(suffix) if (suffix := Path(name).suffix).lower() in IMAGES else name for name in names]
-    counts = Counter(plain)
-    ids: dict[str, None] = {}
-    for name, short in zip(names, plain):
-        wanted = short if counts[short] == 1 else name
-        numbered = (f"{wanted}-{number}" for number in range(1, len(names)))
-        ids[next(each for each in (wanted, *numbered) if each not in ids)] = None
-    return list(ids)
 
 
 def _predict_files(

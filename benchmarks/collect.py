@@ -60,6 +60,8 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (METHOD, "radius-films", RESULTS / "table2_two_looks" / "radius.json", tables.radius_films_table),
     (HOUSE, "house", RESULTS / "house_after.json", tables.house_table),
     (RECIPE, "parts", RESULTS / "table2_two_looks" / "cells.json", tables.parts_table),
+    (RECIPE, "pools", RESULTS / "table2_two_looks" / "pools.json", tables.pools_table),
+    (RECIPE, "time-to-accuracy", RESULTS / "table2_two_looks" / "time_to_accuracy.json", tables.time_to_accuracy_table),
     (RECIPE, "one-shot", RESULTS / "table2_two_looks" / "one_shot.json", tables.one_shot_table),
     (RECIPE, "second-look", RESULTS / "isbi_recipe" / "second_look.json", tables.second_look_table),
     (RECIPE, "trials", RESULTS / "isbi_recipe" / "trials.jsonl", trials_table),

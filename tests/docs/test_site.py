@@ -19,7 +19,7 @@ from tests.extras import needs_extra
 
 pytestmark = needs_extra("docs")
 LOADING_TAG = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*>")
-ELSEWHERE = re.compile(r"""(?:["'=]|url\()(?:https?:)?//""")
+ELSEWHERE = re.compile(r"""(?:\b(?:src|href)=|\burl\()["']?(?:https?:)?//|@import""")
 
 
 @pytest.fixture(scope="module")

@@ -695,6 +695,16 @@ def commands_table(source: Path) -> str:
     return f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores\n\n{markdown(heads, rows)}"
 
 
+def how_long(source: Path) -> str:
+    """A sentence: minutes of the README's two commands, installing included, over the Pythons that were tried."""
+    result = json.loads(source.read_text())
+    minutes: dict[str, list[float]] = {}
+    for row in result["rows"]:
+        minutes.setdefault(row["command"], []).append(row["wall_s"] / 60)
+    told = " and ".join(f"`{name}` took {min(each):.0f} to {max(each):.0f} minutes" for name, each in minutes.items())
+    return f"On {result['hardware']['cores']} cores of an {result['hardware']['cpu']} {told}, with installing.\n"
+
+
 def house_table(source: Path) -> str:
     """Size and shape of the package before and after it was rebuilt (`python -m tests.house --json`)."""
     after, before = (json.loads(path.read_text()) for path in (source, source.with_name("house_before.json")))

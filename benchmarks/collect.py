@@ -23,6 +23,7 @@ README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
 RECIPE = HERE.parent / "docs" / "recipe.md"
 HOUSE = HERE.parent / "docs" / "house.md"
+WEBDATASETS = HERE.parent / "docs" / "webdatasets.md"
 METHOD = HERE.parent / "docs" / "method.md"
 
 PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
@@ -56,6 +57,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "peers", newest(RESULTS, "peers", "width32_64px_fp32-cpu"), tables.peers_table),
     (METHOD, "radius", RESULTS / "radius_coverage.json", tables.radius_table),
     (METHOD, "radius-films", RESULTS / "table2_two_looks" / "radius.json", tables.radius_films_table),
+    (WEBDATASETS, "in-place", newest(RESULTS, "in_place"), tables.in_place_table),
     (HOUSE, "house", RESULTS / "house_after.json", tables.house_table),
     (RECIPE, "parts", RESULTS / "table2_two_looks" / "cells.json", tables.parts_table),
     (RECIPE, "one-shot", RESULTS / "table2_two_looks" / "one_shot.json", tables.one_shot_table),

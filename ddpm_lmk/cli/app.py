@@ -142,14 +142,36 @@ def init(
     folder: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="new folder; without one they are listed")
     ] = None,
+    schema: Annotated[
+        Path | None, typer.Option("--schema", metavar="DIR", help="write JSON schemas of such files for editors there")
+    ] = None,
 ) -> None:
     """Copy the shipped run files and launch files to DIR, to be edited; without DIR list them."""
+    if schema is not None:
+        for path in _write_schemas(schema):
+            typer.echo(str(path))
+        typer.echo("first line of a file that an editor is to check: # yaml-language-server: $schema=PATH")
+        return
     if folder is None:
         print_table(("file", "what for"), [(name, shipped.head(name)) for name in shipped.names()])
         typer.echo("any of them can be named from any folder; `ddpm-lmk init DIR` copies them to DIR")
         return
     written = shipped.copy_out(folder)
     typer.echo(f"{len(written)} files; {folder / shipped.GUIDE} says what is where")
+
+
+def _write_schemas(folder: Path) -> list[Path]:
+    """One JSON schema for each kind of settings file; returns what was written."""
+    from ddpm_lmk.config import RunConfig
+    from ddpm_lmk.config.editor_schema import editor_schema
+    from ddpm_lmk.launcher import LaunchFile
+    from ddpm_lmk.sweep import SweepFile
+
+    written = []
+    for name, model in (("run", RunConfig), ("sweep", SweepFile), ("launch", LaunchFile)):
+        written.append(folder / f"{name}.schema.json")
+        files.write_json(written[-1], editor_schema(model))
+    return written
 
 
 app.add_typer(results_app)

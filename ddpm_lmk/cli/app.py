@@ -11,24 +11,38 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ddpm_lmk import __version__
 from ddpm_lmk.cli.bench import bench_app
 from ddpm_lmk.cli.results import results_app
 from ddpm_lmk.cli.shards import shards_app
-from ddpm_lmk.cli.train import CpuOption, GpusOption, launch_app, shipped_file, train_app
+from ddpm_lmk.cli.train import SHIPPED, CpuOption, GpusOption, launch_app, train_app
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.system import environment, files, shipped
 from ddpm_lmk.system.console import accept_any_encoding, print_status, print_table
 from ddpm_lmk.system.machine import require_safe_versions
 
+
+class _Commands(TyperGroup):
+    """The commands, whose help is told of completion below them and not by two options above."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if param.name in ("install_completion", "show_completion"):
+                param.hidden = True
+        return params
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Diffusion pre-training on pooled x-rays, and few-shot landmark detection with the same engine.",
+    epilog="For completion by your shell: ddpm-lmk --install-completion (or --show-completion, to see it first).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -89,7 +103,7 @@ def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where runs would be written")] = Path("runs"),
     run_file: Annotated[
         Path | None,
-        typer.Option("--run", metavar="RUN.yaml", help="a run there should be room for", callback=shipped_file),
+        typer.Option("--run", metavar="RUN.yaml", help="a run there should be room for", **SHIPPED),
     ] = None,
     rdzv: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="meet the other nodes there; start it on all at once")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ddpm_lmk.data.sources.kinds import ANNOTATED
 from ddpm_lmk.system.console import print_status, print_table
 
 results_app = typer.Typer()
@@ -68,6 +69,13 @@ def predict(
         str | None, typer.Option("--dataset", help="whose landmarks, where the run has learnt several sets")
     ] = None,
     frame: Annotated[int | None, typer.Option(min=0, help="of files with several frames")] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help=f"also write DIR/FORMAT: {', '.join(ANNOTATED)}, to correct there and pack again; repeatable",
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="exit with code 3 if any file could not be read, not only if all")
     ] = False,
@@ -80,7 +88,16 @@ def predict(
     """
     from ddpm_lmk.inference.predict import predict_images
 
-    summary = predict_images(run_dir, images, out, mm_per_px=mm_per_px, dataset=dataset, frame=frame, device=device)
+    summary = predict_images(
+        run_dir,
+        images,
+        out,
+        mm_per_px=mm_per_px,
+        dataset=dataset,
+        frame=frame,
+        formats=tuple(formats or ()),
+        device=device,
+    )
     # One bad file among thousands must not cost the others; `check` decides on the exit code.
     for name, reason in summary.errors.items():
         print_status(f"failed: {name}: {reason}")
@@ -154,12 +171,26 @@ def sample(
 @results_app.command()
 def export(
     run_dir: RunArgument,
-    format: Annotated[str, typer.Option("--format", help="safetensors or onnx")] = "safetensors",  # noqa: A002
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", show_default="in RUN/export")] = None,
+    format: Annotated[str, typer.Option("--format", help="safetensors, onnx or hub")] = "safetensors",  # noqa: A002
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="new file or folder", show_default="in RUN/export")
+    ] = None,
+    license: Annotated[  # noqa: A002
+        str | None,
+        typer.Option("--license", metavar="ID", help="for the card of hub, e.g. mit", show_default="unspecified"),
+    ] = None,
 ) -> None:
-    """Weights as one safetensors file, or the network as ONNX, with what is needed to use them."""
+    """Weights as one safetensors file, the network as ONNX, or a folder for the Hugging Face hub with a model card."""
+    if format == "hub":
+        from ddpm_lmk.report.hub import export_hub
+
+        typer.echo(str(export_hub(run_dir, out=out, license=license)))
+        return
+    from ddpm_lmk.errors import ConfigError
     from ddpm_lmk.inference.export import export_run
 
+    if license is not None:
+        raise ConfigError(f"--license={license} is written into the card of --format hub; {format} has none")
     for path in export_run(run_dir, format=format, out=out):  # type: ignore[arg-type] # checked there
         typer.echo(str(path))
 

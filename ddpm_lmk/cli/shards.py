@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ddpm_lmk.data.sources.kinds import KINDS
+from ddpm_lmk.data.sources.kinds import ANNOTATED, KINDS
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.system.console import print_status, print_table, progress
 
@@ -19,6 +19,7 @@ shards_app = typer.Typer(name="shards", help="Pack x-rays into shards, check the
 
 PIXELS = "for pixels"
 LABELS = "for labels"
+TOOLS = "for labels of other tools"
 MAX_LINES = 5  # of a list on the terminal; files hold all of them
 
 DatasetArgument = Annotated[
@@ -26,7 +27,11 @@ DatasetArgument = Annotated[
 ]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder written by `shards pack`")]
 Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="folder, list or tars of x-rays; for phantoms: chest, skull or hand")
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help=f"folder, list or tars of x-rays; labels of {', '.join(ANNOTATED)}; for phantoms: chest, skull or hand",
+    ),
 ]
 Kind = Annotated[str, typer.Option(help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="new folder for the shards")]
@@ -62,8 +67,8 @@ Convention = Annotated[str, typer.Option(help="splits: paper (its code) or publi
 Split = Annotated[str | None, typer.Option(help="one split for every image", rich_help_panel=LABELS)]
 ValFraction = Annotated[float, typer.Option(help="share of a folder for validation", rich_help_panel=LABELS)]
 Annotator = Annotated[str, typer.Option(help="mean, or one reader", rich_help_panel=LABELS)]
-Spec = Annotated[str | None, typer.Option(help="known set whose rules a table follows", rich_help_panel=LABELS)]
-Unit = Annotated[str | None, typer.Option(help="mm or px, for a table", rich_help_panel=LABELS)]
+Spec = Annotated[str | None, typer.Option(help="known set whose rules the labels follow", rich_help_panel=LABELS)]
+Unit = Annotated[str | None, typer.Option(help="mm or px, of errors", rich_help_panel=LABELS)]
 Thresholds = Annotated[
     list[float] | None,
     typer.Option("--threshold", help="SDR threshold in the unit, repeatable", rich_help_panel=LABELS),
@@ -75,7 +80,35 @@ ClipLandmarks = Annotated[
     bool, typer.Option("--clip-landmarks", help="move points outside onto the edge", rich_help_panel=LABELS)
 ]
 KeepUnlabelled = Annotated[
-    bool, typer.Option("--keep-unlabelled", help="keep a table's images without label", rich_help_panel=LABELS)
+    bool, typer.Option("--keep-unlabelled", help="keep images without label too", rich_help_panel=LABELS)
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        "--images", metavar="DIR", help="images of the labels", show_default="in SOURCE", rich_help_panel=TOOLS
+    ),
+]
+Landmarks = Annotated[
+    Path | None,
+    typer.Option("--landmarks", metavar="FILE", help="their names in order, one a line", rich_help_panel=TOOLS),
+]
+PixelOrigin = Annotated[
+    str | None,
+    typer.Option(
+        help="(0, 0) is the centre or the corner of the top-left pixel",
+        show_default="as the tool counts",
+        rich_help_panel=TOOLS,
+    ),
+]
+MmPerPx = Annotated[float | None, typer.Option(help="spacing of all images, if known", rich_help_panel=TOOLS)]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="ROLE=NAME|FILE",
+        help="of a spreadsheet, e.g. image=Datei; repeatable",
+        rich_help_panel=TOOLS,
+    ),
 ]
 Counts = Annotated[
     list[str] | None,
@@ -110,20 +143,29 @@ def pack(
     spacing_pair: SpacingPair = None,
     clip_landmarks: ClipLandmarks = False,
     keep_unlabelled: KeepUnlabelled = False,
+    images: Images = None,
+    landmarks: Landmarks = None,
+    pixel_origin: PixelOrigin = None,
+    mm_per_px: MmPerPx = None,
+    columns: Columns = None,
     counts: Counts = None,
     id_key: IdKey = None,
     id_map: IdMap = None,
 ) -> None:
     """Decode and resize x-rays once, and write them as WebDataset shards with an index."""
     given = dict(locals())
+    from ddpm_lmk.data.annotations.spreadsheet import columns_of
     from ddpm_lmk.data.pack_settings import PackSettings
     from ddpm_lmk.data.shards.pack import pack as pack_shards
 
     chosen = {key: given[key] for key in PackSettings.model_fields if key in given}  # checked, and named, there
     chosen |= {"name": name or "", "thresholds": thresholds or (), "spacing_pair": _pair(spacing_pair)}
+    chosen |= {"landmarks": _lines(landmarks), "columns": columns_of(columns or ())}
     settings = PackSettings.model_validate(chosen | {"counts": _counts(counts or [])})
     with progress(f"packing {source}") as show:
-        summary = pack_shards(source, out, settings, id_key=id_key, id_map=id_map, workers=workers, progress=show)
+        summary = pack_shards(
+            source, out, settings, images=images, id_key=id_key, id_map=id_map, workers=workers, progress=show
+        )
     _report(summary)
 
 
@@ -270,6 +312,14 @@ def _pair(text: str | None) -> tuple[int, int] | None:
     if not comma or not first.strip().isdigit() or not second.strip().isdigit():
         raise ConfigError(f"--spacing-pair {text!r}; wanted two landmark numbers, e.g. 0,4")
     return int(first), int(second)
+
+
+def _lines(path: Path | None) -> tuple[str, ...]:
+    try:
+        lines = [] if path is None else path.read_text("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--landmarks {path}: no readable text; wanted a name on each line") from error
+    return tuple(" ".join(line.split()) for line in lines if line.strip())
 
 
 def _counts(words: list[str]) -> dict[str, int]:

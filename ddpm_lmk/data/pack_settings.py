@@ -11,10 +11,12 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_va
 from ddpm_lmk.config import Fraction, Positive, Section
 from ddpm_lmk.data.images.resize import Filter, Window
 from ddpm_lmk.data.shards.records import Aspect, Encoding
-from ddpm_lmk.data.sources.kinds import ONLY_FOR, Kind
+from ddpm_lmk.data.sources.kinds import ANNOTATED, ONLY_FOR, Kind
 from ddpm_lmk.errors import ConfigError
 
 Convention = Literal["paper", "published"]
+
+_LATER = ("landmarks", "pixel_origin", "mm_per_px", "columns")
 
 PHANTOM_COUNTS = {"train": 400, "val": 40, "test": 100}
 
@@ -50,12 +52,20 @@ class PackSettings(Section):
     split: str | None = Field(None, description="split of every image (folder: train)")
     val_fraction: Fraction = Field(0.0, description="share of a folder's images that goes to split val")
     annotator: str = Field("mean", description="whose labels: mean, or one reader")
-    spec: str | None = Field(None, description="known set whose landmarks and rules a table follows")
-    unit: str | None = Field(None, description="mm or px, for a table")
-    thresholds: tuple[Positive, ...] = Field((), description="SDR thresholds in `unit`, for a table")
+    spec: str | None = Field(None, description="known set whose landmarks and rules the labels follow")
+    unit: str | None = Field(None, description="mm or px, of errors")
+    thresholds: tuple[Positive, ...] = Field((), description="SDR thresholds in `unit`")
     spacing_pair: tuple[int, int] | None = Field(None, description="the two landmarks that lie 50 mm apart")
     clip_landmarks: bool = Field(False, description="move points that lie outside onto the edge instead of stopping")
-    keep_unlabelled: bool = Field(False, description="keep a labelled table's images that have no label")
+    keep_unlabelled: bool = Field(False, description="keep the images of a labelled set that have no label")
+    landmarks: tuple[str, ...] = Field((), description="names in order; empty: as the tool of the labels lists them")
+    pixel_origin: Literal["centre", "corner"] | None = Field(
+        None, description="where labels have (0, 0): centre or corner of the top-left pixel; null: as their tool does"
+    )
+    mm_per_px: Annotated[Positive, Field(allow_inf_nan=False)] | None = Field(
+        None, description="spacing of all images, mm per pixel, where it is known"
+    )
+    columns: dict[str, str] = Field({}, description="columns of a spreadsheet by their role, e.g. image: Datei")
     counts: dict[str, Annotated[int, Field(ge=1)]] = Field({}, description="phantoms per split")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="root of phantoms and of the validation share")
 
@@ -85,6 +95,11 @@ class PackSettings(Section):
                     f"shards pack: {option} means nothing for kind {self.kind}; it is for {', '.join(kinds)}"
                 )
 
+    def stated(self) -> dict[str, Any]:
+        """What a manifest says of them; options of a later date are there where they are used: prints stay the same."""
+        unused = {name for name in _LATER if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(mode="json", exclude=unused)
+
     def filled_for(self, source: str | Path, *, has_key: bool) -> PackSettings:
         """The same with everything stated that depends on the source and on whether a key for ids is given."""
         is_dicom = self.kind == "dicom"
@@ -98,6 +113,7 @@ class PackSettings(Section):
 
 
 def _default_name(source: str | Path, kind: Kind) -> str:
-    if kind in ("folder", "table"):
-        return re.sub("[^A-Za-z0-9._-]+", "-", Path(source).absolute().name)[:80] or "dataset"
+    if kind in ("folder", "table", *ANNOTATED):
+        path = Path(source).absolute()
+        return re.sub("[^A-Za-z0-9._-]+", "-", path.stem if path.is_file() else path.name)[:80] or "dataset"
     return f"phantom-{source}" if kind == "phantom" else kind  # a DICOM folder may be named after a patient

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,31 @@ class ImagePrediction:
     def radius_px(self, factor: float) -> np.ndarray:
         """Radii `[N]` around the points (`inference.radius`), NaN where nothing could be read from the map."""
         return np.where(self.failed | (self.spread_px <= 0), np.nan, factor * self.spread_px)
+
+
+@dataclass(frozen=True)
+class PredictedFile:
+    """What is known of one predicted file, for whoever writes it down (`inference.formats`).
+
+    Points are pixels of the file as it is seen, after its EXIF rotation; the centre of the top-left one is (0, 0).
+    """
+
+    path: Path  # as the caller named it
+    id: str  # the path below the folder that was given, without the suffix of a picture; no two files have the same
+    grey: np.ndarray  # [H, W] uint8, the whole picture as it is seen
+    landmark_names: tuple[str, ...]  # N
+    prediction: ImagePrediction  # points, spread_px and failed, of N landmarks each
+    radius_px: np.ndarray | None  # [N], NaN where unknown; None: the run has no radii
+    coverage: float | None  # probability with which a radius holds its true point
+    mm_per_px: float | None
+    spacing: str | None  # where the millimetres are from, or why they are unknown
+    frame: int | None  # which frame of a file with several, from 0
+    weights: str  # sha256 of the file of the network's weights
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.grey.shape[1], self.grey.shape[0]
 
 
 def to_native(predictions: Decoded, batch: Batch) -> list[ImagePrediction]:

@@ -258,6 +258,22 @@ def test_a_dicom_film_is_answered_in_its_own_millimetres(landmark_run: Path, tmp
     assert not any(b"4711" in path.read_bytes() for path in tmp_path.glob("out/**/*") if path.is_file())
 
 
+def test_a_further_format_has_the_points_of_the_table_and_a_picture_of_each_file(
+    landmark_run: Path, tmp_path: Path
+) -> None:
+    write_pictures(tmp_path / "films", 2)
+    summary = predict_images(landmark_run, [tmp_path / "films"], tmp_path / "out", formats=["coco"], device="cpu")
+    assert summary.predicted == 2
+    images = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    content = json.loads((tmp_path / "out" / "coco" / "annotations.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["film-0.png", "film-1.png"]
+    for image, annotation in zip(images, content["annotations"], strict=True):
+        points = np.array(annotation["keypoints"]).reshape(-1, 3)
+        wanted = [(point["x"], point["y"]) for point in image["points"]]
+        np.testing.assert_allclose(points[:, :2], wanted, atol=0.0006)
+    assert (tmp_path / "out" / "coco" / "images" / "film-1.png").is_file()
+
+
 def test_files_of_one_name_get_overlays_of_their_own(landmark_run: Path, tmp_path: Path) -> None:
     first = write_pictures(tmp_path / "a", 1)
     second = write_pictures(tmp_path / "b", 1)
@@ -310,7 +326,7 @@ def test_export_names_the_packages_that_are_missing_and_the_formats_there_are(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LaunchError, match=r"needs onnx and onnxscript, .*pip install 'ddpm-lmk\[onnx\]'"):
         export_run(landmark_run, format="onnx", out=tmp_path / "net.onnx")
-    with pytest.raises(ConfigError, match="wanted safetensors or onnx"):
+    with pytest.raises(ConfigError, match="wanted safetensors, onnx or hub"):
         export_run(landmark_run, format="pt")  # type: ignore[arg-type]
 
 

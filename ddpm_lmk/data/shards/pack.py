@@ -29,10 +29,11 @@ from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.labels import Findings, Labels
 from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.writer import ShardWriter, is_begun, refuse_existing
+from ddpm_lmk.data.sources.annotated import read_annotated
 from ddpm_lmk.data.sources.base import PhantomSource, RawDataset, RawSample, TarMember, folder_split, read_phantom
 from ddpm_lmk.data.sources.folder import read_dicom_tree, read_folder
 from ddpm_lmk.data.sources.ids import KeyedIds, open_key, write_map
-from ddpm_lmk.data.sources.kinds import Kind
+from ddpm_lmk.data.sources.kinds import ANNOTATED
 from ddpm_lmk.data.sources.public import read_cephalometric, read_chest, read_hand
 from ddpm_lmk.data.sources.table import read_table
 from ddpm_lmk.errors import ConfigError, DataError, LmkError, StoppedError
@@ -50,10 +51,11 @@ _KEY_NOTE = "ids are hashed with the key in {}; keep it to yourself, and for fur
 Progress = Callable[[int, int], None]
 
 # Labels and places of the images of a source, none decoded; a reader uses the settings that mean something to it.
-READERS: dict[Kind, Callable[[Path, PackSettings, KeyedIds | None], RawDataset]] = {
+READERS: dict[str, Callable[[Path, PackSettings, KeyedIds | None], RawDataset]] = {
     "folder": read_folder,
     "dicom": read_dicom_tree,
     "table": read_table,
+    **dict.fromkeys(ANNOTATED, read_annotated),
     "phantom": lambda source, want, keys: read_phantom(str(source), counts=want.counts, seed=want.seed, size=want.size),
     "chest": lambda source, want, keys: read_chest(source, convention=want.convention),
     "cephalometric": lambda source, want, keys: read_cephalometric(
@@ -88,6 +90,7 @@ def pack(
     out: str | Path,
     settings: PackSettings,
     *,
+    images: str | Path | None = None,
     id_key: str | Path | None = None,
     id_map: str | Path | None = None,
     workers: int | None = None,
@@ -96,6 +99,7 @@ def pack(
     """Pack `source` (a folder, a list of files, a tar or several; for kind phantom: chest, skull or hand) into `out`.
 
     Args:
+        images: the folder of the images that labels of another tool belong to; null: that of the labels.
         id_key: file with the key that turns paths into ids, made when it is not there; null: OUT.key for kind dicom,
             else ids are paths.
         id_map: file to write, for its owner only, with the path of every id.
@@ -113,7 +117,14 @@ def pack(
     key_file = Path(id_key or out.absolute().with_name(f"{out.name}.key"))
     with _keys(key_file if settings.hashed_ids else None, out) as keys:
         settings = settings.model_copy(update={"key_id": keys.key_id if keys else None})
-        dataset = READERS[settings.kind](Path(source), settings, keys)
+        if images is None:
+            dataset = READERS[settings.kind](Path(source), settings, keys)
+        elif settings.kind in ANNOTATED:
+            dataset = read_annotated(Path(source), settings, keys, Path(images))
+        else:
+            raise ConfigError(
+                f"shards pack: --images means nothing for kind {settings.kind}; it is for {', '.join(ANNOTATED)}"
+            )
         if keys is not None:
             dataset.warnings.append(_KEY_NOTE.format(key_file))
         if id_map is not None:
@@ -158,7 +169,7 @@ def _write(
         bits=settings.bits,
         stored_size=settings.size,
         aspect=settings.aspect,
-        settings=settings.model_dump(mode="json"),
+        settings=settings.stated(),
         left_out=dataset.refused,
         # Another decoder may give other pixels: half of a dataset each would be neither.
         made_with={"ddpm-lmk": __version__, **versions(*_DECODERS)},

@@ -89,6 +89,14 @@ def read_csv(path: Path, wanted: Sequence[str], *, numbers: Sequence[str], verba
     return table
 
 
+def header_of(path: Path) -> tuple[str, ...]:
+    """Names of the columns as they are written, by the separator that makes most of them; raises as `read_csv`."""
+    named, first, text = _separator(path, _decoded(path)[0], ())
+    candidates = [named] if first > 1 else [*_SEPARATORS]
+    headers = (next(_numbered(text, each, path, first, strict=False), (0, []))[1] for each in candidates)
+    return tuple(filter(None, (cell.strip() for cell in max(headers, key=len))))
+
+
 def _decoded(path: Path) -> tuple[str, str, list[str]]:
     """Text, encoding and warnings."""
     try:

@@ -11,13 +11,14 @@ import os
 import sqlite3
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ddpm_lmk.data.images.decode import RefusedImageError, read_content
+from ddpm_lmk.data.images.decode import SUFFIXES, RefusedImageError, read_content
 from ddpm_lmk.data.images.dicom import is_dicom
 from ddpm_lmk.errors import DataError, ResourceError
 
+IMAGES = SUFFIXES | {".dcm", ".dicom"}  # whose files are pictures, or reported as broken ones
 _SKIPPED = (".", "__MACOSX")
 _DICOM_HEAD = 132  # the preamble and `DICM`
 
@@ -104,6 +105,36 @@ def begins_as_dicom(path: Path) -> bool:
         return is_dicom(read_content(path, size=_DICOM_HEAD))
     except (OSError, RefusedImageError):
         return False
+
+
+def images_below(folder: Path) -> tuple[list[str], Counter[str]]:
+    """Paths of the images below a folder, sorted, and what else is there by suffix.
+
+    DICOM files are known by their first bytes, whatever their names. Raises DataError where there is no image.
+    """
+    below = sorted(walk(folder, None, Counter()))
+    images = [name for name in below if Path(name).suffix.lower() in IMAGES or begins_as_dicom(folder / name)]
+    if not images:
+        raise DataError(f"no image below {folder}; looked for DICOM and {' '.join(sorted(SUFFIXES))}")
+    return images, Counter(Path(name).suffix or "none" for name in set(below) - set(images))
+
+
+def without_suffix(name: str) -> str:
+    """A path without the suffix of a picture; the last part of `1.2.840` is none."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and f".{suffix.lower()}" in IMAGES else name
+
+
+def unique_ids(names: Sequence[str]) -> list[str]:
+    """Ids of files by their names: without the suffix of a picture, but for those that only the suffix tells apart."""
+    plain = [without_suffix(name) for name in names]
+    counts = Counter(plain)
+    ids: dict[str, None] = {}
+    for name, short in zip(names, plain):
+        wanted = short if counts[short] == 1 else name
+        numbered = (f"{wanted}-{number}" for number in range(1, len(names)))
+        ids[next(each for each in (wanted, *numbered) if each not in ids)] = None
+    return list(ids)
 
 
 class Listing:

@@ -3,7 +3,8 @@
 #   make test    the test suite                                                make bench   benchmarks of this machine
 #   make soak    30 random kills and 60 signals; more with KILLS=N             make test-slow     tests that take minutes
 #   make fuzz    20,000 damaged files, 44,000 unusual ones                     make test-extras   only those of EXTRAS
-#   make clean   remove the environment and what the commands above wrote
+#   make docs    the documents as a site: open site/index.html                 make test-docs     the code on their pages
+#   make clean   remove the environment and what the commands above wrote      make notebook      run the notebook anew
 #   TORCH=cpu    torch without CUDA, when the environment is made              PYTHON=python3.13   another Python
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,10 +24,10 @@ $(error TORCH=$(TORCH): wanted TORCH=cpu, or nothing for the build that pip find
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-extras test-slow soak lint fuzz bench clean
+.PHONY: help environment environment-docs demo test test-extras test-slow soak lint fuzz bench docs test-docs notebook clean
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 VERSION := import sys; print(*sys.version_info[:2], sep=".")
 ASKED := $(filter-out file,$(origin PYTHON))# not empty: whoever calls make named a Python
@@ -73,9 +74,22 @@ fuzz: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.fuzz
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kinds
 
+# The extra `docs` beside those asked for. Nothing is fetched but by pip.
+environment-docs:
+	@$(MAKE) --no-print-directory environment EXTRAS=$(EXTRAS)$(if $(filter docs,$(subst $(COMMA), ,$(EXTRAS))),,$(COMMA)docs)
+
+docs: environment-docs
+	$(BIN)/python docs/build.py site && echo site/index.html
+
+test-docs: environment-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/docs
+
+notebook: environment-docs
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace docs/first-landmarks.ipynb
+
 bench: environment
 	$(BIN)/ddpm-lmk bench all --out benchmarks/results
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OUT) site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -274,17 +274,37 @@ def one_shot_table(source: Path) -> str:
 
 
 TWO_LOOKS = {  # rows of configs/sweep/table2.yaml, in the order of the table
-    "scratch": "random weights",
-    "ours": "DDPM pre-training",
-    "scratch-pool": "random weights, and images without labels",
-    "ours-pool": "DDPM pre-training, and images without labels",
+    "ddpm-contour": "DDPM, contour-hugging",
+    "ddpm-disc": "DDPM, discs (the paper's method)",
+    "gu2net": "GU2Net",
+    "encoder": "U-Net, random weights",
+    "mocov3": "U-Net, MoCo v3",
+    "simclrv2": "U-Net, SimCLR v2",
+    "dino": "U-Net, DINO",
+    "scratch": "ours, random weights",
+    "ours": "ours, DDPM pre-training",
+    "scratch-pool": "ours, random weights, and images without labels",
+    "ours-pool": "ours, DDPM pre-training, and images without labels",
 }
+POOLS = {  # rows of configs/sweep/pool_cpu.yaml; those that table2 has too under its names
+    "scratch": "none (random weights)",
+    "chest-1500": "chests, 1,500",
+    "chest-6000": "chests, 6,000",
+    "chest-24000": "chests, 24,000",
+    "isbi-1500": "cephalograms, 1,500",
+    "isbi-6000": "cephalograms, 6,000",
+    "ours": "cephalograms, 24,000",
+    "both-6000": "both, 6,000",
+    "both-24000": "both, 24,000",
+    "both-72000": "both, 72,000",
+}
+Cells = dict[str, dict[int, list[dict[str, Any]]]]
 
 
-def _by_labels(source: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
+def _by_labels(rows: list[dict[str, Any]]) -> Cells:
     """The runs of each start by number of labels; of one that was trained for two lengths, the longer."""
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for row in json.loads(source.read_text()):
+    found: Cells = {}
+    for row in rows:
         runs = found.setdefault(row["start"], {}).setdefault(row["labels"], [])
         if runs and runs[0]["steps"] < row["steps"]:
             runs.clear()
@@ -293,9 +313,8 @@ def _by_labels(source: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
     return found
 
 
-def two_looks_table(source: Path) -> str:
-    """Mean radial error in mm with two looks; mean and deviation over the seeds, the best of a column in bold."""
-    found = _by_labels(source)
+def _starts_table(found: Cells, names: Mapping[str, str], head: str) -> str:
+    """Mean radial error in mm by number of labels; mean and deviation over the seeds, the best of a column in bold."""
     labels = sorted({count for runs in found.values() for count in runs})
     means = {(s, k): statistics.mean(run["mre_mm"] for run in runs[k]) for s, runs in found.items() for k in runs}
     best = {count: min(mean for (_, k), mean in means.items() if k == count) for count in labels}
@@ -308,18 +327,53 @@ def two_looks_table(source: Path) -> str:
         text = f"{mean:.2f} ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else f"{mean:.2f} (one seed)"
         return f"**{text}**" if mean == best[count] else text
 
-    heads = ["start, and what it learns from", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
-    shown = [start for start in TWO_LOOKS if start in found]
-    return markdown(heads, [[TWO_LOOKS[start], *(cell(start, count) for count in labels)] for start in shown])
+    heads = [head, *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
+    shown = [start for start in names if start in found]
+    return markdown(heads, [[names[start], *(cell(start, count) for count in labels)] for start in shown])
+
+
+def two_looks_table(source: Path) -> str:
+    """The table of methods with two looks."""
+    return _starts_table(_by_labels(json.loads(source.read_text())), TWO_LOOKS, "start, and what it learns from")
+
+
+def pools_table(source: Path) -> str:
+    """What pools of pre-training give, by their kind and size; rows of table2 with the same draws of shots."""
+    rows = json.loads(source.read_text())
+    asked = {(row["labels"], row["seed"], row["steps"]) for row in rows}
+    rows += [
+        row
+        for row in json.loads((source.parent / "cells.json").read_text())
+        if row["start"] in POOLS and (row["labels"], row["seed"], row["steps"]) in asked
+    ]
+    return _starts_table(_by_labels(rows), POOLS, "images of pre-training")
+
+
+def time_to_accuracy_table(source: Path) -> str:
+    """Processor seconds of both recipes, and what they reach."""
+    found = json.loads(source.read_text())
+    rows = [
+        [
+            row["labels"],
+            "one, pre-trained" if row["looks"] == 1 else "two, random weights",
+            f"{row['mre_mm']:.2f} ({row['seeds']} seed{'s' if row['seeds'] > 1 else ''})",
+            *(f"{row[key]:.0f}" for key in ("pretraining_s", "tuning_s")),
+            f"{row['pretraining_s'] + row['tuning_s']:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    heads = ["labels", "looks", "MRE, mm", "pre-training, s", "fine-tuning, s", "together, s"]
+    return f"{found['hardware']['cpu']}, one core; {found['date'][:10]}\n\n{markdown(heads, rows)}"
 
 
 def parts_table(source: Path) -> str:
     """What each part of the recipe gives on test films with the same labels, and the operations of its training."""
-    found = _by_labels(source)
+    cells = json.loads(source.read_text())
+    found = _by_labels(cells)
     rows = []
     for count, pool in sorted(found["ours-pool"].items()):
         seeds = {run["seed"] for run in pool}
-        alone = [run for run in json.loads(source.read_text()) if run["start"] == "ours" and run["labels"] == count]
+        alone = [run for run in cells if run["start"] == "ours" and run["labels"] == count]
         alone = [run for run in alone if run["seed"] in seeds and run["steps"] == pool[0]["steps"]]
         if not alone:
             continue
@@ -639,6 +693,16 @@ def commands_table(source: Path) -> str:
     rows = [[f"`{row['command']}`", *(row[key] for key in keys)] for row in shown]
     heads = ["command", "Python", "time, with installing", "load, mean of 15 min", "exit code", "it said at the end"]
     return f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores\n\n{markdown(heads, rows)}"
+
+
+def how_long(source: Path) -> str:
+    """A sentence: minutes of the README's two commands, installing included, over the Pythons that were tried."""
+    result = json.loads(source.read_text())
+    minutes: dict[str, list[float]] = {}
+    for row in result["rows"]:
+        minutes.setdefault(row["command"], []).append(row["wall_s"] / 60)
+    told = " and ".join(f"`{name}` took {min(each):.0f} to {max(each):.0f} minutes" for name, each in minutes.items())
+    return f"On {result['hardware']['cores']} cores of an {result['hardware']['cpu']} {told}, with installing.\n"
 
 
 def house_table(source: Path) -> str:

@@ -21,16 +21,18 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
-RECIPE = HERE.parent / "docs" / "recipe.md"
-HOUSE = HERE.parent / "docs" / "house.md"
-METHOD = HERE.parent / "docs" / "method.md"
+START, RESULTS_PAGE, FAULTS, METHOD, RECIPE, HOUSE = (
+    HERE.parent / "docs" / f"{name}.md" for name in ("start", "results", "faults", "method", "recipe", "house")
+)
 
 PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (README, "isbi", RESULTS / "table2_two_looks" / "cells.json", tables.two_looks_table),
-    (README, "isbi-one-look", RESULTS / "table2_small" / "report.csv", tables.methods_table),
-    (README, "demo", RESULTS / "demo" / "report.md", Path.read_text),
-    (README, "commands", RESULTS / "two_commands.json", tables.commands_table),
-    (README, "survived", RESULTS / "soak.json", tables.survived_table),
+    (README, "how-long", RESULTS / "two_commands.json", tables.how_long),
+    (RESULTS_PAGE, "isbi", RESULTS / "table2_two_looks" / "cells.json", tables.two_looks_table),
+    (RESULTS_PAGE, "isbi-one-look", RESULTS / "table2_small" / "report.csv", tables.methods_table),
+    (START, "demo", RESULTS / "demo" / "report.md", Path.read_text),
+    (START, "commands", RESULTS / "two_commands.json", tables.commands_table),
+    (FAULTS, "survived", RESULTS / "soak.json", tables.survived_table),
     (BENCHMARKS, "pack", RESULTS / "pack_real.json", tables.pack_table),
     (BENCHMARKS, "pack-phantoms", RESULTS / "pack_phantoms.json", tables.pack_table),
     (BENCHMARKS, "packing", RESULTS / "packing_real.json", tables.packing_table),
@@ -58,6 +60,8 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (METHOD, "radius-films", RESULTS / "table2_two_looks" / "radius.json", tables.radius_films_table),
     (HOUSE, "house", RESULTS / "house_after.json", tables.house_table),
     (RECIPE, "parts", RESULTS / "table2_two_looks" / "cells.json", tables.parts_table),
+    (RECIPE, "pools", RESULTS / "table2_two_looks" / "pools.json", tables.pools_table),
+    (RECIPE, "time-to-accuracy", RESULTS / "table2_two_looks" / "time_to_accuracy.json", tables.time_to_accuracy_table),
     (RECIPE, "one-shot", RESULTS / "table2_two_looks" / "one_shot.json", tables.one_shot_table),
     (RECIPE, "second-look", RESULTS / "isbi_recipe" / "second_look.json", tables.second_look_table),
     (RECIPE, "trials", RESULTS / "isbi_recipe" / "trials.jsonl", trials_table),

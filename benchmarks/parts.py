@@ -3,6 +3,7 @@
     ddpm-lmk sweep configs/sweep/table2.yaml --scale small "only=[ours-pool]" --out runs/t2
     ddpm-lmk evaluate CELL/teacher/teacher --data shards/isbi512 --split test1 --out CELL/on_labels    # of every cell
     python benchmarks/parts.py runs/t2 ...                    # writes benchmarks/results/table2_two_looks/cells.json
+    python benchmarks/parts.py runs/pool --name pools         # and the cells of configs/sweep/pool_cpu.yaml
 
 The teacher of the teacher of a cell with a pool is the same run on its labels alone: row `ours` of the same seed and
 weights, so that no other run is needed.
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-OUT = Path(__file__).resolve().parent / "results" / "table2_two_looks" / "cells.json"
+OUT = Path(__file__).resolve().parent / "results" / "table2_two_looks"
 POOL = "-pool"
 
 
@@ -50,11 +51,13 @@ def main() -> None:
     """Collect the cells of sweeps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path)
-    cells = [cell for sweep in parser.parse_args().sweeps for cell in sorted((sweep / "cells").iterdir())]
+    parser.add_argument("--name", default="cells", help="of the result file")
+    options = parser.parse_args()
+    cells = [cell for sweep in options.sweeps for cell in sorted((sweep / "cells").iterdir())]
     rows = [row for cell in cells if cell.is_dir() for row in rows_of(cell)]
     rows.sort(key=lambda row: (row["start"], row["labels"], row["steps"], row["seed"]))
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{options.name}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

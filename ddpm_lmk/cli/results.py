@@ -172,12 +172,26 @@ def sample(
 @results_app.command()
 def export(
     run_dir: RunArgument,
-    format: Annotated[str, typer.Option("--format", help="safetensors or onnx")] = "safetensors",  # noqa: A002
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", show_default="in RUN/export")] = None,
+    format: Annotated[str, typer.Option("--format", help="safetensors, onnx or hub")] = "safetensors",  # noqa: A002
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="new file or folder", show_default="in RUN/export")
+    ] = None,
+    license: Annotated[  # noqa: A002
+        str | None,
+        typer.Option("--license", metavar="ID", help="for the card of hub, e.g. mit", show_default="unspecified"),
+    ] = None,
 ) -> None:
-    """Weights as one safetensors file, or the network as ONNX, with what is needed to use them."""
+    """Weights as one safetensors file, the network as ONNX, or a folder for the Hugging Face hub with a model card."""
+    if format == "hub":
+        from ddpm_lmk.report.hub import export_hub
+
+        typer.echo(str(export_hub(run_dir, out=out, license=license)))
+        return
+    from ddpm_lmk.errors import ConfigError
     from ddpm_lmk.inference.export import export_run
 
+    if license is not None:
+        raise ConfigError(f"--license={license} is written into the card of --format hub; {format} has none")
     for path in export_run(run_dir, format=format, out=out):  # type: ignore[arg-type] # checked there
         typer.echo(str(path))
 

@@ -21,7 +21,7 @@ from ddpm_lmk.engine.requirements import check_cuda_graphs
 from ddpm_lmk.models import build_model
 from ddpm_lmk.models.blocks import use_norm
 from ddpm_lmk.models.kernels.group_norm import choose_norm
-from ddpm_lmk.rundir.checkpoint import META, load_weights
+from ddpm_lmk.rundir.checkpoint import HUB, META, load_weights
 from ddpm_lmk.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _stamps(path: Path) -> list[tuple[str, Any]]:
         stat = path.stat()
         return [(str(path), (stat.st_ino, stat.st_size, stat.st_mtime_ns))]
     # The facts and not the tensors: they are small, and a changed tensor has another digest in them.
-    files = sorted([*path.glob(META), *path.glob(f"snapshots/*/{META}")])
+    files = sorted([*path.glob(META), *path.glob(HUB), *path.glob(f"snapshots/*/{META}")])
     return [(str(file), file.read_bytes()) for file in files]
 
 

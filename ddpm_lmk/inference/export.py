@@ -65,7 +65,7 @@ def export_run(
         LaunchError: the packages that write ONNX are not installed.
     """
     if format not in ("safetensors", "onnx"):
-        raise ConfigError(f"--format={format}: wanted safetensors or onnx")
+        raise ConfigError(f"--format={format}: wanted safetensors, onnx or hub")
     if format == "onnx":
         _require_onnx()  # before weights of gigabytes are read
     loaded = open_run(run, device="cpu")

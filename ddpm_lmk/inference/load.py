@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,18 +35,18 @@ PIXEL_SETTINGS = ("size", "aspect", "filter", "window", "bits")
 class LoadedRun:
     """Everything needed to use what a run has learnt; for a mixture of datasets, `spec` and `task` are of them all."""
 
-    path: Path  # the run directory
+    path: Path  # the run directory, or a folder as `report.hub` writes it
     cfg: RunConfig
     spec: DatasetSpec
     task: Task
     model: nn.Module
     parallel: Parallel
-    meta: dict[str, Any]  # of the snapshot
+    meta: dict[str, Any]  # of the snapshot; of a hub folder, `results`, `radius` and `calibration` are in it too
 
     @property
     def results(self) -> dict[str, Any]:
         """The run's results.json, of a mixture the part about this dataset; empty where there is none."""
-        whole = read_json(self.path / "results.json") or {}
+        whole = self.meta.get("results") or read_json(self.path / "results.json") or {}
         return next((part for part in whole.get("parts", ()) if part["spec"] == self.spec.name), whole)
 
     @property
@@ -56,9 +57,11 @@ class LoadedRun:
     @property
     def radius(self) -> dict[str, Any] | None:
         """radius.json of this dataset and these weights; None where `ddpm-lmk calibrate` has learnt none."""
+        step = self.meta["step"]
+        own = (radius.check(facts, self.spec, source=self.path, step=step) for facts in self.meta.get("radius", ()))
         places = (self.path, *sorted(self.path.glob("parts/*")))
-        found = (radius.read(place, self.spec, step=self.meta["step"]) for place in places)
-        return next((facts for facts in found if facts is not None), None)
+        beside = (radius.read(place, self.spec, step=step) for place in places)
+        return next((facts for facts in chain(own, beside) if facts is not None), None)
 
     def for_dataset(self, name: str | None) -> LoadedRun:
         """The same for one of the datasets it has learnt, which has to be named where there are several.
@@ -106,7 +109,7 @@ def open_run(
     kind: Literal["landmarks", "denoise"] | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> LoadedRun:
-    """Open a run directory or one of its snapshots; the moving average is used where there is one.
+    """Open a run directory, one of its snapshots or a hub folder; the moving average is used where there is one.
 
     Raises:
         CheckpointError: no finished weights, damaged ones, or a bare file that does not say what it belongs to.
@@ -117,7 +120,7 @@ def open_run(
     weights, meta = load_weights(path, "auto")
     if "config" not in meta:
         raise CheckpointError(
-            f"{path} holds weights only; wanted a run directory or a snapshot, which say how to use them"
+            f"{path} holds weights only; wanted a run directory, a snapshot or a hub folder, which say how to use them"
         )
     cfg = validate(RunConfig, meta["config"], source=str(path))
     if kind is not None and cfg.task.kind != kind:
@@ -133,9 +136,10 @@ def open_run(
     load_all(model, weights)
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model = model.to(parallel.device).to(memory_format=layout).eval()  # type: ignore[call-overload]
-    run = path if (path / "config.yaml").is_file() else Path(meta["path"]).parent.parent  # of RUN/snapshots/STEP
+    is_whole = "results" in meta or (path / "config.yaml").is_file()
+    run = path if is_whole else Path(meta["path"]).parent.parent  # of RUN/snapshots/STEP
     # temperatures are no weights: they lie beside the snapshots, and every snapshot of the run uses them
-    calibration.put(calibration.read(run), task)
+    calibration.put(meta.get("calibration") or calibration.read(run), task)
     return LoadedRun(run, cfg, spec, task, model, parallel, meta)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +64,8 @@ class PredictSummary:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A file, decoded and prepared for the network."""
+class Picture:
+    """An image, decoded and prepared for the network."""
 
     name: str
     grey: np.ndarray  # [H, W] uint8, for the overlay
@@ -118,7 +119,7 @@ def predict_images(
     learnt = loaded.radius
     summary = PredictSummary(out, passed_over=passed_over)
     images: list[dict[str, Any]] = []
-    for name, picture, prediction in _predict_files(loaded, [str(path) for path in paths], frame):
+    for name, picture, prediction in predict_files(loaded, [str(path) for path in paths], frame):
         if isinstance(picture, RefusedImageError):
             summary.errors[name] = str(picture)
             images.append({"file": name, "error": str(picture)})
@@ -183,57 +184,65 @@ def list_images(places: Sequence[str | Path]) -> tuple[dict[Path, str], Counter[
     return files, others
 
 
-def _predict_files(
-    loaded: LoadedRun, names: list[str], frame: int | None
-) -> Iterator[tuple[str, _Picture | RefusedImageError, ImagePrediction | None]]:
-    """Every file in order, computed in batches: prepared and with its points, or the reason why it is refused."""
-    settings = loaded.pixel_settings()
-    size = loaded.cfg.evaluate.batch
+Predicted = tuple[str, "Picture | RefusedImageError", "ImagePrediction | None"]
+
+
+def predict_files(loaded: LoadedRun, names: Sequence[str], frame: int | None) -> Iterator[Predicted]:
+    """Every file in order, decoded in another process: prepared and with its points, or the reason of a refusal."""
+    voi = loaded.pixel_settings()["window"] == "voi"
     # a patient's own picture is wanted, whatever is written in it; nothing of it but points is kept
-    options = asdict(ReadOptions(frame=frame, voi=settings["window"] == "voi", allow_burned_in=True))
+    options = asdict(ReadOptions(frame=frame, voi=voi, allow_burned_in=True))
     with decoders(1) as processes:
-        for begin in range(0, len(names), size):
-            part = names[begin : begin + size]
-            pictures: dict[str, _Picture | RefusedImageError] = {}
-            answers = processes.answers({"path": name, "options": options} for name in part)
-            for name, answer in zip(part, answers, strict=True):
-                try:
-                    pictures[name] = _prepare(name, _image(answer), settings, loaded.cfg.data)
-                except RefusedImageError as error:
-                    pictures[name] = error
-            readable = [picture for picture in pictures.values() if isinstance(picture, _Picture)]
-            predictions = iter(_predict_batch(loaded, readable))
-            for name, picture in pictures.items():
-                yield name, picture, next(predictions) if isinstance(picture, _Picture) else None
+        answers = processes.answers({"path": name, "options": options} for name in names)
+        yield from predict_decoded(loaded, zip(names, map(_image, answers), strict=True))
 
 
-def _image(answer: Answer) -> DecodedImage:
-    """What a decoding process read; raises RefusedImageError."""
+def predict_decoded(
+    loaded: LoadedRun, images: Iterable[tuple[str, DecodedImage | RefusedImageError]]
+) -> Iterator[Predicted]:
+    """As `predict_files`, of images by name that somebody else has decoded; computed in batches."""
+    settings, waiting = loaded.pixel_settings(), iter(images)
+    while part := list(islice(waiting, loaded.cfg.evaluate.batch)):
+        pictures = [_prepare(name, image, settings, loaded.cfg.data) for name, image in part]
+        predictions = iter(_predict_batch(loaded, [each for each in pictures if isinstance(each, Picture)]))
+        for (name, _), picture in zip(part, pictures, strict=True):
+            yield name, picture, next(predictions) if isinstance(picture, Picture) else None
+
+
+def _image(answer: Answer) -> DecodedImage | RefusedImageError:
+    """What a decoding process read, or why it did not."""
     facts, content = answer
     if "io_error" in facts:
-        raise RefusedImageError("UNREADABLE", facts["io_error"])
+        return RefusedImageError("UNREADABLE", facts["io_error"])
     if "refused" in facts:
-        raise RefusedImageError(facts["code"], facts["refused"])
+        return RefusedImageError(facts["code"], facts["refused"])
     pixels = np.frombuffer(content, np.dtype(facts["dtype"])).reshape(facts["shape"])
     full_range = None if facts["full_range"] is None else tuple(facts["full_range"])
     return DecodedImage(pixels, facts["facts"], full_range, facts["is_windowed"], facts["mm_per_px"])
 
 
-def _prepare(name: str, image: DecodedImage, settings: dict[str, Any], data: DataConfig) -> _Picture:
-    """Resize an image as packing and loading do; raises RefusedImageError."""
+def _prepare(
+    name: str, image: DecodedImage | RefusedImageError, settings: dict[str, Any], data: DataConfig
+) -> Picture | RefusedImageError:
+    """Resize an image as packing and loading do; a refusal stays one, or becomes one here."""
+    if isinstance(image, RefusedImageError):
+        return image
     pixels = image.pixels
     native = (pixels.shape[1], pixels.shape[0])
     # twice, as a packed image is: once to the stored square, once from there to the network's
-    stored = as_packed(image, native, settings)
+    try:
+        stored = as_packed(image, native, settings)
+    except RefusedImageError as error:
+        return error
     network = to_network_size(stored, data.image_size)
     fine = None if data.fine_size is None else to_network_size(stored, data.fine_size)
     to_stored = to_stored_matrix(native, settings["size"], settings["aspect"])
     to_native = invert(compose(resize_matrix(settings["size"], data.image_size), to_stored))
-    return _Picture(name, to_uint8(pixels), network, fine, to_native, image.mm_per_px, image.facts.get("spacing"))
+    return Picture(name, to_uint8(pixels), network, fine, to_native, image.mm_per_px, image.facts.get("spacing"))
 
 
 @torch.inference_mode()
-def _predict_batch(loaded: LoadedRun, pictures: list[_Picture]) -> list[ImagePrediction]:
+def _predict_batch(loaded: LoadedRun, pictures: list[Picture]) -> list[ImagePrediction]:
     """Points of prepared pictures, as an evaluation of packed ones would compute them."""
     if not pictures:
         return []

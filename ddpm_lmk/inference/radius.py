@@ -157,17 +157,19 @@ def read(folder: Path, spec: DatasetSpec, **steps: int) -> dict[str, Any] | None
         CheckpointError: it holds no radius, or that of other landmarks.
     """
     path = folder / FILE_NAME
-    if not path.exists():
-        return None
-    facts = read_json(path) or {}
+    return check(read_json(path) or {}, spec, source=path, **steps) if path.exists() else None
+
+
+def check(facts: dict[str, Any], spec: DatasetSpec, *, source: Path, **steps: int) -> dict[str, Any] | None:
+    """As `read`, of the content of such a file, which lies at `source`."""
     factor = facts.get("factor", 0)  # null: there were too few points
     if factor is not None and not (isinstance(factor, float) and 0.0 < factor < math.inf):
-        raise CheckpointError(f"{path} holds no radius; `ddpm-lmk calibrate` writes it again, or remove it")
+        raise CheckpointError(f"{source} holds no radius; `ddpm-lmk calibrate` writes it again, or remove it")
     if facts.get("spec") != spec.name or any(facts.get(key) != value for key, value in steps.items()):
         return None
     if facts.get("landmarks") != list(spec.landmark_names):
         raise CheckpointError(
-            f"{path} is of {len(facts.get('landmarks') or ())} other landmarks than the {spec.num_landmarks} of "
+            f"{source} is of {len(facts.get('landmarks') or ())} other landmarks than the {spec.num_landmarks} of "
             f"{spec.name}; `ddpm-lmk calibrate` writes it again, or remove it"
         )
     return facts if factor is not None else None

@@ -292,7 +292,7 @@ def overlays(study: Study, start: str) -> str:
     try:
         drawn = [
             html.figure(
-                html.image(_draw(run, name, SIDE, opened), f"x-ray {name} with landmarks"),
+                html.image(draw_image(run, name, SIDE, opened), f"x-ray {name} with landmarks"),
                 f"<strong>{which}</strong> {escape(name)}: {error:.2f} {run.unit} on average",
             )
             for which, (name, error) in chosen.items()
@@ -340,12 +340,12 @@ def _panel(run: Run | None, name: str, labels: int, opened: dict[str, Manifest])
     if run is None:
         return f'<div class="gap">{labels_text(labels)}: not run</div>'
     error = run.image_errors()[name]
-    drawn = _draw(run, name, PANEL_SIDE, opened, is_cropped=True)
+    drawn = draw_image(run, name, PANEL_SIDE, opened, is_cropped=True)
     picture = html.image(drawn, f"x-ray {name}, {run.start}, {labels_text(labels)}")
     return f'<div class="panel">{picture}<span>{labels_text(labels)}: {error:.2f} {run.unit}</span></div>'
 
 
-def _draw(run: Run, name: str, longest: int, opened: dict[str, Manifest], *, is_cropped: bool = False) -> bytes:
+def draw_image(run: Run, name: str, longest: int, opened: dict[str, Manifest], *, is_cropped: bool = False) -> bytes:
     """JPEG of one test image in its native aspect with found and annotated points, whole or around the landmarks.
 
     Args:

@@ -132,6 +132,8 @@ def _header_length(head: bytes, size: int, name: str) -> int:
 MANIFEST = "MANIFEST.json"
 META = "meta.json"
 SUFFIX = ".safetensors"
+# A folder as the Hugging Face hub has it; in ours, `config.json` is the manifest (`report.hub`).
+HUB, HUB_WEIGHTS, LIBRARY = "config.json", "model.safetensors", "ddpm-lmk"
 RUNS_SHOWN = 6
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".distcp", ".npz", ".npy", ".joblib", ".tar", ".zip")
 FOREIGN = {  # what other tools leave in a directory, by a name only they use
@@ -284,10 +286,11 @@ def save_snapshot(
 
 
 def load_weights(path: str | Path, use: Literal["ema", "model", "auto"]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and their facts from a run directory, a snapshot directory or a `.safetensors` file.
+    """Weights and their facts from a run directory, a snapshot directory, a hub folder or a `.safetensors` file.
 
     A run directory stands for its selected snapshot, or its newest. `auto` means the moving average where there is one.
-    A bare file has one set of weights, so `use` does not apply, and its facts are its path and digest only.
+    A bare file, also in the hub folder of another tool, has one set of weights, so `use` does not apply, and its facts
+    are its path and digest only. A hub folder of ours has one set, too.
 
     Raises:
         CheckpointError: missing, damaged, malformed, or a pickle, which is refused without being opened.
@@ -332,6 +335,8 @@ def _locate(path: Path, use: Literal["ema", "model", "auto"]) -> tuple[Path, dic
         raise CheckpointError(f"{path} does not exist; wanted a run directory, a snapshot or a .safetensors file")
     if not path.is_dir():
         return path, {"path": str(path)}
+    if (path / HUB).exists() and (path / HUB_WEIGHTS).exists():
+        return _locate_in_hub_folder(path)
     path = path if (path / META).exists() else find_snapshot(path)
     meta = snapshot_meta(path)
     kind = ("ema" if f"ema{SUFFIX}" in meta["files"] else "model") if use == "auto" else use
@@ -341,6 +346,16 @@ def _locate(path: Path, use: Literal["ema", "model", "auto"]) -> tuple[Path, dic
             f"{path} holds {', '.join(meta['files'])} and no {wanted}; choose the other with init.use"
         )
     return path / wanted, {**meta, "path": str(path), "use": kind}
+
+
+def _locate_in_hub_folder(path: Path) -> tuple[Path, dict[str, Any]]:
+    """As `_locate`. The hub's own cache holds links to its files; what they lead to is known by its digest."""
+    config, weights = (path / HUB).resolve(), (path / HUB_WEIGHTS).resolve()
+    if (files.read_json(config) or {}).get("library") != LIBRARY:
+        return weights, {"path": str(weights)}
+    with _refusing(path):
+        record = files.read_manifest(config.parent, config.name)
+    return weights, {**record, "path": str(path), "files": {weights.name: record["files"][HUB_WEIGHTS]}}
 
 
 def snapshot_meta(path: Path) -> dict[str, Any]:

@@ -326,7 +326,7 @@ def test_export_names_the_packages_that_are_missing_and_the_formats_there_are(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LaunchError, match=r"needs onnx and onnxscript, .*pip install 'ddpm-lmk\[onnx\]'"):
         export_run(landmark_run, format="onnx", out=tmp_path / "net.onnx")
-    with pytest.raises(ConfigError, match="wanted safetensors or onnx"):
+    with pytest.raises(ConfigError, match="wanted safetensors, onnx or hub"):
         export_run(landmark_run, format="pt")  # type: ignore[arg-type]
 
 

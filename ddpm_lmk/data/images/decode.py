@@ -69,6 +69,19 @@ def decode_image(data: bytes, options: ReadOptions = _AS_STORED) -> DecodedImage
     return image
 
 
+def read_opened(image: Image.Image) -> DecodedImage:
+    """As `read_image`, of a picture that Pillow has opened. Raises RefusedImageError."""
+    if _is_cut_to_8_bits(image):
+        raise RefusedImageError("MODE", "Pillow drops the lower half of its 16-bit colours; give the path of the file")
+    check_shape(*image.size)
+    if image.format == "TIFF":
+        pixels, full_range = _grey_of_tiff(image)
+    else:
+        pixels, full_range = _grey(ImageOps.exif_transpose(image)), None
+    check_information(pixels)
+    return DecodedImage(pixels, {"format": image.format, "mode": image.mode}, full_range)
+
+
 def read_content(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     """The bytes of a plain file, or `size` of them from `offset`. Raises as `read_image`."""
     with open(_open_plain(path), "rb") as file:

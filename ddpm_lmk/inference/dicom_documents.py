@@ -58,7 +58,6 @@ _PICTURE = (
     "NumberOfFrames",
     "PhotometricInterpretation",
     "PixelRepresentation",
-    "RescaleType",
 )
 _SHAPE = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")
 _READ = (*PATIENT, *STUDY, *_UIDS, *_PICTURE, *_SHAPE, *GREY_TAGS, "SpecificCharacterSet")

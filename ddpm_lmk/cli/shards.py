@@ -47,7 +47,7 @@ Window = Annotated[
     str | None,
     typer.Option(
         help="black and white of deeper sources: percentile, minmax, full, or voi (the DICOM file's own)",
-        show_default="voi for dicom, else percentile",
+        show_default="voi for dicom and dicom-sr, else percentile",
         rich_help_panel=PIXELS,
     ),
 ]
@@ -58,7 +58,9 @@ BurnedIn = Annotated[
 IdKey = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="key that makes ids of paths; made if absent", show_default="OUT.key for dicom, else none"
+        metavar="FILE",
+        help="key that makes ids of paths; made if absent",
+        show_default="OUT.key for dicom and dicom-sr, else none",
     ),
 ]
 IdMap = Annotated[Path | None, typer.Option(metavar="FILE", help="where to write which id is which file")]

@@ -99,8 +99,8 @@ def pack(
 
     Args:
         images: the folder of the images that labels of another tool belong to; null: that of the labels.
-        id_key: file with the key that turns paths into ids, made when it is not there; null: OUT.key for kind dicom,
-            else ids are paths.
+        id_key: file with the key that turns paths into ids, made when it is not there; null: OUT.key for kinds dicom
+            and dicom-sr, else ids are paths.
         id_map: file to write, for its owner only, with the path of every id.
         workers: decoding processes; null: one per core this process may use.
         progress: called with (images done, images in all).

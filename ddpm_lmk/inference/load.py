@@ -50,6 +50,11 @@ class LoadedRun:
         return next((part for part in whole.get("parts", ()) if part["spec"] == self.spec.name), whole)
 
     @property
+    def weights_sha256(self) -> str:
+        """Of the file of the weights, which says what they are wherever they lie."""
+        return self.meta["files"][f"{self.meta['use']}.safetensors"]["sha256"]
+
+    @property
     def radius(self) -> dict[str, Any] | None:
         """radius.json of this dataset and these weights; None where `ddpm-lmk calibrate` has learnt none."""
         step = self.meta["step"]

@@ -21,6 +21,7 @@ from ddpm_lmk.data.sources.annotated import read_annotated
 from ddpm_lmk.data.sources.base import RawDataset, RawSample
 from ddpm_lmk.errors import ConfigError, DataError
 from tests.data.dicoms import dataset, to_bytes
+from tests.data.tools import accept
 
 WIDTH, HEIGHT = 64, 48
 GREY = np.add.outer(3 * np.arange(HEIGHT), np.arange(WIDTH)).astype(np.uint8)
@@ -184,6 +185,19 @@ def test_the_middle_of_the_first_and_last_pixel_is_the_same_place_from_every_too
     np.testing.assert_allclose(places["last"], [WIDTH - 1, HEIGHT - 1], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "split"),
+    [("labelme", "labelme.json", "train"), ("datumaro", "val.json", "val"), ("cvat", "val.xml", "train")],
+)
+def test_files_that_the_tools_wrote_say_where_the_pixels_are(kind: str, file: str, split: str, tmp_path: Path) -> None:
+    """`tool_labels/make.py` made them: in labelme by clicks into the middle of the two pixels."""
+    picture(tmp_path / "film.png")
+    found = read(Path(__file__).parent / "tool_labels" / file, kind, tmp_path)
+    assert found.spec.landmark_names == ("first", "last")
+    assert points_of(found) == {"film": [[0, 0], [WIDTH - 1, HEIGHT - 1]]}
+    assert the_sample(found).split == split
+
+
 @pytest.mark.parametrize("kind", LABEL_FORMATS)
 def test_what_is_written_for_a_tool_is_read_again_to_a_hundredth_of_a_pixel(kind: str, tmp_path: Path) -> None:
     random = np.random.default_rng(3)
@@ -208,18 +222,6 @@ def test_what_is_written_for_a_tool_is_read_again_to_a_hundredth_of_a_pixel(kind
         assert sample.native_size == (WIDTH, HEIGHT)
     spacings = {sample.mm_per_px for sample in found.samples}
     assert spacings == ({None} if kind == "cvat" else {0.1, 1.1, 2.1})  # CVAT has no place for it
-
-
-def accept(folder: Path, kind: str) -> None:
-    """What the tools make of drafts that somebody takes as they are."""
-    for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text())
-        if kind == "label-studio":
-            for task in content:
-                task["annotations"] = [{"id": 1, "completed_by": 1, "result": task["predictions"][0]["result"]}]
-        if kind == "labelme":
-            content["flags"]["checked"] = True
-        write_json(path, content)
 
 
 @pytest.mark.parametrize("kind", ["label-studio", "labelme"])
@@ -335,6 +337,31 @@ def test_skeletons_of_cvat_are_read_by_their_elements(tmp_path: Path) -> None:
     found = read(tmp_path, "cvat", keep_unlabelled=True)
     assert found.spec.landmark_names == ("last",)  # the other has no place in any image
     assert points_of(found) == {"a": [[2.5, 3.5]]}
+
+
+def test_skeletons_of_datumaro_are_read_by_their_elements(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    path = datumaro(tmp_path)
+    content = json.loads(path.read_text())
+    names = {"skull": "", "nasion": "skull", "sella": "skull", "chin": ""}
+    content["categories"]["label"]["labels"] = [{"name": name, "parent": parent} for name, parent in names.items()]
+    content["categories"]["points"]["items"] = [{"label_id": 0, "labels": ["sella", "nasion"], "joints": []}]
+    elements = [
+        {"type": "points", "label_id": 1, "points": [1.5, 2.5], "visibility": [1]},
+        {"type": "points", "label_id": 2, "points": [3.5, 4.5], "visibility": [2]},
+    ]
+    chin = {"type": "points", "label_id": 3, "points": [5.5, 6.5], "attributes": {"occluded": True}}
+    content["items"][0]["annotations"] = [{"type": "skeleton", "label_id": 0, "elements": elements}, chin]
+    write_json(path, content)
+    found = read(tmp_path, "datumaro")
+    assert found.spec.landmark_names == ("sella", "nasion", "chin")
+    assert points_of(found) == {"a": [[3, 4], [1, 2], [5, 6]]}
+    assert "2 points are marked as hidden; shards keep them as any other" in found.warnings
+    content["items"][0]["annotations"] = [
+        {"type": "points", "label_id": 0, "points": [1, 2, 3, 4], "visibility": [2, 0]}
+    ]
+    write_json(path, content)
+    assert read(tmp_path, "datumaro", keep_unlabelled=True).spec.landmark_names == ("sella",)
 
 
 def test_several_points_of_one_label_are_numbered(tmp_path: Path) -> None:

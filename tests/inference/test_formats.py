@@ -9,10 +9,15 @@ import cv2
 import numpy as np
 import pytest
 
+from ddpm_lmk.data.annotations.formats import LABEL_FORMATS
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.sources.annotated import read_annotated
 from ddpm_lmk.errors import ConfigError, RunConflictError
 from ddpm_lmk.inference.formats import FORMATS, open_writers
 from ddpm_lmk.inference.predict import unique_ids
 from ddpm_lmk.inference.predictions import ImagePrediction, PredictedFile
+from tests.cli.commands import run_command
+from tests.data.tools import accept
 
 NAMES = ("sella", "nasion", "porion")
 POINTS = np.array([[0.0, 0.0], [12.345678, 30.25], [63.0, 47.0]])
@@ -31,6 +36,7 @@ def predicted(name: str = "a/film", *, failed: tuple[bool, ...] = (False,) * 3, 
         "mm_per_px": 0.25,
         "spacing": "PixelSpacing",
         "frame": None,
+        "weights": "0" * 64,
     }
     return PredictedFile(**(values | facts))  # type: ignore[arg-type]
 
@@ -59,6 +65,50 @@ def test_coco_counts_from_the_centre_of_the_first_pixel_as_we_do(tmp_path: Path)
     ]
     picture = cv2.imread(str(folder / "images" / "a" / "film.png"), cv2.IMREAD_UNCHANGED)
     np.testing.assert_array_equal(picture, predicted().grey)
+
+
+def test_other_tools_are_told_their_own_pixels(tmp_path: Path) -> None:
+    """The first landmark is in the middle of the first pixel, the last in that of the last."""
+    (shape, *_, last) = json.loads((write("labelme", tmp_path, predicted()) / "a" / "film.json").read_text())["shapes"]
+    assert (shape["label"], shape["points"], last["points"]) == ("sella", [[0.5, 0.5]], [[63.5, 47.5]])
+    assert (
+        'points label="sella" source="auto" occluded="0" points="0.5000,0.5000"'
+        in (write("cvat", tmp_path, predicted()) / "annotations.xml").read_text()
+    )
+    item = json.loads((write("datumaro", tmp_path, predicted()) / "annotations" / "default.json").read_text())["items"][
+        0
+    ]
+    assert [shape["points"] for shape in item["annotations"][::2]] == [[0.5, 0.5], [63.5, 47.5]]
+    (task,) = json.loads((write("label-studio", tmp_path, predicted()) / "tasks.json").read_text())
+    values = [region["value"] for region in task["predictions"][0]["result"]]
+    assert (values[0]["x"], values[0]["y"]) == (50 / 64, pytest.approx(50 / 48))
+    assert (values[2]["x"], values[2]["y"]) == (100 - 50 / 64, pytest.approx(100 - 50 / 48))
+    text = (write("spreadsheet", tmp_path, predicted()) / "landmarks.csv").read_text("utf-8-sig")
+    assert text.splitlines()[1] == "a/film.png,64,48,0.25,0.0000,0.0000,12.3457,30.2500,63.0000,47.0000"
+
+
+@pytest.mark.parametrize("kind", LABEL_FORMATS)
+def test_predictions_are_packed_again_as_they_were_and_points_not_found_stay_missing(kind: str, tmp_path: Path) -> None:
+    points = POINTS + 0.25  # tables write (0, 0) for what was not seen
+    one = predicted("a/film", prediction=ImagePrediction(points, np.ones(3), np.zeros(3, bool)))
+    other = predicted("b/film", prediction=ImagePrediction(points, np.ones(3), np.array([False, True, False])))
+    folder = write(kind, tmp_path, one, other)
+    accept(folder, kind)
+    settings = PackSettings(kind=kind).filled_for(folder, has_key=False)  # type: ignore[arg-type]
+    again = read_annotated(folder, settings, None)
+    (sample,) = again.samples
+    assert sample.points is not None
+    np.testing.assert_allclose(sample.points, points, atol=0.01)
+    assert again.spec.landmark_names == NAMES
+    assert sample.mm_per_px == (None if kind == "cvat" else 0.25)
+    (refused,) = again.refused
+    assert refused["id"].endswith("b/film")
+    assert refused["reason"].startswith("landmark nasion ")
+
+
+def test_the_help_names_every_format() -> None:
+    help_text = run_command("predict", "--help").out
+    assert [name for name in FORMATS if name not in help_text] == []
 
 
 def test_what_may_hold_corrections_is_not_written_over(tmp_path: Path) -> None:

@@ -151,8 +151,10 @@ def read_datumaro(files: Sequence[Path]) -> Annotations:
         categories = require(content.get("categories") or {}, dict, f"{path}: categories", "an object")
         labels = _names(categories, path)
         elements = _elements(categories, path)
-        declared = [name for names in elements.values() for name in names] or labels
-        found.landmarks = _joined(found.landmarks, declared, path)
+        parts = [name for names in elements.values() for name in names]
+        whole = _skeletons(categories) | {labels[number] for number in elements if number in range(len(labels))}
+        declared = dict.fromkeys([*parts, *(name for name in labels if name not in whole)])
+        found.landmarks = _joined(found.landmarks, list(declared), path)
         for item in require(content["items"], list, f"{path}: items", "a list"):
             require(item, dict, f"{path}: items", "objects")
             found.images.append(_read_item(item, path, labels, elements, found))
@@ -165,6 +167,12 @@ def _names(categories: dict[str, Any], path: Path) -> list[str]:
     """Names of all labels, by their numbers."""
     labels = (categories.get("label") or {}).get("labels") or []
     return [require(each.get("name"), str, f"{path}: labels", "a name") for each in labels if isinstance(each, dict)]
+
+
+def _skeletons(categories: dict[str, Any]) -> set[str]:
+    """Labels that others are part of."""
+    labels = (categories.get("label") or {}).get("labels") or []
+    return {str(each.get("parent")) for each in labels if isinstance(each, dict) and each.get("parent")}
 
 
 def _elements(categories: dict[str, Any], path: Path) -> dict[Any, list[str]]:

@@ -155,7 +155,9 @@ def write_label_studio(folder: Path, images: Sequence[AnnotatedImage], landmarks
             data["mm_per_px"] = image.mm_per_px
         tasks.append({"id": number, "data": data, "predictions": [{"model_version": "ddpm-lmk", "result": results}]})
     atomic.write_json(folder / "tasks.json", tasks)
-    labels = "".join(f"    <Label value={quoteattr(name)}/>\n" for name in landmarks)
+    # model_index: without it the tool's own converters to COCO and YOLO refuse key points
+    lines = (f'    <Label value={quoteattr(name)} model_index="{n}"/>\n' for n, name in enumerate(landmarks))
+    labels = "".join(lines)
     atomic.write_text(
         folder / CONFIG,
         '<View>\n  <Image name="image" value="$image" zoom="true"/>\n'

@@ -2,9 +2,9 @@
 
 The pages are those of this folder, pages kept elsewhere, references made from the code, and the notebook. Links hold in
 the repository (`../configs/README.md`) and are turned into those of the site here; so is the path of a page in
-backticks. All of it is laid into one folder, of which MkDocs with Material, strictly, makes the site of `mkdocs.yml`.
-What is laid there is plain Markdown, so that another builder can take over: Material ends in 2027, and its successor,
-Zensical, reads the same `mkdocs.yml`.
+backticks, under the name that it has there. All of it is laid into one folder, of which MkDocs with Material makes the
+site of `mkdocs.yml`, strictly. What is laid there is plain Markdown, so that another builder can take over: Material
+ends in 2027, and its successor, Zensical, reads the same `mkdocs.yml`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import os
 import posixpath
 import re
 import tempfile
+from functools import cache
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
-BESIDE = (".png", ".svg", ".css", ".js")
+STYLE = ("site.css", "iframe-worker.js")
 NOTEBOOK = "first-landmarks"
 KEPT_ELSEWHERE = {
     "README.md": "index.md",
@@ -29,17 +32,21 @@ KEPT_ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
 }
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])")
 NAMED = re.compile(r"(?<![\[/])`([\w./-]+\.(?:md|ipynb))`")
 # A list or a table may follow a paragraph at once in the Markdown of repositories, not in Python's.
-BEGUN = re.compile(r"^([^\n*| ].*)\n(?=\* |\| )", re.MULTILINE)
+BEGUN = re.compile(r"^([^\n*| ].*)\n(?=\* | ?\| | - )", re.MULTILINE)
 
 
 def lay_out(folder: Path) -> None:
     """Write every page and picture of the site to a new folder."""
     pages = {f"docs/{path.name}": path.name for path in sorted((ROOT / "docs").glob("*.md"))} | KEPT_ELSEWHERE
     named = pages | {f"docs/{NOTEBOOK}.ipynb": f"{NOTEBOOK}.md"}
-    beside = {f"docs/{path.name}": path.name for path in (ROOT / "docs").iterdir() if path.suffix in BESIDE}
+    beside = {f"docs/{name}": name for name in STYLE}
+    for source in pages:
+        found = (resolved(source, link) for link in PICTURE.findall((ROOT / source).read_text()))
+        beside |= {path: posixpath.basename(path) for path in found if (ROOT / path).is_file()}
     folder.mkdir(parents=True)
     for source, name in pages.items():
         (folder / name).write_text(on_the_site((ROOT / source).read_text(), source, named | beside))
@@ -53,6 +60,11 @@ def lay_out(folder: Path) -> None:
     (folder / "settings.md").write_text(settings_reference())
 
 
+def resolved(source: str, link: str) -> str:
+    """The path in the repository that a page means by a link."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+
+
 def on_the_site(text: str, source: str, site: dict[str, str]) -> str:
     """A page of the repository, at `source`, with links between pages of the site; those in code stay.
 
@@ -61,15 +73,24 @@ def on_the_site(text: str, source: str, site: dict[str, str]) -> str:
     """
 
     def linked(match: re.Match[str]) -> str:
-        return site.get(posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1])), match[1])
+        return site.get(resolved(source, match[1]), match[1])
 
     def named(match: re.Match[str]) -> str:
-        return f"[{match[0]}]({site[match[1]]})" if site.get(match[1], site[source]) != site[source] else match[0]
+        uri = site.get(match[1])
+        return f"[{titles()[uri]}]({uri})" if uri in titles() and uri != site[source] else match[0]
 
     def shown(prose: str) -> str:
         return BEGUN.sub(r"\1\n\n", NAMED.sub(named, LINK.sub(linked, prose)))
 
     return "".join(part if part.lstrip().startswith("```") else shown(part) for part in FENCED.split(text))
+
+
+@cache
+def titles() -> dict[str, str]:
+    """What the navigation calls each page."""
+    sections = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    entries = [entry for section in sections for pages in section.values() for entry in pages]
+    return {uri: title for entry in entries for title, uri in entry.items()}
 
 
 def command_reference() -> str:
@@ -81,6 +102,8 @@ def command_reference() -> str:
 
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="ddpm-lmk", title="Commands")
+    # Lists of commands are cut off for a terminal: a command's own section says the same in full.
+    text = re.sub(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+\n", "", text)
     return text.replace("```console\n$ ", "```text\n")
 
 
@@ -136,8 +159,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lay_out(Path(folder) / "docs")
         config = Path(folder) / "mkdocs.yml"
-        config.write_text((ROOT / "mkdocs.yml").read_text())
-        cli(["build", "--quiet", "--strict", "--config-file", str(config), "--site-dir", str(out)])
+        settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+        settings["nav"] = [  # pages that are still being written are left out
+            {title: [page for page in pages for uri in page.values() if (config.parent / "docs" / uri).exists()]}
+            for section in settings["nav"]
+            for title, pages in section.items()
+        ]
+        config.write_text(yaml.safe_dump(settings, sort_keys=False))
+        cli(["build", "--strict", "--config-file", str(config), "--site-dir", str(out)])
 
 
 if __name__ == "__main__":

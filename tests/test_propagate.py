@@ -216,7 +216,10 @@ def test_true_labels_of_the_pool_are_never_read(
     wrong = copied(packed, tmp_path / "wrong", plant)
     assert not np.array_equal(read_labels(wrong), read_labels(packed))
     execute(config(wrong), tmp_path / "run", parallel=parallel)
-    assert [bits(tmp_path / "run" / stage) for stage in STAGES] == [bits(finished / stage) for stage in STAGES]
+    # the two sets differ in their labels, so in the digest that pseudo-labels are kept under; in nothing else
+    digest, digest_of_wrong = (Manifest.open(path).fingerprint[:16].encode() for path in (packed, wrong))
+    for stage in STAGES:
+        assert bits(tmp_path / "run" / stage).replace(digest_of_wrong, digest) == bits(finished / stage), stage
 
 
 def read_labels(path: Path) -> np.ndarray:

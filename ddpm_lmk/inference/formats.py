@@ -2,6 +2,7 @@
 
 `FORMATS` is the one table of them. A format of labels is a folder that its tool opens and `shards pack` reads again:
 the label files of `data.annotations`, and pictures to draw on, of 8 bits of grey, since most tools show no DICOM files.
+Those of DICOM are documents beside the films themselves (`inference.dicom_documents`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ddpm_lmk.data.annotations.formats import LABEL_FORMATS, LabelFormat
 from ddpm_lmk.data.annotations.image import CORNER_PX, AnnotatedImage, Point
 from ddpm_lmk.data.drawing import encode_png
 from ddpm_lmk.errors import ConfigError, RunConflictError
+from ddpm_lmk.inference.dicom_documents import DicomWriter, measurement_report, presentation_state
 from ddpm_lmk.inference.predictions import PredictedFile
 from ddpm_lmk.system import files as atomic
 
@@ -23,7 +25,11 @@ class PredictionWriter(Protocol):
     """Writes predictions in one format, file by file as they are computed."""
 
     def add(self, predicted: PredictedFile) -> None:
-        """Take one file that was predicted; its picture is large and not kept."""
+        """Take one file that was predicted; its picture is large and not kept.
+
+        Raises:
+            RefusedImageError: the format cannot hold this file.
+        """
 
     def finish(self) -> None:
         """Write what can be written only when all files are known; called once, also where there were none."""
@@ -49,13 +55,15 @@ class LabelWriter:
         self._images.append(AnnotatedImage(name, points, predicted.size, predicted.mm_per_px))
 
     def finish(self) -> None:
-        if self._images:
+        if self._images and self._kind.write is not None:
             self._kind.write(self._folder, self._images, self._landmarks)
 
 
 # A writer is made of its folder, before any weights are read: it raises LaunchError where its extra is missing.
 FORMATS: dict[str, Callable[[Path], PredictionWriter]] = {
-    **{name: partial(LabelWriter, kind) for name, kind in LABEL_FORMATS.items()},
+    **{name: partial(LabelWriter, kind) for name, kind in LABEL_FORMATS.items() if kind.write},
+    "dicom-sr": lambda folder: DicomWriter(folder, measurement_report),
+    "dicom-gsps": lambda folder: DicomWriter(folder, presentation_state),
 }
 
 

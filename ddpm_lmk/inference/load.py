@@ -50,6 +50,12 @@ class LoadedRun:
         return next((part for part in whole.get("parts", ()) if part["spec"] == self.spec.name), whole)
 
     @property
+    def weights_sha256(self) -> str:
+        """Of the file of the weights, which says what they are wherever they lie."""
+        files = self.meta["files"]  # a hub folder has one, whose name may be of the hub's cache
+        return files[next(iter(files)) if len(files) == 1 else f"{self.meta['use']}.safetensors"]["sha256"]
+
+    @property
     def radius(self) -> dict[str, Any] | None:
         """radius.json of this dataset and these weights; None where `ddpm-lmk calibrate` has learnt none."""
         step = self.meta["step"]

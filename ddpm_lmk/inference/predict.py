@@ -125,7 +125,6 @@ def predict_images(
             images.append({"file": name, "error": str(picture)})
             continue
         assert prediction is not None
-        summary.predicted += 1
         overlay = _overlay_name(images, name)
         radius_px = None if learnt is None else prediction.radius_px(learnt["factor"])
         # millimetres are only as good as their spacing, so its source stands beside it
@@ -141,9 +140,16 @@ def predict_images(
             mm_per_px=mm_per_px or picture.mm_per_px,
             spacing=spacing,
             frame=frame,
+            weights=loaded.weights_sha256,
         )
-        for writer in writers:
-            writer.add(predicted)
+        try:
+            for writer in writers:
+                writer.add(predicted)
+        except RefusedImageError as error:
+            summary.errors[name] = str(error)
+            images.append({"file": name, "error": str(error)})
+            continue
+        summary.predicted += 1
         images.append(_facts(predicted) | {"overlay": f"overlays/{overlay}"})
         numbers = [str(index) for index in range(len(prediction.points))]
         side = min(max(*picture.size, SMALLEST_OVERLAY), LARGEST_OVERLAY)

@@ -65,6 +65,7 @@ class PredictedFile:
     mm_per_px: float | None
     spacing: str | None  # where the millimetres are from, or why they are unknown
     frame: int | None  # which frame of a file with several, from 0
+    weights: str  # sha256 of the file of the network's weights
 
     @property
     def size(self) -> tuple[int, int]:

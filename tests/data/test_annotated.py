@@ -199,7 +199,7 @@ def test_files_that_the_tools_wrote_say_where_the_pixels_are(kind: str, file: st
     assert the_sample(found).split == split
 
 
-@pytest.mark.parametrize("kind", LABEL_FORMATS)
+@pytest.mark.parametrize("kind", [name for name, kind in LABEL_FORMATS.items() if kind.write])
 def test_what_is_written_for_a_tool_is_read_again_to_a_hundredth_of_a_pixel(kind: str, tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     names = ("Sella", "Nasion", "ä ö")

@@ -15,7 +15,6 @@ from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     JPEGBaseline8Bit,
     JPEGLosslessSV1,
-    JPEGLSLossless,
 )
 
 from ddpm_lmk.data.images.decode import decode_image
@@ -379,11 +378,10 @@ def test_a_deflated_bomb_is_refused_before_it_expands():
     assert refused(head[:begin] + bomb)[0] == "BOMB"
 
 
-@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless])
-def test_a_missing_decoder_is_named_with_its_extra(syntax):
-    if get_decoder(syntax).is_available:
+def test_a_missing_decoder_is_named_with_its_extra():
+    if get_decoder(JPEGLosslessSV1).is_available:
         pytest.skip("a decoder for it is installed")
-    made = dataset(syntax=syntax)
+    made = dataset(syntax=JPEGLosslessSV1)
     made.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
     made["PixelData"].is_undefined_length = True
     made["PixelData"].VR = "OB"
@@ -397,8 +395,7 @@ def test_a_missing_decoder_is_named_with_its_extra(syntax):
 
 
 def has_decoder(name):
-    syntaxes = {"JPEG Lossless": JPEGLosslessSV1, "JPEG-LS": JPEGLSLossless}
-    return all(get_decoder(syntax).is_available for start, syntax in syntaxes.items() if name.startswith(start))
+    return not name.startswith("JPEG Lossless") or get_decoder(JPEGLosslessSV1).is_available
 
 
 def test_every_real_file_is_as_its_index_says(real_data):

@@ -125,6 +125,6 @@ def _may_be_refused(row: dict[str, str]) -> set[str]:
     syntax = row["transfer_syntax"]
     if syntax.startswith("JPEG Extended"):
         return {"BROKEN"}
-    if syntax.startswith(("JPEG Lossless", "JPEG-LS")):
+    if syntax.startswith("JPEG Lossless"):
         return {"NO_DECODER", "DUPLICATE"}
     return {"DUPLICATE"}

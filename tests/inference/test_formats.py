@@ -36,6 +36,7 @@ def predicted(name: str = "a/film", *, failed: tuple[bool, ...] = (False,) * 3, 
         "mm_per_px": 0.25,
         "spacing": "PixelSpacing",
         "frame": None,
+        "weights": "0" * 64,
     }
     return PredictedFile(**(values | facts))  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ import logging
 import re
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,6 @@ _EXTRA_FOR = {
     "1.2.840.10008.1.2.4.51": "may have 12 bits, which no decoder here reads: convert it, e.g. with gdcmconv --raw",
     "1.2.840.10008.1.2.4.57": _GPL,  # JPEG Lossless
     "1.2.840.10008.1.2.4.70": _GPL,
-    "1.2.840.10008.1.2.4.80": _GPL,  # JPEG-LS
-    "1.2.840.10008.1.2.4.81": _GPL,
 }
 # The first element of a file without header: of group 0002 or 0008, little endian.
 _FIRST_ELEMENTS = (0x00, 0x01, 0x05, 0x08, 0x10, 0x12, 0x14, 0x16, 0x18, 0x20)
@@ -106,20 +104,37 @@ def read_spacing(data: bytes, options: ReadOptions) -> tuple[float | None, tuple
         return spacing(attributes)[0], (attributes.dataset.Columns, attributes.dataset.Rows)
 
 
+def read_header(data: bytes, names: Sequence[str]) -> Attributes:
+    """The attributes `names` of a file whose pixels read; `dataset` lacks those that are absent or malformed.
+
+    Raises:
+        RefusedImageError: a broken file.
+    """
+    with _refusing():
+        attributes = Attributes(_parse(data, names))
+        attributes.remove_malformed(names)
+        return attributes
+
+
 @contextmanager
-def _radiograph(data: bytes, options: ReadOptions) -> Iterator[Attributes]:
-    """The attributes of a checked file. Whatever reading them raises becomes a RefusedImageError."""
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote values of the file
+def quiet() -> Iterator[None]:
+    """Hold back what pydicom and highdicom log and warn of: it quotes values of files."""
+    for name in ("pydicom", "highdicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # so do its warnings
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever reading a file raises becomes a RefusedImageError."""
+    with quiet():
         try:
             import pydicom
 
             pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-            attributes = Attributes(_parse(data))
-            attributes.remove_malformed([*_OPTIONAL, _PATIENT])
-            _check(attributes, options)
-            yield attributes
+            yield
         except (RefusedImageError, MemoryError):
             raise
         except ModuleNotFoundError:
@@ -129,7 +144,17 @@ def _radiograph(data: bytes, options: ReadOptions) -> Iterator[Attributes]:
             raise RefusedImageError("BROKEN", f"a DICOM file that does not read ({type(error).__name__})") from None
 
 
-def _parse(data: bytes) -> Dataset:
+@contextmanager
+def _radiograph(data: bytes, options: ReadOptions) -> Iterator[Attributes]:
+    """The attributes of a checked file. Whatever reading them raises becomes a RefusedImageError."""
+    with _refusing():
+        attributes = Attributes(_parse(data, _READ))
+        attributes.remove_malformed([*_OPTIONAL, _PATIENT])
+        _check(attributes, options)
+        yield attributes
+
+
+def _parse(data: bytes, names: Sequence[str | int]) -> Dataset:
     from pydicom import dcmread
     from pydicom.tag import Tag
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -137,7 +162,7 @@ def _parse(data: bytes) -> Dataset:
     if data[:4] == b"DICM":
         data = bytes(128) + data
     _refuse_deflated_bomb(data)
-    dataset = dcmread(io.BytesIO(data), force=True, specific_tags=[Tag(name) for name in _READ])
+    dataset = dcmread(io.BytesIO(data), force=True, specific_tags=[Tag(name) for name in names])
     if "TransferSyntaxUID" not in dataset.file_meta:
         is_implicit, is_little = dataset.original_encoding
         explicit = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian

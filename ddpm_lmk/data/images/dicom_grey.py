@@ -98,7 +98,7 @@ def _apply_voi(values: np.ndarray, attributes: Attributes) -> tuple[np.ndarray, 
         if _is_informative(looked_up[0]):
             return *looked_up, "voi-lut"
         attributes.pass_over("VOILUTSequence")
-    window = _first_window(attributes)
+    window = first_window(attributes)
     if window is None:
         return None
     windowed = apply_window(values, *window)
@@ -126,8 +126,26 @@ def _try_table(values: np.ndarray, attributes: Attributes, name: str) -> tuple[n
         return None
 
 
+def readable_table(attributes: Attributes, name: str) -> tuple[int, int, np.ndarray] | None:
+    """The first table of a sequence: which value its first entry is of, the bits of an entry, and the entries uint16.
+
+    None where there is none, or it does not read.
+    """
+    if not attributes.get(name) or _try_table(np.zeros((1, 1), np.int64), attributes, name) is None:
+        return None
+    first, depth, table = _table(attributes.dataset[name].value[0], attributes.dataset)
+    return first, depth, table.astype(np.uint16)
+
+
 def _look_up(values: np.ndarray, item: Dataset | SimpleNamespace, dataset: Dataset) -> tuple[np.ndarray, Range]:
     """Apply a table (PS3.3 C.11.1.1): values below its first entry take the first, above its last the last."""
+    first, depth, table = _table(item, dataset)
+    index = np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)
+    return table[index].astype(np.uint16), (0.0, float((1 << depth) - 1))
+
+
+def _table(item: Dataset | SimpleNamespace, dataset: Dataset) -> tuple[int, int, np.ndarray]:
+    """Which value the first entry is of, the bits of an entry, and the entries; raises ValueError for a wrong table."""
     count, first, depth = (int(entry) for entry in item.LUTDescriptor)
     count = count or 1 << 16  # its field has 16 bits
     if not 8 <= depth <= 16:
@@ -138,8 +156,7 @@ def _look_up(values: np.ndarray, item: Dataset | SimpleNamespace, dataset: Datas
     depth = min(depth, 8 * table.itemsize)
     if table.max() >> depth:
         raise ValueError("entries of a look-up table have more bits than it says")
-    index = np.clip(np.rint(values).astype(np.int64) - first, 0, count - 1)
-    return table[index].astype(np.uint16), (0.0, float((1 << depth) - 1))
+    return first, depth, table
 
 
 def _table_entries(data: bytes | list[int], count: int, *, is_little: bool) -> np.ndarray:
@@ -154,7 +171,7 @@ def _table_entries(data: bytes | list[int], count: int, *, is_little: bool) -> n
     return table[:count]
 
 
-def _first_window(attributes: Attributes) -> tuple[float, float, str] | None:
+def first_window(attributes: Attributes) -> tuple[float, float, str] | None:
     """Centre, width and function of the first window that can be applied."""
     centers, widths = attributes.numbers("WindowCenter"), attributes.numbers("WindowWidth")
     function = attributes.code("VOILUTFunction") or "LINEAR"

@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 
 PROJECT = "ddpm-lmk"  # where runs of no sweep are shown together
 POLL_S = 1.0
-LAST_S, LEAVING_S = 120.0, 5.0  # waited for trackers at the end of a run, and of one that is stopped or fails
+# Waited for trackers at the end of a run, less than what counts as a stall of the ranks that have ended; and of one that
+# is stopped or fails.
+LAST_S, LEAVING_S = 40.0, 5.0
 TRAIN, VALIDATION = "train", "validation"
 SAMPLES = "samples.png"
 

@@ -123,7 +123,9 @@ def _hollow(cfg: RunConfig, spec: DatasetSpec) -> nn.Module:
     """The network of a run, of tensors without content."""
     # Cells of a sweep differ in name, seed and shots only: one network serves all of them.
     data = cfg.data.model_copy(update={"shots": None, "draw": "first", "images": None})
-    settings = cfg.model_copy(update={"name": "same", "seed": 0, "data": data})
+    # What is frozen has the same tensors, and would ask for the weights, which are no part of the settings.
+    model = cfg.model.model_copy(update={"frozen": False}) if cfg.model.kind == "encoder_unet" else cfg.model
+    settings = cfg.model_copy(update={"name": "same", "seed": 0, "data": data, "model": model})
     return _built(settings.model_dump_json(include={"data", "model", "task"}), spec.model_dump_json())
 
 

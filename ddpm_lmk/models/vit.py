@@ -90,7 +90,8 @@ class VisionTransformer(nn.Module):
             patches = patches + self._positions(height, width)
         # Registers have no place.
         prefix = [cls, self.register_tokens] if self.size.registers else [cls]
-        x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), patches], 1)
+        # Not len(x), which an export to ONNX would take for a constant.
+        x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), patches], 1)
         maps = []
         for index, block in enumerate(self.blocks):
             x = block(x, angles)

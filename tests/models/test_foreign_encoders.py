@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_lmk.config import EncoderUNetConfig, RunConfig
 from ddpm_lmk.config.load import config_hash
 from ddpm_lmk.config.model import CONVNEXTS, PATCHES
+from ddpm_lmk.data.shards.manifest import Manifest
+from ddpm_lmk.engine.starting_weights import require_fitting
 from ddpm_lmk.errors import CheckpointError
 from ddpm_lmk.models import build_model, model_cost
 from ddpm_lmk.models.encoder_unet import DEVIATION, MEAN, EncoderUNet, build_any_encoder, load_encoder
@@ -212,6 +214,7 @@ def test_a_run_with_two_looks_starts_from_a_file_and_keeps_a_frozen_encoder(
             "evaluate": {"split": None},
         }
     )
+    require_fitting(run, Manifest.open(packed_phantoms).spec)  # before anything starts, from the header alone
     execute(run, tmp_path / "run", device="cpu")
     parent = json.loads((tmp_path / "run" / "run.json").read_text())["parent"]
     assert parent["loaded"] == "encoder"

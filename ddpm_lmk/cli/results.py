@@ -207,7 +207,7 @@ def import_weights(
         str | None, typer.Option("--take", metavar="NAME", help="which of several sets of weights, e.g. ema")
     ] = None,
 ) -> None:
-    """Tensors of a foreign PyTorch file (the paper's checkpoints, torchvision's) as safetensors, read in a sandbox."""
+    """Tensors of a foreign PyTorch file (the paper's, torchvision's, DINO's) as safetensors, read in a sandbox."""
     from ddpm_lmk.models import import_torch as door
 
     found = door.import_weights(file, out, take)
@@ -222,6 +222,7 @@ def import_weights(
         more = ", ..." if len(found["passed_over"]) > MAX_NAMES else ""
         typer.echo(f"skipped, no weights: {', '.join(found['passed_over'][:MAX_NAMES])}{more}")
     typer.echo(f"{found['network']}; {found['num_tensors']} tensors, {found['num_parameters']:,} parameters; {out}")
+    typer.echo(f"sha256 {found['sha256']}")
     if not found["network"].startswith("unknown"):  # other tensors are kept too, but no run can use them
         typer.echo(f"a run starts from them with init.weights={out}")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-BESIDE = (".png", ".svg", ".css", ".js")
+STYLE = ("site.css", "iframe-worker.js")
 NOTEBOOK = "first-landmarks"
 KEPT_ELSEWHERE = {
     "README.md": "index.md",
@@ -32,6 +32,7 @@ KEPT_ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
 }
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])")
 NAMED = re.compile(r"(?<![\[/])`([\w./-]+\.(?:md|ipynb))`")
 # A list or a table may follow a paragraph at once in the Markdown of repositories, not in Python's.
@@ -42,7 +43,10 @@ def lay_out(folder: Path) -> None:
     """Write every page and picture of the site to a new folder."""
     pages = {f"docs/{path.name}": path.name for path in sorted((ROOT / "docs").glob("*.md"))} | KEPT_ELSEWHERE
     named = pages | {f"docs/{NOTEBOOK}.ipynb": f"{NOTEBOOK}.md"}
-    beside = {f"docs/{path.name}": path.name for path in (ROOT / "docs").iterdir() if path.suffix in BESIDE}
+    beside = {f"docs/{name}": name for name in STYLE}
+    for source in pages:
+        found = (resolved(source, link) for link in PICTURE.findall((ROOT / source).read_text()))
+        beside |= {path: posixpath.basename(path) for path in found if (ROOT / path).is_file()}
     folder.mkdir(parents=True)
     for source, name in pages.items():
         (folder / name).write_text(on_the_site((ROOT / source).read_text(), source, named | beside))
@@ -56,6 +60,11 @@ def lay_out(folder: Path) -> None:
     (folder / "settings.md").write_text(settings_reference())
 
 
+def resolved(source: str, link: str) -> str:
+    """The path in the repository that a page means by a link."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+
+
 def on_the_site(text: str, source: str, site: dict[str, str]) -> str:
     """A page of the repository, at `source`, with links between pages of the site; those in code stay.
 
@@ -64,7 +73,7 @@ def on_the_site(text: str, source: str, site: dict[str, str]) -> str:
     """
 
     def linked(match: re.Match[str]) -> str:
-        return site.get(posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1])), match[1])
+        return site.get(resolved(source, match[1]), match[1])
 
     def named(match: re.Match[str]) -> str:
         uri = site.get(match[1])
@@ -150,8 +159,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lay_out(Path(folder) / "docs")
         config = Path(folder) / "mkdocs.yml"
-        config.write_text((ROOT / "mkdocs.yml").read_text())
-        cli(["build", "--quiet", "--strict", "--config-file", str(config), "--site-dir", str(out)])
+        settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+        settings["nav"] = [  # pages that are still being written are left out
+            {title: [page for page in pages for uri in page.values() if (config.parent / "docs" / uri).exists()]}
+            for section in settings["nav"]
+            for title, pages in section.items()
+        ]
+        config.write_text(yaml.safe_dump(settings, sort_keys=False))
+        cli(["build", "--strict", "--config-file", str(config), "--site-dir", str(out)])
 
 
 if __name__ == "__main__":

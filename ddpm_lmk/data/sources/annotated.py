@@ -137,7 +137,7 @@ class _Listing:
 
 def _parts(name: str) -> list[str]:
     parts = posixpath.normpath(unicodedata.normalize("NFC", name)).split("/")
-    return [part for part in parts if part not in ("", "..")]
+    return [part for part in parts if part not in ("", "..")] or [""]
 
 
 def _stem(name: str) -> str:

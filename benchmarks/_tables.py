@@ -235,6 +235,25 @@ exactness_table = of_rows(
 # Tables of several kinds of rows
 
 
+def in_place_table(source: Path) -> str:
+    """Processor time of an image for each reader of a WebDataset, and the ratio to packed shards."""
+    found = read_result(source)
+    ratios = {(ratio["source"], ratio["reader"]): _bounds(ratio) for ratio in found.facts["ratios"]}
+    prepare = {
+        (row.conditions["source"], row.conditions["way"]): row.figures for row in found.rows if row.what == "prepare"
+    }
+    rows = []
+    for row in (row for row in found.rows if row.what == "read"):
+        key = row.conditions["source"], row.conditions["reader"]
+        once = prepare.get(key, {})
+        cells = [f"{once['cpu_ms_per_image']:.1f}", f"{once['disk_bytes_per_image'] / 1e3:.1f}"] if once else ["", ""]
+        speed = Spread(row.samples["images_per_cpu_s"])
+        rows.append([*key, f"{row.figures['cpu_ms_per_image']:.2f}", f"{speed:0}", ratios.get(key, ""), *cells])
+    heads = ["images in the tars", "read", "CPU-ms/image", "images/CPU-s (quartiles)", "times the packed (bounds)"]
+    heads += ["once: CPU-ms/image", "on disk, kB/image"]
+    return f"{bench_machine(found)}\n\n{markdown(heads, rows)}"
+
+
 def radius_table(source: Path) -> str:
     """What the radius holds in simulated films, beside what it would hold with points or films counted alone."""
     rows = json.loads(source.read_text())["rows"]

@@ -21,8 +21,9 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
-START, RESULTS_PAGE, FAULTS, METHOD, RECIPE, HOUSE = (
-    HERE.parent / "docs" / f"{name}.md" for name in ("start", "results", "faults", "method", "recipe", "house")
+START, RESULTS_PAGE, FAULTS, METHOD, RECIPE, HOUSE, WEBDATASETS = (
+    HERE.parent / "docs" / f"{name}.md"
+    for name in ("start", "results", "faults", "method", "recipe", "house", "webdatasets")
 )
 
 PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
@@ -58,6 +59,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "peers", newest(RESULTS, "peers", "width32_64px_fp32-cpu"), tables.peers_table),
     (METHOD, "radius", RESULTS / "radius_coverage.json", tables.radius_table),
     (METHOD, "radius-films", RESULTS / "table2_two_looks" / "radius.json", tables.radius_films_table),
+    (WEBDATASETS, "in-place", newest(RESULTS, "in_place"), tables.in_place_table),
     (HOUSE, "house", RESULTS / "house_after.json", tables.house_table),
     (RECIPE, "parts", RESULTS / "table2_two_looks" / "cells.json", tables.parts_table),
     (RECIPE, "pools", RESULTS / "table2_two_looks" / "pools.json", tables.pools_table),

@@ -41,6 +41,7 @@ from ddpm_lmk.engine.parallel import AllRanks, Parallel
 from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, checksum, class_kept
 from ddpm_lmk.engine.session import Session
 from ddpm_lmk.engine.starting_weights import starting_state
+from ddpm_lmk.engine.trackers import Trackers
 from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.inference import calibration, pseudo_labels
 from ddpm_lmk.inference.evaluate import evaluate_parts, evaluate_split
@@ -92,6 +93,7 @@ def execute(
     instead: str | None = None,
     whole: Whole | None = None,
     then: Sequence[Work] = (),
+    group: str | None = None,
 ) -> dict[str, Any]:
     """Do a run in the directory `out`, or what is left of it, and return its results, on every rank.
 
@@ -103,6 +105,7 @@ def execute(
         instead: what to say where that is very long.
         whole: what the run is a stage of, so that what is shown as left is all of that.
         then: what the runs that learn from this one have to do, which is foretold with it.
+        group: the sweep it is part of, for trackers.
 
     Raises:
         LmkError: on all ranks alike where it is found before training; see `rundir`, `data` and `engine.loop`.
@@ -110,7 +113,10 @@ def execute(
     parallel = parallel or Parallel(device)
     session = session or Session()
     beat("setup")
-    with _locked_directory(cfg, Path(out), parallel, is_fork=fork is not None) as run:
+    with (
+        _locked_directory(cfg, Path(out), parallel, is_fork=fork is not None) as run,
+        Trackers(cfg, run, group=group) as trackers,
+    ):
         past = parallel.on_main(lambda: _look_back(cfg, run, fork))
         if past.results is not None:
             return past.results
@@ -125,6 +131,7 @@ def execute(
         if cfg.teacher is not None and is_foretold:
             whole = whole or Whole(cfg.name, time.monotonic(), then_s=0.0)
         common: dict[str, Any] = {"device": device, "parallel": parallel, "session": session, "is_strict": is_strict}
+        common |= {"group": group}
         telling: dict[str, Any] = {"is_foretold": is_foretold, "instead": instead, "whole": whole}
         taught_by = _run_teacher(cfg, run, past, corpora, unlabelled, then, **common, **telling)
         fitted = _fit(cfg, task, corpora, past, parallel)
@@ -147,6 +154,7 @@ def execute(
             facts = _facts(cfg, loaders, parallel, devices, past.forked or parent) | {"fit": fitted.facts()}
             facts |= {} if pool.facts is None else {"pool": pool.facts}
             parallel.on_main(lambda: _begin(cfg, run, corpora, facts, step=state.step))
+            trackers.start()
             collectives = AllRanks(parallel.rank, parallel.world) if parallel.world > 1 else OneRank()
             task.prepare(collectives, total_steps=pace.total)
             # Not for the score, which is computed in what `auto` means to everybody.
@@ -155,6 +163,7 @@ def execute(
             with _shown_conclusion(cfg, parallel, forecast, whole) as show:
                 results = _conclude(cfg, task, state, loaders, pool, parallel, run, session, show)
         parallel.on_main(lambda: run.finish(cfg, results))
+        trackers.conclude(results)
         return results
 
 
@@ -390,7 +399,7 @@ def run_job(job: dict[str, Any]) -> int:
     """Do the run of a job ({"config": resolved run, "out": directory, "device": "cpu" or "cuda", "zero": stage}).
 
     `fork` and `strict` of the command line are in it too, and what `execute` says of its time (`is_foretold`,
-    `forecast`, `instead`, `whole`).
+    `forecast`, `instead`, `whole`), and the sweep it is part of (`group`).
     """
     parallel = Parallel(job.get("device", "auto"), zero=job.get("zero", 0))
     execute(
@@ -403,6 +412,7 @@ def run_job(job: dict[str, Any]) -> int:
         forecast=Forecast(**job["forecast"]) if job.get("forecast") else None,
         instead=job.get("instead"),
         whole=Whole(**job["whole"]) if job.get("whole") else None,
+        group=job.get("group"),
     )
     # Ends the process group here, since its destructor may run after that of the interpreter.
     parallel.close()

@@ -11,24 +11,38 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ddpm_lmk import __version__
 from ddpm_lmk.cli.bench import bench_app
 from ddpm_lmk.cli.results import results_app
 from ddpm_lmk.cli.shards import shards_app
-from ddpm_lmk.cli.train import CpuOption, GpusOption, launch_app, shipped_file, train_app
+from ddpm_lmk.cli.train import SHIPPED, CpuOption, GpusOption, launch_app, train_app
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.system import environment, files, shipped
 from ddpm_lmk.system.console import accept_any_encoding, print_status, print_table
 from ddpm_lmk.system.machine import require_safe_versions
 
+
+class _Commands(TyperGroup):
+    """The commands, whose help is told of completion below them and not by two options above."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if param.name in ("install_completion", "show_completion"):
+                param.hidden = True
+        return params
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Diffusion pre-training on pooled x-rays, and few-shot landmark detection with the same engine.",
+    epilog="For completion by your shell: ddpm-lmk --install-completion (or --show-completion, to see it first).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -89,7 +103,7 @@ def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where runs would be written")] = Path("runs"),
     run_file: Annotated[
         Path | None,
-        typer.Option("--run", metavar="RUN.yaml", help="a run there should be room for", callback=shipped_file),
+        typer.Option("--run", metavar="RUN.yaml", help="a run there should be room for", **SHIPPED),
     ] = None,
     rdzv: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="meet the other nodes there; start it on all at once")
@@ -142,14 +156,36 @@ def init(
     folder: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="new folder; without one they are listed")
     ] = None,
+    schema: Annotated[
+        Path | None, typer.Option("--schema", metavar="DIR", help="write JSON schemas of such files for editors there")
+    ] = None,
 ) -> None:
     """Copy the shipped run files and launch files to DIR, to be edited; without DIR list them."""
+    if schema is not None:
+        for path in _write_schemas(schema):
+            typer.echo(str(path))
+        typer.echo("first line of a file that an editor is to check: # yaml-language-server: $schema=PATH")
+        return
     if folder is None:
         print_table(("file", "what for"), [(name, shipped.head(name)) for name in shipped.names()])
         typer.echo("any of them can be named from any folder; `ddpm-lmk init DIR` copies them to DIR")
         return
     written = shipped.copy_out(folder)
     typer.echo(f"{len(written)} files; {folder / shipped.GUIDE} says what is where")
+
+
+def _write_schemas(folder: Path) -> list[Path]:
+    """One JSON schema for each kind of settings file; returns what was written."""
+    from ddpm_lmk.config import RunConfig
+    from ddpm_lmk.config.editor_schema import editor_schema
+    from ddpm_lmk.launcher import LaunchFile
+    from ddpm_lmk.sweep import SweepFile
+
+    written = []
+    for name, model in (("run", RunConfig), ("sweep", SweepFile), ("launch", LaunchFile)):
+        written.append(folder / f"{name}.schema.json")
+        files.write_json(written[-1], editor_schema(model))
+    return written
 
 
 app.add_typer(results_app)

@@ -73,7 +73,8 @@ def predict(
         list[str] | None,
         typer.Option(
             "--format",
-            help=f"also write DIR/FORMAT: {', '.join(ANNOTATED)}, to correct there and pack again; repeatable",
+            help=f"also write DIR/FORMAT: {', '.join(ANNOTATED)}, to correct there and pack again; dicom-gsps; "
+            "repeatable",
         ),
     ] = None,
     strict: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +47,7 @@ Window = Annotated[
     str | None,
     typer.Option(
         help="black and white of deeper sources: percentile, minmax, full, or voi (the DICOM file's own)",
-        show_default="voi for dicom, else percentile",
+        show_default="voi for dicom and dicom-sr, else percentile",
         rich_help_panel=PIXELS,
     ),
 ]
@@ -57,7 +58,9 @@ BurnedIn = Annotated[
 IdKey = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="key that makes ids of paths; made if absent", show_default="OUT.key for dicom, else none"
+        metavar="FILE",
+        help="key that makes ids of paths; made if absent",
+        show_default="OUT.key for dicom and dicom-sr, else none",
     ),
 ]
 IdMap = Annotated[Path | None, typer.Option(metavar="FILE", help="where to write which id is which file")]
@@ -211,12 +214,59 @@ def verify(folder: DatasetArgument) -> None:
 
 
 @shards_app.command()
-def index(folder: FolderArgument) -> None:
-    """Rebuild a lost or damaged index.npy from the shards."""
+def index(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="tars of a WebDataset: path, folder, URL, x-{000..012}.tar, a::b")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="new folder", show_default="rebuild index.npy of SOURCE"),
+    ] = None,
+    size: Size = 256,
+    workers: Workers = None,
+    name: Name = None,
+    seed: Seed = 0,
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", metavar="EXT", help="member with the image, repeatable", show_default="the only one"),
+    ] = None,
+    split_from: Annotated[
+        str | None, typer.Option(metavar="EXT[:KEY]", help="member that names the split, e.g. json:split")
+    ] = None,
+    patient_from: Annotated[
+        str | None, typer.Option(metavar="EXT[:KEY]", help="member that names the patient, e.g. json:patient_id")
+    ] = None,
+    split: Split = None,
+    val_fraction: ValFraction = 0.0,
+    aspect: Aspect = "squeeze",
+    filter: Filter = "area",  # noqa: A002 - the field's word
+    bits: Bits = 8,
+    window: Window = None,
+    frame: Frame = None,
+    allow_burned_in: BurnedIn = False,
+    id_key: IdKey = None,
+) -> None:
+    """Use tars of a WebDataset where they lie, without packing; or rebuild the index.npy of a dataset."""
+    given = dict(locals())
+    from ddpm_lmk.data.pack_settings import PackSettings
+    from ddpm_lmk.data.shards.in_place import index_in_place
     from ddpm_lmk.data.shards.index import rebuild_index
     from ddpm_lmk.data.shards.manifest import read_header
+    from ddpm_lmk.data.sources.webdataset import Roles
 
-    typer.echo(str(rebuild_index(folder, read_header(folder))))
+    if out is None:
+        parameters = inspect.signature(index).parameters
+        vain = [key for key, value in given.items() if key != "source" and value != parameters[key].default]
+        if vain:
+            raise ConfigError(f"--{vain[0].replace('_', '-')} is for the tars of a WebDataset, which need --out too")
+        typer.echo(str(rebuild_index(Path(source), read_header(Path(source)))))
+        return
+    chosen = {key: given[key] for key in PackSettings.model_fields if key in given} | {"name": name or ""}
+    settings = PackSettings.model_validate(chosen | {"kind": "folder"})
+    roles = Roles(tuple(extension.lstrip(".").lower() for extension in image or ()), split_from, patient_from)
+    with progress(f"indexing {source}, MiB") as show:
+        summary = index_in_place(source, out, settings, roles, id_key=id_key, workers=workers, progress=show)
+    _report(summary)
 
 
 @shards_app.command()

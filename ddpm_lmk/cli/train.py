@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,14 +23,36 @@ if TYPE_CHECKING:
     from ddpm_lmk.sweep import Sweep
 
 
-def shipped_file(path: Path | None) -> Path | None:
+def shipped_file(context: typer.Context, path: Path | None) -> Path | None:
     """Callback of every argument that names a run or launch file: a shipped one is used where there is none here."""
-    if path is None:
-        return None
+    if path is None or context.resilient_parsing:  # the words of an unfinished line are looked at to complete it
+        return path
     file = shipped.find(path)
     if file != path:
         print_status(f"{path} is the one shipped with ddpm-lmk, {file}; `ddpm-lmk init DIR` copies it out to be edited")
     return file
+
+
+def complete_file(incomplete: str) -> list[str]:
+    """Names of YAML files and folders here that begin so, and of those shipped."""
+    folder, _, name = incomplete.rpartition("/")
+    here = sorted(Path(folder or "/" if incomplete.startswith("/") else folder).glob(f"{glob.escape(name)}*"))
+    own = [f"{path}/" if path.is_dir() else str(path) for path in here if path.is_dir() or path.suffix == ".yaml"]
+    return list(dict.fromkeys([*own, *(known for known in shipped.names() if known.startswith(incomplete))]))
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """`key=` of each setting of a run file that begins so; one section further where nothing else is left."""
+    from ddpm_lmk.config import RunConfig
+    from ddpm_lmk.config.explain import explain
+
+    keys = [f"{row[0]}=" for row in explain(RunConfig) if row[0].startswith(incomplete)]
+    end = len(incomplete)
+    shortened = list(dict.fromkeys(key[: key.find(".", end) + 1] if "." in key[end:] else key for key in keys))
+    return shortened if len(shortened) > 1 else keys  # a shell writes a space behind the only one
+
+
+SHIPPED: dict[str, Any] = {"callback": shipped_file, "autocompletion": complete_file}  # an argument that names a file
 
 
 train_app = typer.Typer()
@@ -37,9 +60,12 @@ launch_app = typer.Typer(help="Write what a cluster starts.", no_args_is_help=Tr
 
 RunFileArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="RUN.yaml", help="run file; `ddpm-lmk init` lists those shipped", callback=shipped_file),
+    typer.Argument(metavar="RUN.yaml", help="run file; `ddpm-lmk init` lists those shipped", **SHIPPED),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="settings that win over the file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="settings that win over the file", autocompletion=complete_key),
+]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run directory", show_default="runs/NAME")]
 GpusOption = Annotated[int | None, typer.Option("--gpus", metavar="N", help="use N GPUs of this node")]
 CpuOption = Annotated[int | None, typer.Option("--cpu", metavar="N", help="use N CPU processes")]
@@ -66,7 +92,8 @@ def _add_training_command(name: Stage, text: str) -> None:
         node_rank: Annotated[int, typer.Option(metavar="R", help="number of this node, from 0")] = 0,
         rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="address of node 0")] = None,
         launch: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="launch file, e.g. launch/gpu8.yaml", callback=shipped_file)
+            Path | None,
+            typer.Option(metavar="FILE", help="launch file, e.g. launch/gpu8.yaml", **SHIPPED),
         ] = None,
         fork: Annotated[
             Path | None,
@@ -84,7 +111,7 @@ def _add_training_command(name: Stage, text: str) -> None:
         ] = False,
         diff: Annotated[
             Path | None,
-            typer.Option(metavar="OTHER.yaml", help="compare with another run file", callback=shipped_file),
+            typer.Option(metavar="OTHER.yaml", help="compare with another run file", **SHIPPED),
         ] = None,
     ) -> None:
         # Imports take seconds, and a scheduler that asks for a stop meanwhile gets its exit code.
@@ -144,7 +171,7 @@ _add_training_command("finetune", "Train a landmark detector, from random or pre
 def sweep(
     sweep_file: Annotated[
         Path | None,
-        typer.Argument(metavar="SWEEP.yaml", help="sweep file, e.g. configs/sweep/base.yaml", callback=shipped_file),
+        typer.Argument(metavar="SWEEP.yaml", help="sweep file, e.g. configs/sweep/base.yaml", **SHIPPED),
     ] = None,
     overrides: Overrides = None,
     out: OutOption = None,
@@ -277,12 +304,13 @@ def _launch() -> None:
 
 @launch_app.command("slurm")
 def slurm(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="run file", callback=shipped_file)],
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="run file", **SHIPPED)],
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="GPUs of each node")] = None,
     cpu: Annotated[int | None, typer.Option("--cpu", metavar="N", help="CPU processes on each node")] = None,
     launch: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="launch file instead", callback=shipped_file)
+        Path | None,
+        typer.Option(metavar="FILE", help="launch file instead", **SHIPPED),
     ] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", metavar="M", min=1, help="number of nodes")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run directory, seen by all nodes")] = None,

@@ -127,7 +127,7 @@ def is_hash_of(text: str | None, config: RunConfig) -> bool:
 
 def diff_runs(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
     """Rows (dotted key, value in `a`, value in `b`) where two runs differ; "(absent)" where one has no such key."""
-    left, right = _flatten(a.model_dump(mode="json")), _flatten(b.model_dump(mode="json"))
+    left, right = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     keys = list(left)
     for key in right:
         if key not in left:
@@ -324,10 +324,11 @@ def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
         yield path, value
 
 
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; lists stay as they are."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
 
 

@@ -216,6 +216,12 @@ class RuntimeConfig(Section):
         description="between comparisons of the weights of all processes, a checksum",
         json_schema_extra=ADVANCED,
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (),
+        description="tools that follow the run beside metrics.jsonl (docs/tracking.md); nothing is sent by default",
+        json_schema_extra=ADVANCED,
+        exclude_if=lambda value: not value,
+    )
 
     @model_validator(mode="after")
     def _intervals_have_steps(self) -> RuntimeConfig:

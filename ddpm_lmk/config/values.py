@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -25,6 +25,7 @@ class Duration:
     """A length of training: `6000 steps`, `200 epochs` or `171000 images`; a bare number means steps."""
 
     UNITS = ("steps", "epochs", "images")
+    WRITTEN = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)\s*(step|epoch|image)?s?\s*")
 
     def __init__(self, count: float, unit: str = "steps") -> None:
         if unit not in self.UNITS:
@@ -40,9 +41,7 @@ class Duration:
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return cls(value)
-        match = re.fullmatch(
-            r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)\s*(step|epoch|image)?s?\s*", str(value)
-        )
+        match = cls.WRITTEN.fullmatch(str(value))
         if match is None:
             raise ValueError(f"{value!r} is not a duration; write e.g. '6000 steps', '200 epochs' or '171000 images'")
         return cls(float(match[1].replace("_", "")), (match[2] or "step") + "s")
@@ -71,6 +70,11 @@ class Duration:
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(cls.parse, serialization=core_schema.to_string_ser_schema())
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        text = {"type": "string", "pattern": f"^(?:{cls.WRITTEN.pattern})$", "examples": ["6000 steps", "200 epochs"]}
+        return {"anyOf": [{"type": "number", "minimum": 0}, text]}
 
 
 class Section(BaseModel):

@@ -38,7 +38,7 @@ class PackSettings(Section):
     window: Window | None = Field(
         None,
         description="black and white of sources deeper than 8 bits; voi: the DICOM file's own, else percentile; "
-        "null: voi for kind dicom, else percentile",
+        "null: voi for kinds dicom and dicom-sr, else percentile",
     )
     frame: Annotated[int, Field(ge=0)] | None = Field(None, description="of files with several; null: they are refused")
     allow_burned_in: bool = Field(False, description="take DICOM files that say text is burned into the picture")
@@ -102,7 +102,7 @@ class PackSettings(Section):
 
     def filled_for(self, source: str | Path, *, has_key: bool) -> PackSettings:
         """The same with everything stated that depends on the source and on whether a key for ids is given."""
-        is_dicom = self.kind == "dicom"
+        is_dicom = self.kind in ("dicom", "dicom-sr")
         filled = {
             "name": self.name or _default_name(source, self.kind),
             "window": self.window or ("voi" if is_dicom else "percentile"),
@@ -113,7 +113,7 @@ class PackSettings(Section):
 
 
 def _default_name(source: str | Path, kind: Kind) -> str:
-    if kind in ("folder", "table", *ANNOTATED):
+    if kind in ("folder", "table", *ANNOTATED) and kind != "dicom-sr":
         path = Path(source).absolute()
         return re.sub("[^A-Za-z0-9._-]+", "-", path.stem if path.is_file() else path.name)[:80] or "dataset"
     return f"phantom-{source}" if kind == "phantom" else kind  # a DICOM folder may be named after a patient

@@ -46,3 +46,10 @@ def check_zero(zero: int, world: int) -> None:
         raise LaunchError("the launch file asks for ZeRO, found no DeepSpeed; pip install 'ddpm-lmk[deepspeed]'")
     if zero and world == 1:
         raise LaunchError("ZeRO shares the optimizer's state among processes, found one; use more, or zero: 0")
+
+
+def check_trackers(cfg: RunConfig) -> None:
+    """Raise `LaunchError` where a tracker is asked for and not installed."""
+    for name in cfg.runtime.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise LaunchError(f"runtime.trackers names {name}, which is not here; pip install 'ddpm-lmk[trackers]'")

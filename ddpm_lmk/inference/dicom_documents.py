@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddpm_lmk import __version__
-from ddpm_lmk.data.annotations.dicom_sr import SCHEME, code, landmark_code
+from ddpm_lmk.data.annotations.dicom_sr import PROGRAM, SCHEME, code, landmark_code
 from ddpm_lmk.data.images.decode import read_content
 from ddpm_lmk.data.images.dicom import is_dicom, quiet, read_header
 from ddpm_lmk.data.images.dicom_attributes import Attributes
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from pydicom import Dataset
     from pydicom.sr.coding import Code
 
-NAME = "ddpm-lmk"
 NOTICE = "Found by a program, checked by nobody. Not a medical device, not for diagnosis."
 SERIES = "ddpm-lmk landmarks, not for diagnosis"  # what lists of series show
 
@@ -59,7 +58,6 @@ _PICTURE = (
     "NumberOfFrames",
     "PhotometricInterpretation",
     "PixelRepresentation",
-    "RescaleType",
 )
 _SHAPE = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")
 _READ = (*PATIENT, *STUDY, *_UIDS, *_PICTURE, *_SHAPE, *GREY_TAGS, "SpecificCharacterSet")
@@ -161,7 +159,7 @@ class Source:
 
 
 def _uid(*parts: str | None) -> str:
-    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([NAME, *parts])).int}"
+    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([PROGRAM, *parts])).int}"
 
 
 def _identity(source: Source, predicted: PredictedFile, kind: str, number: int) -> dict[str, Any]:
@@ -177,8 +175,8 @@ def _identity(source: Source, predicted: PredictedFile, kind: str, number: int) 
         "sop_instance_uid": _uid(kind, source.uid, predicted.weights, content),
         "instance_number": 1,
         "series_description": SERIES,
-        "manufacturer": NAME,
-        "manufacturer_model_name": NAME,
+        "manufacturer": PROGRAM,
+        "manufacturer_model_name": PROGRAM,
         "software_versions": __version__,
         "device_serial_number": predicted.weights,
         "specific_character_set": "ISO_IR 192",
@@ -213,9 +211,9 @@ def measurement_report(source: Source, predicted: PredictedFile) -> SOPClass:
         observer_type=codes.DCM.Device,
         observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
             uid=_uid("device", predicted.weights),
-            name=NAME,
-            manufacturer_name=NAME,
-            model_name=f"{NAME} {__version__}",
+            name=PROGRAM,
+            manufacturer_name=PROGRAM,
+            model_name=f"{PROGRAM} {__version__}",
             serial_number=predicted.weights,
         ),
     )
@@ -265,7 +263,7 @@ def _group(source: Source, predicted: PredictedFile, index: int, point: np.ndarr
         "tracking_identifier": sr.TrackingIdentifier(uid=_uid("landmark", source.uid, name), identifier=name),
         "finding_type": landmark_code(name),
         "algorithm_id": sr.AlgorithmIdentification(
-            NAME, __version__, parameters=[f"sha256 of the weights: {predicted.weights}"]
+            PROGRAM, __version__, parameters=[f"sha256 of the weights: {predicted.weights}"]
         ),
     }
     if point is None:
@@ -299,7 +297,7 @@ def _measured(predicted: PredictedFile, index: int) -> list[tuple[Code, float, C
 def _coding_schemes() -> list[Any]:
     from highdicom.coding_schemes import CodingSchemeIdentificationItem
 
-    return [CodingSchemeIdentificationItem(SCHEME, name="ddpm-lmk landmarks", responsible_organization=NAME)]
+    return [CodingSchemeIdentificationItem(SCHEME, name="ddpm-lmk landmarks", responsible_organization=PROGRAM)]
 
 
 # --- presentation state

@@ -55,13 +55,13 @@ class LabelWriter:
         self._images.append(AnnotatedImage(name, points, predicted.size, predicted.mm_per_px))
 
     def finish(self) -> None:
-        if self._images:
+        if self._images and self._kind.write is not None:
             self._kind.write(self._folder, self._images, self._landmarks)
 
 
 # A writer is made of its folder, before any weights are read: it raises LaunchError where its extra is missing.
 FORMATS: dict[str, Callable[[Path], PredictionWriter]] = {
-    **{name: partial(LabelWriter, kind) for name, kind in LABEL_FORMATS.items()},
+    **{name: partial(LabelWriter, kind) for name, kind in LABEL_FORMATS.items() if kind.write},
     "dicom-sr": lambda folder: DicomWriter(folder, measurement_report),
     "dicom-gsps": lambda folder: DicomWriter(folder, presentation_state),
 }

@@ -52,7 +52,8 @@ class LoadedRun:
     @property
     def weights_sha256(self) -> str:
         """Of the file of the weights, which says what they are wherever they lie."""
-        return self.meta["files"][f"{self.meta['use']}.safetensors"]["sha256"]
+        files = self.meta["files"]  # a hub folder has one, whose name may be of the hub's cache
+        return files[next(iter(files)) if len(files) == 1 else f"{self.meta['use']}.safetensors"]["sha256"]
 
     @property
     def radius(self) -> dict[str, Any] | None:

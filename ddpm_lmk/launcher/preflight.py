@@ -24,7 +24,7 @@ from ddpm_lmk.data.loading.corpus import (
 )
 from ddpm_lmk.data.loading.order import BatchPlan
 from ddpm_lmk.data.spec import DatasetSpec
-from ddpm_lmk.engine.requirements import check_cuda_graphs, check_exclusions, check_zero
+from ddpm_lmk.engine.requirements import check_cuda_graphs, check_exclusions, check_trackers, check_zero
 from ddpm_lmk.errors import CheckpointError, ConfigError
 from ddpm_lmk.inference.scoring import check_scorable, check_temperatures
 from ddpm_lmk.launcher.placement import Placement
@@ -69,6 +69,7 @@ def check_settings(cfg: RunConfig, placement: Placement) -> None:
     check_exclusions(cfg, world=world, zero=placement.zero)
     check_cuda_graphs(cfg, placement.device)
     check_zero(placement.zero, world)
+    check_trackers(cfg)
     if cfg.runtime.loader == "dali":
         from ddpm_lmk.data.loading.backend import check_dali
 

@@ -175,6 +175,7 @@ class SweepRunner:
         processes = 1 if self.device == "cpu" else self.processes
         # It says nothing of its own time: the sweep has forecast all of it.
         run = {"config": stage.cfg.model_dump(mode="json"), "out": str(stage.folder), "is_foretold": False}
+        run["group"] = self.sweep.name
         # On GPUs all devices stay visible to it; on CPUs those side by side share the cores.
         environment = worker_environment("cpu", 0, side_by_side, devices=1) if self.device == "cpu" else None
         self.view.print_status(f"{stage.key}: pre-training in {stage.folder}, see {log}")
@@ -219,7 +220,7 @@ class SweepRunner:
             {**asdict(cell), "folder": str(cell.folder), "cfg": cell.cfg.model_dump(mode="json")}
             for cell in self._pending()
         ]
-        job = {"slot": slot, "device": self.device, "session": self.session, "cells": cells}
+        job = {"slot": slot, "device": self.device, "session": self.session, "sweep": self.sweep.name, "cells": cells}
         log = self.sweep.out / "logs" / f"worker-{slot}.log"
         self._start(job, log, environment | {heartbeat.FOLDER: str(self._heartbeats)}, slot=slot, restarts=restarts)
 

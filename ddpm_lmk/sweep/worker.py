@@ -99,7 +99,7 @@ def _do_cell(cell: Cell, job: dict[str, Any], session: Session, report: Reporter
         sys.stderr.write(f"--- {cell.name}\n")  # the log of a worker holds many cells
         started = time.monotonic()
         try:
-            run.execute(cell.cfg, cell.folder, device=job["device"], session=session)
+            run.execute(cell.cfg, cell.folder, device=job["device"], session=session, group=job["sweep"])
         except StoppedError:  # the cell is saved, and this worker has to leave
             raise
         except Exception as error:  # a cell that fails, for whatever reason, must not stop the others

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def test_files_that_the_tools_wrote_say_where_the_pixels_are(kind: str, file: st
     assert the_sample(found).split == split
 
 
-@pytest.mark.parametrize("kind", LABEL_FORMATS)
+@pytest.mark.parametrize("kind", [name for name, kind in LABEL_FORMATS.items() if kind.write])
 def test_what_is_written_for_a_tool_is_read_again_to_a_hundredth_of_a_pixel(kind: str, tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     names = ("Sella", "Nasion", "ä ö")
@@ -532,6 +533,60 @@ def test_json_that_nests_too_deep_or_holds_huge_numbers_is_an_error_of_its_file(
         (tmp_path / "labels.json").write_text(content)
         with pytest.raises(DataError, match=r"labels\.json is not whole JSON"):
             read(tmp_path, "coco")
+
+
+ANYTHING: tuple[Any, ...] = (
+    *(None, True, -1, 3, 1e308, float("nan"), 10**400, "", "x", "..", "..\\x", "\ud800"),
+    *([], [1], [[1, 2], "a"], {}, {"a": 1}),
+)
+
+
+def changed(node: Any, values: tuple[Any, ...]) -> Iterator[Any]:
+    """A JSON value with any part of it replaced by each of `values`, or left out."""
+    yield from values
+    for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        for part in changed(node[key], values):
+            copy = node.copy()
+            copy[key] = part
+            yield copy
+        copy = node.copy()
+        del copy[key]
+        yield copy
+
+
+@pytest.mark.parametrize("kind", ["coco", "labelme", "datumaro", "label-studio"])
+def test_whatever_stands_anywhere_in_a_file_it_is_read_or_refused(kind: str, tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png")
+    path = TOOLS[kind](tmp_path)
+    content = json.loads(path.read_text())
+    if kind == "datumaro":
+        element = {"type": "points", "label_id": 0, "points": [1, 2], "visibility": [2]}
+        skeleton = {"type": "skeleton", "label_id": 0, "elements": [element]}
+        content["items"][0]["annotations"] = [skeleton, content["items"][0]["annotations"][1]]
+    every = list(changed(content, ANYTHING))
+    assert len(every) > 300
+    for damaged in every:
+        path.write_text(json.dumps(damaged))
+        with contextlib.suppress(DataError):
+            read(tmp_path, kind, tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ('<points points="1,2"></points>', "a landmark without a name"),
+        ('<points label="a"></points>', "'' is not a point; wanted x,y"),
+        ('<points label="a" points="1,2,3"></points>', "'1,2,3' is not a point; wanted x,y"),
+        ('<points label="a" points="1,inf"></points>', "inf is not a coordinate"),
+        ('<points label="a" points="1,2"></points><points label="a" points="3,4"></points>', "'a' is there twice"),
+        ('<points label="a" points="nan,2"></points>', "no point of any landmark"),
+    ],
+)
+def test_points_of_cvat_that_are_none_are_named(shapes: str, message: str, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    cvat(tmp_path, shapes=shapes)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, "cvat")
 
 
 def test_labels_twice_and_labels_on_no_image_are_refused(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def edited(**fields):
         ("shard-000000.tar", lambda old: old + b"x", "cut off or changed"),
         ("index.npy", lambda old: flip(old, 8 * len(old) - 1), r"index\.npy was changed"),
         ("manifest.json", lambda old: b"{}", "not a manifest of this tool"),
-        ("manifest.json", edited(format_version=2), "format version 2"),
+        ("manifest.json", edited(format_version=3), "format version 3"),
         ("manifest.json", edited(dataset="other"), "changed after packing"),
         ("manifest.json", None, "shards pack"),
     ],

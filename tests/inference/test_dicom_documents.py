@@ -18,7 +18,9 @@ from pydicom.uid import ExplicitVRBigEndian
 
 from ddpm_lmk.data.images.decode import decode_image, read_content
 from ddpm_lmk.data.images.image import ReadOptions, RefusedImageError
-from ddpm_lmk.errors import LaunchError
+from ddpm_lmk.data.pack_settings import PackSettings
+from ddpm_lmk.data.sources.annotated import read_annotated
+from ddpm_lmk.errors import DataError, LaunchError
 from ddpm_lmk.inference.dicom_documents import PATIENT, STUDY
 from ddpm_lmk.inference.formats import open_writers
 from ddpm_lmk.inference.predictions import ImagePrediction, PredictedFile
@@ -365,6 +367,116 @@ def test_without_highdicom_the_extra_is_named(kind: str, tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(LaunchError, match=r"pip install 'ddpm-lmk\[dicom\]'"):
         open_writers([kind], tmp_path)
+
+
+# --- and back
+
+
+def item(kind: str, concept: tuple[str, str, str], *children: Dataset, **values: Any) -> Dataset:
+    """An item of a report, made by hand."""
+    made = Dataset()
+    made.ValueType = kind
+    made.ConceptNameCodeSequence = [coded(*concept)]
+    for name, value in values.items():
+        setattr(made, name, value)
+    if children:
+        made.ContentSequence = list(children)
+    return made
+
+
+def coded(value: str, scheme: str, meaning: str) -> Dataset:
+    made = Dataset()
+    made.CodeValue, made.CodingSchemeDesignator, made.CodeMeaning = value, scheme, meaning
+    return made
+
+
+def drawn_in_a_viewer(label: str, x: float, y: float, uid: str = "1.2.3.3", frame: int | None = None) -> Dataset:
+    """A group as OHIF writes it (dcmjs, TID300 Point): the place is below a number, the label is the finding."""
+    reference = Dataset()
+    reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = film().SOPClassUID, uid
+    if frame is not None:
+        reference.ReferencedFrameNumber = frame
+    image = item("IMAGE", ("260753009", "SCT", "Source"), ReferencedSOPSequence=[reference])
+    place = item("SCOORD", ("", "", ""), image, GraphicType="POINT", GraphicData=[x, y])
+    free = coded("CST4", "CORNERSTONEJS", label)
+    return item(
+        "CONTAINER",
+        ("125007", "DCM", "Measurement Group"),
+        item("TEXT", ("112039", "DCM", "Tracking Identifier"), TextValue="Cornerstone3DTools@^0.1.0:ArrowAnnotate"),
+        item("CODE", ("121071", "DCM", "Finding"), ConceptCodeSequence=[free]),
+        item("NUM", ("111010", "DCM", "Center"), place),
+    )
+
+
+def report_of(path: Path, *groups: Dataset, **tags: Any) -> Path:
+    report = Dataset()
+    report.SOPClassUID, report.SOPInstanceUID, report.Modality = "1.2.840.10008.5.1.4.1.1.88.33", "1.2.3.4", "SR"
+    report.ContentSequence = [item("CONTAINER", ("126010", "DCM", "Imaging Measurements"), *groups)]
+    for name, value in tags.items():
+        setattr(report, name, value)
+    report.file_meta = film().file_meta
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.save_as(path, enforce_file_format=True)
+    return path
+
+
+def packed(tmp_path: Path, **settings: Any) -> Any:
+    """The labels of tmp_path/reports, with the films of tmp_path/films."""
+    want = PackSettings(kind="dicom-sr", **settings).filled_for(tmp_path, has_key=False)
+    return read_annotated(tmp_path / "reports", want, None, tmp_path / "films")
+
+
+def test_a_verified_report_is_packed_with_the_points_that_it_was_made_of(tmp_path: Path) -> None:
+    points = {"landmark_names": NAMES[:3], "radius_px": None}
+    prediction = ImagePrediction(POINTS[:3], np.ones(3), np.zeros(3, bool))
+    report = write("dicom-sr", tmp_path, film(PixelSpacing=[0.3, 0.3]), prediction=prediction, **points)
+    for folder in ("films", "reports"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "film.dcm").rename(tmp_path / "films" / "some name")
+    report.save_as(tmp_path / "reports" / "r.dcm")
+    with pytest.raises(DataError, match="reports of predict that nobody has verified 1"):
+        packed(tmp_path)
+    report.VerificationFlag = "VERIFIED"
+    report.save_as(tmp_path / "reports" / "r.dcm")
+    found = packed(tmp_path)
+    [sample] = found.samples
+    np.testing.assert_allclose(sample.points, POINTS[:3], atol=1e-5)
+    assert (sample.path, sample.mm_per_px) == (tmp_path / "films" / "some name", 0.3)
+    assert found.spec.landmark_names == NAMES[:3]
+
+
+def test_points_that_were_drawn_in_a_viewer_are_packed(tmp_path: Path) -> None:
+    for index in range(2):
+        path = tmp_path / "films" / f"{index}.dcm"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(to_bytes(film(SOPInstanceUID=f"1.2.3.{3 + index}")))
+    groups = [drawn_in_a_viewer("sella", 0.5, 0.5), drawn_in_a_viewer("nasion", 12.5, 30)]
+    groups += [drawn_in_a_viewer(name, 7.5, 8.5, uid="1.2.3.4") for name in ("nasion", "sella")]
+    other = item(
+        "CONTAINER", ("125007", "DCM", "Measurement Group"), item("TEXT", ("112039", "DCM", "x"), TextValue="x")
+    )
+    report_of(tmp_path / "reports" / "by hand", *groups, other)
+    found = packed(tmp_path)
+    assert [sample.points.tolist() for sample in found.samples] == [[[0, 0], [12, 29.5]], [[7, 8], [7, 8]]]
+    assert found.spec.landmark_names == ("sella", "nasion")
+    assert "groups of other measurements 1" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        (drawn_in_a_viewer("sella", 1, 2, frame=2), "has points on frame 2; give --frame 1"),
+        (drawn_in_a_viewer("", 1, 2), "a landmark without a name"),
+        (item("CONTAINER", ("125007", "DCM", "x"), item("SCOORD", ("", "", ""), GraphicType="POINT")), "does not read"),
+    ],
+)
+def test_a_report_that_cannot_be_used_is_named(tmp_path: Path, group: Dataset, words: str) -> None:
+    report_of(tmp_path / "reports" / "r.dcm", group)
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "0.dcm").write_bytes(to_bytes(film()))
+    with pytest.raises(DataError, match=words) as caught:
+        packed(tmp_path)
+    assert "r.dcm" in str(caught.value)
 
 
 @pytest.mark.skipif(shutil.which("dcmpschk") is None, reason="needs DCMTK (Debian: dcmtk)")

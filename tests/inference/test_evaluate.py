@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 import safetensors
 import torch
@@ -256,6 +257,34 @@ def test_a_dicom_film_is_answered_in_its_own_millimetres(landmark_run: Path, tmp
     known = json.loads((tmp_path / "known" / "predictions.json").read_text())["images"][0]
     assert (known["mm_per_px"], known["spacing"]) == (0.5, "--mm-per-px")
     assert not any(b"4711" in path.read_bytes() for path in tmp_path.glob("out/**/*") if path.is_file())
+
+
+def test_a_document_names_its_film_and_a_picture_that_has_none_costs_the_others_nothing(
+    landmark_run: Path, tmp_path: Path
+) -> None:
+    (picture,) = write_pictures(tmp_path / "films", 1)
+    pixels = cv2.imread(str(picture), cv2.IMREAD_UNCHANGED)
+    uids = {"StudyInstanceUID": "1.2.3.1", "SeriesInstanceUID": "1.2.3.2"}
+    film = tmp_path / "films" / "IM0001"
+    film.write_bytes(to_bytes(dataset(pixels, bits=16, **uids)))
+    formats = ("dicom-sr", "dicom-gsps")
+    summary = predict_images(landmark_run, [picture, film], tmp_path / "out", formats=formats, device="cpu")
+    assert summary.predicted == 1
+    assert "no DICOM file" in summary.errors[str(picture)]
+    refused, found = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    assert "no DICOM file" in refused["error"]
+    report = pydicom.dcmread(tmp_path / "out" / "dicom-sr" / "IM0001.dcm")
+    [measurements] = [item for item in report.ContentSequence if "Imaging Measurements" in str(item)]
+    places = [item for group in measurements.ContentSequence for item in group.ContentSequence if "GraphicData" in item]
+    state = pydicom.dcmread(tmp_path / "out" / "dicom-gsps" / "IM0001.dcm")
+    graphics = state.GraphicAnnotationSequence[0].GraphicObjectSequence
+    for point, place, graphic in zip(found["points"], places, graphics, strict=True):
+        assert np.allclose(
+            [place.GraphicData, graphic.GraphicData], np.array([point["x"], point["y"]]) + 0.5, atol=1e-3
+        )
+    weights = open_run(landmark_run, device="cpu").weights_sha256
+    assert report.DeviceSerialNumber == state.DeviceSerialNumber == weights
+    assert weights in (landmark_run / "snapshots" / "step-00000003" / "meta.json").read_text()
 
 
 def test_a_further_format_has_the_points_of_the_table_and_a_picture_of_each_file(

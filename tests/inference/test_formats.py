@@ -75,10 +75,8 @@ def test_other_tools_are_told_their_own_pixels(tmp_path: Path) -> None:
         'points label="sella" source="auto" occluded="0" points="0.5000,0.5000"'
         in (write("cvat", tmp_path, predicted()) / "annotations.xml").read_text()
     )
-    item = json.loads((write("datumaro", tmp_path, predicted()) / "annotations" / "default.json").read_text())["items"][
-        0
-    ]
-    assert [shape["points"] for shape in item["annotations"][::2]] == [[0.5, 0.5], [63.5, 47.5]]
+    content = json.loads((write("datumaro", tmp_path, predicted()) / "annotations" / "default.json").read_text())
+    assert [shape["points"] for shape in content["items"][0]["annotations"][::2]] == [[0.5, 0.5], [63.5, 47.5]]
     (task,) = json.loads((write("label-studio", tmp_path, predicted()) / "tasks.json").read_text())
     values = [region["value"] for region in task["predictions"][0]["result"]]
     assert (values[0]["x"], values[0]["y"]) == (50 / 64, pytest.approx(50 / 48))

@@ -23,6 +23,7 @@ from ddpm_lmk.data.annotations.image import (
     as_point,
     as_size,
     as_spacing,
+    objects,
     read_json,
     require,
 )
@@ -40,15 +41,16 @@ def read_coco(files: Sequence[Path]) -> Annotations:
     found = Annotations()
     for path in files:
         content = read_json(path)
-        categories = content.get("categories") if isinstance(content, dict) else None
-        named = [each for each in categories or () if isinstance(each, dict) and each.get("keypoints")]
+        categories = objects(content, "categories", str(path)) if isinstance(content, dict) else []
+        named = [each for each in categories if each.get("keypoints")]
         if not named:
             found.passed_over["JSON files without keypoints"] += 1
             continue
         if len(named) > 1:
             names = ", ".join(str(each.get("name")) for each in named)
             raise DataError(f"{path}: {len(named)} categories have keypoints ({names}); export one of them")
-        landmarks = tuple(require(each, str, f"{path}: keypoints", "names") for each in named[0]["keypoints"])
+        listed = require(named[0]["keypoints"], list, f"{path}: keypoints", "a list")
+        landmarks = tuple(require(each, str, f"{path}: keypoints", "names") for each in listed)
         if found.landmarks not in ((), landmarks):
             raise DataError(f"{path} has other keypoints than the files before it; pack them in two calls")
         found.landmarks = landmarks
@@ -60,16 +62,16 @@ def read_coco(files: Sequence[Path]) -> Annotations:
 
 def _read_file(path: Path, content: dict[str, Any], category: Any, found: Annotations) -> None:
     images: dict[Any, dict[str, Any]] = {}
-    for image in require(content.get("images"), list, f"{path}: images", "a list"):
-        require(image, dict, f"{path}: images", "objects")
-        if image.get("id") in images:
-            raise DataError(f"{path}: image {image.get('id')!r:.40} is there twice; ids must differ")
-        images[image.get("id")] = image
+    for image in objects(content, "images", str(path)):
+        number = _id(image, "id", f"{path}: images")
+        if number in images:
+            raise DataError(f"{path}: image {number!r:.40} is there twice; ids must differ")
+        images[number] = image
     marks: dict[Any, Marks] = {}
     hidden: dict[Any, int] = {}
-    for annotation in require(content.get("annotations"), list, f"{path}: annotations", "a list"):
-        require(annotation, dict, f"{path}: annotations", "objects")
-        number, where = annotation.get("image_id"), f"{path}: annotation {annotation.get('id')!r:.40}"
+    for annotation in objects(content, "annotations", str(path)):
+        where = f"{path}: annotation {annotation.get('id')!r:.40}"
+        number = _id(annotation, "image_id", where)
         if annotation.get("category_id") != category or not annotation.get("keypoints"):
             found.passed_over["annotations without keypoints"] += 1
             continue
@@ -93,9 +95,14 @@ def _read_file(path: Path, content: dict[str, Any], category: Any, found: Annota
         )
 
 
+def _id(content: dict[str, Any], key: str, where: str) -> int | str:
+    number: int | str = require(content.get(key), (int, str), where, f"a number as {key}")
+    return number
+
+
 def _keypoints(values: Any, landmarks: Sequence[str], where: str) -> tuple[Marks, int]:
     """The landmarks, and how many of them are hidden."""
-    if not isinstance(values, list) or len(values) != 3 * len(landmarks):
+    if len(require(values, list, where, "a list of keypoints")) != 3 * len(landmarks):
         raise DataError(f"{where}: {len(values)} numbers of keypoints, wanted x, y, v for each of {len(landmarks)}")
     marks, num_hidden = Marks(where), 0
     for index, name in enumerate(landmarks):

@@ -22,6 +22,8 @@ from ddpm_lmk.data.annotations.image import (
     as_point,
     as_size,
     as_spacing,
+    mapping,
+    objects,
     read_json,
     read_xml,
     require,
@@ -148,15 +150,14 @@ def read_datumaro(files: Sequence[Path]) -> Annotations:
         if not isinstance(content, dict) or "items" not in content:
             found.passed_over["JSON files of something else"] += 1
             continue
-        categories = require(content.get("categories") or {}, dict, f"{path}: categories", "an object")
+        categories = mapping(content, "categories", str(path))
         labels = _names(categories, path)
         elements = _elements(categories, path)
         parts = [name for names in elements.values() for name in names]
-        whole = _skeletons(categories) | {labels[number] for number in elements if number in range(len(labels))}
+        whole = _skeletons(categories, path) | {labels[number] for number in elements if number in range(len(labels))}
         declared = dict.fromkeys([*parts, *(name for name in labels if name not in whole)])
         found.landmarks = _joined(found.landmarks, list(declared), path)
-        for item in require(content["items"], list, f"{path}: items", "a list"):
-            require(item, dict, f"{path}: items", "objects")
+        for item in objects(content, "items", str(path)):
             found.images.append(_read_item(item, path, labels, elements, found))
     if not found.images:
         raise DataError(f"{files[0]} holds no item of datumaro; export the task as 'Datumaro 1.0'")
@@ -165,38 +166,38 @@ def read_datumaro(files: Sequence[Path]) -> Annotations:
 
 def _names(categories: dict[str, Any], path: Path) -> list[str]:
     """Names of all labels, by their numbers."""
-    labels = (categories.get("label") or {}).get("labels") or []
-    return [require(each.get("name"), str, f"{path}: labels", "a name") for each in labels if isinstance(each, dict)]
+    labels = objects(mapping(categories, "label", str(path)), "labels", str(path))
+    return [require(each.get("name"), str, f"{path}: labels", "a name") for each in labels]
 
 
-def _skeletons(categories: dict[str, Any]) -> set[str]:
+def _skeletons(categories: dict[str, Any], path: Path) -> set[str]:
     """Labels that others are part of."""
-    labels = (categories.get("label") or {}).get("labels") or []
-    return {str(each.get("parent")) for each in labels if isinstance(each, dict) and each.get("parent")}
+    labels = objects(mapping(categories, "label", str(path)), "labels", str(path))
+    return {str(each["parent"]) for each in labels if each.get("parent")}
 
 
-def _elements(categories: dict[str, Any], path: Path) -> dict[Any, list[str]]:
+def _elements(categories: dict[str, Any], path: Path) -> dict[int, list[str]]:
     """Names of the points of a label that has several, by its number."""
-    items = (categories.get("points") or {}).get("items") or []
-    return {
-        item.get("label_id"): [require(name, str, f"{path}: points", "names") for name in item.get("labels") or ()]
-        for item in items
-        if isinstance(item, dict)
-    }
+    found, where = {}, f"{path}: points"
+    for item in objects(mapping(categories, "points", str(path)), "items", where):
+        names = require(item.get("labels") or [], list, where, "a list of labels")
+        number = require(item.get("label_id"), int, where, "a number as label_id")
+        found[number] = [require(name, str, where, "names") for name in names]
+    return found
 
 
 def _read_item(
-    item: dict[str, Any], path: Path, labels: Sequence[str], elements: dict[Any, list[str]], found: Annotations
+    item: dict[str, Any], path: Path, labels: Sequence[str], elements: dict[int, list[str]], found: Annotations
 ) -> AnnotatedImage:
     name = str(item.get("id"))
     where = f"{path}: item {name!r:.200}"
     marks, num_hidden = Marks(where), 0
-    for shape in item.get("annotations") or ():
-        for part in shape.get("elements") or () if shape.get("type") == "skeleton" else (shape,):
+    for shape in objects(item, "annotations", where):
+        for part in objects(shape, "elements", where) if shape.get("type") == "skeleton" else [shape]:
             if part.get("type") != "points":
-                found.passed_over[f"shapes {part.get('type')}"] += 1
+                found.passed_over[f"shapes {part.get('type')!r:.40}"] += 1
                 continue
-            number, points = part.get("label_id"), part.get("points") or []
+            number, points = part.get("label_id"), require(part.get("points") or [], list, where, "a list of points")
             if not isinstance(number, int) or not 0 <= number < len(labels) or len(points) % 2:
                 raise DataError(f"{where}: points without a label, or an odd number of coordinates")
             count = len(points) // 2
@@ -204,20 +205,24 @@ def _read_item(
             names = names or [f"{labels[number]}_{place}" for place in range(1, count + 1)]
             if len(names) != count:
                 raise DataError(f"{where}: {count} points of {labels[number]}, which has {len(names)}")
-            facts = part.get("attributes") or {}
+            facts = mapping(part, "attributes", where)
             seen = part.get("visibility") or [_HIDDEN if facts.get("occluded") else _SEEN] * count
+            if len(require(seen, list, where, "a list of visibilities")) != count:
+                raise DataError(f"{where}: {len(seen)} visibilities of {count} points")
             for index, (each, visibility) in enumerate(zip(names, seen)):
                 is_outside = visibility == _ABSENT or bool(facts.get("outside"))
                 num_hidden += visibility == _HIDDEN and not is_outside
                 place = as_point(points[2 * index], points[2 * index + 1], where)
                 marks.put(each, "is outside" if is_outside else place)
-    image = item.get("image") or (item.get("media") or {})
-    height, width = image.get("size") or (None, None)
+    image = mapping(item, "image", where) or mapping(item, "media", where)
+    size = require(image.get("size") or [None, None], list, where, "a list of two sides")
+    if len(size) != 2:
+        raise DataError(f"{where}: {len(size)} sides of an image")
     return AnnotatedImage(
         name=str(image.get("path") or name),
         points=dict(marks),
-        size=as_size(width, height, where),
-        mm_per_px=as_spacing((item.get("attr") or {}).get("mm_per_px"), where),
+        size=as_size(size[1], size[0], where),
+        mm_per_px=as_spacing(mapping(item, "attr", where).get("mm_per_px"), where),
         split=None if path.stem == _WHOLE_SET else path.stem,
         num_hidden=num_hidden,
     )

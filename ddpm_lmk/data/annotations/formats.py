@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_lmk.data.annotations import coco, cvat, label_studio, labelme, spreadsheet
+from ddpm_lmk.data.annotations import coco, cvat, dicom_sr, label_studio, labelme, spreadsheet
 from ddpm_lmk.data.annotations.image import AnnotatedImage, Annotations, Origin
 from ddpm_lmk.data.pack_settings import PackSettings
 
@@ -18,11 +18,12 @@ Writer = Callable[[Path, Sequence[AnnotatedImage], Sequence[str]], None]
 class LabelFormat:
     """How labels of a tool are read from files, and written into a folder."""
 
-    suffixes: frozenset[str]  # of its label files
+    suffixes: frozenset[str] | None  # of its label files; None: any
     origin: Origin
     read: Reader  # the files, the folder they are in, the settings of the packing
-    write: Writer
+    write: Writer | None  # None: of predictions, `predict` writes more than this
     pictures: str = "images"  # where its pictures are in the folder that is written
+    find_images: Callable[[Annotations, Path], Annotations] | None = None  # where they are named by no path
 
 
 _JSON = frozenset({".json"})
@@ -57,5 +58,12 @@ LABEL_FORMATS: dict[str, LabelFormat] = {
         spreadsheet.ORIGIN,
         lambda files, root, want: spreadsheet.read_spreadsheet(files, want.columns),
         spreadsheet.write_spreadsheet,
+    ),
+    "dicom-sr": LabelFormat(
+        None,
+        dicom_sr.ORIGIN,
+        lambda files, root, want: dicom_sr.read_reports(files, want.frame),
+        write=None,
+        find_images=dicom_sr.find_images,
     ),
 }

@@ -20,6 +20,7 @@ CORNER_PX = 0.5  # what a tool that counts from the corner says more than we do
 MAX_BYTES = 256 << 20  # of one label file; labelme puts whole pictures into its own
 MAX_XML_BYTES = 64 << 20  # a tree in memory takes ten times as much
 _PART = 64 << 10
+_LARGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,21 @@ def as_point(x: Any, y: Any, where: str) -> Point | str:
     for value in (x, y):
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return "has no coordinates"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_number(value):
             raise DataError(f"{where}: {value!r:.40} is not a coordinate; wanted a number")
     return float(x), float(y)
+
+
+def _is_number(value: Any) -> bool:
+    """A number of a size that images have; comparing leaves out NaN, infinity, and integers too long for a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def as_size(width: Any, height: Any, where: str) -> tuple[int, int] | None:
     """Width and height of a file, or None where it does not say them; raises DataError for anything else."""
     if not width and not height:
         return None
-    if any(isinstance(side, bool) or not isinstance(side, (int, float)) or side < 1 for side in (width, height)):
+    if any(not _is_number(side) or side < 1 for side in (width, height)):
         raise DataError(f"{where}: size {width!r:.40} x {height!r:.40}; wanted two numbers of pixels")
     return round(width), round(height)
 
@@ -90,7 +96,7 @@ def as_spacing(value: Any, where: str) -> float | None:
     """A `mm_per_px` that we wrote, or None; raises DataError for anything else."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not _is_number(value) or value <= 0:
         raise DataError(f"{where}: mm_per_px={value!r:.40}, wanted more than 0")
     return float(value)
 
@@ -141,7 +147,19 @@ def read_xml(path: Path) -> ElementTree.Element:
         raise DataError(f"{path} is not whole XML ({error}); export it again") from None
 
 
-def require(content: Any, kind: type, where: str, what: str) -> Any:
+def objects(content: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    """A list of objects, empty where it is not there; raises DataError for anything else."""
+    listed = require(content.get(key) or [], list, f"{where}: {key}", "a list")
+    return [require(each, dict, f"{where}: {key}", "objects") for each in listed]
+
+
+def mapping(content: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """An object, empty where it is not there; raises DataError for anything else."""
+    found: dict[str, Any] = require(content.get(key) or {}, dict, f"{where}: {key}", "an object")
+    return found
+
+
+def require(content: Any, kind: type | tuple[type, ...], where: str, what: str) -> Any:
     """`content` if it is of this JSON type; raises DataError that says what was wanted there."""
     if not isinstance(content, kind):
         raise DataError(f"{where}: wanted {what}, found {type(content).__name__}")

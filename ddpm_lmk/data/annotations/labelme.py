@@ -23,6 +23,8 @@ from ddpm_lmk.data.annotations.image import (
     as_point,
     as_size,
     as_spacing,
+    mapping,
+    objects,
     read_bytes,
     read_json,
     require,
@@ -44,8 +46,7 @@ def read_labelme(files: Sequence[Path], root: Path) -> Annotations:
             found.passed_over["JSON files without shapes"] += 1
             continue
         marks = Marks(str(path))
-        for shape in require(content["shapes"], list, f"{path}: shapes", "a list"):
-            require(shape, dict, f"{path}: shapes", "objects")
+        for shape in objects(content, "shapes", str(path)):
             if shape.get("shape_type") != "point":
                 found.passed_over[f"shapes of type {shape.get('shape_type')!r:.40}"] += 1
                 continue
@@ -56,7 +57,7 @@ def read_labelme(files: Sequence[Path], root: Path) -> Annotations:
         size = as_size(content.get("imageWidth"), content.get("imageHeight"), str(path))
         spacing = as_spacing(content.get("mm_per_px"), str(path))
         points: dict[str, Point | str] = dict(marks)
-        if (content.get("flags") or {}).get(_CHECKED) is False:
+        if mapping(content, "flags", str(path)).get(_CHECKED) is False:
             points = dict.fromkeys(points, f"is a draft: `{_CHECKED}` is not ticked")
         found.images.append(AnnotatedImage(str(here / named), points, size, spacing, content.get("split")))
     if not found.images:

@@ -111,7 +111,7 @@ def check_fingerprints(manifest: Manifest) -> None:
                 digest.update(block)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; is the folder still there?") from error
-    if header != _header(manifest, digest.hexdigest()):
+    if header != _header(manifest.fingerprint, digest.hexdigest()):
         raise DataError(
             f"{path} is damaged or belongs to another dataset; delete it, and "
             f"`ddpm-lmk shards compare {manifest.root}` computes it again"
@@ -127,9 +127,13 @@ def ensure_fingerprints(manifest: Manifest) -> None:
 def write_fingerprints(manifest: Manifest) -> Path:
     """Compute the fingerprints of a dataset and put them beside its manifest. Raises ResourceError."""
     path = manifest.root / FILE_NAME
-    rows = _compute_all(manifest).view(np.uint8).data
-    write_bytes(path, b"".join((_header(manifest, hashlib.sha256(rows).hexdigest()), rows)))
+    write_bytes(path, b"".join(prints_file(manifest.fingerprint, _compute_all(manifest).view(np.uint8).data)))
     return path
+
+
+def prints_file(fingerprint: str, rows: bytes | memoryview) -> tuple[bytes, bytes | memoryview]:
+    """Head and content of `prints.bin` of the dataset with this `fingerprint`, whose `rows` are `FINGERPRINT_DTYPE`."""
+    return _header(fingerprint, hashlib.sha256(rows).hexdigest()), rows
 
 
 def _has_current_file(path: Path) -> bool:
@@ -142,8 +146,8 @@ def _has_current_file(path: Path) -> bool:
         return True  # `check_fingerprints` reads it again, and reports what is wrong
 
 
-def _header(manifest: Manifest, digest: str) -> bytes:
-    return f"{_VERSION} {manifest.fingerprint} {digest}\n".encode("ascii").ljust(_HEADER_BYTES)
+def _header(fingerprint: str, digest: str) -> bytes:
+    return f"{_VERSION} {fingerprint} {digest}\n".encode("ascii").ljust(_HEADER_BYTES)
 
 
 def _compute_all(manifest: Manifest) -> np.ndarray:

@@ -3,6 +3,7 @@
 Files to be packed or predicted are of unknown origin. PNGs and JPEGs out of shards are the bytes that were packed, but
 who packed them may have been anybody, so they are decoded here too. That costs 0.2 ms for an image of 256 pixels,
 beside 0.55 ms of decoding for a PNG and 0.2 for a JPEG. Raw shards, the default, have no decoder and do not come here.
+Images of a dataset in place go through all that packing does with them, at every access.
 Nor does DALI: a decoder that hangs there is a rank that hangs (docs/faults.md, C6).
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,11 @@ def decoders(count: int, limits: Limits = LIMITS) -> Sandbox:
     return Sandbox(_MODULE, limits, count=count)
 
 
-def decode_sandboxed(data: bytes, *, size: int, bits: int) -> np.ndarray:
+def decode_sandboxed(data: bytes, *, size: int, bits: int, settings: Mapping[str, Any] | None = None) -> np.ndarray:
     """As `resize.decode_square`, and read-only; any number of threads may call.
+
+    Args:
+        settings: pack settings, where the image is one that was not packed; the stored image it would be is returned.
 
     Raises:
         RefusedImageError: also for bytes whose decoder twice crashed, hung, or wanted too much memory.
@@ -48,7 +53,8 @@ def decode_sandboxed(data: bytes, *, size: int, bits: int) -> np.ndarray:
     """
     if _refused and (known := _refused.get(hashlib.sha256(data).digest())) is not None:
         raise RefusedImageError(*known)
-    fields, content = _shard_decoders().ask({"content": data, "size": size, "bits": bits})
+    how = {"size": size, "bits": bits} if settings is None else job_settings(settings)
+    fields, content = _shard_decoders().ask({"content": data, **how})
     if "refused" in fields:
         refusal = fields["code"], fields["refused"]
         if fields["code"] in _COSTLY:
@@ -65,17 +71,34 @@ def _shard_decoders() -> Sandbox:
     return sandbox
 
 
+def job_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job says of pack settings: how a file is read, and the stored square."""
+    return {
+        "options": {
+            "frame": settings["frame"],
+            "voi": settings["window"] == "voi",
+            "allow_burned_in": settings["allow_burned_in"],
+            "only_dicom": settings["kind"] == "dicom",
+        },
+        "store": {key: settings[key] for key in ("size", "aspect", "filter", "window", "bits", "encoding", "quality")},
+    }
+
+
 def answer(job: dict[str, Any]) -> Answer:
     """Do one job.
 
     A job has `options` and either `phantom` (kind, seed, index, size), or `path` and perhaps `offset` and `size` in it.
     With `store`, the settings of the stored square, the bytes are an encoded shard member; without, raw pixels; with
     `only_spacing` nothing is decoded, and the answer is what a DICOM header says of it. A job with `content` is such a
-    member to decode, of `size` pixels and `bits`.
+    member to decode, of `size` pixels and `bits`; with `store` too, an image that was not packed, whose stored pixels
+    are the answer. With `digest` the answer has that of the file's bytes.
     """
     try:
         if "phantom" in job:
             return _draw(job)
+        if "content" in job and "store" in job:
+            image = decode_image(job["content"], ReadOptions(**job["options"]))
+            return {}, as_packed(image, image.size, job["store"]).tobytes()
         if "content" in job:
             return {}, decode_square(job["content"], size=job["size"], bits=job["bits"]).tobytes()
         content = _read_patiently(job)
@@ -105,6 +128,8 @@ def _decode(content: bytes, job: dict[str, Any]) -> Answer:
         fields |= {"shape": image.pixels.shape, "dtype": image.pixels.dtype.str}
         return fields, np.ascontiguousarray(image.pixels).tobytes()
     native = _native_size(image.size, job["native_size"])
+    if job.get("digest"):
+        fields["sha256"] = hashlib.sha256(content).hexdigest()[:32]
     fields |= {"native": native, "mm_per_px": _per_native_px(image.mm_per_px, image.size, native)}
     return fields, _encode_square(image, native, job["store"])
 

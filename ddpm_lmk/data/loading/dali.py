@@ -104,6 +104,8 @@ class DaliPixels:
 
     def _kind(self, corpus: Corpus) -> Kind:
         manifest = corpus.manifest
+        if manifest.encoding == "in_place":  # images of any kind and size, which take all that packing does with them
+            return Kind("raw", manifest.bits)
         if manifest.stored_size == self._size or manifest.encoding == "raw":
             return Kind(manifest.encoding, manifest.bits)
         log.warning(

@@ -51,14 +51,15 @@ class DatasetSample:
         """The facts of the dataset, as (label, value)."""
         manifest, spec = self.manifest, self.manifest.spec
         index, splits = manifest.index, manifest.count_per_split()
-        megabytes = sum(shard["size"] for shard in manifest.shards) / 1e6
+        encoding = manifest.encoding.replace("_", " ")
+        megabytes = sum(shard.get("tar", shard)["size"] for shard in manifest.shards) / 1e6
         patients = {record.group for record in self.records if record.group is not None}
         sampled = f"{len(self.records)} images, {len(self.points)} with labels, {len(patients)} patients named"
         return [
             ("dataset", manifest.dataset),
             ("images", f"{len(manifest)} ({', '.join(f'{name} {number}' for name, number in splits.items())})"),
             ("refused files", str(self.refusals.total())),
-            ("stored as", f"{manifest.stored_size} px, {manifest.aspect}, {manifest.bits} bit, {manifest.encoding}"),
+            ("stored as", f"{manifest.stored_size} px, {manifest.aspect}, {manifest.bits} bit, {encoding}"),
             ("size", f"{megabytes:.1f} MB, {len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"),
             ("native size", f"{_range(index['width'])} x {_range(index['height'])} px"),
             ("pixel spacing", self._spacing()),

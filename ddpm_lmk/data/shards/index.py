@@ -120,14 +120,19 @@ def _rows_of_shard(root: Path, header: dict[str, Any], number: int) -> Iterator[
             file.seek(member.offset_data)
             return file.read(member.size)
 
-        members = list(tar)
-        for image, text in zip(members[::2], members[1::2], strict=False):
-            pixels, label = content(image), content(text)
+        image = None  # of a dataset in place there is none: each record says where it is
+        for member in tar:
+            if not member.name.endswith(".json"):
+                image = member
+                continue
+            label, pixels = content(member), b"" if image is None else content(image)
             record = record_from_json(label, size=header["stored_size"], aspect=header["aspect"])
             if record.split not in header["splits"]:
                 raise DataError(f"{path} holds a sample of split {record.split!r}, unknown to the manifest; pack again")
             row = index_row(record, pixels, len(label), shard=number, split=header["splits"].index(record.split))
-            row["offset"], row["json_offset"] = image.offset_data, text.offset_data
+            if image is not None:
+                row["offset"] = image.offset_data
+            row["json_offset"] = member.offset_data
             yield row
 
 

@@ -2,7 +2,8 @@
 
 A folder of shards holds WebDataset tars (`KEY.npy|png|jpg` + `KEY.json`), `manifest.json` (what was packed and how,
 with a digest per shard), `index.npy` (see `index`) and perhaps `manifest.sig`. Order, sampling and augmentation belong
-to the loader.
+to the loader. A dataset in place (`in_place`) has the records of its samples only, and `tars.txt`, which says where the
+tars with their images lie.
 """
 
 from __future__ import annotations
@@ -29,20 +30,31 @@ from ddpm_lmk.data.shards.index import Index, SplitRows, open_index
 from ddpm_lmk.data.shards.records import (
     FORMAT,
     FORMAT_VERSION,
+    IN_PLACE_VERSION,
     Aspect,
     CorruptSampleError,
-    Encoding,
     SampleRecord,
+    Stored,
     fingerprint_of,
     record_from_json,
 )
-from ddpm_lmk.data.shards.remote import CacheSettings, Origin, RemoteShards, fetch_index, fetch_manifest, is_remote
+from ddpm_lmk.data.shards.remote import (
+    CacheSettings,
+    Origin,
+    RemoteShards,
+    common_folder,
+    fetch_index,
+    fetch_manifest,
+    folder_of_copies,
+    is_remote,
+)
 from ddpm_lmk.data.sources.ids import secret_key
 from ddpm_lmk.data.spec import DatasetSpec
 from ddpm_lmk.errors import CheckpointError, DataError
 from ddpm_lmk.system.files import write_text
 
 SIGNATURE, SIGNING_KEY = "manifest.sig", "LMK_SIGNING_KEY"
+TARS = "tars.txt"  # of a dataset in place: where its tars lie, a line for each shard; paths or URLs
 _MAX_OPEN = 256  # shard files at a time; a process may usually open 1024
 _NPY_HEADER = 128
 _LOOKED_AT = 10_000
@@ -58,12 +70,20 @@ def open_datasets(cfg: RunConfig) -> list[Manifest]:
 class Manifest:
     """A folder of shards, opened. Rows are in ascending order of sample id; reading is safe from many threads."""
 
-    def __init__(self, root: Path, header: dict[str, Any], index: Index, files: LocalShards | RemoteShards) -> None:
+    def __init__(
+        self,
+        root: Path,
+        header: dict[str, Any],
+        index: Index,
+        files: LocalShards | RemoteShards,
+        tars: LocalShards | RemoteShards | None = None,
+    ) -> None:
         self.root, self.files = root, files
+        self.tars = tars or files  # where the images are: those of others, or the shards
         self.dataset: str = header["dataset"]
         self.spec = DatasetSpec.model_validate(header["spec"])
         self.splits: tuple[str, ...] = tuple(header["splits"])
-        self.encoding: Encoding = header["encoding"]
+        self.encoding: Stored = header["encoding"]
         self.bits: int = header["bits"]
         self.stored_size: int = header["stored_size"]
         self.aspect: Aspect = header["aspect"]
@@ -87,11 +107,14 @@ class Manifest:
             StoppedError: a server does not answer. ConfigError, LaunchError, ResourceError: see `remote`.
         """
         files: LocalShards | RemoteShards
+        settings = cache or CacheSettings()
         if is_remote(path):
-            origin, settings = Origin(str(path)), cache or CacheSettings()
+            origin = Origin(str(path))
             # The folder in the cache that holds manifest, index and copies of shards.
             root = fetch_manifest(origin, settings, beside=[SIGNATURE] if os.environ.get(SIGNING_KEY) else [])
             header = read_header(root)
+            if _is_in_place(header):  # it could name any file of this machine
+                raise DataError(f"{path} is a dataset in place, whose folder is small; copy it here and name the copy")
             index = fetch_index(origin, root, lambda: open_index(root, header))
             files = RemoteShards(origin, header["shards"], root, settings)
         else:
@@ -100,8 +123,9 @@ class Manifest:
             index = open_index(root, header)
             files = LocalShards(root, header["shards"])
         files.check()
+        tars = _open_tars(root, header, settings) if _is_in_place(header) else None
         try:
-            return cls(root, header, index, files)
+            return cls(root, header, index, files, tars)
         except (KeyError, TypeError, ValidationError) as error:  # its fingerprint fits, so somebody wrote it by hand
             raise DataError(f"{root / 'manifest.json'} is damaged ({type(error).__name__}); pack again") from error
 
@@ -135,7 +159,7 @@ class Manifest:
                 raise CorruptSampleError(f"row {row} of {self.root}: the image is not what was packed (sha256 differs)")
             return data
 
-        return self._read(int(entry["shard"]), int(entry["offset"]), int(entry["size"]), check)
+        return self._read(self.tars, int(entry["shard"]), int(entry["offset"]), int(entry["size"]), check)
 
     def read_record(self, row: int) -> SampleRecord:
         """The labels and facts of a row; CorruptSampleError where the bytes changed."""
@@ -144,7 +168,7 @@ class Manifest:
         def parse(data: bytes) -> SampleRecord:
             return record_from_json(data, size=self.stored_size, aspect=self.aspect)
 
-        return self._read(int(entry["shard"]), int(entry["json_offset"]), int(entry["json_size"]), parse)
+        return self._read(self.files, int(entry["shard"]), int(entry["json_offset"]), int(entry["json_size"]), parse)
 
     def decode(self, row: int) -> np.ndarray:
         """Pixels of a row, uint8 or uint16 `[H, W]`; read-only where they are stored raw."""
@@ -164,18 +188,19 @@ class Manifest:
                 raise CorruptSampleError(f"a raw image of {self.root} has {len(data)} bytes; pack again")
             return np.frombuffer(data, dtype, offset=_NPY_HEADER).reshape(shape)
         try:
-            return decode_sandboxed(data, size=self.stored_size, bits=self.bits)
+            settings = self.settings if self.encoding == "in_place" else None
+            return decode_sandboxed(data, size=self.stored_size, bits=self.bits, settings=settings)
         except RefusedImageError as error:
             raise CorruptSampleError(f"an image of {self.root}: {error}; pack again") from error
 
     @property
     def is_remote(self) -> bool:
-        """Do the shards come over a network?"""
-        return self.files.is_remote
+        """Do the images come over a network?"""
+        return self.tars.is_remote
 
     def expect(self, shards: Iterable[int]) -> None:
         """Fetch shards that will be read soon."""
-        self.files.expect(shards)
+        self.tars.expect(shards)
 
     def beside(self, name: str) -> Path | None:
         """A file beside the shards, or a copy of it; None where there is none."""
@@ -184,30 +209,74 @@ class Manifest:
     def close(self) -> None:
         """Close the shard files."""
         self.files.close()
+        self.tars.close()
 
-    def _read(self, shard: int, offset: int, size: int, parse: Callable[[bytes], Parsed]) -> Parsed:
+    def _read(
+        self,
+        files: LocalShards | RemoteShards,
+        shard: int,
+        offset: int,
+        size: int,
+        parse: Callable[[bytes], Parsed],
+    ) -> Parsed:
         """What `parse` makes of the bytes; those of a copy are fetched again before they count as corrupt."""
         try:
-            return parse(self.files.read(shard, offset, size))
+            return parse(files.read(shard, offset, size))
         except CorruptSampleError:  # of a copy that a disk or a network damaged: the sample itself may be good
-            fetched = self.files.read_origin(shard, offset, size)
+            fetched = files.read_origin(shard, offset, size)
             if fetched is None:
                 raise
             parsed = parse(fetched)
-            self.files.forget(shard)
+            files.forget(shard)
             return parsed
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Manifest is not sent between processes; open the folder there")
 
 
+def _is_in_place(header: dict[str, Any]) -> bool:
+    return header["format_version"] == IN_PLACE_VERSION
+
+
+def _open_tars(root: Path, header: dict[str, Any], cache: CacheSettings) -> LocalShards | RemoteShards:
+    """The tars of others that hold the images of a dataset in place, as `tars.txt` says."""
+    try:
+        places = (root / TARS).read_text(errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {root / TARS}: {error.strerror}; index the tars again") from error
+    shards = header["shards"]
+    if len(places) != len(shards) or not all(places):
+        raise DataError(f"{root / TARS} names {len(places)} tars, {len(shards)} wanted; write a line for each")
+    base = common_folder(places)
+    known = [
+        {"name": shard["name"], "path": place.removeprefix(base), "size": shard["tar"]["size"]}
+        for shard, place in zip(shards, places, strict=True)
+    ]
+    remedy = f"correct its line in {root / TARS} if it was moved, or index the tars again"
+    tars: LocalShards | RemoteShards
+    if is_remote(base):
+        folder = folder_of_copies(cache, header["fingerprint"])
+        tars = RemoteShards(Origin(base), known, folder, cache, remedy)
+    else:
+        tars = LocalShards(root / base, known, remedy)
+    tars.check()
+    return tars
+
+
 class LocalShards:
-    """The shards of a folder; safe from many threads. `RemoteShards` answers the same calls."""
+    """The shards of a folder; safe from many threads. `RemoteShards` answers the same calls.
+
+    Args:
+        shards: name and size of each, and its `path` below `folder` where that is another.
+        remedy: what to do about one that is not as it was.
+    """
 
     is_remote = False
 
-    def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]) -> None:
-        self._folder, self._shards = folder, shards
+    def __init__(
+        self, folder: Path, shards: Sequence[dict[str, Any]], remedy: str = "restore it or pack again"
+    ) -> None:
+        self._folder, self._shards, self._remedy = folder, shards, remedy
         self._handles: dict[int, int] = {}
         self._finalizer = weakref.finalize(self, _close_all, self._handles)
 
@@ -241,17 +310,18 @@ class LocalShards:
 
     def check(self) -> None:
         """Raise DataError unless every shard is there, in its size."""
-        for shard in self._shards:
-            path = self._folder / shard["name"]
+        for number, shard in enumerate(self._shards):
+            path = self.path(number)
             if not path.is_file():
-                raise DataError(f"shard {path} is missing; restore it or pack again")
+                raise DataError(f"shard {path} is missing; {self._remedy}")
             size, packed = path.stat().st_size, shard["size"]
             if size != packed:
-                raise DataError(f"shard {path} has {size} bytes, {packed} wanted: cut off or changed; pack again")
+                raise DataError(f"shard {path} has {size} bytes, {packed} wanted: cut off or changed; {self._remedy}")
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
-        return self._folder / self._shards[shard]["name"]
+        known = self._shards[shard]
+        return self._folder / known.get("path", known["name"])
 
     def beside(self, name: str) -> Path | None:
         """A file beside the shards, where there is one."""
@@ -290,8 +360,7 @@ def read_header(root: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read ({type(error).__name__}); {hint}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of this tool; {hint}")
-    if header.get("format_version") != FORMAT_VERSION:
-        version = header.get("format_version")
+    if (version := header.get("format_version")) not in (FORMAT_VERSION, IN_PLACE_VERSION):
         raise DataError(f"{path} has format version {version}, not {FORMAT_VERSION}; update the tool or pack again")
     if header.get("fingerprint") != fingerprint_of(header) or not isinstance(header.get("shards"), list):
         raise DataError(f"{path} was changed after packing (fingerprint differs); pack again")

@@ -22,9 +22,8 @@ import numpy as np
 
 from ddpm_lmk import __version__
 from ddpm_lmk.data.duplicates.fingerprints import write_fingerprints
-from ddpm_lmk.data.images.decode import ReadOptions
 from ddpm_lmk.data.images.dicom_spacing import AT_DETECTOR, UNKNOWN
-from ddpm_lmk.data.images.sandbox import answer, decoders
+from ddpm_lmk.data.images.sandbox import answer, decoders, job_settings
 from ddpm_lmk.data.pack_settings import PackSettings
 from ddpm_lmk.data.shards.labels import Findings, Labels
 from ddpm_lmk.data.shards.manifest import Manifest
@@ -42,11 +41,11 @@ from ddpm_lmk.system.sandbox import Answer
 
 _SHOWN = 1000  # refusals kept in memory; all of them are in the file
 _FEW = 32  # so few phantoms are drawn before a process has started
-_DECODERS = ("numpy", "opencv-python-headless", "pillow", "pydicom", "pylibjpeg-openjpeg", "pylibjpeg-libjpeg")
-_PATIENTS_NOTE = (
+DECODERS = ("numpy", "opencv-python-headless", "pillow", "pydicom", "pylibjpeg-openjpeg", "pylibjpeg-libjpeg")
+PATIENTS_NOTE = (
     "{} files name their patient, who is not kept without --id-key: patients will not be compared with other packs'"
 )
-_KEY_NOTE = "ids are hashed with the key in {}; keep it to yourself, and for further packs"
+KEY_NOTE = "ids are hashed with the key in {}; keep it to yourself, and for further packs"
 
 Progress = Callable[[int, int], None]
 
@@ -100,8 +99,8 @@ def pack(
 
     Args:
         images: the folder of the images that labels of another tool belong to; null: that of the labels.
-        id_key: file with the key that turns paths into ids, made when it is not there; null: OUT.key for kind dicom,
-            else ids are paths.
+        id_key: file with the key that turns paths into ids, made when it is not there; null: OUT.key for kinds dicom
+            and dicom-sr, else ids are paths.
         id_map: file to write, for its owner only, with the path of every id.
         workers: decoding processes; null: one per core this process may use.
         progress: called with (images done, images in all).
@@ -115,7 +114,7 @@ def pack(
     settings = settings.filled_for(source, has_key=id_key is not None)
     refuse_existing(out)
     key_file = Path(id_key or out.absolute().with_name(f"{out.name}.key"))
-    with _keys(key_file if settings.hashed_ids else None, out) as keys:
+    with keys_of(key_file if settings.hashed_ids else None, out) as keys:
         settings = settings.model_copy(update={"key_id": keys.key_id if keys else None})
         if images is None:
             dataset = READERS[settings.kind](Path(source), settings, keys)
@@ -126,7 +125,7 @@ def pack(
                 f"shards pack: --images means nothing for kind {settings.kind}; it is for {', '.join(ANNOTATED)}"
             )
         if keys is not None:
-            dataset.warnings.append(_KEY_NOTE.format(key_file))
+            dataset.warnings.append(KEY_NOTE.format(key_file))
         if id_map is not None:
             if keys is None or dataset.listing is None:
                 raise ConfigError(
@@ -140,7 +139,7 @@ def pack(
 
 
 @contextmanager
-def _keys(path: Path | None, out: Path) -> Iterator[KeyedIds | None]:
+def keys_of(path: Path | None, out: Path) -> Iterator[KeyedIds | None]:
     """Ids under the key of a file; one that was made for nothing is removed: no id was ever made with it."""
     if path is None:
         yield None
@@ -158,7 +157,7 @@ def _keys(path: Path | None, out: Path) -> Iterator[KeyedIds | None]:
 def _write(
     dataset: RawDataset, settings: PackSettings, out: Path, workers: int, progress: Progress | None
 ) -> PackSummary:
-    position, labels, notes = _Position(), Labels(dataset.spec, settings), _FileNotes()
+    position, labels, notes = _Position(), Labels(dataset.spec, settings), FileNotes()
     summary = PackSummary(out.absolute(), warnings=list(dataset.warnings))
     with ShardWriter(
         out,
@@ -172,7 +171,7 @@ def _write(
         settings=settings.stated(),
         left_out=dataset.refused,
         # Another decoder may give other pixels: half of a dataset each would be neither.
-        made_with={"ddpm-lmk": __version__, **versions(*_DECODERS)},
+        made_with={"ddpm-lmk": __version__, **versions(*DECODERS)},
         state=lambda: {"position": asdict(position), "labels": asdict(labels.findings), "notes": asdict(notes)},
     ) as writer:
         samples = iter(dataset.samples)
@@ -181,18 +180,20 @@ def _write(
             for sample in islice(samples, noted["position"]["done"]):
                 position.advance(sample)
             if asdict(position) == noted["position"]:
-                labels.findings, notes = Findings(**noted["labels"]), _FileNotes(**noted["notes"])
+                labels.findings, notes = Findings(**noted["labels"]), FileNotes(**noted["notes"])
                 summary.resumed_at = position.done
             else:
                 summary.warnings.append("the source changed since packing was interrupted: begun anew")
                 writer.restart()
                 position, samples = _Position(), iter(dataset.samples)
-        for sample, fields, image in _decode(dataset, samples, settings, workers):
+        few = settings.kind == "phantom" and (workers <= 1 or len(dataset.samples) <= _FEW)
+        processes = 0 if few else max(1, min(workers, len(dataset.samples)))
+        for sample, fields, image in decode(samples, settings, processes):
             position.advance(sample)
             if "refused" in fields:
                 writer.refuse({"id": sample.id, "code": fields["code"], "reason": fields["refused"]})
             else:
-                sample = _completed(dataset, sample, fields, settings)
+                sample = completed(dataset, sample, fields, settings)
                 # A copy with a label is kept: dropping it would leave a hole in a labelled set.
                 if sample.points is None and writer.holds(image):
                     reason = "the same picture as an earlier one"
@@ -205,19 +206,15 @@ def _write(
         labels.raise_if_wrong()
         summary.warnings += labels.warnings() + notes.sentences()
         if dataset.unkept_patients:
-            summary.warnings.append(_PATIENTS_NOTE.format(dataset.unkept_patients))
-        _count(summary, dataset, writer)
-        if not summary.packed:
-            counts = ", ".join(f"{code} {count}" for code, count in summary.reasons.most_common())
-            first = [f" ({counts}), first {line['id']!r}: {line['reason']}" for line in summary.refused[:1]]
-            raise DataError(f"nothing to pack: {summary.num_refused} images were refused{''.join(first)}")
+            summary.warnings.append(PATIENTS_NOTE.format(dataset.unkept_patients))
+        count(summary, writer)
     return summary
 
 
-def _count(summary: PackSummary, dataset: RawDataset, writer: ShardWriter) -> None:
-    """Count what was written, by this call and by those it resumed."""
+def count(summary: PackSummary, writer: ShardWriter) -> None:
+    """Count what was written, by this call and by those it resumed; DataError where that is nothing."""
     for block in writer.rows():
-        for code, split in enumerate(dataset.split_names()):
+        for code, split in enumerate(writer.splits):
             sizes = block["size"][block["split"] == code]
             if len(sizes):
                 summary.packed += len(sizes)
@@ -227,6 +224,10 @@ def _count(summary: PackSummary, dataset: RawDataset, writer: ShardWriter) -> No
         summary.reasons[line["code"]] += 1
         if len(summary.refused) < _SHOWN:
             summary.refused.append(line)
+    if not summary.packed:
+        counts = ", ".join(f"{code} {count}" for code, count in summary.reasons.most_common())
+        first = [f" ({counts}), first {line['id']!r}: {line['reason']}" for line in summary.refused[:1]]
+        raise DataError(f"nothing to pack: {summary.num_refused} images were refused{''.join(first)}")
 
 
 @dataclass
@@ -242,7 +243,7 @@ class _Position:
 
 
 @dataclass
-class _FileNotes:
+class FileNotes:
     """Counts facts of the packed files that their user should know."""
 
     passed_over: dict[str, int] = field(default_factory=dict)
@@ -273,12 +274,14 @@ class _FileNotes:
         return lines
 
 
-def _decode(
-    dataset: RawDataset, samples: Iterable[RawSample], settings: PackSettings, workers: int
+def decode(
+    samples: Iterable[RawSample], settings: PackSettings, workers: int, **wanted: bool
 ) -> Iterator[tuple[RawSample, dict[str, Any], bytes]]:
-    """Every one of `samples`, which are of `dataset`, with what `sandbox.answer` made of it.
+    """Every one of `samples` with what `sandbox.answer` made of it.
 
-    Files are decoded in other processes, whatever `workers` is; phantoms, which are no danger, also in this one.
+    Args:
+        workers: decoding processes; 0: this one, for phantoms, which are no danger.
+        wanted: what a job asks for besides.
 
     Raises:
         StoppedError: the file system does not answer.
@@ -289,13 +292,10 @@ def _decode(
     def jobs() -> Iterator[dict[str, Any]]:
         for sample in samples:
             waiting.append(sample)
-            yield _job(sample, settings)
+            yield _job(sample, settings) | wanted
 
     with ExitStack() as stack:
-        if settings.kind == "phantom" and (workers <= 1 or len(dataset.samples) <= _FEW):
-            answers = _answers_here(jobs())
-        else:
-            answers = stack.enter_context(decoders(min(workers, len(dataset.samples)))).answers(jobs())
+        answers = stack.enter_context(decoders(workers)).answers(jobs()) if workers else _answers_here(jobs())
         for fields, image in answers:
             sample = waiting.popleft()
             if "io_error" in fields:  # says nothing about the image: refused, it would make the result depend on luck
@@ -316,23 +316,17 @@ def _answers_here(jobs: Iterable[dict[str, Any]]) -> Iterator[Answer]:
 
 
 def _job(sample: RawSample, settings: PackSettings) -> dict[str, Any]:
-    store = settings.model_dump(include={"size", "aspect", "filter", "window", "bits", "encoding", "quality"})
+    how = job_settings(settings.model_dump())
     if isinstance(sample.path, PhantomSource):
         source = sample.path
-        return {"phantom": (source.kind, source.seed, source.index, source.size), "store": store}
-    options = ReadOptions(
-        frame=settings.frame,
-        voi=settings.window == "voi",
-        allow_burned_in=settings.allow_burned_in,
-        only_dicom=settings.kind == "dicom",
-    )
+        return {"phantom": (source.kind, source.seed, source.index, source.size), **how}
     where: dict[str, Any] = {"path": str(sample.path)}
     if isinstance(sample.path, TarMember):
         where = {"path": str(sample.path.tar), "offset": sample.path.offset, "size": sample.path.size}
-    return where | {"options": asdict(options), "native_size": sample.native_size, "store": store}
+    return where | how | {"native_size": sample.native_size}
 
 
-def _completed(dataset: RawDataset, sample: RawSample, fields: dict[str, Any], settings: PackSettings) -> RawSample:
+def completed(dataset: RawDataset, sample: RawSample, fields: dict[str, Any], settings: PackSettings) -> RawSample:
     """The sample with what only its file knew. What a table states goes before what a file states."""
     if "points" in fields:
         sample = replace(sample, points=np.array(fields["points"]))

@@ -6,17 +6,20 @@ import hashlib
 import json
 import os
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from ddpm_lmk.errors import DataError
 
-FORMAT, FORMAT_VERSION = "ddpm-lmk-shards", 1
+FORMAT = "ddpm-lmk-shards"
+# Of datasets in place the second: a tool that knows packed ones only would look for the pixels in the wrong tars.
+FORMAT_VERSION, IN_PLACE_VERSION = 1, 2
 
 Aspect = Literal["squeeze", "pad"]
 Encoding = Literal["raw", "png", "jpeg"]
+Stored = Encoding | Literal["in_place"]  # in place: images stay in the tars of others, as they are (`in_place`)
 
 EXTENSIONS: dict[str, str] = {"raw": "npy", "png": "png", "jpeg": "jpg"}
 
@@ -40,6 +43,15 @@ _SEAL_SIZE = len(_SEAL) + 16 + 2  # 16 hex digits and `"}`
 _MAX_KEY = 88  # with an extension this fits the 100 bytes of a plain tar header
 
 
+@dataclass(frozen=True)
+class InTar:
+    """An image in a tar of others: where its bytes begin there, how many they are, and their digest."""
+
+    offset: int
+    size: int
+    sha256: str  # the first 32 hex digits
+
+
 class CorruptSampleError(DataError):
     """A sample whose bytes are not those that were packed."""
 
@@ -57,15 +69,20 @@ class SampleRecord:
     group: str | None  # the patient, where known
     to_stored: np.ndarray  # [2, 3] float64
     source: dict[str, Any] | None = None  # technical facts of the file: format, bits, what was applied to its values
+    in_tar: InTar | None = None  # None: the image is packed beside this record
 
 
 def index_row(record: SampleRecord, image: bytes, json_size: int, *, shard: int, split: int) -> np.ndarray:
-    """The row `[1]` of a sample in the index, but for its two offsets."""
+    """The row `[1]` of a sample in the index, but for its offsets here; `image` does not matter if it is `in_tar`."""
     row = np.zeros(1, INDEX_DTYPE)
     row["shard"], row["split"] = shard, split
     row["width"], row["height"] = record.native_size
-    row["size"], row["json_size"] = len(image), json_size
-    row["sha256"] = np.frombuffer(hashlib.sha256(image).digest()[:16], np.uint8)
+    row["json_size"] = json_size
+    if (at := record.in_tar) is not None:
+        row["offset"], row["size"], digest = at.offset, at.size, bytes.fromhex(at.sha256)
+    else:
+        row["size"], digest = len(image), hashlib.sha256(image).digest()[:16]
+    row["sha256"] = np.frombuffer(digest, np.uint8)
     return row
 
 
@@ -109,6 +126,8 @@ def record_to_json(record: SampleRecord) -> bytes:
     }
     if record.source is not None:
         fields["source"] = record.source
+    if record.in_tar is not None:
+        fields["in_tar"] = asdict(record.in_tar)
     body = json.dumps(fields, allow_nan=False).encode("ascii")[:-1]
     return body + _SEAL + _digest(body) + b'"}'
 
@@ -130,6 +149,7 @@ def record_from_json(data: bytes, *, size: int, aspect: Aspect) -> SampleRecord:
         group=fields["group"],
         to_stored=to_stored_matrix(native_size, size, aspect),
         source=fields.get("source"),  # absent in shards of before format, bits and spacing were noted
+        in_tar=InTar(**fields["in_tar"]) if "in_tar" in fields else None,
     )
 
 

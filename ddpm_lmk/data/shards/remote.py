@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import time
@@ -178,23 +179,28 @@ def _reserved(unfinished: Path) -> int:
     return 0 if is_left else int(size)
 
 
+def refuse_secrets(url: str) -> None:
+    """Raise ConfigError for a URL that must not be written down."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query:
+        raise ConfigError(
+            f"data.path has a URL of {parts.hostname} with a password or key in it, which would be written to the "
+            "run directory; give credentials by the environment (for s3: AWS_*, for gs: "
+            "GOOGLE_APPLICATION_CREDENTIALS, or FSSPEC_CONFIG_DIR)"
+        )
+
+
 class Origin:
     """A folder behind a URL."""
 
     def __init__(self, url: str) -> None:
         """Raises ConfigError for a URL that must not be written down, LaunchError where a package is missing."""
-        parts = urlsplit(url)
-        if "@" in parts.netloc or parts.query:
-            raise ConfigError(
-                f"data.path has a URL of {parts.hostname} with a password or key in it, which would be written to the "
-                "run directory; give credentials by the environment (for s3: AWS_*, for gs: "
-                "GOOGLE_APPLICATION_CREDENTIALS, or FSSPEC_CONFIG_DIR)"
-            )
+        refuse_secrets(url)
         self.url = url.rstrip("/")
         try:
             from fsspec.core import url_to_fs
 
-            self._system, self._path = url_to_fs(self.url, **_options(parts.scheme))
+            self._system, self._path = url_to_fs(self.url, **_options(urlsplit(url).scheme))
         except (ImportError, ValueError) as error:
             raise LaunchError(f"cannot open {self.url}: {error}; run `pip install 'ddpm-lmk[cloud]'`") from None
 
@@ -280,8 +286,16 @@ class RemoteShards:
 
     is_remote = True
 
-    def __init__(self, origin: Origin, shards: Sequence[dict[str, Any]], folder: Path, settings: CacheSettings) -> None:
-        self._origin, self._shards, self._folder = origin, shards, folder
+    def __init__(
+        self,
+        origin: Origin,
+        shards: Sequence[dict[str, Any]],
+        folder: Path,
+        settings: CacheSettings,
+        remedy: str = "pack again",
+    ) -> None:
+        """As `LocalShards`; `folder` is that of the copies."""
+        self._origin, self._shards, self._folder, self._remedy = origin, shards, folder, remedy
         limit = int(settings.limit_gib * 2**30)
         # Two windows: the loader has the next one fetched while it draws from the present one.
         is_whole = 2 * settings.window * max(shard["size"] for shard in shards) <= limit
@@ -298,7 +312,7 @@ class RemoteShards:
         return with_retries(self._read_copy, shard, offset, size)
 
     def read_origin(self, shard: int, offset: int, size: int) -> bytes:
-        return with_retries(self._origin.read_range, self._shards[shard]["name"], offset, size)
+        return with_retries(self._origin.read_range, _path(self._shards[shard]), offset, size)
 
     def _read_copy(self, shard: int, offset: int, size: int) -> bytes:
         while True:
@@ -330,7 +344,7 @@ class RemoteShards:
         """
         missing = [known for known in self._shards if not self._cache.has(known["name"], known["size"])]
         with ThreadPoolExecutor(_CHECKS) as pool:
-            sizes = list(pool.map(lambda known: with_retries(self._origin.size, known["name"]), missing))
+            sizes = list(pool.map(lambda known: with_retries(self._origin.size, _path(known)), missing))
         for known, size in zip(missing, sizes, strict=True):
             self._require_size(known, size)
 
@@ -358,17 +372,17 @@ class RemoteShards:
         return self._cache.get(known["name"], known["size"], lambda path: self._fetch(known, path))
 
     def _fetch(self, known: dict[str, Any], path: Path) -> None:
-        self._origin.fetch(known["name"], path)
+        self._origin.fetch(_path(known), path)
         length = path.stat().st_size
         if length != known["size"]:
-            self._require_size(known, self._origin.size(known["name"]))  # else it was cut off on the way: try again
-            raise OSError(errno.EIO, f"{self._origin.url}/{known['name']}: got {length} of {known['size']} bytes")
+            self._require_size(known, self._origin.size(_path(known)))  # else it was cut off on the way: try again
+            raise OSError(errno.EIO, f"{self._origin.url}/{_path(known)}: got {length} of {known['size']} bytes")
 
     def _require_size(self, known: dict[str, Any], size: int | None) -> None:
         if size not in (None, known["size"]):
             raise DataError(
-                f"shard {self._origin.url}/{known['name']} has {size} bytes, {known['size']} wanted: cut off or "
-                "changed; pack again"
+                f"shard {self._origin.url}/{_path(known)} has {size} bytes, {known['size']} wanted: cut off or "
+                f"changed; {self._remedy}"
             )
 
     def _fetch_ahead(self, shard: int) -> None:
@@ -380,19 +394,46 @@ class RemoteShards:
             self._expected.discard(shard)
 
 
+def _path(shard: dict[str, Any]) -> str:
+    """Where a shard lies below its origin; copies go by its name."""
+    return shard.get("path", shard["name"])
+
+
+def common_folder(places: Sequence[str]) -> str:
+    """The folder, with its last `/`, that paths or URLs of tars have in common; empty where paths are relative.
+
+    Raises:
+        ConfigError: some of them are of this machine or of another server than others.
+    """
+    levels = zip(*(place.split("/")[:-1] for place in places))
+    folder = "".join(f"{names[0]}/" for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
+    if any(map(is_remote, places)) and (not is_remote(folder) or folder.endswith("://")):
+        raise ConfigError(
+            f"tars of one server, or of this machine, make a dataset, but {places[0]} and {places[-1]} are named; "
+            "index them as several, and give all to data.path"
+        )
+    return folder
+
+
 def fetch_manifest(origin: Origin, settings: CacheSettings, *, beside: Sequence[str]) -> Path:
     """Copy the manifest of a dataset and the files `beside` it; returns the folder for this very manifest in the cache.
 
     Its name is a digest of the manifest, so that a dataset that was packed again has a folder of its own.
     """
     content = with_retries(origin.read, "manifest.json")
-    folder = settings.root / hashlib.sha256(content).hexdigest()[:32]
+    folder = folder_of_copies(settings, hashlib.sha256(content).hexdigest())
+    write_bytes(folder / "manifest.json", content)
+    for name in beside:
+        write_bytes(folder / name, with_retries(origin.read, name))
+    return folder
+
+
+def folder_of_copies(settings: CacheSettings, digest: str) -> Path:
+    """The folder in the cache for a dataset with this digest, for its owner only. Raises ResourceError."""
+    folder = settings.root / digest[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_bytes(folder / "manifest.json", content)
-        for name in beside:
-            write_bytes(folder / name, with_retries(origin.read, name))
-    except (OSError, ResourceError) as error:
+    except OSError as error:
         raise ResourceError(
             f"cannot write the shard cache {folder} ({error}); set runtime.cache_dir or LMK_CACHE"
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME as PRINTS
 from ddpm_lmk.data.duplicates.fingerprints import check_fingerprints
-from ddpm_lmk.data.shards.manifest import SIGNATURE, Manifest
+from ddpm_lmk.data.shards.manifest import SIGNATURE, TARS, Manifest
 from ddpm_lmk.data.shards.records import EXTENSIONS, SampleRecord
 from ddpm_lmk.data.shards.remote import CacheSettings, is_remote
 from ddpm_lmk.data.sources.tar import DamagedTarError, TrailingBytesError, members
@@ -70,7 +70,7 @@ def verify(path: str | Path, cache: CacheSettings | None = None) -> VerifyReport
         report.per_split = manifest.count_per_split()
         names = manifest.files.names()
         report.is_listed = names is not None
-        packed = {"manifest.json", "index.npy", "refused.jsonl", PRINTS, SIGNATURE}
+        packed = {"manifest.json", "index.npy", "refused.jsonl", PRINTS, SIGNATURE, TARS}
         report.foreign += sorted((names or set()) - packed - {shard["name"] for shard in manifest.shards})
         report.problems += _problems_beside(manifest)
         last_id = ""
@@ -83,8 +83,12 @@ def verify(path: str | Path, cache: CacheSettings | None = None) -> VerifyReport
 
 @contextmanager
 def _opened(path: str | Path, cache: CacheSettings) -> Iterator[Manifest]:
-    """A URL gets a cache of its own, for the time of the check: older copies say nothing about what lies there now."""
-    if not is_remote(path):
+    """A URL gets a cache of its own, for the time of the check: older copies say nothing about what lies there now.
+
+    So do remote tars of a dataset in place.
+    """
+    tars = Path(path) / TARS
+    if not (is_remote(path) or (tars.is_file() and is_remote(tars.read_text(errors="surrogateescape")))):
         manifest = Manifest.open(path)
         yield manifest
         manifest.close()
@@ -125,14 +129,19 @@ def _verify_shard(manifest: Manifest, number: int, last_id: str, report: VerifyR
         except DataError as error:
             report.problems.append(str(error))
             continue
-        if row and record.id <= last_id:
+        if manifest.tars is manifest.files and row and record.id <= last_id:  # else in the order of the tars
             report.problems.append(f"row {row}: ids are not ascending or come twice")
         last_id = record.id
-    if _sha256(manifest.files.path(number)) != shard["sha256"]:
-        is_harmless = before == len(report.problems) + len(report.foreign)
-        where = ", in a header or padding: every sample is as it was packed" if is_harmless else ""
-        report.problems.append(f"{shard['name']}: sha256 differs from the manifest{where}")
-    manifest.files.forget(number)  # a copy: the check of a terabyte needs room for one shard
+    is_harmless = before == len(report.problems) + len(report.foreign)
+    where = ", in a header or padding: every sample is as it was packed" if is_harmless else ""
+    files = [(manifest.files, shard)]
+    if "tar" in shard:
+        files.append((manifest.tars, shard["tar"]))
+        report.bytes += shard["tar"]["size"]
+    for place, known in files:
+        if _sha256(place.path(number)) != known["sha256"]:
+            report.problems.append(f"{known['name']}: sha256 differs from the manifest{where}")
+        place.forget(number)  # a copy: the check of a terabyte needs room for one shard
     return last_id
 
 
@@ -151,8 +160,9 @@ def _verify_members(manifest: Manifest, number: int, report: VerifyReport) -> No
     """Every member of the tar is in the index, and every entry of the index is a member."""
     shard = manifest.shards[number]
     rows = manifest.index[manifest.starts[number] : manifest.starts[number + 1]]
-    listed = {int(offset): f".{EXTENSIONS[manifest.encoding]}" for offset in rows["offset"]}
-    listed |= {int(offset): ".json" for offset in rows["json_offset"]}
+    listed = {int(offset): ".json" for offset in rows["json_offset"]}
+    if manifest.encoding != "in_place":
+        listed |= {int(offset): f".{EXTENSIONS[manifest.encoding]}" for offset in rows["offset"]}
     try:
         for member, fault in members(manifest.files.path(number)):
             suffix = listed.pop(member.offset_data, None)

@@ -25,14 +25,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ddpm_lmk.data.duplicates.fingerprints import FILE_NAME as PRINTS
+from ddpm_lmk.data.duplicates.fingerprints import prints_file
+from ddpm_lmk.data.shards.manifest import TARS
 from ddpm_lmk.data.shards.records import (
     EXTENSIONS,
     FORMAT,
     FORMAT_VERSION,
+    IN_PLACE_VERSION,
     INDEX_DTYPE,
     Aspect,
-    Encoding,
     SampleRecord,
+    Stored,
     fingerprint_of,
     index_row,
     member_key,
@@ -44,12 +48,13 @@ from ddpm_lmk.system import locks
 from ddpm_lmk.system.files import flush
 
 SHARD_BYTES = 64 << 20  # about a thousand raw 256 x 256 images; the loader shuffles inside a window of shards
+_MOST_SPLITS = 20
 _ROWS_AT_ONCE = 1 << 16
 _SCHEMA = """
 BEGIN;
 CREATE TABLE packing (identity TEXT);
 CREATE TABLE shards (facts TEXT, state TEXT);
-CREATE TABLE samples (digest BLOB, row BLOB);
+CREATE TABLE samples (digest BLOB, row BLOB, fingerprint BLOB);
 CREATE INDEX by_digest ON samples (digest);
 CREATE TABLE refused (line TEXT);
 """
@@ -66,6 +71,9 @@ def _partial_folder(out: Path) -> Path:
 
 class ShardWriter:
     """Context manager: `add` samples in ascending order of id; leaving it without an error makes `out` appear, whole.
+
+    With encoding "in_place" the images stay in tars of others, in whose order samples are added: a shard holds the
+    records of one of these tars, and the caller says where it ends (`finish_shard`).
 
     Whatever stops it, finished shards stay beside `out`, and a writer of the same header and `made_with` resumes after
     them; `resumed` is then the state noted with the last one. An error of the data leaves nothing.
@@ -88,7 +96,7 @@ class ShardWriter:
         dataset: str,
         spec: DatasetSpec,
         splits: Sequence[str],
-        encoding: Encoding,
+        encoding: Stored,
         bits: int,
         stored_size: int,
         aspect: Aspect,
@@ -102,7 +110,7 @@ class ShardWriter:
         self.resumed: dict[str, Any] | None = None
         self._header: dict[str, Any] = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": IN_PLACE_VERSION if encoding == "in_place" else FORMAT_VERSION,
             "dataset": dataset,
             "spec": spec.model_dump(mode="json"),
             "splits": list(splits),
@@ -112,8 +120,9 @@ class ShardWriter:
             "aspect": aspect,
             "settings": settings,
         }
-        self._identity = None if made_with is None else json.dumps({**self._header, "made_with": made_with})
-        self._shard_bytes, self._state = shard_bytes, state
+        made = {**self._header, "made_with": made_with, "tables": _SCHEMA}
+        self._identity = None if made_with is None else json.dumps(made)
+        self._shard_bytes, self._state, self._splits = shard_bytes, state, splits
         self._left_out = sorted(left_out, key=_id_of)  # not in the database: a resumed call brings them again
         self._folder = _partial_folder(out)
         self._lock: int | None = None
@@ -164,6 +173,7 @@ class ShardWriter:
         state = json.loads(noted[-1][1])
         self._shards, self._count = shards, sum(shard["count"] for shard in shards)
         self._last_id, self.resumed = state["last_id"], state["caller"]
+        self._header["splits"] = state["splits"]
 
     def restart(self) -> None:
         """Forget what was resumed: the source is another one."""
@@ -173,6 +183,7 @@ class ShardWriter:
         shutil.rmtree(self._folder / "pack", ignore_errors=True)
         (self._folder / "pack").mkdir()
         self._shards, self._last_id, self._count, self.resumed = [], None, 0, None
+        self._header["splits"] = list(self._splits)
         self._connect()
         self.db.executescript(_SCHEMA)
         self.db.execute("INSERT INTO packing VALUES (?)", (self._identity,))
@@ -192,23 +203,37 @@ class ShardWriter:
         if self._db is not None:
             self._db.close()
 
-    def add(self, record: SampleRecord, image: bytes) -> None:
-        """Append one sample: the encoded image and its record."""
-        if self._last_id is not None and record.id <= self._last_id:
+    def add(self, record: SampleRecord, image: bytes, fingerprint: bytes | None = None) -> None:
+        """Append one sample: the encoded image and its record, of which only the record where it is `in_tar`.
+
+        `fingerprint`: its row of `prints.bin`, which is written along with a dataset in place.
+        """
+        is_packed = record.in_tar is None
+        if is_packed and self._last_id is not None and record.id <= self._last_id:
             raise DataError(f"image id {record.id!r} comes twice; ids must differ (rename one of the files or rows)")
         self._last_id = record.id
         number = len(self._shards)
         if self._shard is None:
             self._shard = _Shard(self._folder / "pack" / f"shard-{number:06d}.tar")
         key, text = member_key(record.id), record_to_json(record)
-        split = self._header["splits"].index(record.split)
-        row = index_row(record, image, len(text), shard=number, split=split)
-        row["offset"] = self._shard.append(f"{key}.{EXTENSIONS[self._header['encoding']]}", image)
+        row = index_row(record, image, len(text), shard=number, split=self._split_code(record.split))
+        if is_packed:
+            row["offset"] = self._shard.append(f"{key}.{EXTENSIONS[self._header['encoding']]}", image)
         row["json_offset"] = self._shard.append(f"{key}.json", text)
-        self.db.execute("INSERT INTO samples VALUES (?, ?)", (row["sha256"].tobytes(), row.tobytes()))
+        digest = row["sha256"].tobytes() if is_packed else _digest(image)
+        self.db.execute("INSERT INTO samples VALUES (?, ?, ?)", (digest, row.tobytes(), fingerprint))
         self._count += 1
-        if self._shard.size >= self._shard_bytes:
-            self._finish_shard()
+        if is_packed and self._shard.size >= self._shard_bytes:
+            self.finish_shard()
+
+    def _split_code(self, split: str) -> int:
+        """The place of a split in the header; those that tars of others name are known when they are met."""
+        splits = self._header["splits"]
+        if split not in splits and self._header["encoding"] == "in_place":
+            splits.append(split)
+            if len(splits) > _MOST_SPLITS:
+                raise DataError(f"more than {_MOST_SPLITS} splits, last {split!r}; name another member of the samples")
+        return splits.index(split)
 
     def refuse(self, line: dict[str, Any]) -> None:
         """Note one image that is left out: its `id`, in ascending order, and the reason."""
@@ -216,8 +241,8 @@ class ShardWriter:
 
     def holds(self, image: bytes) -> bool:
         """Was the very same encoded image added before?"""
-        digest = hashlib.sha256(image).digest()[:16]
-        return self.db.execute("SELECT 1 FROM samples WHERE digest = ? LIMIT 1", (digest,)).fetchone() is not None
+        found = self.db.execute("SELECT 1 FROM samples WHERE digest = ? LIMIT 1", (_digest(image),)).fetchone()
+        return found is not None
 
     def rows(self) -> Iterator[np.ndarray]:
         """Index rows of what is written so far, in blocks."""
@@ -230,11 +255,19 @@ class ShardWriter:
         lines = (json.loads(line) for (line,) in self.db.execute("SELECT line FROM refused ORDER BY rowid"))
         return heapq.merge(self._left_out, lines, key=_id_of)
 
-    def _finish_shard(self) -> None:
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits so far."""
+        return self._header["splits"]
+
+    def finish_shard(self, tar: dict[str, Any] | None = None) -> None:
+        """End a shard; `tar` is the name, size, sha256 and place of the tar its images are in, if they are in one."""
         assert self._shard is not None
         shard, self._shard = self._shard.finish(), None
+        if tar is not None:
+            shard["tar"] = tar
         self._shards.append(shard)
-        state = {"last_id": self._last_id, "caller": self._state()}
+        state = {"last_id": self._last_id, "splits": self.splits, "caller": self._state()}
         self.db.execute("INSERT INTO shards VALUES (?, ?)", (json.dumps(shard), json.dumps(state)))
         self.db.execute("COMMIT")  # only now, when the shard is on the disk
         self.db.execute("BEGIN")
@@ -265,15 +298,22 @@ class ShardWriter:
         if not self._count:
             raise DataError("no image could be packed; see the reasons above or give another source")
         if self._shard is not None:
-            self._finish_shard()
+            self.finish_shard()
         pack = self._folder / "pack"
         lines = (json.dumps(line).encode("ascii") + b"\n" for line in self.refusals())
         self._header["refused_sha256"] = _write_durably(pack / "refused.jsonl", lines)
         self._header["count"] = self._count
+        is_in_place = self._header["encoding"] == "in_place"
+        if is_in_place:  # in a file of their own: a set whose tars were moved is the same set
+            places = [os.fsencode(shard["tar"].pop("place")) + b"\n" for shard in self._shards]
+            _write_durably(pack / TARS, places)
         self._header["shards"] = self._shards
         blocks = (block.tobytes() for block in self.rows())
         self._header["index_sha256"] = _write_durably(pack / "index.npy", chain([_npy_header(self._count)], blocks))
         self._header["fingerprint"] = fingerprint_of(self._header)
+        if is_in_place:  # now, while they are known: to decode every image again costs as much as all of this
+            rows = self.db.execute("SELECT fingerprint FROM samples ORDER BY rowid")
+            _write_durably(pack / PRINTS, prints_file(self._header["fingerprint"], b"".join(row for (row,) in rows)))
         _write_durably(pack / "manifest.json", [json.dumps(self._header, indent=1).encode("ascii")])
         flush(pack)  # names before the rename that makes them visible
         refuse_existing(self.out)
@@ -299,7 +339,7 @@ class _Shard:
         offset = self.size
         self._write(content)
         self._write(bytes(-len(content) % tarfile.BLOCKSIZE))
-        self._count += 1
+        self._count += name.endswith(".json")  # every sample has one
         return offset
 
     def finish(self) -> dict[str, Any]:
@@ -308,7 +348,7 @@ class _Shard:
         self.file.flush()
         os.fsync(self.file.fileno())  # before it is noted as finished
         self.file.close()
-        return {"name": self._path.name, "size": self.size, "sha256": self._hash.hexdigest(), "count": self._count // 2}
+        return {"name": self._path.name, "size": self.size, "sha256": self._hash.hexdigest(), "count": self._count}
 
     def _write(self, data: bytes) -> None:
         self.file.write(data)
@@ -333,6 +373,10 @@ def _id_of(line: dict[str, Any]) -> str:
     return line["id"]
 
 
+def _digest(image: bytes) -> bytes:
+    return hashlib.sha256(image).digest()[:16]
+
+
 def _npy_header(count: int) -> bytes:
     """What `numpy.save` puts before the rows of the index."""
     buffer = io.BytesIO()
@@ -341,7 +385,7 @@ def _npy_header(count: int) -> bytes:
     return buffer.getvalue()
 
 
-def _write_durably(path: Path, blocks: Iterable[bytes]) -> str:
+def _write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
     """Write blocks, one after the other; returns their sha256."""
     digest = hashlib.sha256()
     with open(path, "wb") as file:

@@ -49,10 +49,14 @@ def read_annotated(
     root = source if source.is_dir() else source.parent
     files = [source] if source.is_file() else _label_files(source, kind.suffixes)
     found = kind.read(files, root, settings)
+    if kind.find_images is not None:
+        found = kind.find_images(found, images or root)
     dataset = RawDataset(DatasetSpec(name=settings.name), [], keys=keys, warnings=list(found.warnings))
     if found.passed_over:
         counts = ", ".join(f"{what} {count}" for what, count in found.passed_over.most_common(5))
         dataset.warnings.append(f"no landmarks, so not looked at: {counts}")
+    if not found.images:
+        raise DataError(f"{source} has no labelled image{''.join(f'; {line}' for line in dataset.warnings)}")
     listing = _Listing(images or root, [image.name for image in found.images])
     origin = settings.pixel_origin or kind.origin
     by_file = _by_file(found.images, listing, dataset)
@@ -75,12 +79,12 @@ def read_annotated(
     return dataset if keys is None else hashed(dataset, keys, listing.root)
 
 
-def _label_files(source: Path, suffixes: frozenset[str]) -> list[Path]:
+def _label_files(source: Path, suffixes: frozenset[str] | None) -> list[Path]:
     if not source.is_dir():
         raise DataError(f"{source} is not there; wanted a file of labels, or a folder of them")
     files = sorted(source / name for name in walk(source, suffixes, Counter()))
     if not files:
-        raise DataError(f"no label file below {source}; looked for {' '.join(sorted(suffixes))}")
+        raise DataError(f"no label file below {source}; looked for {' '.join(sorted(suffixes or ()))}")
     return files
 
 
@@ -133,7 +137,7 @@ class _Listing:
 
 def _parts(name: str) -> list[str]:
     parts = posixpath.normpath(unicodedata.normalize("NFC", name)).split("/")
-    return [part for part in parts if part not in ("", "..")]
+    return [part for part in parts if part not in ("", "..")] or [""]
 
 
 def _stem(name: str) -> str:

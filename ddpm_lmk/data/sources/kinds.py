@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Annotated = Literal["coco", "labelme", "cvat", "datumaro", "label-studio", "spreadsheet"]  # labels of other tools
+# labels of other tools
+Annotated = Literal["coco", "labelme", "cvat", "datumaro", "label-studio", "spreadsheet", "dicom-sr"]
 Kind = Literal["folder", "dicom", "table", Annotated, "phantom", "chest", "cephalometric", "hand"]
 
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -33,8 +33,11 @@ class TrailingBytesError(DamagedTarError):
     """Every member was read, but something follows the end, perhaps another archive."""
 
 
-def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
+def members(path: Path, suffixes: frozenset[str] | None = ALLOWED) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
     """Every member with what is wrong with it, or None.
+
+    Args:
+        suffixes: those that members may have; None: any.
 
     Raises:
         DamagedTarError: after the last readable member, where the archive does not end as it should.
@@ -46,7 +49,7 @@ def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:  # `r:`: a compressed bomb is never unpacked
                 for member in tar:
-                    yield member, _fault(member, names, size)
+                    yield member, _fault(member, names, size, suffixes)
                     names.add(member.name)
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                 end = tar.offset
@@ -57,7 +60,7 @@ def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
         _check_end(file, end, size)
 
 
-def _fault(member: tarfile.TarInfo, names: set[str], size: int) -> str | None:
+def _fault(member: tarfile.TarInfo, names: set[str], size: int, suffixes: frozenset[str] | None) -> str | None:
     # Nothing is extracted, so none of this could do harm here; but what holds it was not made for pictures.
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
@@ -68,8 +71,8 @@ def _fault(member: tarfile.TarInfo, names: set[str], size: int) -> str | None:
         return "sparse or of an unknown kind, no plain file"
     if member.offset_data + member.size > size or member.size < 0:
         return f"said to have {member.size} bytes, more than there are"
-    if path.suffix.lower() not in ALLOWED:
-        return f"suffix {path.suffix or 'none'}, wanted {' '.join(sorted(ALLOWED))}"
+    if suffixes is not None and path.suffix.lower() not in suffixes:
+        return f"suffix {path.suffix or 'none'}, wanted {' '.join(sorted(suffixes))}"
     if member.name in names:  # readers of tars differ in which of the two they take
         return "its name comes twice"
     return None

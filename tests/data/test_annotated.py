@@ -672,3 +672,12 @@ def test_both_splits_of_a_validation_share_are_there_whichever_images_fall_into_
     picture(tmp_path / "a.png")
     labelme(tmp_path)
     assert read(tmp_path, "labelme", val_fraction=1e-9).split_names() == ("train", "val")
+
+
+def test_tasks_of_a_cvat_project_without_a_subset_are_of_no_split_called_default(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    path = cvat(tmp_path)
+    plain = path.read_text()
+    for subset, split in (("default", "train"), ("Validation", "val"), ("test", "test")):
+        path.write_text(plain.replace("<image ", f'<image subset="{subset}" '))
+        assert the_sample(read(tmp_path, "cvat")).split == split

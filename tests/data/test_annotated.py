@@ -681,3 +681,13 @@ def test_tasks_of_a_cvat_project_without_a_subset_are_of_no_split_called_default
     for subset, split in (("default", "train"), ("Validation", "val"), ("test", "test")):
         path.write_text(plain.replace("<image ", f'<image subset="{subset}" '))
         assert the_sample(read(tmp_path, "cvat")).split == split
+
+
+def test_labels_of_label_studio_with_an_alias_are_in_its_results_by_that(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    label_studio(tmp_path, annotations=[{"id": 1, "result": [region("S", 50, 50), region("Nasion", 25, 25)]}])
+    labels = '<Label value="Nasion"/><Label value="Sella turcica" alias="S"/>'
+    (tmp_path / "label_config.xml").write_text(f"<View><KeyPointLabels>{labels}</KeyPointLabels></View>")
+    found = read(tmp_path, "label-studio")
+    assert found.spec.landmark_names == ("Nasion", "S")
+    assert points_of(found) == {"a": [[15.5, 11.5], [31.5, 23.5]]}

@@ -336,8 +336,7 @@ def completed(dataset: RawDataset, sample: RawSample, fields: dict[str, Any], se
         return sample
     group, split = None if dataset.keys is None else dataset.keys.of_patient(fields["patient"]), sample.split
     dataset.unkept_patients += group is None
-    # By patient, now that one is known: both of their images on the same side. Folders without a key are parted by file,
-    # as they were.
+    # By patient, now that one is known: both of their images on the same side. Folders need a key for that, as ever.
     if settings.val_fraction and (group is not None or settings.kind in ANNOTATED):
         split = folder_split(
             group or fields["patient"], settings.split or "train", settings.val_fraction, settings.seed

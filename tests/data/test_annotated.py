@@ -691,3 +691,44 @@ def test_labels_of_label_studio_with_an_alias_are_in_its_results_by_that(tmp_pat
     found = read(tmp_path, "label-studio")
     assert found.spec.landmark_names == ("Nasion", "S")
     assert points_of(found) == {"a": [[15.5, 11.5], [31.5, 23.5]]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (("reader,width,height,p_x,p_y", "a,64,48,10,10", "b,128,96,20,20"), r"size \(64, 48\) and \(128, 96\)"),
+        (("reader,mm_per_px,p_x,p_y", "a,0.1,10,10", "b,0.2,20,20"), "mm_per_px 0.1 and 0.2"),
+        (("reader,split,p_x,p_y", "a,train,10,10", "b,test,20,20"), "split train and test"),
+        (("landmark,x,y,split", "p,10,10,train", "q,20,20,test"), "line 3: split is 'test' here and 'train' before"),
+        (("p_x,p_y,p x,p y", "1,2,30,40"), "columns p_x and p x both name x of p"),
+    ],
+)
+def test_spreadsheets_that_say_two_things_of_an_image_are_refused(
+    lines: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    picture(tmp_path / "a.png")
+    header, *rows = lines
+    (tmp_path / "points.csv").write_text("\n".join([f"image,{header}", *(f"a.png,{row}" for row in rows)]))
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "points.csv", "spreadsheet")
+
+
+def test_what_one_row_or_annotator_says_of_an_image_counts_for_all_of_it(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    table = tmp_path / "points.csv"
+    for text in (
+        "image,landmark,x,y,mm_per_px,split\na,p,10,20,,\na,q,30,40,0.5,test\n",
+        "image,reader,p_x,p_y,q_x,q_y,mm_per_px,split\na,one,10,20,30,40,,\na,two,10,20,30,40,0.5,test\n",
+    ):
+        table.write_text(text)
+        sample = the_sample(read(table, "spreadsheet"))
+        assert (sample.mm_per_px, sample.split) == (0.5, "test")
+        np.testing.assert_array_equal(sample.points, [[10, 20], [30, 40]])
+
+
+def test_two_landmarks_that_differ_in_blanks_only_are_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    shapes = [{"label": name, "points": [[10, 10]], "shape_type": "point"} for name in ("p 1", "p  1")]
+    labelme(tmp_path, shapes=shapes)
+    with pytest.raises(DataError, match=r"a.png: two landmarks differ in nothing but blanks"):
+        read(tmp_path, "labelme")

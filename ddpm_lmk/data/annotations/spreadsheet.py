@@ -35,6 +35,7 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "annotator": ("annotator", "reader", "rater"),
 }
 _ROLES = tuple(_KNOWN)
+_OF_IMAGE = ("mm_per_px", "split", "patient", "width", "height")
 _UNIT = r"(?:\s*[\[(]?(?:px|pixels?)[\])]?)?"
 # `sella_x`, `sella.x`, `sella x [px]`, `sella (x)`; `x_sella`, `X sella`; `sellaX`; `x1`
 _PAIRED = (
@@ -99,6 +100,7 @@ def read_spreadsheet(files: Sequence[Path], columns: Mapping[str, str]) -> Annot
         row = _Row(table, cells, roles, where)
         first = rows.setdefault((name, annotator), row)
         if is_long:
+            first.join(row)
             first.marks.put(cells[roles[_LANDMARK]], row.place(roles[_X], roles[_Y]))
         elif first is not row:
             raise DataError(f"{where}: image {name!r:.200} is there twice; remove one of the rows")
@@ -125,6 +127,15 @@ class _Row:
         if values[0] == values[1] and (values[0] == 0 or values[0] <= -1):
             return f"is at ({values[0]:g}, {values[1]:g}), which tables write for not seen"
         return values[0], values[1]
+
+    def join(self, row: _Row) -> None:
+        """Take what another row says of the same image; raises DataError where it says something else."""
+        for role in _OF_IMAGE:
+            told, before = row._text(role), self._text(role)
+            if told is not None and before not in (None, told):
+                raise DataError(f"{row._where}: {role} is {told!r:.80} here and {before!r:.80} before; correct one")
+            if told is not None:
+                self._cells[self._roles[role]] = told
 
     def _text(self, role: str) -> str | None:
         return self._cells.get(self._roles.get(role, "")) or None
@@ -172,7 +183,9 @@ def _pairs(
     for column in free if not found else ():
         for pattern in _PAIRED:
             if match := pattern.fullmatch(column):
-                found.setdefault(match["name"].strip(" _.-:"), {}).setdefault(match["axis"].lower(), column.lower())
+                name, axis = match["name"].strip(" _.-:"), match["axis"].lower()
+                if (other := found.setdefault(name, {}).setdefault(axis, column.lower())) != column.lower():
+                    raise DataError(f"{path}: columns {other} and {column} both name {axis} of {name}; give --column")
                 break
     lonely = [name for name, pair in found.items() if len(pair) == 1]
     if lonely and len(lonely) < len(found):

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from ddpm_lmk.data.annotations.formats import LABEL_FORMATS
 from ddpm_lmk.data.annotations.image import CORNER_PX, AnnotatedImage, Annotations, Point
@@ -219,6 +220,8 @@ def _marks(images: Sequence[AnnotatedImage], names: Sequence[str], shift: float)
     marks: Marks = {}
     for image in images:
         titled = {landmark_title(name, image.name): place for name, place in image.points.items()}
+        if len(titled) < len(image.points):
+            raise DataError(f"{image.name}: two landmarks differ in nothing but blanks; give each its own name")
         for index, name in enumerate(names if titled else ()):
             place: Point | str = titled.get(name, "is not labelled")
             marks[index, image.annotator] = place if isinstance(place, str) else (place[0] - shift, place[1] - shift)
@@ -228,21 +231,33 @@ def _marks(images: Sequence[AnnotatedImage], names: Sequence[str], shift: float)
 def _sample(
     sample_id: str, file: str, annotated: Sequence[AnnotatedImage], root: Path, settings: PackSettings
 ) -> RawSample:
-    first = annotated[0]
-    group = next((image.patient for image in annotated if image.patient), None)
+    # Several annotators may say it, or one of them; two sizes would be two scales of their points.
+    group: str | None = _agreed(file, "patient", [image.patient for image in annotated])
+    size: tuple[int, int] | None = _agreed(file, "size", [image.size for image in annotated])
+    spacing: float | None = _agreed(file, "mm_per_px", [image.mm_per_px for image in annotated])
+    splits = [image.split for image in annotated if isinstance(image.split, str) and image.split]
+    split: str | None = _agreed(file, "split", splits)
     return RawSample(
         id=sample_id,
         path=root / file,
-        split=_split(first.split, file, group or sample_id, settings),
-        native_size=next((image.size for image in annotated if image.size), None),
-        mm_per_px=settings.mm_per_px or first.mm_per_px,
+        split=_split(split, file, group or sample_id, settings),
+        native_size=size,
+        mm_per_px=settings.mm_per_px or spacing,
         group=group,
     )
 
 
+def _agreed(file: str, what: str, values: Sequence[Any]) -> Any:
+    """What those say who say something; raises DataError where they differ."""
+    said = list(dict.fromkeys(value for value in values if value is not None))
+    if len(said) > 1:
+        raise DataError(f"image {file} has {what} {said[0]} and {said[1]} in its labels; correct one of them")
+    return said[0] if said else None
+
+
 def _split(stated: str | None, file: str, key: str, settings: PackSettings) -> str:
     folder = _SPLITS.get(file.split("/", maxsplit=1)[0].lower()) if "/" in file else None
-    split = _SPLITS.get(stated.lower(), stated) if isinstance(stated, str) and stated else folder
+    split = _SPLITS.get(stated.lower(), stated) if stated else folder
     if settings.split is None and split is not None:
         if settings.val_fraction:
             raise ConfigError(f"val_fraction={settings.val_fraction}, but {file} is of split {split} already; drop one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -460,6 +461,18 @@ def test_points_that_were_drawn_in_a_viewer_are_packed(tmp_path: Path) -> None:
     assert [sample.points.tolist() for sample in found.samples] == [[[0, 0], [12, 29.5]], [[7, 8], [7, 8]]]
     assert found.spec.landmark_names == ("sella", "nasion")
     assert "groups of other measurements 1" in found.warnings[0]
+
+
+def test_files_beside_the_films_that_do_not_read_stop_nothing(tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    (films / "0.dcm").write_bytes(to_bytes(film(SOPInstanceUID="1.2.3.3")))
+    (films / "gone.dcm").symlink_to("nowhere")
+    os.mkfifo(films / "pipe.dcm")
+    (films / "cut.dcm").write_bytes(bytes(128) + b"DICM" + b"\x02\0\0\0UL\4\0\xff\xff\xff\x7f\x08\0")
+    report_of(tmp_path / "reports" / "r.dcm", drawn_in_a_viewer("sella", 12.5, 30))
+    [sample] = packed(tmp_path).samples
+    assert (sample.id, sample.points.tolist()) == ("0", [[12, 29.5]])
 
 
 @pytest.mark.parametrize(

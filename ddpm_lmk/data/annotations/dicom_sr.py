@@ -111,10 +111,16 @@ def _read_report(path: Path, report: Dataset, frame: int | None, found: Annotati
 
 
 def find_images(found: Annotations, root: Path) -> Annotations:
-    """The same with images called by their paths below `root`, where the file is there."""
+    """The same with images called by their paths below `root`, where the file is there.
+
+    Files that do not read have no part in it: they are refused by name where they are decoded.
+    """
     paths = {}
     for name in images_below(root)[0]:
-        header = _header(root / name, read_content(root / name), "SOPInstanceUID")
+        try:
+            header = _header(root / name, read_content(root / name), "SOPInstanceUID")
+        except (OSError, RefusedImageError, DataError):
+            continue
         if header is not None:
             paths[str(header.get("SOPInstanceUID"))] = name
     return replace(found, images=[replace(image, name=paths.get(image.name, image.name)) for image in found.images])

@@ -385,6 +385,13 @@ def test_the_order_of_landmarks_is_that_of_the_tools_list(tmp_path: Path) -> Non
     assert read(tmp_path, "labelme", landmarks=("first", "last")).spec.landmark_names == ("first", "last")
 
 
+def test_names_of_landmarks_are_one_whether_their_accents_are_composed_or_not(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    shapes = [{"label": name, "points": [[10, 10]], "shape_type": "point"} for name in ("b", "\u00e9")]
+    labelme(tmp_path, shapes=shapes)
+    assert read(tmp_path, "labelme", landmarks=("e\u0301", "b")).spec.landmark_names == ("\u00e9", "b")
+
+
 def test_a_misspelt_landmark_is_answered_with_the_one_that_was_meant(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     labelme(tmp_path)

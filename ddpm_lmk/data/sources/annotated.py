@@ -201,16 +201,17 @@ def _landmarks(found: Annotations, source: Path, settings: PackSettings, dataset
     if not seen:
         gaps = (f", first {name} {place}" for image in found.images for name, place in image.points.items())
         raise DataError(f"{source} has no point of any landmark{next(gaps, '')}; nothing to train on")
-    declared = settings.landmarks or tuple(landmark_title(name, str(source)) for name in found.landmarks)
+    told = tuple(landmark_title(name, "--landmarks") for name in settings.landmarks)
+    declared = told or tuple(landmark_title(name, str(source)) for name in found.landmarks)
     unknown = [name for name in seen if declared and name not in declared]
     if unknown:
         near = difflib.get_close_matches(unknown[0], declared, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"wanted {', '.join(declared[:8])}"
         raise DataError(f"{source}: point {unknown[0]!r:.80} is none of the {len(declared)} landmarks; {hint}")
     never = [name for name in declared if name not in seen]
-    if never and not settings.landmarks:
+    if never and not told:
         dataset.warnings.append(f"{len(never)} landmarks have no point in any image and are left out: {never[0]}")
-    names = settings.landmarks or tuple(name for name in declared if name in seen) or tuple(seen)
+    names = told or tuple(name for name in declared if name in seen) or tuple(seen)
     known = SPECS[settings.spec].landmark_names if settings.spec in SPECS else ()
     return known if set(known) == set(names) else names
 

@@ -739,3 +739,18 @@ def test_two_landmarks_that_differ_in_blanks_only_are_refused(tmp_path: Path) ->
     labelme(tmp_path, shapes=shapes)
     with pytest.raises(DataError, match=r"a.png: two landmarks differ in nothing but blanks"):
         read(tmp_path, "labelme")
+
+
+def test_cells_that_stand_for_unknown_say_nothing_of_an_image_or_its_patient(tmp_path: Path) -> None:
+    facts = {"a": "unknown,-,nan", "b": "Anonymous,n/a,", "c": "-,0.5,test", "d": "p9,,"}
+    for name in facts:
+        picture(tmp_path / f"{name}.png")
+    rows = [f"{name},{text},3,4" for name, text in facts.items()]
+    (tmp_path / "points.csv").write_text("\n".join(["image,patient_id,mm_per_px,split,p_x,p_y", *rows]))
+    found = read(tmp_path / "points.csv", "spreadsheet").samples
+    assert [(each.group, each.mm_per_px, each.split) for each in found] == [
+        (None, None, "train"),
+        (None, None, "train"),
+        (None, 0.5, "test"),
+        ("p9", None, "train"),
+    ]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ddpm_lmk.data.annotations.image import AnnotatedImage, Annotations, Marks, Origin, Point
 from ddpm_lmk.data.sources.csv_file import CsvFile, header_of, read_csv
+from ddpm_lmk.data.sources.ids import is_nobody
 from ddpm_lmk.errors import ConfigError, DataError
 from ddpm_lmk.system import files as atomic
 
@@ -138,7 +139,10 @@ class _Row:
                 self._cells[self._roles[role]] = told
 
     def _text(self, role: str) -> str | None:
-        return self._cells.get(self._roles.get(role, "")) or None
+        text = self._cells.get(self._roles.get(role, ""), "")
+        # one "unknown" patient would tie the images of all of them to one another
+        is_told = text.lower() not in _PLACEHOLDERS and not (role == "patient" and is_nobody(text))
+        return text if is_told else None
 
     def _positive(self, role: str) -> float | None:
         text = self._text(role)

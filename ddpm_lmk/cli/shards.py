@@ -263,7 +263,9 @@ def index(
         return
     chosen = {key: given[key] for key in PackSettings.model_fields if key in given} | {"name": name or ""}
     settings = PackSettings.model_validate(chosen | {"kind": "folder"})
-    roles = Roles(tuple(extension.lstrip(".").lower() for extension in image or ()), split_from, patient_from)
+    roles = Roles(
+        tuple(map(_member, image or ())), split_from and _member(split_from), patient_from and _member(patient_from)
+    )
     with progress(f"indexing {source}, MiB") as show:
         summary = index_in_place(source, out, settings, roles, id_key=id_key, workers=workers, progress=show)
     _report(summary)
@@ -353,6 +355,12 @@ def _listed(per_split: dict[str, int]) -> str:
 
 def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
+
+
+def _member(text: str) -> str:
+    """EXT or EXT:KEY as samples have it: without the dot, in lower case."""
+    extension, colon, key = text.partition(":")
+    return f"{extension.lstrip('.').lower()}{colon}{key}"
 
 
 def _pair(text: str | None) -> tuple[int, int] | None:

@@ -272,7 +272,7 @@ def test_sources_that_cannot_be_a_dataset_are_refused_in_a_line(in_place, tars, 
 
 def test_the_command_says_what_it_did_and_refuses_options_that_mean_nothing(tars, tmp_path, capsys):
     command = ["shards", "index", f"{tars}/x-{{000000..000001}}.tar", "--out", str(tmp_path / "out"), "--size", "32"]
-    assert run([*command, "--split-from", "json:split", "--workers", "1"]) == 0
+    assert run([*command, "--split-from", ".JSON:split", "--workers", "1"]) == 0
     printed = capsys.readouterr()
     assert f"{tmp_path / 'out'}: 12 images (train 10, test 2), 0 refused" in printed.out
     assert run(["shards", "index", str(tmp_path / "out"), "--size", "64"]) == 2

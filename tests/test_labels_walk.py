@@ -26,7 +26,7 @@ def test_five_commands_lead_from_labelme_to_corrected_predictions_and_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert WALK is not None
-    commands = re.findall(r"^ddpm-lmk (.*)$", WALK[1], re.MULTILINE)
+    commands = re.findall(r"^ddpm-lmk (.*)$", WALK[1].replace("\\\n", " "), re.MULTILINE)
     assert len(commands) == 5
     draw(tmp_path)
     monkeypatch.chdir(tmp_path)

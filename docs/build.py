@@ -142,8 +142,10 @@ def _cell(text: str) -> str:
 def notebook_page() -> tuple[str, dict[str, bytes]]:
     """The notebook as it was run last: its page, and its pictures by name."""
     from nbconvert import MarkdownExporter
+    from traitlets.config import Config
 
-    text, resources = MarkdownExporter().from_filename(str(ROOT / "docs" / f"{NOTEBOOK}.ipynb"))
+    joined = Config({"CoalesceStreamsPreprocessor": {"enabled": True}})  # what a cell printed comes in pieces
+    text, resources = MarkdownExporter(config=joined).from_filename(str(ROOT / "docs" / f"{NOTEBOOK}.ipynb"))
     return text, resources["outputs"]
 
 

@@ -107,6 +107,9 @@ def predict(
         print_status(f"{summary.passed_over.total()} files that are no images were skipped ({kinds})")
     if summary.coverage is None and summary.predicted:
         print_status(f"no radius_px: `ddpm-lmk calibrate {run_dir}` learns which radius holds a point with 90 %")
+    for name in dict.fromkeys(formats or ()):
+        again = f"; correct them there, then `ddpm-lmk shards pack {summary.out / name} --kind {name}`"
+        print_status(f"drafts: {summary.out / name}{again if name in ANNOTATED else ''}")
     typer.echo(f"{summary.predicted} predicted, {len(summary.errors)} failed; {summary.out / 'predictions.csv'}")
     summary.check(strict=strict)
 
@@ -204,7 +207,7 @@ def import_weights(
         str | None, typer.Option("--take", metavar="NAME", help="which of several sets of weights, e.g. ema")
     ] = None,
 ) -> None:
-    """Tensors of a foreign PyTorch file (the paper's checkpoints, torchvision's) as safetensors, read in a sandbox."""
+    """Tensors of a foreign PyTorch file (the paper's, torchvision's, DINO's) as safetensors, read in a sandbox."""
     from ddpm_lmk.models import import_torch as door
 
     found = door.import_weights(file, out, take)
@@ -219,6 +222,7 @@ def import_weights(
         more = ", ..." if len(found["passed_over"]) > MAX_NAMES else ""
         typer.echo(f"skipped, no weights: {', '.join(found['passed_over'][:MAX_NAMES])}{more}")
     typer.echo(f"{found['network']}; {found['num_tensors']} tensors, {found['num_parameters']:,} parameters; {out}")
+    typer.echo(f"sha256 {found['sha256']}")
     if not found["network"].startswith("unknown"):  # other tensors are kept too, but no run can use them
         typer.echo(f"a run starts from them with init.weights={out}")
 

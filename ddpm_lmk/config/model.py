@@ -12,18 +12,50 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from ddpm_lmk.config.values import Section
 
 STAGES = {"densenet161": 4, "resnext50": 4, "vgg19": 5}
+# Encoders beside the paper's: the side of a patch of a vision transformer, and 32 for convolutions.
+PATCHES = {
+    **dict.fromkeys(("dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitb14", "dinov2_vitb14_reg"), 14),
+    **dict.fromkeys(("dinov3_vits16", "dinov3_vitb16", "vit_small_patch16_224", "vit_base_patch16_224"), 16),
+}
+CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base")
 
 
 class EncoderUNetConfig(Section):
-    """A classifier's convolutions as encoder, and the decoder of segmentation-models-pytorch 0.3.3."""
+    """An image encoder, and the decoder of segmentation-models-pytorch 0.3.3, or a lighter one for transformers."""
 
     takes_time: ClassVar[bool] = False
     couples_images: ClassVar[bool] = True  # BatchNorm: what a device computes at once
-    side_multiple: ClassVar[int] = 32  # five halvings
 
     kind: Literal["encoder_unet"] = "encoder_unet"
-    encoder: Literal["densenet161", "vgg19", "resnext50"] = Field(
-        "densenet161", description="classifier (paper: densenet161; it also tried vgg19 and resnext50_32x4d)"
+    encoder: Literal[
+        "densenet161",
+        "vgg19",
+        "resnext50",
+        "dinov2_vits14",
+        "dinov2_vits14_reg",
+        "dinov2_vitb14",
+        "dinov2_vitb14_reg",
+        "dinov3_vits16",
+        "dinov3_vitb16",
+        "vit_small_patch16_224",
+        "vit_base_patch16_224",
+        "convnext_tiny",
+        "convnext_small",
+        "convnext_base",
+    ] = Field(
+        "densenet161",
+        description="image encoder (paper: densenet161; it also tried vgg19 and resnext50_32x4d); docs/weights.md",
+    )
+    frozen: bool = Field(
+        False,
+        description="keep the encoder as init.weights has it, norms included; only the decoder learns",
+        exclude_if=lambda value: not value,  # run files of before this key keep their hash
+    )
+    normalize: Literal["auto", "imagenet", "none"] = Field(
+        "auto",
+        description="imagenet: the encoder sees (image - mean) / deviation of ImageNet's three channels; auto: so for "
+        "transformers and ConvNeXt, none for the paper's three",
+        exclude_if=lambda value: value == "auto",
     )
     scale: Annotated[float, Field(ge=0.1, le=4)] = Field(
         1.0, description="factor on the encoder's published channel counts (1: published weights fit)"
@@ -41,15 +73,38 @@ class EncoderUNetConfig(Section):
         1, description="3 repeats the grey image (paper: 1 for ImageNet, whose stem is summed; 3 for SSL)"
     )
 
+    @property
+    def is_of_the_paper(self) -> bool:
+        """Is the encoder one of the paper's three?"""
+        return self.encoder in STAGES
+
+    @property
+    def side_multiple(self) -> int:
+        """What the side of the images has to be a multiple of, pixels: a patch, or five halvings."""
+        return PATCHES.get(self.encoder, 32)
+
+    @property
+    def is_normalized(self) -> bool:
+        """Does the encoder see ImageNet's mean and deviation?"""
+        return self.normalize == "imagenet" or (self.normalize == "auto" and not self.is_of_the_paper)
+
     @model_validator(mode="after")
     def _one_number_per_stage(self) -> EncoderUNetConfig:
-        if self.blocks is not None and len(self.blocks) != STAGES[self.encoder]:
-            raise ValueError(f"blocks has {len(self.blocks)} numbers, {self.encoder} has {STAGES[self.encoder]} stages")
+        stages = STAGES.get(self.encoder) or (1 if self.encoder in PATCHES else 4)
+        if self.blocks is not None and len(self.blocks) != stages:
+            raise ValueError(f"blocks has {len(self.blocks)} numbers, {self.encoder} has {stages} stages")
+        return self
+
+    @model_validator(mode="after")
+    def _sees_colour(self) -> EncoderUNetConfig:
+        if self.in_channels == 1 and (self.is_normalized or not self.is_of_the_paper):
+            what = self.encoder if not self.is_of_the_paper else "normalize=imagenet"
+            raise ValueError(f"{what} is for three channels; set in_channels=3, which repeats the grey image")
         return self
 
     def describe(self, image_size: int) -> str:
         """The network in a few words, for reports."""
-        size = "" if self.scale == 1 else f" × {self.scale:g}"
+        size = ("" if self.scale == 1 else f" × {self.scale:g}") + (" (frozen)" if self.frozen else "")
         return f"U-Net with {self.encoder}{size}, {image_size}²"
 
 

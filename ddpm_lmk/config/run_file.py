@@ -209,10 +209,19 @@ class RunConfig(Section):
             if isinstance(task, LandmarksConfig):
                 raise ValueError(f"model.kind={model.kind} takes no timestep; set task.timestep=null")
             raise ValueError(f"model.kind={model.kind} takes no timestep, which task {task.kind} needs; use ddpm_unet")
+        if isinstance(model, EncoderUNetConfig) and model.frozen and self.init.weights is None:
+            raise ValueError(
+                "model.frozen=true keeps an encoder that nobody has trained; name its file in init.weights"
+            )
         if not isinstance(task, EncoderTaskConfig):
             return
         if not isinstance(model, EncoderUNetConfig):
             raise ValueError(f"task {task.kind} learns an encoder, which {model.kind} has not; use encoder_unet")
+        if not model.is_of_the_paper or model.frozen:
+            raise ValueError(
+                f"task {task.kind} trains densenet161, vgg19 or resnext50, found {model.encoder}"
+                f"{', frozen' if model.frozen else ''}; fine-tune it with task landmarks"
+            )
         if len(task.std) not in (1, model.in_channels):
             raise ValueError(f"task.std has {len(task.std)} numbers for model.in_channels={model.in_channels}")
         batch = self.train.global_batch_size

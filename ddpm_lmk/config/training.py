@@ -233,7 +233,7 @@ class InitConfig(Section):
     """Where the weights come from, decided once (`engine.starting_weights.starting_state`)."""
 
     weights: str | None = Field(
-        None, description="run directory, snapshot directory or .safetensors file; null: random"
+        None, description="run directory, snapshot directory, hub folder or .safetensors file; null: random"
     )
     use: Literal["ema", "model"] = Field("ema", description="which weights of a snapshot")
 

@@ -28,6 +28,7 @@ from ddpm_lmk.models.encoder_unet import is_encoder_only, load_encoder, require_
 from ddpm_lmk.models.weights import from_upstream, load_all, load_trunk
 from ddpm_lmk.rundir.checkpoint import load_checkpoint, weights_header
 from ddpm_lmk.rundir.directory import RunDir
+from ddpm_lmk.system.console import print_status
 from ddpm_lmk.tasks import Task, build_task
 
 
@@ -50,6 +51,9 @@ def starting_state(
         parent = None
         if newest is None and cfg.init.weights is not None:
             parent = _load_parent(cfg, task, model, session)
+            if parallel.is_main and parent["loaded"] == "encoder" and len(parent["files"]) == 1:
+                (digest,) = (listed["sha256"] for listed in parent["files"].values())
+                print_status(f"encoder from {parent['path']}, sha256 {digest}")
         # After the parent weights: the average begins with them.
         state = TrainState.fresh(cfg, model)
         if newest is not None:
@@ -119,7 +123,9 @@ def _hollow(cfg: RunConfig, spec: DatasetSpec) -> nn.Module:
     """The network of a run, of tensors without content."""
     # Cells of a sweep differ in name, seed and shots only: one network serves all of them.
     data = cfg.data.model_copy(update={"shots": None, "draw": "first", "images": None})
-    settings = cfg.model_copy(update={"name": "same", "seed": 0, "data": data})
+    # What is frozen has the same tensors, and would ask for the weights, which are no part of the settings.
+    model = cfg.model.model_copy(update={"frozen": False}) if cfg.model.kind == "encoder_unet" else cfg.model
+    settings = cfg.model_copy(update={"name": "same", "seed": 0, "data": data, "model": model})
     return _built(settings.model_dump_json(include={"data", "model", "task"}), spec.model_dump_json())
 
 

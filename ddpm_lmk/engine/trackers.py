@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 
 PROJECT = "ddpm-lmk"  # where runs of no sweep are shown together
 POLL_S = 1.0
-LAST_S, LEAVING_S = 120.0, 5.0  # waited for trackers at the end of a run, and of one that is stopped or fails
+# Waited for trackers at the end of a run, less than what counts as a stall of its other ranks, and of one that is
+# stopped or fails.
+LAST_S, LEAVING_S = 40.0, 5.0
 TRAIN, VALIDATION = "train", "validation"
 SAMPLES = "samples.png"
 
@@ -142,6 +144,7 @@ class Tracker:
     """
 
     name: ClassVar[str]
+    _image_options: ClassVar[dict[str, str]] = {}
     _tracker: tracking.GeneralTracker
 
     def __init__(self, cfg: RunConfig, folder: Path, group: str | None) -> None:
@@ -172,13 +175,14 @@ class Tracker:
 
         sheet = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
         if sheet is not None:
-            self._tracker.log_images({"samples": sheet[None, :, :, None]}, step=step)
+            self._tracker.log_images({"samples": sheet[None, :, :, None]}, step=step, **self._image_options)
 
 
 class TensorBoard(Tracker):
     """An event file in RUN/tensorboard, written anew from the log whenever a run is resumed."""
 
     name = "tensorboard"
+    _image_options = {"dataformats": "NHWC"}
 
     def open(self) -> dict[str, int]:
         """See `Tracker.open`: it holds nothing."""
@@ -205,13 +209,6 @@ class TensorBoard(Tracker):
         """What a sweep's table shows of a run beside its losses."""
         split = self._cfg.evaluate.split if self._cfg.task.stage == "finetune" else None
         return [] if split is None else [f"{split}/original/mre"]
-
-    def _show_samples(self, path: Path, step: int) -> None:
-        import cv2
-
-        sheet = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-        if sheet is not None:
-            self._tracker.writer.add_image("samples", sheet, global_step=step, dataformats="HW")
 
 
 class WeightsAndBiases(Tracker):

@@ -107,7 +107,9 @@ class Source:
 
         content = read_content(predicted.path)
         if not is_dicom(content):
-            raise RefusedImageError("NOT_DICOM", "no DICOM file, so it names no patient and study for a DICOM document")
+            raise RefusedImageError(
+                "NOT_DICOM", "no DICOM file, and a DICOM document takes its patient and study from one"
+            )
         self.attributes: Attributes = read_header(content, _READ)
         self.dataset = Dataset()
         for name in (*PATIENT, *STUDY, *_UIDS):

@@ -42,7 +42,9 @@ def model_cost(
     Of a mixture's network, operations are those for an image of the first dataset.
     """
     if not isinstance(cfg, UNetConfig):
-        return total(*_traced(cfg, image_size, out_channels, full_size, tuple(domains)))
+        is_frozen = isinstance(cfg, EncoderUNetConfig) and cfg.frozen
+        traced = _traced(cfg, image_size, out_channels, full_size, tuple(domains))
+        return total(*traced, frozen=lambda name: is_frozen and name.startswith("encoder."))
     plain = cfg.model_copy(update={"checkpointing": False})  # choosing what to recompute asks many times
     traced = _traced(plain, image_size, out_channels, full_size, ())
     return total(*traced, recomputed=lambda name: is_recomputed(cfg, name))

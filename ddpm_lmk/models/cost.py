@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lmk.models.blocks import Attention, DoubleSizeConv2d, GroupNorm, HalfSizeConv2d, LinearAttention, ResnetBlock
+from ddpm_lmk.models.vit import TokenAttention
 
 FLOAT_BYTES = 4
-COUNTED = (ResnetBlock, LinearAttention, Attention, nn.Conv2d, nn.Linear)
+COUNTED = (ResnetBlock, LinearAttention, Attention, TokenAttention, nn.Conv2d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,19 @@ def trace(model: nn.Module, image: Tensor, *more: Tensor) -> list[Part]:
     return parts
 
 
-def total(parts: Collection[Part], params: int, *, recomputed: Callable[[str], bool] = lambda name: False) -> ModelCost:
-    """The cost of a network of these parts and parameters; `recomputed`: by a part's name, does it run once more?"""
+def total(
+    parts: Collection[Part],
+    params: int,
+    *,
+    recomputed: Callable[[str], bool] = lambda name: False,
+    frozen: Callable[[str], bool] = lambda name: False,
+) -> ModelCost:
+    """The cost of a network of these parts and parameters; by a part's name, does it run once more, or never back?"""
     executed = 2 * sum(part.executed for part in parts)
     repeated = 2 * sum(part.executed for part in parts if recomputed(part.name))
     # A backward pass has two products for each of the forward pass: towards the input, and towards the weight.
-    return ModelCost(params, 2 * sum(part.macs for part in parts), executed, 3 * executed + repeated)
+    backward = 2 * 2 * sum(part.executed for part in parts if not frozen(part.name))
+    return ModelCost(params, 2 * sum(part.macs for part in parts), executed, executed + backward + repeated)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -97,6 +105,10 @@ def _counted(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _part(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Part:
     channels, area = x.shape[1], prod(x.shape[2:])
+    if isinstance(module, TokenAttention):  # tokens [B, N, D]
+        tokens, dim = x.shape[1:]
+        macs = 4 * tokens * dim**2 + 2 * tokens**2 * dim
+        return Part(name, macs, macs)
     if isinstance(module, ResnetBlock):
         weights = sum(p.numel() for key, p in module.named_parameters() if key.endswith("weight") and p.ndim == 4)
         macs = weights * area + 2 * out.shape[1] * module.time_dim

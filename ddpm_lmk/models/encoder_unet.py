@@ -1,9 +1,10 @@
-"""The U-Net of the paper's baselines: a classifier's convolutions going down, a light decoder coming up.
+"""The U-Net of the paper's baselines: an image encoder going down, a light decoder coming up.
 
 The encoders are DenseNet, VGG and ResNeXt without their classifiers, under torchvision's parameter names and with its
 initialisation: at scale 1 and the published blocks, weights of densenet161, vgg19 and resnext50_32x4d fit. Their maps
 at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image side are those segmentation-models-pytorch 0.3.3 takes, whose decoder this
-is (docs/method.md, section 5). With densenet161: 38.73 M parameters, 16.9 GMAC at 256 x 256.
+is (docs/method.md, section 5). With densenet161: 38.73 M parameters, 16.9 GMAC at 256 x 256. ConvNeXt has maps from 1/4
+on, and a vision transformer all of them at the size of its patches, which a decoder of its own doubles.
 
 BatchNorm sees what a device computes at once, so images of a micro-batch influence one another: see
 `engine.collectives` for what that means on several processes.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -22,9 +24,13 @@ from torch.nn import functional as F
 
 from ddpm_lmk.config import EncoderUNetConfig, Network
 from ddpm_lmk.errors import CheckpointError, ConfigError
+from ddpm_lmk.models.convnext import CONVNEXTS, ConvNeXt, convnext_tensors
+from ddpm_lmk.models.vit import VITS, VisionTransformer, vit_tensors
 from ddpm_lmk.models.weights import load_all
 
 Maps = list[Tensor]
+# Of ImageNet, in the order red, green, blue; intensities in [0, 1].
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Encoder(nn.Module):
@@ -213,18 +219,52 @@ ENCODERS: dict[str, type[DenseNet] | type[Vgg] | type[ResNext]] = {
 
 
 def build_encoder(cfg: EncoderUNetConfig) -> Encoder:
-    """The encoder of a network, randomly initialised."""
+    """One of the paper's encoders, randomly initialised."""
     return ENCODERS[cfg.encoder](cfg)
 
 
+def build_any_encoder(cfg: EncoderUNetConfig) -> nn.Module:
+    """The encoder of a network, randomly initialised; `scale` is of its channels, or of a transformer's heads."""
+    if cfg.encoder in VITS:
+        size = VITS[cfg.encoder]
+        depth = cfg.blocks[0] if cfg.blocks else size.depth
+        heads = max(1, round(size.heads * cfg.scale))
+        return VisionTransformer(size, in_channels=cfg.in_channels, heads=heads, depth=depth)
+    if cfg.encoder in CONVNEXTS:
+        published, blocks = CONVNEXTS[cfg.encoder]
+        channels = tuple(max(1, round(count * cfg.scale)) for count in published)
+        return ConvNeXt(channels, cfg.blocks or blocks, in_channels=cfg.in_channels)
+    return build_encoder(cfg)
+
+
 class EncoderUNet(nn.Module):
-    """Images [B, 1, S, S] -> maps [B, out_channels, S, S]; S is a multiple of 32, else ConfigError."""
+    """Images [B, 1, S, S] -> maps [B, out_channels, S, S]; S is a multiple of `side_multiple`, else ConfigError.
+
+    A frozen encoder gets no gradients and stays in evaluation: no statistics of its norms change.
+    """
+
+    input_mean: Tensor
+    input_deviation: Tensor
 
     def __init__(self, cfg: EncoderUNetConfig, *, out_channels: int) -> None:
         super().__init__()
         self.in_channels, self.side_multiple = cfg.in_channels, cfg.side_multiple
-        self.encoder = build_encoder(cfg)
-        self.decoder = Decoder(self.encoder.channels, cfg.decoder, has_center=cfg.encoder == "vgg19")
+        self.is_frozen = cfg.frozen
+        self.is_normalized = cfg.is_normalized
+        for name, values in (("input_mean", MEAN), ("input_deviation", DEVIATION)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        self.encoder = build_any_encoder(cfg)
+        self.decoder: nn.Module
+        if isinstance(self.encoder, VisionTransformer):
+            self.decoder = PatchDecoder(self.encoder.channels, cfg.decoder)
+        elif isinstance(self.encoder, ConvNeXt):
+            # Nothing at 1/2 of the side.
+            self.decoder = Decoder([0, *_widths(self.encoder)], cfg.decoder, has_center=False)
+        else:
+            assert isinstance(self.encoder, Encoder)
+            self.decoder = Decoder(self.encoder.channels, cfg.decoder, has_center=cfg.encoder == "vgg19")
+        if self.is_frozen:
+            self.encoder.requires_grad_(False)
         self.final_conv = nn.Conv2d(cfg.decoder[-1], out_channels, 3, padding=1)
         nn.init.xavier_uniform_(self.final_conv.weight)  # the library's segmentation head
         nn.init.zeros_(self.final_conv.bias)  # type: ignore[arg-type]
@@ -236,7 +276,26 @@ class EncoderUNet(nn.Module):
                 f"images are {x.shape[-1]} x {x.shape[-2]} pixels, but this model halves its maps down to 1/"
                 f"{self.side_multiple}; set data.image_size to a multiple of {self.side_multiple}"
             )
-        return self.final_conv(self.decoder(self.encoder(x.expand(-1, self.in_channels, -1, -1))))
+        side = x.shape[-2:]
+        x = x.expand(-1, self.in_channels, -1, -1)
+        if self.is_normalized:
+            x = (x - self.input_mean) / self.input_deviation
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
+            maps = self.encoder(x)
+        if isinstance(self.decoder, PatchDecoder):
+            return self.final_conv(self.decoder(maps, side))
+        return self.final_conv(self.decoder(maps))
+
+    def train(self, mode: bool = True) -> EncoderUNet:
+        """As every module's, but for a frozen encoder."""
+        super().train(mode)
+        if self.is_frozen:
+            self.encoder.eval()
+        return self
+
+
+def _widths(encoder: ConvNeXt) -> list[int]:
+    return [next(stage.parameters()).shape[0] for stage in encoder.stages]
 
 
 class Decoder(nn.Module):
@@ -259,10 +318,40 @@ class Decoder(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         x = self.center(maps[-1])
-        for block, skip in zip(self.blocks, [*maps[-2::-1], None], strict=True):
+        skips = [*maps[-2::-1], *[None] * (len(self.blocks) - len(maps) + 1)]
+        for block, skip in zip(self.blocks, skips, strict=True):
             assert isinstance(block, nn.ModuleDict)
             x = double(x)
             x = block["conv2"](block["conv1"](x if skip is None else torch.cat((x, skip), 1)))
+        return x
+
+
+class PatchDecoder(nn.Module):
+    """From the maps of a transformer [B, C, H/patch, W/patch] to full size, doubled as `Decoder` does, without skips.
+
+    Patches of 14 pixels are no power of two: the last size is reached by linear interpolation.
+    """
+
+    def __init__(self, count: int, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.project = nn.Sequential(
+            nn.Conv2d(count, channels[0], 1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)
+        )
+        self.blocks = nn.ModuleList()
+        for wide, narrow in pairwise(channels):
+            self.blocks.append(nn.ModuleDict({"conv1": _conv(wide, narrow), "conv2": _conv(narrow, narrow)}))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor, side: tuple[int, int]) -> Tensor:
+        x = self.project(x)
+        for number, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, nn.ModuleDict)
+            x = double(x)
+            if number == len(self.blocks) and x.shape[-2:] != side:
+                x = F.interpolate(x, size=side, mode="bilinear", align_corners=False)
+            x = block["conv2"](block["conv1"](x))
         return x
 
 
@@ -286,8 +375,9 @@ LEFT_BEHIND = ("classifier.", "fc.")
 OLD_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 STEMS = ("features.conv0.weight", "features.0.weight", "conv1.weight")
 SOURCE = (
-    "ImageNet weights: https://download.pytorch.org/models/ (densenet161-8d451a50.pth, vgg19-dcbb9e9d.pth, "
-    "resnext50_32x4d-7cdf4587.pth), made readable by `ddpm-lmk import-weights`"
+    "ImageNet weights of the paper's encoders: https://download.pytorch.org/models/ (densenet161-8d451a50.pth, "
+    "vgg19-dcbb9e9d.pth, resnext50_32x4d-7cdf4587.pth), made readable by `ddpm-lmk import-weights`; "
+    "of the others: docs/weights.md"
 )
 
 
@@ -320,7 +410,10 @@ def load_encoder(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def encoder_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a state dict, under torchvision's present names."""
+    """The encoder's part of a state dict, under the names of ours: torchvision's present ones, `vit`, `convnext`."""
+    foreign = vit_tensors(state) or convnext_tensors(state)
+    if foreign is not None:
+        return foreign
     if any(name.startswith(OURS) for name in state):
         return {name.removeprefix(OURS): value for name, value in state.items() if name.startswith(OURS)}
     kept = {name: value for name, value in state.items() if not name.startswith(LEFT_BEHIND)}

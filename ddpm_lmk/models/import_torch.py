@@ -74,6 +74,8 @@ def import_weights(file: Path, out: Path, take: str | None = None) -> dict[str, 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         answer = _convert_in_sandbox(file, temporary, take)
+        with temporary.open("rb") as content:
+            answer["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
         temporary.chmod(0o600)
         temporary.rename(out)
         files.flush(out.parent)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ddpm_lmk.config import EncoderUNetConfig
-from ddpm_lmk.config.model import STAGES
+from ddpm_lmk.config.model import CONVNEXTS, PATCHES, STAGES
 from ddpm_lmk.errors import CheckpointError
-from ddpm_lmk.models.encoder_unet import build_encoder, encoder_tensors
+from ddpm_lmk.models.encoder_unet import build_any_encoder, encoder_tensors
 from ddpm_lmk.models.weights import from_upstream, upstream_config
 
 STATE_KEYS = ("model_state_dict", "state_dict", "model", "net", "network", "params", "weights")
@@ -136,12 +136,13 @@ def _network(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _published_encoder(tensors: Mapping[str, Tensor]) -> str | None:
-    """Which of the baselines' encoders these are, exactly; their heads and counters do not matter."""
+    """Which of the encoders these are, exactly; their heads and counters do not matter."""
     shapes = {name: value.shape for name, value in encoder_tensors(tensors).items() if not name.endswith("_tracked")}
-    for encoder in STAGES:
-        for channels in (1, 3):
+    for encoder in (*STAGES, *PATCHES, *CONVNEXTS):
+        for channels in (1, 3) if encoder in STAGES else (3,):
             with torch.device("meta"):
-                own = build_encoder(EncoderUNetConfig(encoder=encoder, in_channels=channels)).state_dict()
+                cfg = EncoderUNetConfig.model_validate({"encoder": encoder, "in_channels": channels})
+                own = build_any_encoder(cfg).state_dict()
             if shapes == {name: value.shape for name, value in own.items() if not name.endswith("_tracked")}:
                 return encoder
     return None

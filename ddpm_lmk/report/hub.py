@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ddpm_lmk.config import RunConfig
+from ddpm_lmk.config import LandmarksConfig, RunConfig
 from ddpm_lmk.config.load import validate
 from ddpm_lmk.data.duplicates import report
 from ddpm_lmk.data.duplicates.report import refuse_seen
@@ -280,10 +280,12 @@ class _Card:
             ("made with", f"{LIBRARY} {facts.get('versions', {}).get(LIBRARY, '')}, torch "
                           f"{facts.get('versions', {}).get('torch', '')}"),
         ]  # fmt: skip
+        if isinstance(cfg.task, LandmarksConfig) and (refine := cfg.task.refine) is not None:
+            rows.insert(3, ("second look", f"a second such network, on crops of {refine.crop:g} of the side"))
         if (pool := self.results.get("pool")) is not None:
             rows.insert(1, ("pseudo-labels", f"in {pool['images']:,} images without labels"))
         body = "\n".join(f"| {name} | {value} |" for name, value in rows)
-        return f"## Training\n\n| | |\n|---|---|\n{body}"
+        return f"## Training\n\n| what | value |\n|---|---|\n{body}"
 
     def _scores(self, run: Run) -> str:
         """Scores of one dataset, with what each deviation is over."""

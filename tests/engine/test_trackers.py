@@ -21,6 +21,10 @@ from ddpm_lmk.engine import requirements, trackers
 from ddpm_lmk.engine.trackers import Tracker, Trackers, figures_of, public_settings, results_of
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.rundir.directory import RunDir
+from ddpm_lmk.rundir.log import read_lines
+from ddpm_lmk.sweep import load_sweep
+from ddpm_lmk.sweep.run import run_sweep
+from tests.sweep.sweeps import quiet, write_sweep
 
 extra = pytest.mark.extra("trackers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow does with SQLAlchemy
@@ -281,3 +285,20 @@ def test_no_setting_names_a_folder() -> None:
     assert settings["data.path"] == ["films", "pool"]
     assert settings["name"] == "mine"
     assert not [value for value in settings.values() if "/" in str(value)]
+
+
+@extra
+def test_cells_of_a_sweep_are_a_group(tmp_path: Path, packed_phantoms: Path) -> None:
+    keys = {"runtime.trackers": ["tensorboard", "wandb"]}
+    sweep = write_sweep(tmp_path, packed_phantoms, shots=[1, 2], seeds=[0], set=keys)
+    assert run_sweep(load_sweep(sweep, out=tmp_path / "out"), console=quiet()) == 0
+    cells = sorted((tmp_path / "out" / "cells").glob("*/"))
+    assert [cell.name for cell in cells] == ["scratch-k1-s0", "scratch-k2-s0"]
+    for cell in cells:
+        (path,) = cell.glob("wandb/offline-run-*/run-*.wandb")
+        (about,) = (record.run for record in records_of_wandb(path) if record.WhichOneof("record_type") == "run")
+        assert (about.run_group, about.display_name) == ("table", cell.name)
+        lines = [line for line in read_lines(cell / "metrics.jsonl") if "loss" in line]
+        for found in (of_wandb(cell), of_tensorboard(cell / "tensorboard")):
+            assert found["train/loss"] == [(line["step"], pytest.approx(line["loss"])) for line in lines]
+            assert "test/original/mre" in found

@@ -24,6 +24,8 @@ from ddpm_lmk.data.annotations.image import (
     as_point,
     as_size,
     as_spacing,
+    mapping,
+    objects,
     read_json,
     read_xml,
     require,
@@ -73,7 +75,12 @@ def _read_task(task: dict[str, Any], path: Path, found: Annotations) -> list[Ann
     for annotator, annotation in _chosen(task, where).items():
         marks, size = _points(require(annotation.get("result"), list, where, "a result"), where, found)
         images.append(AnnotatedImage(name, dict(marks), size, annotator=annotator, **facts))
-    return images or [AnnotatedImage(name, {}, **facts)]
+    drafts: dict[str, Point | str] = {}
+    for prediction in objects(task, "predictions", where) if not images else ():
+        for region in objects(prediction, "result", where):
+            for label in require(mapping(region, "value", where).get(_TYPE) or [], list, where, "a list of labels"):
+                drafts[str(label)] = "is a draft: nobody has submitted the task"
+    return images or [AnnotatedImage(name, drafts, **facts)]
 
 
 def _chosen(task: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:

@@ -196,7 +196,8 @@ def _landmarks(found: Annotations, source: Path, settings: PackSettings, dataset
         if not isinstance(place, str)
     )
     if not seen:
-        raise DataError(f"{source} has no point of any landmark; nothing to train on")
+        gaps = (f", first {name} {place}" for image in found.images for name, place in image.points.items())
+        raise DataError(f"{source} has no point of any landmark{next(gaps, '')}; nothing to train on")
     declared = settings.landmarks or tuple(landmark_title(name, str(source)) for name in found.landmarks)
     unknown = [name for name in seen if declared and name not in declared]
     if unknown:

@@ -60,6 +60,7 @@ class EncoderTask(Task, Generic[Config]):
     def wrap(self, model: nn.Module) -> nn.Module:
         """The encoder of `model` under this task's head."""
         assert isinstance(model, EncoderUNet), "RunConfig wants model.kind=encoder_unet"
+        assert isinstance(model.encoder, Encoder), "RunConfig wants one of the paper's"
         return self.net(model.encoder)
 
     @abstractmethod

@@ -34,7 +34,7 @@ KEPT_ELSEWHERE = {
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])")
-NAMED = re.compile(r"(?<![\[/])`([\w./-]+\.(?:md|ipynb))`")
+NAMED = re.compile(r"(?<!\[)`((?:[\w.-]+/)+[\w.-]+\.(?:md|ipynb)|CHANGELOG\.md|CONTRIBUTING\.md)`")
 # A list or a table may follow a paragraph at once in the Markdown of repositories, not in Python's.
 BEGUN = re.compile(r"^([^\n*| ].*)\n(?=\* | ?\| | - )", re.MULTILINE)
 

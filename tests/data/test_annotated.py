@@ -654,3 +654,40 @@ def test_a_json_min_of_label_studio_and_a_video_of_cvat_are_told_how_to_export(t
     (tmp_path / "annotations.xml").write_text("<annotations><track id='0' label='x'></track></annotations>")
     with pytest.raises(DataError, match=r"export it as 'CVAT for images 1\.1'"):
         read(tmp_path, "cvat")
+
+
+def test_a_validation_share_parts_patients_whom_only_the_dicom_files_name(tmp_path: Path) -> None:
+    for number in range(6):
+        picture(tmp_path / "films" / f"{number}.dcm", dicom=True, PatientID=f"patient {number // 3}")
+        labelme(tmp_path / "labels", str(number))
+    settings = PackSettings(kind="labelme", size=16, val_fraction=0.5)
+    pack(tmp_path / "labels", tmp_path / "out", settings, images=tmp_path / "films", workers=1)
+    manifest = Manifest.open(tmp_path / "out")
+    records = [manifest.read_record(row) for row in range(6)]
+    assert [record.split for record in records] == ["train"] * 3 + ["val"] * 3
+    assert {record.group for record in records} == {None}  # without a key nothing of a patient is kept
+
+
+def test_both_splits_of_a_validation_share_are_there_whichever_images_fall_into_them(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    labelme(tmp_path)
+    assert read(tmp_path, "labelme", val_fraction=1e-9).split_names() == ("train", "val")
+
+
+def test_tasks_of_a_cvat_project_without_a_subset_are_of_no_split_called_default(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    path = cvat(tmp_path)
+    plain = path.read_text()
+    for subset, split in (("default", "train"), ("Validation", "val"), ("test", "test")):
+        path.write_text(plain.replace("<image ", f'<image subset="{subset}" '))
+        assert the_sample(read(tmp_path, "cvat")).split == split
+
+
+def test_labels_of_label_studio_with_an_alias_are_in_its_results_by_that(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    label_studio(tmp_path, annotations=[{"id": 1, "result": [region("S", 50, 50), region("Nasion", 25, 25)]}])
+    labels = '<Label value="Nasion"/><Label value="Sella turcica" alias="S"/>'
+    (tmp_path / "label_config.xml").write_text(f"<View><KeyPointLabels>{labels}</KeyPointLabels></View>")
+    found = read(tmp_path, "label-studio")
+    assert found.spec.landmark_names == ("Nasion", "S")
+    assert points_of(found) == {"a": [[15.5, 11.5], [31.5, 23.5]]}

@@ -281,3 +281,21 @@ def test_the_command_says_what_it_did_and_refuses_options_that_mean_nothing(tars
     assert run(other) == 2
     assert "leave out --split and --val-fraction" in capsys.readouterr().err
     assert run(["shards", "verify", str(tmp_path / "out")]) == 0
+
+
+def test_a_member_that_names_no_patient_is_told_and_one_that_never_does_is_an_error(tars, tmp_path):
+    with pytest.raises(DataError, match=r"--patient-from json:patinet names the patient of none of 6 images"):
+        index(tars / "x-000000.tar", tmp_path / "out", Roles(patient="json:patinet"))
+    assert len(index(tars / "x-000000.tar", tmp_path / "out", Roles(patient="json:patient"))) == 6
+    path = tmp_path / "some.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, text in enumerate([b'{"p": "a"}', b'{"p": 7.0}', b"{}", b'{"p": 7}']):
+            for suffix, content in (("png", film(number)), ("json", text)):
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    settings = PackSettings(kind="folder", size=32)
+    summary = index_in_place(str(path), tmp_path / "some", settings, Roles(patient="json:p"), workers=1)
+    assert summary.warnings == ["--patient-from json:p names no patient of 2 of 4 images"]
+    manifest = Manifest.open(tmp_path / "some")
+    assert [manifest.read_record(row).group for row in range(4)] == ["a", None, None, "7"]

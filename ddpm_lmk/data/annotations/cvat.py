@@ -34,7 +34,7 @@ from ddpm_lmk.system import files as atomic
 ORIGIN: Origin = "corner"
 
 _ABSENT, _HIDDEN, _SEEN = 0, 1, 2  # datumaro's visibilities
-_WHOLE_SET = "default"  # datumaro's name of a subset where there are none
+_WHOLE_SET = "default"  # how both call the subset where there are none
 
 
 def read_cvat(files: Sequence[Path]) -> Annotations:
@@ -85,7 +85,10 @@ def _read_image(image: ElementTree.Element, path: Path, found: Annotations) -> A
             is_outside = "1" in (shape.get("outside"), parent.get("outside"))
             marks.put(each, "is outside" if is_outside else place)
     size = as_size(_whole(image.get("width")), _whole(image.get("height")), where)
-    return AnnotatedImage(name, dict(marks), size, split=image.get("subset"), num_hidden=num_hidden)
+    subset = image.get("subset")
+    return AnnotatedImage(
+        name, dict(marks), size, split=None if subset == _WHOLE_SET else subset, num_hidden=num_hidden
+    )
 
 
 def _points(

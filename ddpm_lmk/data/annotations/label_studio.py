@@ -49,9 +49,9 @@ def read_label_studio(files: Sequence[Path], root: Path) -> Annotations:
     The order of landmarks is that of `label_config.xml` in the folder `root`, where it is there.
     """
     found = Annotations()
-    if (root / CONFIG).is_file():
+    if (root / CONFIG).is_file():  # results have the alias of a label that has one
         labels = read_xml(root / CONFIG).iterfind(".//KeyPointLabels/Label")
-        found.landmarks = tuple(name for label in labels if (name := label.get("value") or label.get("alias")))
+        found.landmarks = tuple(name for label in labels if (name := label.get("alias") or label.get("value")))
     for path in files:
         content = read_json(path)
         if not isinstance(content, list) or not all(isinstance(task, dict) for task in content):

@@ -224,6 +224,7 @@ class _Indexing:
         self._labels, self._notes = Labels(self._dataset.spec, settings), FileNotes()
         self._numbers: dict[Path, int] = {}  # of the tars that are being read
         self._done = self._images = self._added = 0  # tars, images of them all, and of the present one
+        self._nobodys = 0  # images of which nothing names the patient
         self._mib_done, self._mib = 0.0, sum(tar.size or 0 for tar in tars) / 2**20
 
     def write(self, out: Path, workers: int) -> PackSummary:
@@ -246,6 +247,7 @@ class _Indexing:
                 self._done, self._images = writer.resumed["tars"], writer.resumed["images"]
                 self._notes = FileNotes(**writer.resumed["notes"])
                 self._dataset.unkept_patients = writer.resumed["unkept_patients"]
+                self._nobodys = writer.resumed["nobodys"]
                 self._mib_done = sum(tar.size or 0 for tar in self._tars[: self._done]) / 2**20
                 summary.resumed_at = self._images
             number = self._done
@@ -259,7 +261,7 @@ class _Indexing:
             self._finish(writer, number)
             self._finish(writer, len(self._tars) - 1)
             self._progress(int(self._mib), int(self._mib))
-            summary.warnings += self._notes.sentences()
+            summary.warnings += self._notes.sentences() + self._without_patient()
             if self._dataset.unkept_patients:
                 summary.warnings.append(PATIENTS_NOTE.format(self._dataset.unkept_patients))
             count(summary, writer)
@@ -267,7 +269,18 @@ class _Indexing:
 
     def _state(self) -> dict[str, Any]:
         facts = {"notes": asdict(self._notes), "unkept_patients": self._dataset.unkept_patients}
-        return {"tars": self._done, "images": self._images, **facts}
+        return {"tars": self._done, "images": self._images, "nobodys": self._nobodys, **facts}
+
+    def _without_patient(self) -> list[str]:
+        """A warning of images whose patient nobody names; DataError where that is all of them."""
+        if self._roles.patient is None or not self._nobodys:
+            return []
+        if self._nobodys == self._images:
+            raise DataError(
+                f"--patient-from {self._roles.patient} names the patient of none of {self._images} images; see how the "
+                "members spell it, and that it is text or a whole number, or leave it out"
+            )
+        return [f"--patient-from {self._roles.patient} names no patient of {self._nobodys} of {self._images} images"]
 
     def _samples(self) -> Iterator[RawSample]:
         """Those of every tar that is not done, which is opened when it is due: some answers ahead of the writer."""
@@ -299,6 +312,7 @@ class _Indexing:
         writer.add(record, image, fingerprint_of(pixels, record, self._settings.size, self._settings.aspect).tobytes())
         self._images += 1
         self._added += 1
+        self._nobodys += record.group is None
 
     def _finish(self, writer: ShardWriter, last: int) -> None:
         """End the tars up to the `last`, the only one of them of which samples may have been added."""

@@ -334,10 +334,11 @@ def completed(dataset: RawDataset, sample: RawSample, fields: dict[str, Any], se
         sample = replace(sample, mm_per_px=fields["mm_per_px"])
     if sample.group is not None or not fields.get("patient"):
         return sample
-    if dataset.keys is None:
-        dataset.unkept_patients += 1
-        return sample
-    group, split = dataset.keys.of_patient(fields["patient"]), sample.split
-    if settings.val_fraction:  # by patient, now that one is known: both of their images on the same side
-        split = folder_split(group, settings.split or "train", settings.val_fraction, settings.seed)
+    group, split = None if dataset.keys is None else dataset.keys.of_patient(fields["patient"]), sample.split
+    dataset.unkept_patients += group is None
+    # By patient, now that one is known: both of their images on the same side. Folders need a key for that, as ever.
+    if settings.val_fraction and (group is not None or settings.kind in ANNOTATED):
+        split = folder_split(
+            group or fields["patient"], settings.split or "train", settings.val_fraction, settings.seed
+        )
     return replace(sample, group=group, split=split)

@@ -52,6 +52,8 @@ def read_annotated(
     if kind.find_images is not None:
         found = kind.find_images(found, images or root)
     dataset = RawDataset(DatasetSpec(name=settings.name), [], keys=keys, warnings=list(found.warnings))
+    if settings.val_fraction:  # both, whatever is in them: files may name patients, by whom the share is taken then
+        dataset.splits = (settings.split or "train", "val")
     if found.passed_over:
         counts = ", ".join(f"{what} {count}" for what, count in found.passed_over.most_common(5))
         dataset.warnings.append(f"no landmarks, so not looked at: {counts}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
-import sys
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path

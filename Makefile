@@ -85,8 +85,7 @@ test-docs: environment-docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/docs
 
 notebook: environment-docs
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter nbconvert --execute --to notebook --inplace \
-	    --ExecutePreprocessor.coalesce_streams=True docs/first-landmarks.ipynb
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter nbconvert --execute --to notebook --inplace docs/first-landmarks.ipynb
 
 bench: environment
 	$(BIN)/ddpm-lmk bench all --out benchmarks/results

@@ -332,8 +332,9 @@ def _by_labels(rows: list[dict[str, Any]]) -> Cells:
     return found
 
 
-def _starts_table(found: Cells, names: Mapping[str, str], head: str) -> str:
-    """Mean radial error in mm by number of labels; mean and deviation over the seeds, the best of a column in bold."""
+def two_looks_table(source: Path) -> str:
+    """Mean radial error in mm with two looks; mean and deviation over the seeds, the best of a column in bold."""
+    found = _by_labels(json.loads(source.read_text()))
     labels = sorted({count for runs in found.values() for count in runs})
     means = {(s, k): statistics.mean(run["mre_mm"] for run in runs[k]) for s, runs in found.items() for k in runs}
     best = {count: min(mean for (_, k), mean in means.items() if k == count) for count in labels}
@@ -346,18 +347,13 @@ def _starts_table(found: Cells, names: Mapping[str, str], head: str) -> str:
         text = f"{mean:.2f} ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else f"{mean:.2f} (one seed)"
         return f"**{text}**" if mean == best[count] else text
 
-    heads = [head, *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
-    shown = [start for start in names if start in found]
-    return markdown(heads, [[names[start], *(cell(start, count) for count in labels)] for start in shown])
-
-
-def two_looks_table(source: Path) -> str:
-    """The table of methods with two looks."""
-    return _starts_table(_by_labels(json.loads(source.read_text())), TWO_LOOKS, "start, and what it learns from")
+    heads = ["start, and what it learns from", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
+    shown = [start for start in TWO_LOOKS if start in found]
+    return markdown(heads, [[TWO_LOOKS[start], *(cell(start, count) for count in labels)] for start in shown])
 
 
 def pools_table(source: Path) -> str:
-    """What pools of pre-training give, by their kind and size; rows of table2 with the same draws of shots."""
+    """Both looks after pre-training on pools of several kinds and sizes, with the same draws of shots."""
     rows = json.loads(source.read_text())
     asked = {(row["labels"], row["seed"], row["steps"]) for row in rows}
     rows += [
@@ -365,7 +361,17 @@ def pools_table(source: Path) -> str:
         for row in json.loads((source.parent / "cells.json").read_text())
         if row["start"] in POOLS and (row["labels"], row["seed"], row["steps"]) in asked
     ]
-    return _starts_table(_by_labels(rows), POOLS, "images of pre-training")
+    found, labels = _by_labels(rows), sorted({count for count, _, _ in asked})
+
+    def cell(runs: list[dict[str, Any]]) -> str:
+        return " → ".join(f"{statistics.mean(run[key] for run in runs):.2f}" for key in ("first_look_mm", "mre_mm"))
+
+    body = [
+        [POOLS[start], *(cell(found[start][count]) if count in found[start] else "" for count in labels)]
+        for start in POOLS
+        if start in found
+    ]
+    return markdown(["images of pre-training", *(f"{count} labels" for count in labels)], body)
 
 
 def time_to_accuracy_table(source: Path) -> str:
@@ -438,7 +444,7 @@ def second_look_table(source: Path) -> str:
         + ".",
         "A pre-training too short to help: after {images} images the first look was off by {first_look_mm:.2f} mm with "
         "{labels} labels (seed {seed}, {films}), from random weights by {from_random_mm:.2f}. The demo's 8,000 images "
-        "helped (README). Where in between help begins has not been measured.".format_map(found["short"]),
+        "helped (README). What is in between stands in the table of pools.".format_map(found["short"]),
     ]
     return "\n\n".join(words)
 

@@ -34,7 +34,7 @@ KEPT_ELSEWHERE = {
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])")
-NAMED = re.compile(r"(?<![\[/])`([\w./-]+\.(?:md|ipynb))`")
+NAMED = re.compile(r"(?<!\[)`((?:[\w.-]+/)+[\w.-]+\.(?:md|ipynb)|CHANGELOG\.md|CONTRIBUTING\.md)`")
 # A list or a table may follow a paragraph at once in the Markdown of repositories, not in Python's.
 BEGUN = re.compile(r"^([^\n*| ].*)\n(?=\* | ?\| | - )", re.MULTILINE)
 
@@ -142,8 +142,10 @@ def _cell(text: str) -> str:
 def notebook_page() -> tuple[str, dict[str, bytes]]:
     """The notebook as it was run last: its page, and its pictures by name."""
     from nbconvert import MarkdownExporter
+    from traitlets.config import Config
 
-    text, resources = MarkdownExporter().from_filename(str(ROOT / "docs" / f"{NOTEBOOK}.ipynb"))
+    joined = Config({"CoalesceStreamsPreprocessor": {"enabled": True}})  # what a cell printed comes in pieces
+    text, resources = MarkdownExporter(config=joined).from_filename(str(ROOT / "docs" / f"{NOTEBOOK}.ipynb"))
     return text, resources["outputs"]
 
 
@@ -159,13 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lay_out(Path(folder) / "docs")
         config = Path(folder) / "mkdocs.yml"
-        settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-        settings["nav"] = [  # pages that are still being written are left out
-            {title: [page for page in pages for uri in page.values() if (config.parent / "docs" / uri).exists()]}
-            for section in settings["nav"]
-            for title, pages in section.items()
-        ]
-        config.write_text(yaml.safe_dump(settings, sort_keys=False))
+        config.write_text((ROOT / "mkdocs.yml").read_text())
         cli(["build", "--strict", "--config-file", str(config), "--site-dir", str(out)])
 
 

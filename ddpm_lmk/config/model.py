@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ddpm_lmk.config.values import Section
+from ddpm_lmk.config.values import ADVANCED, Section
 
 STAGES = {"densenet161": 4, "resnext50": 4, "vgg19": 5}
 # Encoders beside the paper's: the side of a patch of a vision transformer, and 32 for convolutions.
@@ -49,12 +49,14 @@ class EncoderUNetConfig(Section):
     frozen: bool = Field(
         False,
         description="keep the encoder as init.weights has it, norms included; only the decoder learns",
+        json_schema_extra=ADVANCED,
         exclude_if=lambda value: not value,  # run files of before this key keep their hash
     )
     normalize: Literal["auto", "imagenet", "none"] = Field(
         "auto",
         description="imagenet: the encoder sees (image - mean) / deviation of ImageNet's three channels; auto: so for "
         "transformers and ConvNeXt, none for the paper's three",
+        json_schema_extra=ADVANCED,
         exclude_if=lambda value: value == "auto",
     )
     scale: Annotated[float, Field(ge=0.1, le=4)] = Field(

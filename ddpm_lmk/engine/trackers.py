@@ -114,10 +114,10 @@ class Follower(threading.Thread):
         while not is_last:
             is_last = self.ended.wait(POLL_S)  # what was written before that is read once more
             for line in self._new_lines():
-                kind, step, values = figures_of(line)
-                if step > held.get(kind, -1):
+                phase, step, values = figures_of(line)
+                if step > held.get(phase, -1):
                     self._tracker.log(values, step)
-                    held[kind] = step
+                    held[phase] = step
         if self.results is not None:
             self._tracker.conclude(results_of(self.results), self.results["train"]["steps"])
         self._tracker.is_whole = True
@@ -328,11 +328,11 @@ TRACKERS: dict[str, type[Tracker]] = {tracker.name: tracker for tracker in (Tens
 
 
 def figures_of(line: Mapping[str, Any]) -> tuple[str, int, dict[str, float]]:
-    """Kind, step and figures of a line of `metrics.jsonl`."""
-    kind = VALIDATION if VALIDATION in line else TRAIN
-    found = line[VALIDATION] if kind == VALIDATION else line
+    """Phase, step and figures of a line of `metrics.jsonl`."""
+    phase = VALIDATION if VALIDATION in line else TRAIN
+    found = line[VALIDATION] if phase == VALIDATION else line
     kept = {key: value for key, value in found.items() if key not in ("step", "eta_s") and value is not None}
-    return kind, line["step"], {f"{kind}/{key}": value for key, value in kept.items()}
+    return phase, line["step"], {f"{phase}/{key}": value for key, value in kept.items()}
 
 
 def results_of(results: Mapping[str, Any]) -> dict[str, float]:

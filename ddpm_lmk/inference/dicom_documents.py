@@ -63,7 +63,7 @@ _SHAPE = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")
 _READ = (*PATIENT, *STUDY, *_UIDS, *_PICTURE, *_SHAPE, *GREY_TAGS, "SpecificCharacterSet")
 
 _REPORTS, _STATES = 9001, 9002  # numbers of our series in a study, above those that modalities give
-_KNOWN_CLASS = "1.2.840.10008.5.1.4.1.1.1"  # in place of private ones, which highdicom has no modules of
+_KNOWN_CLASS = "1.2.840.10008.5.1.4.1.1.1"  # in place of any: highdicom knows the modules of standard ones only
 
 
 class DicomWriter:
@@ -98,6 +98,8 @@ def require_highdicom() -> None:
 class Source:
     """What documents take from the file of an image: `dataset` has valid attributes of `PATIENT`, `STUDY` and ids only.
 
+    Its class is that of any radiograph until `correct` names the true one.
+
     Raises:
         RefusedImageError: no DICOM file, or one that does not say which image, series, study or patient it is.
     """
@@ -107,16 +109,13 @@ class Source:
 
         content = read_content(predicted.path)
         if not is_dicom(content):
-            raise RefusedImageError(
-                "NOT_DICOM", "no DICOM file, and a DICOM document takes its patient and study from one"
-            )
+            raise RefusedImageError("NOT_DICOM", "no DICOM file, from which a document could take patient and study")
         self.attributes: Attributes = read_header(content, _READ)
         self.dataset = Dataset()
         for name in (*PATIENT, *STUDY, *_UIDS):
             self._copy(name)
         self.sop_class = str(self.dataset.SOPClassUID)
-        if not self.sop_class.startswith("1.2.840.10008."):
-            self.dataset.SOPClassUID = _KNOWN_CLASS
+        self.dataset.SOPClassUID = _KNOWN_CLASS
         height, width = predicted.grey.shape
         assert (self.attributes.get("Columns"), self.attributes.get("Rows")) == (width, height)
         self.dataset.Columns, self.dataset.Rows, self.dataset.SamplesPerPixel = width, height, 1

@@ -58,7 +58,8 @@ def test_the_notebook_runs_from_packing_to_prediction(tmp_path: Path, environmen
 
     path = tmp_path / "notebook.ipynb"
     path.write_bytes((ROOT / "docs" / "first-landmarks.ipynb").read_bytes())
-    words = [sys.executable, "-m", "jupyter", "execute", "--inplace", f"--timeout={LONGEST_S}", str(path)]
+    words = [sys.executable, "-m", "nbconvert", "--execute", "--to", "notebook", "--inplace", str(path)]
+    words.append(f"--ExecutePreprocessor.timeout={LONGEST_S}")
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]

@@ -6,6 +6,7 @@ import json
 import logging
 import sqlite3
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ def _outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "LAST_S", 600.0)
     for name in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+    if "mlflow" in sys.modules:  # it keeps the store of the first run of a process
+        sys.modules["mlflow"].set_tracking_uri("")
 
 
 def config(*names: str, **sections: Any) -> RunConfig:

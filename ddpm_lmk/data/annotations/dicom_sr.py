@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ddpm_lmk.data.annotations.image import AnnotatedImage, Annotations, Marks, Origin, as_point, read_bytes
 from ddpm_lmk.data.images.decode import read_content
-from ddpm_lmk.data.images.dicom import is_dicom, read_header, require_pydicom
+from ddpm_lmk.data.images.dicom import is_dicom, quiet, read_header, require_pydicom
 from ddpm_lmk.data.images.image import RefusedImageError
 from ddpm_lmk.data.sources.walk import images_below
 from ddpm_lmk.errors import DataError
@@ -79,7 +79,8 @@ def read_reports(files: Sequence[Path], frame: int | None) -> Annotations:
             found.passed_over["reports of predict that nobody has verified"] += 1
             continue
         try:
-            found.images += _read_report(path, header, frame, found)
+            with quiet():
+                found.images += _read_report(path, header, frame, found)
         except DataError:
             raise
         except Exception as error:  # values are converted when they are asked for, and anything may be in them

@@ -754,3 +754,16 @@ def test_cells_that_stand_for_unknown_say_nothing_of_an_image_or_its_patient(tmp
         (None, 0.5, "test"),
         ("p9", None, "train"),
     ]
+
+
+def test_pictures_of_one_name_in_two_subsets_of_datumaro_are_told_apart(tmp_path: Path) -> None:
+    for index, subset in enumerate(("Test", "Train")):
+        picture(tmp_path / "images" / subset / "a.png")
+        point = {"type": "points", "label_id": 0, "points": [3.5 + index, 4.5]}
+        datumaro(tmp_path, shapes=[point], subset=subset)
+    found = read(tmp_path, "datumaro")
+    assert points_of(found) == {"images/Test/a": [[3, 4]], "images/Train/a": [[4, 4]]}
+    assert [sample.split for sample in found.samples] == ["test", "train"]
+    (tmp_path / "images" / "Train" / "a.png").unlink()
+    with pytest.raises(DataError, match=r"images/Test/a.png is labelled twice, as 'Test/a.png' and 'Train/a.png'"):
+        read(tmp_path, "datumaro")

@@ -221,12 +221,13 @@ def _read_item(
     size = require(image.get("size") or [None, None], list, where, "a list of two sides")
     if len(size) != 2:
         raise DataError(f"{where}: {len(size)} sides of an image")
+    picture, subset = str(image.get("path") or name), None if path.stem == _WHOLE_SET else path.stem
     return AnnotatedImage(
-        name=str(image.get("path") or name),
+        name=picture if subset is None else f"{subset}/{picture}",  # images of each subset have a folder
         points=dict(marks),
         size=as_size(size[1], size[0], where),
         mm_per_px=as_spacing(mapping(item, "attr", where).get("mm_per_px"), where),
-        split=None if path.stem == _WHOLE_SET else path.stem,
+        split=subset,
         num_hidden=num_hidden,
     )
 

@@ -115,5 +115,6 @@ class PackSettings(Section):
 def _default_name(source: str | Path, kind: Kind) -> str:
     if kind in ("folder", "table", *ANNOTATED) and kind != "dicom-sr":
         path = Path(source).absolute()
-        return re.sub("[^A-Za-z0-9._-]+", "-", path.stem if path.is_file() else path.name)[:80] or "dataset"
+        is_label_file = kind in ANNOTATED and path.is_file()  # lists and tars keep the suffix in their names, as ever
+        return re.sub("[^A-Za-z0-9._-]+", "-", path.stem if is_label_file else path.name)[:80] or "dataset"
     return f"phantom-{source}" if kind == "phantom" else kind  # a DICOM folder may be named after a patient

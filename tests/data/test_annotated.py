@@ -767,3 +767,14 @@ def test_pictures_of_one_name_in_two_subsets_of_datumaro_are_told_apart(tmp_path
     (tmp_path / "images" / "Train" / "a.png").unlink()
     with pytest.raises(DataError, match=r"images/Test/a.png is labelled twice, as 'Test/a.png' and 'Train/a.png'"):
         read(tmp_path, "datumaro")
+
+
+def test_a_set_is_called_after_its_label_file_and_after_a_list_or_tar_with_its_suffix(tmp_path: Path) -> None:
+    for name in ("points.csv", "films.txt", "films.tar"):
+        (tmp_path / name).touch()
+    for kind, name, called in (
+        ("spreadsheet", "points.csv", "points"),
+        ("folder", "films.txt", "films.txt"),
+        ("folder", "films.tar", "films.tar"),
+    ):
+        assert PackSettings(kind=kind).filled_for(tmp_path / name, has_key=False).name == called

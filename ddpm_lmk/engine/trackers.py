@@ -109,7 +109,8 @@ class Follower(threading.Thread):
         """Warn that a tracker does not have all of the run."""
         name, record = self._tracker.name, self._run.path / METRICS
         self._run.event("tracker.failed", tracker=name, reason=what)
-        log.warning("tracker %s %s; %s has everything, and a resumed run hands on what is missing", name, what, record)
+        missing = "a run that is resumed before its end hands on the rest"
+        log.warning("tracker %s %s; %s has everything, and %s", name, what, record, missing)
 
     def _follow(self, held: dict[str, int]) -> None:
         is_last = False

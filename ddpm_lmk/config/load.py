@@ -291,6 +291,8 @@ def _nearest(model: type[BaseModel], key: str) -> str:
     akin = {name: path for name, path in beside.items() if leaf.startswith(name) or name.startswith(leaf)}
     for names, word, cutoff in ((akin, leaf, 0.3), (beside, leaf, 0.6), (leaves, leaf, 0.8), (full, key, 0.7)):
         found = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
+        if found and names[found[0]] == key:
+            return f" here: it belongs to another {section}.kind"
         if found:
             return f"; did you mean {names[found[0]]}?"
     return f"; known here: {', '.join(here)}" if here else ""

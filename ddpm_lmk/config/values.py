@@ -73,8 +73,10 @@ class Duration:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        text = {"type": "string", "pattern": f"^(?:{cls.WRITTEN.pattern})$", "examples": ["6000 steps", "200 epochs"]}
-        return {"anyOf": [{"type": "number", "minimum": 0}, text]}
+        # The bound is for numbers, which editors' schemas let stand for any text.
+        text = {"type": "string", "minimum": 0, "pattern": f"^(?:{cls.WRITTEN.pattern})$"}
+        examples = ["6000 steps", "200 epochs"]
+        return {"anyOf": [{"type": "number", "minimum": 0}, text], "examples": examples}
 
 
 class Section(BaseModel):

@@ -284,7 +284,7 @@ class _Rows(torch.autograd.Function):
 
 
 class RunningStatistics:
-    """Buffers of one model that a forward pass changes: the same on all ranks after every step.
+    """Buffers of one model in training that a forward pass changes: the same on all ranks after every step.
 
     They are those called `running_*`, of BatchNorm and of centring. A rank updates them from the images it sees; after
     a step they become the mean over ranks, and where the step is left out they are as before it. So a checkpoint holds
@@ -295,7 +295,14 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module, parallel: Parallel) -> None:
         self._parallel = parallel
-        self._running = [buffer for name, buffer in model.named_buffers() if is_running(name)]
+        # Those of a frozen encoder do not change, and the mean of three equal numbers may be another number.
+        self._running = [
+            buffer
+            for module in model.modules()
+            if module.training
+            for name, buffer in module.named_buffers(recurse=False)
+            if is_running(name)
+        ]
         self._before: list[Tensor] = []
 
     def begin_step(self) -> None:

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -31,6 +32,7 @@ from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.rundir.log import METRICS, parse_line
 from ddpm_lmk.system import files
 from ddpm_lmk.system.heartbeat import beat
+from ddpm_lmk.system.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,8 @@ class Follower(threading.Thread):
         """Warn that a tracker does not have all of the run."""
         name, record = self._tracker.name, self._run.path / METRICS
         self._run.event("tracker.failed", tracker=name, reason=what)
-        log.warning("tracker %s %s; %s has everything, and a resumed run hands on what is missing", name, what, record)
+        missing = "a run that is resumed before its end hands on the rest"
+        log.warning("tracker %s %s; %s has everything, and %s", name, what, record, missing)
 
     def _follow(self, held: dict[str, int]) -> None:
         is_last = False
@@ -285,6 +288,14 @@ class MLflow(Tracker):
             logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every table they make
         if not mlflow.is_tracking_uri_set():
             mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').absolute()}")
+        # Of cells that begin at once one makes the tables: two would leave a database that nobody can open.
+        with locked(Path(tempfile.gettempdir()) / f"ddpm-lmk-mlflow-{os.getuid()}.lock", waits=True):
+            return self._begin()
+
+    def _begin(self) -> dict[str, int]:
+        """As `open`, of a store that has no tables yet, or has them."""
+        import mlflow
+
         self._client = mlflow.MlflowClient()
         known = (files.read_json(self._folder / "mlflow.json") or {}).get("run_id")
         held = {} if known is None else self._held(known)
@@ -297,7 +308,7 @@ class MLflow(Tracker):
         )
         try:
             self._tracker.start()
-        except mlflow.MlflowException:  # another cell of a sweep has made the tables or the experiment just now
+        except mlflow.MlflowException:  # a cell on another machine has made the experiment just now
             time.sleep(POLL_S)
             self._tracker.start()
         run_id = self._tracker.tracker.info.run_id

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, overload
 
@@ -97,8 +98,10 @@ class Detector:
             ConfigError: something else than an image, or a spacing that is none.
             DataError: an image that cannot be read, or is no x-ray by its shape and grey levels.
         """
-        if mm_per_px is not None and not (np.isfinite(mm_per_px) and mm_per_px > 0):
-            raise ConfigError(f"mm_per_px={mm_per_px}: wanted a positive number of millimetres")
+        spacing: Any = mm_per_px
+        is_number = isinstance(spacing, Real) and not isinstance(spacing, bool)
+        if spacing is not None and not (is_number and np.isfinite(spacing) and spacing > 0):
+            raise ConfigError(f"mm_per_px={mm_per_px!r}: wanted a positive number of millimetres")
         images = image if isinstance(image, list) else [image]
         found = [self._detection(*each, mm_per_px=mm_per_px) for each in self._predicted(images, frame)]
         return found if isinstance(image, list) else found[0]
@@ -162,8 +165,9 @@ def _decoded(image: Any) -> DecodedImage | RefusedImageError:
                 f"{', '.join(DTYPES)}"
             )
         check_shape(image.shape[1], image.shape[0])
-        check_information(image)
+        with np.errstate(over="ignore"):  # what is beyond float32 is not finite, and refused for it
+            pixels = image.astype(np.float32) if image.dtype.kind == "f" else image
+        check_information(pixels)
     except RefusedImageError as error:
         return error
-    pixels = image.astype(np.float32) if image.dtype.kind == "f" else image
     return DecodedImage(np.ascontiguousarray(pixels))

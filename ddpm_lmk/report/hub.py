@@ -44,6 +44,8 @@ RESULTS = (
     *("kind", "name", "dataset", "spec", "split", "seed", "draw", "shots", "labels", "train", "num_images", "pixels"),
     *("protocols", "mean_shape", "mean_shape_points", "coarse", "reliability", "calibration", "radius", "validation"),
 )
+# Of these, what is said of the weights that were selected, and of no other snapshot.
+SCORES = ("protocols", "coarse", "reliability", "calibration", "radius", "validation")
 VERDICTS = ("status", "images", "kinds", "patients_not_compared")
 # The identifiers of licences that the hub knows and that weights are given; any other is `other` with a name there.
 LICENCES = (
@@ -56,7 +58,7 @@ def export_hub(run: str | Path, *, out: str | Path | None = None, license: str |
     """Write RUN/export/NAME-hub, or the new folder `out`; returns where.
 
     Args:
-        run: a finished run, or one of its snapshots.
+        run: a finished run, or one of its snapshots; one that was not selected has no scores.
         license: identifier of the licence of the weights (apache-2.0, cc-by-nc-4.0, ...); None: the card says that it
             is unspecified.
 
@@ -68,7 +70,9 @@ def export_hub(run: str | Path, *, out: str | Path | None = None, license: str |
     weights, meta = checkpoint.load_weights(run, "auto")
     if "config" not in meta or "results" in meta:
         raise CheckpointError(f"{run} is no run; wanted a run directory or one of its snapshots")
-    source = _Source(Path(run) if (Path(run) / "config.yaml").is_file() else Path(meta["path"]).parents[1], meta)
+    # Of RUN/snapshots/STEP, which may be named from inside.
+    home = Path(run) if (Path(run) / "config.yaml").is_file() else Path(meta["path"]).resolve().parent.parent
+    source = _Source(home, meta)
     folder = Path(out) if out is not None else source.folder.path / "export" / f"{source.cfg.name}-hub"
     if folder.exists():
         raise RunConflictError(f"{folder} exists and is kept; name another --out, or remove it")
@@ -97,9 +101,16 @@ class _Source:
         self.cfg = validate(RunConfig, meta["config"], source=str(path))
         self.spec = None if self.cfg.task.stage == "pretrain" else DatasetSpec.model_validate(meta["spec"])
 
+    @property
+    def is_selected(self) -> bool:
+        """Are these the weights that the run was scored with?"""
+        return bool(self.meta.get("selected"))
+
     @cached_property
     def runs(self) -> list[Run]:
         """The scored run, or its part for each dataset of a mixture; none where nothing was scored."""
+        if not self.is_selected:
+            return []
         try:
             return [run for study in collect([self.folder.path]) for run in study.runs]
         except DataError:
@@ -176,10 +187,12 @@ class _Source:
         if data.get("propagate"):
             data["propagate"]["path"] = None
         config["init"]["weights"] = self.parent
+        config["runtime"]["cache_dir"] = None
         return config
 
     def _results(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: results[key] for key in RESULTS if key in results}
+        told = RESULTS if self.is_selected else tuple(key for key in RESULTS if key not in SCORES)
+        kept = {key: results[key] for key in told if key in results}
         if "start" in results:
             kept["start"] = {**results["start"], "weights": self.parent}
         if results.get("leakage") and results["kind"] in ("landmarks", "mixture"):
@@ -331,17 +344,21 @@ class _Card:
 
     def _seeds(self, run: Run) -> str | None:
         """What other seeds of the same sweep gave; None where there is no sweep."""
-        root = self.source.folder.path.parents[1]
-        if self.source.folder.path.parent.name != "cells" or not (root / "sweep.json").is_file():
+        cells = self.source.folder.path.resolve().parent
+        if cells.name != "cells" or not (cells.parent / "sweep.json").is_file():
             return None
-        study = next(each for each in collect([root]) if each.spec == run.results["spec"])
-        start = next(each.start for each in study.runs if each.path == run.path)
-        alike = [each.results["protocols"]["original"] for each in study.select(start, run.labels)]
+        path = run.path.resolve()
+        # Another evaluation of a cell is in another study, and so is each dataset of a mixture.
+        pairs = ((study, own) for study in collect([cells.parent]) for own in study.runs)
+        study, start = next((study, own.start) for study, own in pairs if own.path.resolve() == path)
+        alike = [each.results for each in study.select(start, run.labels)]
+        # Labels for validation are labels too, as in `Study.rows`.
+        alike = [each for each in alike if each["labels"] == run.results["labels"]]
         if len(alike) < 2:
             return None
-        mre = average(alike).mre
-        spread = f"{plain_spread(mre)} {run.unit}"
-        return f"Over the {mre[2]} seeds of its sweep (shots and order): {spread}. This is one of them."
+        mre = average([each["protocols"]["original"] for each in alike]).mre
+        differs = "shots and order" if run.results["draw"] == "random" else "the same shots in another order"
+        return f"Over the {mre[2]} seeds of its sweep ({differs}): {plain_spread(mre)} {run.unit}. This is one of them."
 
     def _leakage(self) -> str:
         if self.source.spec is None:

@@ -60,6 +60,7 @@ def test_shipped_files_pass(path: Path, checkers: dict[str, jsonschema.Draft2020
         ("run", "optim: {lr: fast}"),  # another type
         ("run", "optim: {lr: 0}"),  # out of bounds
         ("run", "train: {duration: 4 weeks}"),
+        ("run", "train: {duration: -4}"),
         ("run", "model: {kind: resnet}"),
         ("run", "task: {kind: denoise, codec: {kind: disc}}"),  # of another kind
         ("run", "task: {codec: {kind: disc, decode_radius_px: 3}}"),

@@ -373,3 +373,9 @@ def test_a_section_without_a_default_kind_is_known_by_the_kind_that_chooses_it()
 def test_a_task_says_whether_it_tells_a_timestep(task: dict[str, object], told: bool) -> None:
     run = RunConfig.model_validate({"data": {"path": "x"}, "task": task})
     assert run.is_time_conditioned == told
+
+
+def test_a_key_of_another_kind_is_not_suggested_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("task: {kind: landmarks}\ndata: {path: x}\nmodel: {frozen: true}\n")
+    with pytest.raises(ConfigError, match=r"unknown key model\.frozen here: it belongs to another model\.kind"):
+        load_run(tmp_path / "run.yaml", [])

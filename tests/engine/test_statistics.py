@@ -54,6 +54,25 @@ def test_a_step_that_counts_keeps_what_it_saw(parallel: Parallel) -> None:
     torch.testing.assert_close(model.norm.running_mean, wanted)
 
 
+def test_those_of_a_frozen_part_are_not_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times 0.1 is not 0.3: a mean over three ranks would change what every rank has."""
+    three = Parallel("cpu")
+    monkeypatch.setattr(three, "world", 3)
+    monkeypatch.setattr(three, "mean", lambda values: (values + values + values) / 3)
+    model = nn.ModuleDict({"frozen": nn.BatchNorm2d(1000), "free": nn.BatchNorm2d(1000)})
+    torch.manual_seed(0)
+    before = {}
+    for name, norm in model.items():
+        norm.running_mean.normal_()  # type: ignore[union-attr,operator]
+        before[name] = norm.running_mean.clone()  # type: ignore[union-attr,operator]
+    model["frozen"].eval()
+    statistics = RunningStatistics(model, three)
+    statistics.begin_step()
+    statistics.end_step(is_kept=True)
+    assert torch.equal(model["frozen"].running_mean, before["frozen"])  # type: ignore[arg-type]
+    assert not torch.equal(model["free"].running_mean, before["free"])  # type: ignore[arg-type]
+
+
 def test_the_average_has_statistics_of_its_own() -> None:
     model = NormNet()
     ema = Ema(EmaConfig(decay=0.5), model)

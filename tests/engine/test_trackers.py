@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sqlite3
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -288,6 +290,29 @@ def test_no_setting_names_a_folder() -> None:
     assert settings["data.path"] == ["films", "pool"]
     assert settings["name"] == "mine"
     assert not [value for value in settings.values() if "/" in str(value)]
+
+
+AT_ONCE = """
+import sys
+from pathlib import Path
+from ddpm_lmk.engine.parallel import Parallel
+from ddpm_lmk.engine.trackers import MLflow
+from tests.engine.test_trackers import config
+Parallel("cpu")
+tracker, folder = MLflow(config("mlflow"), Path(sys.argv[1]), "table"), Path(sys.argv[1])
+folder.mkdir()
+held = tracker.open()
+tracker.log({"train/loss": float(sys.argv[1])}, 1)
+tracker.close(held)
+"""
+
+
+@extra
+def test_cells_that_begin_at_once_make_the_tables_once(tmp_path: Path) -> None:
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    cells = [subprocess.Popen([sys.executable, "-c", AT_ONCE, cell], cwd=tmp_path, env=here) for cell in ("1", "2")]
+    assert [cell.wait(300) for cell in cells] == [0, 0]
+    assert sorted(of_mlflow(tmp_path / "mlflow.db")["train/loss"]) == [(1, 1.0), (1, 2.0)]
 
 
 @extra

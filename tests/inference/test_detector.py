@@ -151,14 +151,16 @@ def test_what_is_no_image_or_no_landmark_run_is_refused_in_words(
         (np.zeros((64, 64), np.uint8), DataError, "image 0: constant image"),
         (film[:8], DataError, "too small or too narrow"),
         ([film, np.full((64, 64), np.nan)], DataError, "image 1: pixels that are not finite"),
+        (np.where(film > 1000, 1e300, 0.5 * film), DataError, "not finite"),
         (tmp_path / "absent.png", DataError, "absent.png: cannot be opened"),
         (Image.new("HSV", (64, 64)), DataError, "colour mode HSV"),
     ]
     for image, error, words in refusals:
         with pytest.raises(error, match=words):
             detector.predict(image)  # type: ignore[call-overload]
-    with pytest.raises(ConfigError, match="wanted a positive number"):
-        detector.predict(film, mm_per_px=0)
+    for spacing in (0, "0.1", True, np.inf):
+        with pytest.raises(ConfigError, match="wanted a positive number"):
+            detector.predict(film, mm_per_px=spacing)  # type: ignore[call-overload]
     execute(config(packs[:1], {"kind": "denoise", "num_timesteps": 20}), tmp_path / "pretrained", device="cpu")
     with pytest.raises(ConfigError, match="is a run of task denoise, wanted landmarks"):
         ddpm_lmk.load(tmp_path / "pretrained", device="cpu")

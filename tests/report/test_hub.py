@@ -68,8 +68,13 @@ def run(packs: list[str], parent: Path, tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("runs") / "chests"
     manifest = Manifest.open(packs[0])
     names = [manifest.read_record(int(row)).id for row in manifest.rows(["train"])[:3]]
-    listed = {"draw": "listed", "images": names, "shots": 3}
-    execute(config(packs[:1], {"kind": "landmarks"}, data=listed, init={"weights": str(parent)}), out, device="cpu")
+    sections = {
+        "data": {"draw": "listed", "images": names, "shots": 3},
+        "init": {"weights": str(parent)},
+        "runtime": {"workers": 0, "cache_dir": str(out.parent / "cache")},
+        "train": {"duration": "2 steps", "global_batch_size": 4, "precision": "fp32", "snapshot_every": "1 steps"},
+    }
+    execute(config(packs[:1], {"kind": "landmarks"}, **sections), out, device="cpu")
     return out
 
 
@@ -169,6 +174,54 @@ def test_the_card_says_what_the_files_of_the_run_say(run: Path, hub: Path) -> No
     # Its pre-training may have seen anything.
     assert "phantoms only" not in text
     assert (hub / PICTURE).is_file()
+
+
+def test_a_snapshot_that_was_not_selected_has_no_scores(run: Path, tmp_path: Path) -> None:
+    folder = export_hub(run / "snapshots" / "step-00000001", out=tmp_path / "first")
+    text, kept = (folder / CARD).read_text(), json.loads((folder / "config.json").read_text())
+    assert "| weights | step 1, their moving average |" in text
+    assert "Nothing was scored" in text
+    assert "MRE" not in text
+    assert kept["step"] == 1
+    assert "mean_shape_points" in kept["results"]
+    assert not kept["results"].keys() & {"protocols", "validation", "radius"}
+    film = render("chest", 3, 0).image
+    np.testing.assert_array_equal(points(folder, film), points(run / "snapshots" / "step-00000001", film))
+
+
+def test_a_run_is_found_from_where_it_lies(
+    run: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    export_hub(run.name, out=tmp_path / "run")
+    monkeypatch.chdir(run / "snapshots")
+    export_hub("step-00000002", out=tmp_path / "snapshot")
+    for name in ("run", "snapshot"):
+        assert (tmp_path / name / CARD).read_text() == (hub / CARD).read_text().replace(
+            "CC-BY-NC-4.0", "unspecified"
+        ).replace("license: cc-by-nc-4.0\n", "")
+
+
+def test_a_cell_has_the_seeds_of_its_own_row(run: Path, tmp_path: Path) -> None:
+    cells = {"a": (0, 0, 1.0), "b": (1, 0, 3.0), "c": (2, 1, 50.0)}  # seed, labels of validation, MRE
+    for name, (seed, validation, mre) in cells.items():
+        cell = tmp_path / "cells" / name
+        shutil.copytree(run, cell)
+        results = json.loads((cell / "results.json").read_text())
+        results |= {"seed": seed, "draw": "random"}
+        results["labels"]["validation"] = validation
+        results["protocols"]["original"]["mre"] = mre
+        (cell / "results.json").write_text(json.dumps(results))
+    other = tmp_path / "cells" / "a" / "evaluate-train"  # another evaluation, which is a study of its own
+    other.mkdir()
+    results = json.loads((tmp_path / "cells" / "a" / "results.json").read_text())
+    (other / "results.json").write_text(json.dumps(results | {"split": "train"}))
+    sweep = {"cells": [{"cell": name, "start": "ours"} for name in cells]}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    text = (export_hub(tmp_path / "cells" / "b", out=tmp_path / "hub") / CARD).read_text()
+    assert "Over the 2 seeds of its sweep (shots and order): 2.00 ± 1.41 px. This is one of them." in text
+    text = (export_hub(tmp_path / "cells" / "c", out=tmp_path / "alone") / CARD).read_text()
+    assert "of its sweep" not in text
 
 
 def test_no_folder_and_no_id_of_an_image_leaves(run: Path, hub: Path, packs: list[str]) -> None:

@@ -368,9 +368,9 @@ def public_settings(cfg: RunConfig) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """The last part of a path or of a URL, which may hold a key behind its `?`."""
+    """The last part of a path or of a URL, which may hold a key behind its `?` and a password before its `@`."""
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
     if isinstance(value, str) and re.search(r"[/\\]", value):
-        return re.split(r"[/\\]", re.sub(r"[?#].*", "", value).rstrip("/\\"))[-1]
+        return re.split(r"[/\\]", re.sub(r"[?#].*", "", value).rstrip("/\\"))[-1].rpartition("@")[2]
     return value

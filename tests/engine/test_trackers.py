@@ -330,3 +330,8 @@ def test_cells_of_a_sweep_are_a_group(tmp_path: Path, packed_phantoms: Path) -> 
         for found in (of_wandb(cell), of_tensorboard(cell / "tensorboard")):
             assert found["train/loss"] == [(line["step"], pytest.approx(line["loss"])) for line in lines]
             assert "test/original/mre" in found
+
+
+def test_a_password_in_a_url_is_no_setting() -> None:
+    shown = public_settings(config(data={"path": ["https://name:secret@host", "https://name:secret@host/films"]}))
+    assert shown["data.path"] == ["host", "films"]

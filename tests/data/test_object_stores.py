@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -95,6 +96,9 @@ def start_s3(patch: pytest.MonkeyPatch, faults: Faults) -> Callable[[], None]:
     patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     for name, value in {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "none", "DEFAULT_REGION": "us-east-1"}.items():
         patch.setenv(f"AWS_{name}", value)
+    # Both outlive the server of an earlier test: buckets, and fsspec's connection.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     fsspec.filesystem("s3").mkdir("films")
     app = started._server.app
 

@@ -22,11 +22,14 @@ def load(path: str | Path, *, dataset: str | None = None, device: Literal["auto"
 
     Raises:
         CheckpointError: no finished weights there, or damaged ones.
-        ConfigError: the run has learnt no landmarks, or those of several datasets and none is named.
+        ConfigError: an unknown device; the run has learnt no landmarks, or those of several datasets and none is named.
         DataError: how the run prepared its pictures cannot be found out.
     """
     # Here, so that `import ddpm_lmk` does not wait for torch.
+    from ddpm_lmk.errors import ConfigError
     from ddpm_lmk.inference.detector import Detector
     from ddpm_lmk.inference.load import open_run
 
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device!r}; wanted 'auto', 'cpu' or 'cuda'")
     return Detector(open_run(path, kind="landmarks", device=device).for_dataset(dataset))

@@ -161,6 +161,8 @@ def test_what_is_no_image_or_no_landmark_run_is_refused_in_words(
     for spacing in (0, "0.1", True, np.inf):
         with pytest.raises(ConfigError, match="wanted a positive number"):
             detector.predict(film, mm_per_px=spacing)  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match="device='tpu'; wanted 'auto', 'cpu' or 'cuda'"):
+        ddpm_lmk.load(tmp_path, device="tpu")  # type: ignore[arg-type]
     execute(config(packs[:1], {"kind": "denoise", "num_timesteps": 20}), tmp_path / "pretrained", device="cpu")
     with pytest.raises(ConfigError, match="is a run of task denoise, wanted landmarks"):
         ddpm_lmk.load(tmp_path / "pretrained", device="cpu")

@@ -29,6 +29,7 @@ import numpy as np
 
 from ddpm_lmk import __version__
 from ddpm_lmk.data.annotations.dicom_sr import PROGRAM, SCHEME, code, landmark_code
+from ddpm_lmk.data.annotations.image import CORNER_PX
 from ddpm_lmk.data.images.decode import read_content
 from ddpm_lmk.data.images.dicom import is_dicom, quiet, read_header
 from ddpm_lmk.data.images.dicom_attributes import Attributes
@@ -188,7 +189,9 @@ def _corner_points(predicted: PredictedFile) -> dict[str, np.ndarray | None]:
     """Points by landmark, from the corner of the top-left pixel; None where there is none in the picture."""
     points: dict[str, np.ndarray | None] = {}
     prediction = predicted.prediction
-    for name, point, failed in zip(predicted.landmark_names, prediction.points + 0.5, prediction.failed, strict=True):
+    for name, point, failed in zip(
+        predicted.landmark_names, prediction.points + CORNER_PX, prediction.failed, strict=True
+    ):
         # outside of the picture neither SCOORD nor a graphic may lie
         is_there = not failed and (point >= 0).all() and (point <= predicted.size).all()
         points[name] = point if is_there else None

@@ -280,8 +280,7 @@ class EncoderUNet(nn.Module):
         x = x.expand(-1, self.in_channels, -1, -1)
         if self.is_normalized:
             x = (x - self.input_mean) / self.input_deviation
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            maps = self.encoder(x)
+        maps = self.encoder(x)  # a frozen one makes no graph, since neither it nor the image wants a gradient
         if isinstance(self.decoder, PatchDecoder):
             return self.final_conv(self.decoder(maps, side))
         return self.final_conv(self.decoder(maps))

@@ -13,7 +13,8 @@ from ddpm_lmk.data.sources.ids import secret_key
 from ddpm_lmk.errors import ConfigError, DataError
 from tests.data.dicoms import FILM, dataset, malformed, to_bytes
 
-PRIVATE = (b"Doe", b"4711", b"Elsewhere")
+# Long enough never to stand by chance in the names, which are hashed with a new key each time.
+PRIVATE = (b"Doe_Jane", b"Doe^Jane", b"Jane_Doe", b"MRN-4711", b"study-4711", b"Elsewhere")
 
 
 @pytest.fixture

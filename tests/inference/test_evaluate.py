@@ -256,7 +256,7 @@ def test_a_dicom_film_is_answered_in_its_own_millimetres(landmark_run: Path, tmp
     predict_images(landmark_run, [film], tmp_path / "known", mm_per_px=0.5, device="cpu")
     known = json.loads((tmp_path / "known" / "predictions.json").read_text())["images"][0]
     assert (known["mm_per_px"], known["spacing"]) == (0.5, "--mm-per-px")
-    assert not any(b"4711" in path.read_bytes() for path in tmp_path.glob("out/**/*") if path.is_file())
+    assert not any(b"MRN-4711" in path.read_bytes() for path in tmp_path.glob("out/**/*") if path.is_file())
 
 
 def test_a_document_names_its_film_and_a_picture_that_has_none_costs_the_others_nothing(

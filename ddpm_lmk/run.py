@@ -50,6 +50,7 @@ from ddpm_lmk.inference.sample import draw_samples, to_png
 from ddpm_lmk.inference.scoring import check_temperatures
 from ddpm_lmk.rundir.directory import RunDir, copy_checkpoint
 from ddpm_lmk.rundir.lock import PSEUDO_LABELS, TEACHER, check_same_data
+from ddpm_lmk.system import accelerator
 from ddpm_lmk.system.console import Whole, about, print_status, progress
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.system.machine import code_digest, granted_cores, versions
@@ -280,7 +281,6 @@ def _facts(
     cfg: RunConfig, loaders: Loaders, parallel: Parallel, devices: list[str], parent: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The content of run.json."""
-    is_cuda = parallel.device.type == "cuda"
     return {
         "name": cfg.name,
         "seed": cfg.seed,
@@ -295,7 +295,7 @@ def _facts(
         "code": code_digest(),
         "versions": versions(*PACKAGES),
         "hardware": {
-            "device": torch.cuda.get_device_name(parallel.device) if is_cuda else platform.machine(),
+            "device": accelerator.name(parallel.device) or platform.machine(),
             "processes": parallel.world,
             "cpus": granted_cores(),
             "threads": torch.get_num_threads(),

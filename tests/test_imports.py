@@ -130,6 +130,17 @@ def test_nothing_unpickles() -> None:
     assert found == []
 
 
+def test_one_door_leads_to_cuda() -> None:
+    """`system.accelerator`, which has an answer for a CPU too."""
+
+    def is_use(node: ast.AST) -> bool:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            return any(used.startswith("torch.cuda") for used in imports(node, at_import=False))
+        return isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"
+
+    assert {name for name, tree in modules().items() if any(map(is_use, ast.walk(tree)))} == {"system.accelerator"}
+
+
 def test_no_drawer_of_odds_and_ends() -> None:
     assert [str(path) for path in PACKAGE.rglob("*.py") if path.stem in ("utils", "common", "helpers", "misc")] == []
 

@@ -140,6 +140,8 @@ def alternate(
         budget_s: no round begins after so many seconds, if there are `FEWEST_PAIRS` by then.
         tell: called with (rounds done, rounds).
     """
+    from ddpm_lmk.system import accelerator  # here, so that comparing files does not wait for torch
+
     timings = {name: Timings(warm_up=warm_up) for name in calls}
     since = time.perf_counter()
     for number in range(warm_up + rounds):
@@ -148,7 +150,7 @@ def alternate(
             break
         # whoever goes second finds warmer caches and a hotter chip: each is second as often as first
         for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
-            wall_s, cpu_s, device_s = _time(calls[name], device)
+            wall_s, cpu_s, device_s = accelerator.timed(calls[name], device)
             if done >= 0:
                 timings[name].wall_s.append(wall_s)
                 timings[name].cpu_s.append(cpu_s)
@@ -158,33 +160,16 @@ def alternate(
     return timings
 
 
-def _time(call: Callable[[], object], device: str) -> tuple[float, float, float | None]:
-    """Seconds by the three clocks of one call."""
-    if not device.startswith("cuda"):
-        wall, cpu = time.perf_counter(), time.process_time()
-        call()
-        return time.perf_counter() - wall, time.process_time() - cpu, None
-    import torch  # here, so that comparing files does not wait for it
-
-    stream = torch.cuda.current_stream(torch.device(device))
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)  # nothing queued before may count
-    wall, cpu = time.perf_counter(), time.process_time()
-    begin.record(stream)
-    call()
-    end.record(stream)
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - wall, time.process_time() - cpu, begin.elapsed_time(end) / 1e3
-
-
 def environment(device: str) -> dict[str, Any]:
     """The device and threads of a measurement, for a result file."""
     import torch
 
+    from ddpm_lmk.system import accelerator
+
     is_cuda = device.startswith("cuda")
     return {
         "device": "cuda" if is_cuda else "cpu",
-        "device_name": torch.cuda.get_device_name(device) if is_cuda else None,
+        "device_name": accelerator.name(device),
         "cuda": torch.version.cuda if is_cuda else None,
         "threads": torch.get_num_threads(),
     }

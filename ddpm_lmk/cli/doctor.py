@@ -107,24 +107,26 @@ def check_gpus() -> Iterator[Finding]:
     """Visible CUDA devices, their driver, and whether this torch can use them."""
     import torch
 
+    from ddpm_lmk.system import accelerator
+
     driver = nvidia_driver()
     if driver:
         yield Finding("ok", "driver", driver)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     wanted = f"none (torch for CUDA {torch.version.cuda})"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        for index, name in enumerate(names):
-            facts = torch.cuda.get_device_properties(index)
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            size = f"{facts.total_memory / 2**30:.0f} GiB, compute {facts.major}.{facts.minor}"
+    if accelerator.is_available():
+        names = {gpu: accelerator.name(gpu) or "" for gpu in accelerator.devices()}
+        for gpu, name in names.items():
+            major, minor = accelerator.capability(gpu)
+            has_bf16 = accelerator.has_bf16()
+            size = f"{accelerator.total_bytes(gpu) / 2**30:.0f} GiB, compute {major}.{minor}"
             how = "" if has_bf16 else "no instructions for bf16: train.precision=auto is fp32; time fp16 too"
             bf16 = "yes" if has_bf16 else "no"
-            yield Finding("ok" if has_bf16 else "note", f"gpu {index}", f"{name}, {size}, bf16 {bf16}", how)
-        if len(set(names)) > 1:  # kernels differ between kinds, and with them the last bits
+            yield Finding("ok" if has_bf16 else "note", f"gpu {gpu.index}", f"{name}, {size}, bf16 {bf16}", how)
+        if len(kinds := sorted(set(names.values()))) > 1:  # kernels differ between kinds, and with them the last bits
             how = "one run on both waits for the slower, and is at most of class ordered; choose with "
             how += "CUDA_VISIBLE_DEVICES"
-            yield Finding("note", "gpus", f"of {len(set(names))} kinds: {', '.join(sorted(set(names)))}", how)
+            yield Finding("note", "gpus", f"of {len(kinds)} kinds: {', '.join(kinds)}", how)
     elif torch.version.cuda is None:
         how = "runs use the CPU; for a GPU install the CUDA build: pip install torch from PyPI without a CPU index"
         yield Finding("note", "gpu", "this torch is a CPU build", how)

@@ -37,8 +37,9 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     """
     from ddpm_lmk.data.loading.corpus import spec_of, training_corpora, unlabelled_corpora
     from ddpm_lmk.data.shards.manifest import open_datasets
-    from ddpm_lmk.engine.device_fit import device_bytes, emulation_warning, fit_to_device, memory_gib
+    from ddpm_lmk.engine.device_fit import emulation_warning, fit_to_device, memory_gib
     from ddpm_lmk.engine.parallel import Parallel
+    from ddpm_lmk.system import accelerator
     from ddpm_lmk.tasks import build_task
 
     manifests = open_datasets(cfg)
@@ -58,7 +59,7 @@ def plan_run(cfg: RunConfig, placement: Placement, out: Path, *, instead: str | 
     )
     parallel = Parallel("cuda" if placement.device == "cuda" else "cpu")
     # Processes on the CPU share its memory, those on GPUs have one each.
-    room = device_bytes(parallel) // (placement.processes if placement.device == "cpu" else 1)
+    room = accelerator.total_bytes(parallel.device, processes=placement.processes)
     # What `auto` becomes, by the memory model alone: a run on a GPU also tries a step, which takes its time.
     fitted = fit_to_device(share, task, parallel, steps=steps, room=room, probe=lambda run: True)
     here = fitted.applied(cfg)

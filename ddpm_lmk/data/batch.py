@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ddpm_lmk.system.accelerator import to_device
+
 if TYPE_CHECKING:
     from ddpm_lmk.data.loading.bad_samples import BadSample
 
@@ -51,10 +53,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`, all but `positions` and `domain`; memory layout is kept."""
         moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=non_blocking)
+            field.name: to_device(value, device)
             for field in fields(self)
             # Both are read on the host at every step; on a device each reading would wait for its queue.
             if isinstance(value := getattr(self, field.name), Tensor) and field.name not in ("positions", "domain")

@@ -21,6 +21,7 @@ from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.rundir.checkpoint import Tensors
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.rundir.retention import Keep
+from ddpm_lmk.system import accelerator
 from ddpm_lmk.system.heartbeat import beat
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class HostCopy:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._files: tuple[str, ...] = ()
         self._taken: dict[tuple[str, str], Tensor] = {}
-        self._ready: torch.cuda.Event | None = None
+        self._ready: accelerator.Event | None = None
 
     @torch.no_grad()
     def take(self, tensors: Tensors) -> None:
@@ -120,21 +121,17 @@ class HostCopy:
             torch._foreach_copy_([places[key] for key in keys], [sources[key] for key in keys])
         self._files, self._taken = tuple(tensors), places
         # The thread waits for the clones, not for what the device is given after them.
-        self._ready = torch.cuda.current_stream().record_event() if on_device else None
+        self._ready = accelerator.queued(sources[on_device[0]].device) if on_device else None
 
     @torch.no_grad()
     def on_host(self) -> Tensors:
         """The copy by file and name, in host memory; for the writing thread."""
         away = {key: value for key, value in self._taken.items() if value.is_cuda}
         if away:
-            assert self._ready is not None
             places = {key: self._buffer(key, value) for key, value in away.items()}
             # Its own stream, so that the copy to the host does not wait behind the kernels of the next steps.
-            stream = torch.cuda.Stream(next(iter(away.values())).device)
-            with torch.cuda.stream(stream):
-                stream.wait_event(self._ready)
+            with accelerator.SideStream(next(iter(away.values())).device).work(after=self._ready):
                 torch._foreach_copy_(list(places.values()), list(away.values()), non_blocking=True)
-            stream.synchronize()
             self._taken |= places
         files: dict[str, dict[str, Tensor]] = {file: {} for file in self._files}
         for (file, name), value in self._taken.items():

@@ -30,13 +30,13 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm_lmk.config import RunConfig, UNetConfig
 from ddpm_lmk.engine.optim import parameter_groups
-from ddpm_lmk.engine.parallel import Parallel, Precision, cuda_has_bf16
+from ddpm_lmk.engine.parallel import Parallel, Precision
 from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.errors import ResourceError, StoppedError
 from ddpm_lmk.models import build_model, model_cost
 from ddpm_lmk.models.blocks import use_norm
 from ddpm_lmk.models.kernels.group_norm import Norm, choose_norm
-from ddpm_lmk.system.machine import total_bytes
+from ddpm_lmk.system import accelerator
 from ddpm_lmk.tasks import Task
 
 GIB = 2**30
@@ -114,7 +114,8 @@ def fit_to_device(
     """
     precision, reason = choose_precision(cfg, parallel.device.type)
     # The smallest device decides: all ranks compute micro-batches of one size.
-    room = min(parallel.gather(device_bytes(parallel) if room is None else room))
+    own = accelerator.total_bytes(parallel.device, processes=parallel.world)
+    room = min(parallel.gather(own if room is None else room))
     compiled = cfg.train.compile
     if compiled == "auto":
         compiled = parallel.device.type == "cuda" and cfg.train.exactness != "exact" and steps >= COMPILED_FROM
@@ -201,8 +202,7 @@ class _Step:
                 raise
             return False
         finally:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # the next try, and the run, begin with all of the device
+            accelerator.release_memory(device)  # the next try, and the run, begin with all of it
         return True
 
 
@@ -330,13 +330,6 @@ def copies_of_weights(cfg: RunConfig, *, world: int, zero: int) -> float:
     return 2 + moments + average + sums
 
 
-def device_bytes(parallel: Parallel) -> int:
-    """Memory of this process's device; on a CPU its share of what this machine, or its container, has."""
-    if parallel.device.type == "cuda":
-        return torch.cuda.get_device_properties(parallel.device).total_memory
-    return total_bytes() // parallel.world
-
-
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Did the device, or the host, have no memory left?"""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
@@ -377,7 +370,8 @@ def _smaller_micro_batch(cfg: RunConfig, task: Task, parallel: Parallel) -> str:
     if not sizes:
         return "not even one image fits; use model.checkpointing=true, a smaller model or smaller images"
     memory = Memory(cfg, task, parallel.device.type)
-    most = memory.images_that_fit(cfg, device_bytes(parallel), world=parallel.world, zero=parallel.zero)
+    room = accelerator.total_bytes(parallel.device, processes=parallel.world)
+    most = memory.images_that_fit(cfg, room, world=parallel.world, zero=parallel.zero)
     size = max([size for size in sizes if size <= most], default=sizes[0])
     return (
         f"train.micro_batch={tried} images at once do not fit; by the model's estimate {size} would; set "
@@ -400,7 +394,7 @@ def choose_precision(cfg: RunConfig, device: str) -> ChosenPrecision:
     if cfg.train.precision != "auto":
         return ChosenPrecision(cfg.train.precision, "as asked for")
     if device == "cuda":
-        if cuda_has_bf16():
+        if accelerator.has_bf16():
             return ChosenPrecision("bf16", "on CUDA")
         return ChosenPrecision("fp32", "this GPU has no instructions for bf16; train.precision=fp16 may be faster")
     if missing := missing_bf16():

@@ -246,24 +246,21 @@ def time_steps(
     Raises:
         ResourceError: no memory for a step.
     """
-    import torch
-
     from ddpm_lmk.engine.device_fit import explained_out_of_memory
     from ddpm_lmk.engine.loop import build_updater
     from ddpm_lmk.engine.rank_checks import kernels
     from ddpm_lmk.engine.training_state import TrainState
+    from ddpm_lmk.system import accelerator
 
     device = parallel.device
-    cuda = [device] if device.type == "cuda" else []
 
     def now() -> float:
         beat("setup")
-        if cuda:
-            torch.cuda.synchronize(device)
+        accelerator.synchronize(device)
         return clock()
 
     # Timing must leave no trace in the run that follows: neither in random state nor in its weights.
-    with torch.random.fork_rng(devices=cuda), kernels(cfg.train.exactness, device):
+    with accelerator.fork_rng(device), kernels(cfg.train.exactness, device):
         model = session.model(cfg, task, device)
         state = TrainState.fresh(cfg, model)
         share = -(-cfg.train.global_batch_size // parallel.world)
@@ -405,7 +402,7 @@ def random_batch(cfg: RunConfig, task: Task, count: int, *, seed: int = 0) -> Ba
     if (fine_size := cfg.data.fine_size) is not None:
         shape = (count, 1, fine_size, fine_size)
         finer["fine"] = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-        finer["to_fine"] = torch.from_numpy(resize_matrix(size, fine_size)).float().expand(count, 2, 3)
+        finer["to_fine"] = torch.from_numpy(resize_matrix(size, fine_size)).float().repeat(count, 1, 1)
     return Batch(
         images=torch.rand(count, 1, size, size, generator=generator).contiguous(memory_format=torch.channels_last),
         points=torch.rand(count, landmarks, 2, generator=generator) * (size - 1) if landmarks else None,

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_lmk.engine.exact_reduce import all_gather
 from ddpm_lmk.engine.requirements import check_zero
 from ddpm_lmk.errors import LaunchError, LmkError
-from ddpm_lmk.system import environment
+from ddpm_lmk.system import accelerator, environment
 from ddpm_lmk.system.machine import cpu_name, granted_cores
 from ddpm_lmk.system.signals import print_status
 from ddpm_lmk.tasks.task import OneRank
@@ -51,7 +51,7 @@ class Parallel:
         Raises:
             LaunchError: no CUDA device or no DeepSpeed where asked for, or a group of another size than promised.
         """
-        if device == "cuda" and not torch.cuda.is_available():
+        if device == "cuda" and not accelerator.is_available():
             raise LaunchError("asked for a CUDA device, found none; check `ddpm-lmk doctor`, or use --cpu N")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # class exact needs it before the first product
         for line in environment.stand_alone():
@@ -59,7 +59,7 @@ class Parallel:
         promised = int(os.environ["WORLD_SIZE"]) if environment.is_rank() else 1
         if torch.get_num_threads() > granted_cores():  # torch knows of no control group
             torch.set_num_threads(granted_cores())
-        use_cpu = device == "cpu" or not torch.cuda.is_available()
+        use_cpu = device == "cpu" or not accelerator.is_available()
         reduction = DistributedDataParallelKwargs(
             find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
         )
@@ -70,7 +70,7 @@ class Parallel:
         self.world = self._accelerator.num_processes
         self.device = self._accelerator.device
         self.auto_precision: Precision = (
-            "bf16" if self.device.type == "cuda" and cuda_has_bf16() else "fp32"
+            "bf16" if self.device.type == "cuda" and accelerator.has_bf16() else "fp32"
         )  # a run may choose another
         # A rendezvous that ends early would train with fewer ranks and another global batch.
         if self.world != promised:
@@ -81,7 +81,7 @@ class Parallel:
     @property
     def device_name(self) -> str:
         """The kind of device this process works on."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
+        return accelerator.name(self.device) or cpu_name()
 
     @property
     def is_main(self) -> bool:
@@ -244,11 +244,6 @@ class Parallel:
         """Leave the group; call once, at the end of a worker process."""
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-def cuda_has_bf16() -> bool:
-    """Does the GPU multiply bf16 numbers itself? Where there is none to ask, what is planned is for one that does."""
-    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class AllRanks(OneRank):

@@ -35,6 +35,7 @@ from ddpm_lmk.inference.load import LoadedRun, open_run
 from ddpm_lmk.inference.predictions import ImagePrediction, PredictedFile, to_native
 from ddpm_lmk.rundir.lock import check_writable
 from ddpm_lmk.system import files as atomic
+from ddpm_lmk.system.accelerator import to_device
 from ddpm_lmk.system.sandbox import Answer
 from ddpm_lmk.tasks import LandmarkTask
 
@@ -248,12 +249,12 @@ def _predict_batch(loaded: LoadedRun, pictures: list[Picture]) -> list[ImagePred
         return []
     assert isinstance(loaded.task, LandmarkTask)
     device = loaded.parallel.device
-    raw = _as_tensor([picture.network for picture in pictures]).to(device)
+    raw = to_device(_as_tensor([picture.network for picture in pictures]), device)
     finer: dict[str, torch.Tensor] = {}
     if (fine_size := loaded.cfg.data.fine_size) is not None:
         finer["fine"] = _as_tensor([picture.fine for picture in pictures if picture.fine is not None])[:, None]
         to_fine = torch.from_numpy(resize_matrix(loaded.cfg.data.image_size, fine_size)).float()
-        finer["to_fine"] = to_fine.expand(len(pictures), 2, 3)
+        finer["to_fine"] = to_fine.repeat(len(pictures), 1, 1)
     positions = np.arange(len(pictures))
     images = develop(
         raw, no_changes(len(pictures)), seed=loaded.cfg.seed, positions=positions, intensity=loaded.cfg.data.intensity

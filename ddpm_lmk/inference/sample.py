@@ -19,6 +19,7 @@ from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.loading.order import keyed_seed
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.system import files
+from ddpm_lmk.system.accelerator import to_device
 from ddpm_lmk.system.heartbeat import beat
 from ddpm_lmk.tasks import DenoiseTask
 from ddpm_lmk.tasks.noise_schedule import NUM_STEPS, ddim_sample
@@ -50,7 +51,7 @@ def draw_samples(
     drawn: dict[int, np.ndarray] = {}
     steps, passes = min(num_steps, task.schedule.num_timesteps - 1), 0
     for part in batches:
-        noise = torch.stack([_noise(cfg, number) for number in part]).to(parallel.device)
+        noise = to_device(torch.stack([_noise(cfg, number) for number in part]), parallel.device)
         with parallel.autocast(cfg.train.precision):
             for denoised in ddim_sample(model, task.schedule, noise, num_steps=steps, target=task.cfg.target):
                 beat("sample")

@@ -135,9 +135,9 @@ def check_placement(placement: Placement) -> None:
 
 def visible_gpus() -> int:
     """CUDA devices this process may use."""
-    import torch
+    from ddpm_lmk.system import accelerator
 
-    return torch.cuda.device_count()
+    return len(accelerator.devices())
 
 
 def split_address(rdzv: str) -> tuple[str, int]:

@@ -120,13 +120,14 @@ def time_here(
     cfg: RunConfig, spec: DatasetSpec, device: Device, *, beside: int = 1, budget_s: float = BUDGET_S
 ) -> Timing:
     """Time steps of a run in this process, alone or `beside` others; raises `LmkError` where it cannot be done."""
-    from ddpm_lmk.engine.device_fit import device_bytes, fit_to_device
+    from ddpm_lmk.engine.device_fit import fit_to_device
     from ddpm_lmk.engine.parallel import Parallel
     from ddpm_lmk.engine.session import Session
+    from ddpm_lmk.system import accelerator
     from ddpm_lmk.tasks import build_task
 
     task, parallel = build_task(cfg, spec), Parallel(device)
-    room = device_bytes(parallel) // (beside if device == "cpu" else 1)
+    room = accelerator.total_bytes(parallel.device, processes=beside)
     fitted = fit_to_device(cfg, task, parallel, steps=1, room=room)
     here, session = fitted.applied(cfg), Session()
     return time_steps(here, task, parallel, precision=fitted.precision, session=session, budget_s=budget_s)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ddpm_lmk.config import GU2NetConfig
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.models.blocks import PointwiseConv2d
+from ddpm_lmk.system.accelerator import to_device
 
 DILATIONS = (1, 2, 5, 2, 1)
 REDUCTION = 4  # the global network works at 1/4 of the image side
@@ -145,7 +146,7 @@ class GU2Net(nn.Module):
         # One pass per domain: its norms and depthwise kernels see only images of their own.
         maps: Tensor | None = None
         for index in found:
-            rows = None if domain is None else (domain == index).nonzero().squeeze(1).to(x.device)
+            rows = None if domain is None else to_device((domain == index).nonzero().squeeze(1), x.device)
             part = self._maps(x if rows is None else x.index_select(0, rows), index)
             wide = F.pad(part, (0, 0, 0, 0, self.starts[index], self.starts[-1] - self.starts[index + 1]))
             maps = wide.new_zeros(len(x), *wide.shape[1:]) if maps is None else maps

@@ -8,5 +8,6 @@
 | decoders and importers under a limit of addresses (`limits`) | no such limit: a decoder may take all memory |
 | importers without network (`limits`) | with it |
 
-`limits.absent` lists what is missing on the machine at hand; `ddpm-lmk doctor` shows it. Never imports torch.
+`limits.absent` lists what is missing on the machine at hand; `ddpm-lmk doctor` shows it. No module but `accelerator`
+imports torch.
 """

@@ -16,6 +16,7 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.loading.augment import draw_changes, invert, no_changes
 from ddpm_lmk.data.loading.order import keyed_uniform
 from ddpm_lmk.data.loading.warp import Intensity, cut, tone
+from ddpm_lmk.system.accelerator import to_device
 
 Floats = NDArray[np.float64]
 
@@ -47,7 +48,7 @@ class Cutter:
         matrix = invert(changes.matrix)
         matrix[:, :, 2] -= (size - 1) / 2
         matrix *= (side_px / size)[:, None, None]
-        back = torch.from_numpy(matrix).to(fine.device, non_blocking=True)
+        back = to_device(torch.from_numpy(matrix), fine.device)
         back[:, :, 2] += centre
         finer = int(oversampling(side_px, size).max())
         crops = cut(fine, back, size, finer=finer, intensity=self.intensity)
@@ -69,7 +70,7 @@ class Cutter:
         images = batch.images.clone()
         for value in np.unique(finer[finer > 0]):
             rows = np.flatnonzero(finer == value)
-            index, middle = (torch.from_numpy(a).to(images.device, non_blocking=True) for a in (rows, centre[rows]))
+            index, middle = (to_device(torch.from_numpy(a), images.device) for a in (rows, centre[rows]))
             fine = batch.fine.index_select(0, index)
             crops, _ = self.cut(fine, middle, side[rows] * fine_size, size, positions[rows], "zoom")
             images.index_copy_(0, index, crops)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ddpm_lmk.config import DenoiseConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.loading.order import keyed_seed, keyed_uniform
+from ddpm_lmk.system.accelerator import to_device
 from ddpm_lmk.tasks.crops import Cutter
 from ddpm_lmk.tasks.noise_schedule import NoiseSchedule
 from ddpm_lmk.tasks.task import Task
@@ -62,7 +63,7 @@ class DenoiseTask(Task):
         return self._loss(model, replace(batch, images=self.cutter.zoomed(self.cfg.zoom, batch)), "")
 
     def _loss(self, model: nn.Module, batch: Batch, suffix: str) -> Tensor:
-        t = self.timesteps(batch.positions, "timestep" + suffix).to(batch.images.device, non_blocking=True)
+        t = to_device(self.timesteps(batch.positions, "timestep" + suffix), batch.images.device)
         eps = self.noise(batch.images, batch.positions, "eps" + suffix)
         output = model(self.schedule.q_sample(batch.images, t, eps), t).float()  # the loss in fp32 under autocast
         error = output - self.schedule.regression_target(batch.images, t, eps, self.cfg.target)

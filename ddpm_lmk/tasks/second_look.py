@@ -16,6 +16,7 @@ from torch import Tensor
 from ddpm_lmk.config import RefineConfig
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.data.loading.order import keyed_uniform
+from ddpm_lmk.system.accelerator import to_device
 from ddpm_lmk.tasks.codecs import Codec, Decoded, Frame
 from ddpm_lmk.tasks.codecs.base import cell_centers, inside
 from ddpm_lmk.tasks.crops import Cutter, inverted, moved
@@ -44,7 +45,7 @@ class SecondLook:
         stream = "refine-evaluate" if is_evaluation else "refine"
         points = moved(batch.points.double(), batch.to_fine.double())
         drawn = keyed_uniform(self.cutter.seed, stream, batch.positions.numpy(), 3 * self.cfg.crops)
-        u = torch.from_numpy(drawn).to(points.device, non_blocking=True).unflatten(1, (self.cfg.crops, 3))
+        u = to_device(torch.from_numpy(drawn), points.device).unflatten(1, (self.cfg.crops, 3))
         images, inner = [], []
         for number in range(self.cfg.crops):
             which, offset = u[:, number, 0], (2 * u[:, number, 1:] - 1) * self.cfg.jitter * _side(batch)

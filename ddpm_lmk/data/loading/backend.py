@@ -21,6 +21,7 @@ from ddpm_lmk.data.loading.dali import require_dali
 from ddpm_lmk.data.loading.loader import Name, Seat, open_training
 from ddpm_lmk.data.loading.pixels import choose_residency
 from ddpm_lmk.errors import ConfigError
+from ddpm_lmk.system import accelerator
 
 _MEASURED_S = 1.0  # of each: a choice that costs more than it brings is none
 _WARM_UP = 2  # global batches before the clock starts: they start threads and build the pipelines of DALI
@@ -95,8 +96,7 @@ def _images_per_s(cfg: RunConfig, corpora: Sequence[Corpus], name: Name, device:
     began, images = time.perf_counter(), 0
     while time.perf_counter() - began < _MEASURED_S:
         images += next(batches).size
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # copies and tone changes may still be under way
+    accelerator.synchronize(device)  # copies and tone changes may still be under way
     elapsed = time.perf_counter() - began
     batches.close()
     loader.close()

@@ -33,6 +33,7 @@ from ddpm_lmk.data.loading.warp import Intensity, tone
 from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.data.shards.remote import with_retries
 from ddpm_lmk.errors import DataError, LaunchError
+from ddpm_lmk.system.accelerator import SideStream
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class DaliPixels:
         self._size, self._wide = corpora[0].image_size, needs_16_bits(corpora)
         self._kinds = [self._kind(corpus) for corpus in corpora]
         self._pipelines: dict[tuple[Kind, Intensity], Any] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = SideStream(device)
 
     def fetch(self, corpus: int, row: int) -> tuple[Kind, np.ndarray]:
         """What DALI is given: encoded bytes, or an array `[S, S, 1]`.
@@ -84,15 +85,13 @@ class DaliPixels:
     ) -> Tensor:
         """Network input `[B, 1, S, S]` float32 in [0, 1], channels-last, on the device."""
         matrices = sampling_matrices(changes.matrix)
-        with torch.cuda.stream(self._stream):  # does nothing where there is no stream
+        with self._stream.work():  # waited for in the prefetching thread: who takes the batch need not
             images = torch.empty(len(fetched), self._size, self._size, 1, device=self._device).permute(0, 3, 1, 2)
             for kind in dict.fromkeys(kind for kind, _ in fetched):
                 members = [i for i, (other, _) in enumerate(fetched) if other == kind]
                 images[members] = self._run(kind, intensity, [fetched[i][1] for i in members], matrices[members])
             tone(images, changes, seed=seed, positions=positions)
-            if self._stream is not None:
-                self._stream.synchronize()  # in the prefetching thread: who takes the batch need not wait
-                images.record_stream(torch.cuda.default_stream(self._device))  # its memory is not reused before
+        self._stream.give(images)
         return images
 
     def fine(self, fetched: Sequence[tuple[Kind, np.ndarray]]) -> None:
@@ -131,12 +130,12 @@ class DaliPixels:
 
     def _to_torch(self, made: Any) -> Tensor:
         """A copy `[B, 1, S, S]`: DALI writes its next batch into the same memory."""
-        if self._stream is None:
+        if self._stream.cuda is None:
             return torch.from_numpy(np.array(made)).permute(0, 3, 1, 2)
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         copy = torch.empty(tuple(made.shape()), device=self._device)
-        feed_ndarray(made, copy, cuda_stream=self._stream)
+        feed_ndarray(made, copy, cuda_stream=self._stream.cuda)
         return copy.permute(0, 3, 1, 2)
 
     def _build(self, kind: Kind, intensity: Intensity) -> Any:

@@ -22,6 +22,8 @@ from ddpm_lmk.data.loading.corpus import Corpus
 from ddpm_lmk.data.loading.warp import Intensity, develop
 from ddpm_lmk.data.shards.records import CorruptSampleError
 from ddpm_lmk.errors import ResourceError
+from ddpm_lmk.system import accelerator
+from ddpm_lmk.system.accelerator import to_device
 from ddpm_lmk.system.machine import available_bytes
 
 log = logging.getLogger(__name__)
@@ -61,11 +63,7 @@ class StreamPixels:
 
     def _stack(self, fetched: Sequence[Any], size: int) -> Tensor:
         """`[B, S, S]` uint8 or int16 on the device, of the size of this number."""
-        return self._to_device(torch.from_numpy(np.stack([pixels[size] for pixels in fetched])))
-
-    def _to_device(self, pixels: Tensor) -> Tensor:
-        # Only pinned memory is copied beside the computation.
-        return pixels.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else pixels
+        return to_device(torch.from_numpy(np.stack([pixels[size] for pixels in fetched])), self._device)
 
 
 class ResidentPixels(StreamPixels):
@@ -97,7 +95,7 @@ class ResidentPixels(StreamPixels):
                 decoded = list(pool.map(lambda key: self._decode(corpora[key[0]], *key), chunk))
                 begin += first
                 for store, pixels in zip(self._stores, zip(*decoded, strict=True), strict=True):
-                    store[begin : begin + len(chunk)] = torch.from_numpy(np.stack(pixels)).to(store.device)
+                    store[begin : begin + len(chunk)] = to_device(torch.from_numpy(np.stack(pixels)), store.device)
                 for slot, (c, row) in enumerate(chunk, begin):
                     self._slots[c][row] = slot
 
@@ -114,8 +112,8 @@ class ResidentPixels(StreamPixels):
 
     def _stack(self, fetched: Sequence[Any], size: int) -> Tensor:
         store = self._stores[size]
-        pixels = store.index_select(0, torch.tensor(fetched).to(store.device))
-        return pixels if self.residency == "device" else self._to_device(pixels)
+        pixels = store.index_select(0, to_device(torch.tensor(fetched), store.device))
+        return to_device(pixels, self._device)
 
     def _decode(self, corpus: Corpus, c: int, row: int) -> list[np.ndarray]:
         try:
@@ -163,8 +161,8 @@ def choose_residency(corpora: Sequence[Corpus], wanted: str, device: torch.devic
         return "stream"
     need = _bytes(corpora)
     # Each process of this machine keeps its own copy.
-    memory = available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    memory, on_device = available_bytes() // processes, accelerator.free_bytes(device, processes=processes)
     if wanted == "auto":
         if device.type == "cuda" and need <= _SHARE_OF_DEVICE * on_device:
             return "device"

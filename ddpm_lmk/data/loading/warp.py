@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_lmk.data.loading.augment import Changes, invert
 from ddpm_lmk.data.loading.order import keyed_seed
+from ddpm_lmk.system.accelerator import to_device
 
 Intensity = Literal["per_image", "full_range"]
 
@@ -63,7 +64,7 @@ def warp(images: Tensor, changes: Changes) -> Tensor:
         for k, i in enumerate(moved.tolist()):
             images[i : i + 1] = _sample(images[i : i + 1], columns[k : k + 1], rows[k : k + 1])
         return images
-    index = torch.from_numpy(moved).to(images.device, non_blocking=True)
+    index = to_device(torch.from_numpy(moved), images.device)
     return images.index_copy_(0, index, _sample(images.index_select(0, index), columns, rows))
 
 
@@ -95,7 +96,7 @@ def _sampling_axes(matrix: np.ndarray, size: int, device: torch.device) -> tuple
     columns = (back[:, 0, 0] + 1j * back[:, 1, 0])[:, None] * u
     rows = (back[:, 0, 1] + 1j * back[:, 1, 1])[:, None] * u + (offset[:, 0] + 1j * offset[:, 1])[:, None]
     parts = (torch.from_numpy(part.astype(np.complex64)) for part in (columns, rows))
-    column_part, row_part = (part.to(device, non_blocking=True) for part in parts)
+    column_part, row_part = (to_device(part, device) for part in parts)
     return column_part, row_part
 
 
@@ -129,7 +130,7 @@ def _stretch(images: Tensor) -> None:
 
 def _tone(images: Tensor, changes: Changes, seed: int, positions: np.ndarray, stream: str) -> Tensor:
     def column(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+        return to_device(torch.from_numpy(values.astype(np.float32)), images.device).view(-1, 1, 1, 1)
 
     toned = images ** column(changes.gamma)
     mean = toned.mean((1, 2, 3), keepdim=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm_lmk.config import ContourCodecConfig
 from ddpm_lmk.errors import CheckpointError
+from ddpm_lmk.system.accelerator import to_device
 from ddpm_lmk.tasks.codecs.base import Decoded, Frame, cell_centers, grid_shift, inside, local_mean
 
 
@@ -50,8 +51,7 @@ class ContourCodec:
         height, width = maps.shape[-2:]
         if self.cfg.pixel == "floor":
             points = points + grid_shift(frame)
-        scale = torch.tensor((width / frame.size, height / frame.size), dtype=points.dtype)
-        scale = scale.to(points.device, non_blocking=True)
+        scale = to_device(torch.tensor((width / frame.size, height / frame.size), dtype=points.dtype), points.device)
         cell = (points.nan_to_num() + 0.5) * scale - 0.5
         cell = cell.floor() if self.cfg.pixel == "floor" else cell.round()
         column, row = cell[..., 0].clamp(0, width - 1), cell[..., 1].clamp(0, height - 1)

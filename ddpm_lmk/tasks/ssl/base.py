@@ -22,6 +22,7 @@ from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.models import ModelCost
 from ddpm_lmk.models.cost import count_parameters, plain_cost
 from ddpm_lmk.models.encoder_unet import Encoder, EncoderUNet, build_encoder
+from ddpm_lmk.system.accelerator import to_device
 from ddpm_lmk.tasks.ssl.views import draw_views
 from ddpm_lmk.tasks.task import OneRank, Task
 
@@ -88,7 +89,7 @@ class EncoderTask(Task, Generic[Config]):
 
     def views(self, batch: Batch, stream: str) -> list[Tensor]:
         """Views of a batch, normalised, with the encoder's number of channels."""
-        std = torch.tensor(self.cfg.std).to(batch.images.device, non_blocking=True).view(1, -1, 1, 1)
+        std = to_device(torch.tensor(self.cfg.std), batch.images.device).view(1, -1, 1, 1)
         drawn = draw_views(self.cfg, batch.images, batch.positions, seed=self.seed, stream=stream)
         return [((view - self.cfg.mean) / std).expand(-1, self.channels, -1, -1) for view in drawn]
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ddpm_lmk.config.task import EncoderTaskConfig, ViewConfig
 from ddpm_lmk.data.loading.order import keyed_uniform
+from ddpm_lmk.system.accelerator import to_device
 
 TRIES = 10  # of a crop's area and shape, before the whole image is taken
 RATIO = (3 / 4, 4 / 3)
@@ -50,10 +51,10 @@ def make_view(view: ViewConfig, images: Tensor, u: Floats) -> Tensor:
     """One view of each image, from uniform numbers `u` `[B, COLUMNS]`."""
 
     def column(values: Floats) -> Tensor:
-        return torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+        return to_device(torch.from_numpy(values.astype(np.float32)), images.device).view(-1, 1, 1, 1)
 
     size = view.size or images.shape[-1]
-    matrix = torch.from_numpy(crop_matrix(view, u).astype(np.float32)).to(images.device, non_blocking=True)
+    matrix = to_device(torch.from_numpy(crop_matrix(view, u).astype(np.float32)), images.device)
     grid = F.affine_grid(matrix, [len(images), 1, size, size], align_corners=False)
     x = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     is_toned = u[:, JITTER] < view.jitter
@@ -100,7 +101,7 @@ def blurred(x: Tensor, sigma: Floats, *, radius: int) -> Tensor:
             sigma[:, None] > 0, np.exp(-(offsets**2) / (2 * np.square(sigma[:, None]))), (offsets == 0) * 1.0
         )
     kernel /= kernel.sum(1, keepdims=True)
-    weight = torch.from_numpy(kernel.astype(np.float32)).to(x.device, non_blocking=True)  # [B, K]
+    weight = to_device(torch.from_numpy(kernel.astype(np.float32)), x.device)  # [B, K]
     one = F.pad(x.transpose(0, 1), (radius, radius, radius, radius), mode="reflect")  # [1, B, ., .]
     one = F.conv2d(one, weight[:, None, None, :], groups=len(x))
     return F.conv2d(one, weight[:, None, :, None], groups=len(x)).transpose(0, 1)

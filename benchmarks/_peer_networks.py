@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -70,6 +71,7 @@ def build(name: str, shape: Shape) -> tuple[nn.Module, Call]:
     return model, cast(Call, model)
 
 
+@cache
 def count(name: str, shape: Shape, *, backward: bool = True) -> Counts:
     """Counts by one rule for every network, on tensors without content; attention as products, fused or not."""
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):

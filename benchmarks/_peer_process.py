@@ -14,8 +14,6 @@ from _peer_worker import Spec, serve
 from ddpm_lmk.bench import Timings
 from ddpm_lmk.system.console import print_status
 
-TURNS_ON_GPU = 3
-
 
 @dataclass
 class Contender:
@@ -46,12 +44,11 @@ class Process:
     def __enter__(self) -> Process:
         self._process.start()
         self._other_end.close()  # so that the pipe ends with the process
-        try:
-            self._answer()
-        except ChildProcessError:
-            self.__exit__()
-            raise
         return self
+
+    def ready(self) -> None:
+        """Wait until it can step; raises ChildProcessError with its last words when it died."""
+        self._answer()
 
     def step(self) -> dict[str, Any]:
         """Have it do one step; raises ChildProcessError with its last words when it died."""
@@ -77,41 +74,19 @@ class Process:
 
 
 def run_together(contenders: Sequence[Contender], *, warm_up: int, rounds: int) -> None:
-    """All processes alive, one step each in turn; the order turns round every round."""
+    """All processes alive, started at once, then one step each in turn; the order turns round every round."""
     with ExitStack() as stack:
-        processes = {}
+        processes = {contender.label: stack.enter_context(Process(contender.spec)) for contender in contenders}
         for contender in contenders:
-            process = _started(contender, stack)
-            if process is not None:
-                processes[contender.label] = process
+            try:
+                processes[contender.label].ready()
+            except ChildProcessError as error:
+                _fail(contender, error)
         for number in range(warm_up + rounds):
             for contender in contenders[:: 1 if number % 2 == 0 else -1]:
                 if not contender.failure:
                     _step(contender, processes[contender.label], is_kept=number >= warm_up)
             print_status(f"round {number + 1} of {warm_up + rounds}, of which {warm_up} to warm up")
-
-
-def run_by_turns(contenders: Sequence[Contender], *, warm_up: int, rounds: int) -> None:
-    """One process at a time, started anew in every turn; the order turns round every turn."""
-    steps = max(1, -(-rounds // TURNS_ON_GPU))
-    for turn in range(TURNS_ON_GPU):
-        for contender in contenders[:: 1 if turn % 2 == 0 else -1]:
-            if contender.failure:
-                continue
-            with ExitStack() as stack:
-                process = _started(contender, stack)
-                for number in range(warm_up + steps):
-                    if process is not None and not contender.failure:
-                        _step(contender, process, is_kept=number >= warm_up)
-        print_status(f"turn {turn + 1} of {TURNS_ON_GPU}, {steps} rounds each")
-
-
-def _started(contender: Contender, stack: ExitStack) -> Process | None:
-    try:
-        return stack.enter_context(Process(contender.spec))
-    except ChildProcessError as error:
-        _fail(contender, error)
-        return None
 
 
 def _step(contender: Contender, process: Process, *, is_kept: bool) -> None:

@@ -1,58 +1,75 @@
 #!/usr/bin/env bash
-# Fill a folder with what `gpu_queue.sh` needs on a machine without a network, in trips of at most 60 MiB each.
+# Fill a folder with what `gpu_queue.sh` needs on a machine without a network: OUT/1, OUT/2 and OUT/3, one for each call.
 #
-#   benchmarks/carry.sh --python 3.12 [--out .carry] [--films DIR] [--dali] [--peers]
+#   benchmarks/carry.sh [--python 3.12] [--out .carry]
 #
-# --python: version there (see `python3 -V` on that machine). --films: a folder such as isbi2015_ceph (images.csv,
-# landmarks.csv), packed here at 256 pixels. --dali and --peers add their wheels; those of DALI (190 MiB) go in parts.
-# OUT/trip-1, OUT/trip-2, ... : take one at a time as --carried of gpu_queue.sh; it keeps what earlier trips brought.
+# --python: version there (see `python3 -V` on that machine). 1 has what everything needs, 2 the other packages of
+# `peers`, and all three a part of DALI's wheel, which is repacked here: without what other Pythons load and in LZMA it
+# is two thirds as large. DALI's decoders of JPEG 2000, TIFF and compressed files are libraries of their own, loaded
+# when asked for; they stay here. Takes five minutes, and ends with the sizes: a call takes 64 MiB with the checkout.
 set -eu -o pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=${PYTHON:-python3} version="" out=$here/../.carry films="" dali=0 peers=0
+python=${PYTHON:-python3} version=3.12 out=$here/../.carry most=$((54 << 20))
 while (($#)); do
   case $1 in
     --python) version=$2; shift ;;
     --out) out=$2; shift ;;
-    --films) films=$2; shift ;;
-    --dali) dali=1 ;;
-    --peers) peers=1 ;;
     *) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
   esac
   shift
 done
-[[ -n $version ]] || { echo "say which Python is there: --python 3.12"; exit 2; }
-[[ ! -e $out/trip-1 ]] || { echo "$out has trips of an earlier call; say another --out, or remove them"; exit 2; }
-mkdir -p "$out/all/packs"
-names=(annotated-types braceexpand pydantic pydantic-core typing-inspection typing-extensions webdataset)
-((peers)) && names+=(denoising-diffusion-pytorch diffusers ema-pytorch importlib-metadata lazy-importer monai pytorch-fid zipp einops scipy)
-((dali)) && names+=(nvidia-dali-cuda130 nvidia-libnvcomp-cu13 nvidia-nvimgcodec-cu13 nvidia-nvjpeg nvidia-nvjpeg2k-cu13
-  nvidia-nvtiff-cu13 nvtx astunparse gast dm-tree optree makefun)
+[[ ! -e $out/1 ]] || { echo "$out has what an earlier call prepared; say another --out, or remove it"; exit 2; }
+mkdir -p "$out"/{1,2,3} "$out/dali"
+needed=(annotated-types pydantic pydantic-core typing-extensions typing-inspection)
+peers=(denoising-diffusion-pytorch diffusers ema-pytorch importlib-metadata lazy-importer monai pytorch-fid zipp)
+dali=(nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-nvjpeg nvtx astunparse gast dm-tree optree makefun)
 platforms=()
 for glibc in 35 34 31 28 27 26 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
 platforms+=(--platform manylinux2014_x86_64)
-for name in "${names[@]}"; do
-  pin=$(grep -m1 "^$name==" "$here/../constraints.txt" || true)
-  [[ -n $pin ]] || continue
-  "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$version" --implementation cp \
-    "${platforms[@]}" -d "$out/all" "$pin" || echo "$pin: no wheel for Python $version, left out"
+
+download() { # folder, names: the version of the constraints
+  local name pin folder=$1
+  for name in "${@:2}"; do
+    pin=$(grep -m1 "^$name==" "$here/../constraints.txt" || true)
+    [[ -n $pin ]] || continue
+    "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$version" --implementation cp \
+      "${platforms[@]}" -d "$folder" "$pin" || echo "$pin: no wheel for Python $version, left out"
+  done
+}
+
+download "$out/1" "${needed[@]}"
+download "$out/2" "${peers[@]}"
+download "$out/dali" "${dali[@]}"
+"$python" - "$out/dali" "${version/./}" <<'PY'
+import re, sys, zipfile
+from pathlib import Path
+
+other = re.compile(rf"\.cpython-(?!{sys.argv[2]}-)\d+t?-|/include/")
+for wheel in Path(sys.argv[1]).glob("nvidia_*.whl"):
+    slim = wheel.with_suffix(".slim")
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(slim, "w", zipfile.ZIP_LZMA) as new:
+        for member in old.infolist():
+            if not other.search(member.filename):
+                new.writestr(member.filename, old.read(member))
+    slim.replace(wheel)
+PY
+for wheel in "$out"/dali/*.whl; do
+  (($(stat -c %s "$wheel") > 30 << 20)) || mv "$wheel" "$out/1"
 done
-for wheel in "$out"/all/*.whl; do
-  if (($(stat -c %s "$wheel") > 50 << 20)); then
-    (cd "$out/all" && sha256sum "$(basename "$wheel")" >"$(basename "$wheel").sha256")
-    split -b 50m -d "$wheel" "$wheel.part-"
-    rm "$wheel"
-  fi
+for wheel in "$out"/dali/*.whl; do # the large one, to where there is room
+  name=$(basename "$wheel") from=0
+  (cd "$out/dali" && sha256sum "$name" >"$out/1/$name.sha256")
+  for call in 1 2 3; do
+    room=$((most - $(du -sb "$out/$call" | cut -f1)))
+    tail -c +$((from + 1)) "$wheel" | head -c "$room" >"$out/$call/$name.part-0$call" || true # tail is cut short
+    from=$((from + room))
+  done
+  ((from >= $(stat -c %s "$wheel"))) || { echo "$name does not fit three calls"; exit 1; }
+  rm "$wheel"
 done
-[[ -z $films ]] || "$python" -m ddpm_lmk.cli shards pack "$films" --kind table --spec cephalometric --size 256 --out "$out/all/packs/isbi256"
-trip=1 used=0
-for thing in "$out"/all/packs/* "$out"/all/*.whl*; do
-  [[ -e $thing ]] || continue
-  size=$(du -sk "$thing" | cut -f1)
-  ((used && used + size > 60 << 10)) && trip=$((trip + 1)) used=0
-  used=$((used + size))
-  where=$out/trip-$trip
-  [[ $thing == */packs/* ]] && where=$where/packs
-  mkdir -p "$where" && mv "$thing" "$where/"
+rmdir "$out/dali"
+for call in 1 2 3; do
+  size=$(du -sb "$out/$call" | cut -f1)
+  echo "call $call: $out/$call, $((size >> 20)) MiB"
+  ((size <= 56 << 20)) || { echo "too much for one call: at most 56 MiB beside the checkout"; exit 1; }
 done
-rm -r "$out/all"
-du -sh "$out"/trip-*

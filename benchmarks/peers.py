@@ -6,8 +6,7 @@
 A step is forward, backward and AdamW's update on the same random images, with the same precision, threads and
 optimizer for all. Every network lives in a process of its own, started fresh, so that its memory is its own; all
 processes of a group are alive and step in turn (A B C, C B A, ...), so that a busy machine is busy for all of them.
-On a GPU they would share its memory: there a process starts anew for each of three turns and steps a third of the
-rounds.
+A GPU has to hold them all at once.
 
 Groups: `width` has networks of equal width, as in the paper's code and those packages' examples (they differ in depth,
 so look at time per operation); `matched` has channels chosen so that parameters and operations are nearly ours; `way`
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from _peer_networks import PACKAGES, PEERS, Shape, count, is_installed, matched
-from _peer_process import Contender, run_by_turns, run_together
+from _peer_process import Contender, run_together
 from _peer_worker import Spec
 
 from ddpm_lmk.bench import Comparison, Result, compare_paired
@@ -53,11 +52,10 @@ def main() -> None:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     settings["packages"] = versions(*(distribution for _, distribution in PACKAGES.values()))
     result = Result("peers", settings=settings, device=device)
-    run = run_together if device == "cpu" else run_by_turns
     for group in options.groups:
         contenders = list(_contenders(group, options, device))
         print_status(f"group {group}: {', '.join(contender.label for contender in contenders)}")
-        run(contenders, warm_up=WARM_UP, rounds=options.rounds)
+        run_together(contenders, warm_up=WARM_UP, rounds=options.rounds)
         _note(result, group, contenders)
     conclude(result, options.out, f"width{options.width}-{options.size}px-{options.precision}", earlier=[RESULTS])
 

@@ -7,15 +7,18 @@ large matrix product and a convolution, so the share of the peak is measured in 
 never against a data sheet. It counts the operations our code executes; `model_gflop_per_s` counts those of the
 published algorithm. A level is its blocks run alone on what they were given, so levels add up to a little less than the
 whole (joining of skips, the loss). Memory is that of a new process, beside the estimate `pretrain --dry-run` gives.
+`--sustained-s` trains without a pause before all that: a device is faster while it is cold.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -23,7 +26,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from _subject import RESULTS, Subject, carried_out, command_words, option_parser, run_config
+from _subject import RESULTS, Subject, carried_out, command_words, device_of, option_parser, run_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,24 +40,56 @@ from ddpm_lmk.system.console import print_status, progress
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("forward", "forward and backward", "update", "train step")
+SLICES, STEADY = 20, 10  # of the time at `--sustained-s`; the first is cold, the last so many are steady
 
 
 def main() -> None:
     """Measure and write the result file."""
     parser = option_parser(__doc__)
     parser.add_argument("--halve", action="store_true", help="halve --batch until it fits the device")
+    parser.add_argument("--sustained-s", type=float, default=0.0, help="seconds of training without a pause, first")
+    parser.add_argument("--only-sustained", action="store_true", help="no parts and levels")
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     if options.memory_only:
-        sys.stdout.write(json.dumps(memory_of_training(options)) + "\n")
+        sys.stdout.write(json.dumps(memory_of_training(options)[1]) + "\n")
         return
     run_config(options)  # what is wrong with it is said before anything starts
-    memory = halve_until_it_fits(options) if options.halve else measure_memory(options)
-    subject = Subject(options)
+    subject, memory = halve_until_it_fits(options) if options.halve else measure_memory(options)
     result = Result("step", settings=subject.cfg.model_dump(mode="json"), device=subject.device)
-    measure_parts(result, subject, options, memory)
-    measure_levels(result, subject, options)
+    if options.sustained_s:
+        measure_sustained(result, subject, options, memory)
+    if not options.only_sustained:
+        measure_parts(result, subject, options, memory)
+        measure_levels(result, subject, options)
     conclude(result, options.out, f"{subject.label}-{subject.precision}", earlier=[RESULTS])
+
+
+def measure_sustained(result: Result, subject: Subject, options: argparse.Namespace, memory: dict[str, float]) -> None:
+    """Images per second of steps that follow one another, slice by slice; the device is waited for between slices."""
+
+    def seconds(steps: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            subject.step()
+        if subject.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    seconds(1)  # compiles, where the run does
+    steps = max(1, round(options.sustained_s / SLICES / seconds(1)))
+    rates = [steps * subject.batch_images / seconds(steps) for _ in range(SLICES)]
+    figures = {"cold_images_per_s": rates[0], "steady_images_per_s": median(rates[-STEADY:]), **memory}
+    figures |= {"slice_s": steps * subject.batch_images / median(rates), **operations(subject)}
+    result.add("sustained training", {"images_per_s": rates}, conditions=subject.conditions(), figures=figures)
+
+
+def operations(subject: Subject) -> dict[str, float]:
+    """Of a training step per image: as our code runs them, and those of the published algorithm."""
+    executed, published = subject.cost.flops_train, 3 * subject.cost.flops_forward
+    if subject.cfg.model.kind != "ddpm_unet":
+        published = executed  # nothing is rewritten there, and not every pass has a way back
+    return {"executed_gflop_per_image": executed / 1e9, "model_gflop_per_image": published / 1e9}
 
 
 def measure_parts(result: Result, subject: Subject, options: argparse.Namespace, memory: dict[str, float]) -> None:
@@ -94,11 +129,9 @@ def rates_of(name: str, timings: Timings, subject: Subject, peak: list[float]) -
     cost, batch = subject.cost, subject.batch_images
     if name == "update":
         return {"parameters": cost.params}
-    is_forward = name == "forward"
-    executed = (cost.flops_executed if is_forward else cost.flops_train) * batch / 1e9
-    published = cost.flops_forward * (1 if is_forward else 3) * batch / 1e9
-    if not is_forward and subject.cfg.model.kind != "ddpm_unet":
-        published = executed  # nothing is rewritten there, and not every pass has a way back
+    executed, published = (batch * gflop for gflop in operations(subject).values())
+    if name == "forward":
+        executed, published = (batch * flops / 1e9 for flops in (cost.flops_executed, cost.flops_forward))
     busy = timings.busy_s
     threads = torch.get_num_threads() if subject.device == "cpu" else 1
     shares = [100 * executed * threads / s / p for s, p in zip(busy, peak)]
@@ -209,20 +242,26 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def halve_until_it_fits(options: argparse.Namespace) -> dict[str, float]:
-    """Memory with the largest batch that fits, which the options have from then on."""
+def halve_until_it_fits(options: argparse.Namespace) -> tuple[Subject, dict[str, float]]:
+    """The network with the largest batch that fits, which the options have from then on, and its memory."""
     while True:
         try:
             return measure_memory(options)
         except ResourceError:
             if not options.batch or options.batch < 2:
                 raise
-            options.batch //= 2
-            print_status(f"does not fit; trying {options.batch} images")
+        options.batch //= 2
+        print_status(f"does not fit; trying {options.batch} images")
+        gc.collect()  # what did not fit
 
 
-def measure_memory(options: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of a few steps in a process of its own, so that nothing else counts; ResourceError: no room."""
+def measure_memory(options: argparse.Namespace) -> tuple[Subject, dict[str, float]]:
+    """The network, and the most that a few of its steps hold; ResourceError: no room.
+
+    On a CPU they are those of a process of its own, so that nothing else counts.
+    """
+    if device_of(options) == "cuda":
+        return memory_of_training(options)
     command = [sys.executable, str(Path(__file__).resolve()), *command_words(options), "--memory-only"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode == ResourceError.exit_code:
@@ -231,17 +270,19 @@ def measure_memory(options: argparse.Namespace) -> dict[str, float]:
         sys.stderr.write(done.stderr)
         raise subprocess.CalledProcessError(done.returncode, command)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return Subject(options), found
 
 
-def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
-    """Memory that training added to this process, at most, and the estimate.
+def memory_of_training(options: argparse.Namespace) -> tuple[Subject, dict[str, float]]:
+    """The network, and the memory that training it added to this process, at most, beside the estimate.
 
     The process has trained a small network before, so that what PyTorch loads for any does not count.
     """
     cfg = run_config(options)
     load_libraries(options.device, cfg.train.precision)
     before = psutil.Process().memory_info().rss / 2**30
+    if device_of(options) == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of a larger batch, which did not fit
     try:
         subject = Subject(options, cfg=cfg)
         for _ in range(3):
@@ -249,11 +290,15 @@ def memory_of_training(options: argparse.Namespace) -> dict[str, float]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ResourceError(f"a step of {options.batch or cfg.train.global_batch_size} images does not fit") from error
+        raise ResourceError(f"a step of {options.batch or cfg.train.global_batch_size} images does not fit") from None
     estimate = memory_gib(cfg, subject.task, device=subject.device, micro_batch=subject.batch_images)
     is_cuda = subject.device == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else _highest_rss_gib() - before
-    return {"peak_memory_gib": peak, "estimated_memory_gib": estimate, "estimate_over_measured": estimate / peak}
+    return subject, {
+        "peak_memory_gib": peak,
+        "estimated_memory_gib": estimate,
+        "estimate_over_measured": estimate / peak,
+    }
 
 
 def load_libraries(device: str, precision: str) -> None:

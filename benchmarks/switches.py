@@ -1,6 +1,6 @@
 """What each switch of the training step gains or costs, in turn with the step that has none of them.
 
-    python benchmarks/switches.py [--model PRESET] [--size S] [--batch B] [--rounds N] [--out DIR]
+    python benchmarks/switches.py [--model PRESET] [--size S] [--batch B] [--rounds N] [--eager] [--out DIR]
 
 A step is four micro-batches of random images and an update of AdamW and the average. The plain step standardises in
 every pass, computes norms with PyTorch's operations in fp32, and recomputes nothing. Beside the time stands what a
@@ -44,11 +44,13 @@ LAUNCHES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Measure and write the result file."""
-    options = option_parser(__doc__).parse_intermixed_args()
+    parser = option_parser(__doc__)
+    parser.add_argument("--eager", action="store_true", help="on CUDA without the compiler, which takes minutes")
+    options = parser.parse_intermixed_args()
     first = variant(options, {})
     result = Result("switches", settings=first.cfg.model_dump(mode="json"), device=first.device)
     measure(result, options, VARIANTS, micro_batches=MICRO_BATCHES)
-    if first.device == "cuda":
+    if first.device == "cuda" and not options.eager:
         measure(result, options, LAUNCHES, micro_batches=1)
     print(f"wrote {result.write(Path(options.out), first.label)}")
 

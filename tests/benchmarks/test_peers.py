@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from _peer_networks import PEERS, Counts, Shape, build, count, matched
-from _peer_process import Contender, Process, run_by_turns, run_together
+from _peer_process import Contender, Process, run_together
 from _peer_worker import Spec, make_step
 from _released import ReleasedUNet
 
@@ -83,21 +83,21 @@ def contender(network: str) -> Contender:
 
 def test_a_process_tells_time_and_memory_of_its_steps_and_dies_with_its_words() -> None:
     with Process(contender("ours").spec) as process:
+        process.ready()
         found = [process.step() for _ in range(2)]
         assert all(each["cpu_s"] > 0 and each["wall_s"] > 0 and each["peak_mib"] > 0 for each in found)
         assert found[0]["device_s"] is None
     with (
         pytest.raises(ChildProcessError, match="KeyError: 'nobody'"),
-        Process(contender("nobody").spec),
+        Process(contender("nobody").spec) as process,
     ):
-        pass
+        process.ready()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [run_together, run_by_turns])
-def test_one_that_fails_does_not_end_the_others(run) -> None:
+def test_one_that_fails_does_not_end_the_others() -> None:
     both = [contender("ours"), contender("nobody")]
-    run(both, warm_up=1, rounds=6)
+    run_together(both, warm_up=1, rounds=6)
     assert len(both[0].timings.cpu_s) == len(both[0].peak_mib) == 6
     assert both[0].failure == ""
     assert "KeyError" in both[1].failure

@@ -23,11 +23,11 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from _subject import RESULTS, Subject, carried_out, command_words, option_parser, run_config
+from _subject import RESULTS, Subject, budget_of, carried_out, command_words, option_parser, run_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.bench import Result, Timings, alternate, compare_paired
+from ddpm_lmk.bench import Result, Timings, compare_paired
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.engine.device_fit import is_out_of_memory, memory_gib
 from ddpm_lmk.errors import ResourceError
@@ -49,11 +49,18 @@ def main() -> None:
         sys.stdout.write(json.dumps(memory_of_training(options)) + "\n")
         return
     run_config(options)  # what is wrong with it is said before anything starts
-    memory = halve_until_it_fits(options) if options.halve else measure_memory(options)
-    subject = Subject(options)
-    result = Result("step", settings=subject.cfg.model_dump(mode="json"), device=subject.device)
-    measure_parts(result, subject, options, memory)
-    measure_levels(result, subject, options)
+    budget = budget_of(options)
+    memory: dict[str, float] = {}
+    measure = halve_until_it_fits if options.halve else measure_memory
+    # the batch that fits is needed for all that follows
+    budget.run("memory", lambda: memory.update(measure(options)), parts=3, ends_with_share=not options.halve)
+    subjects: list[Subject] = []
+    if not budget.run("the network", lambda: subjects.append(Subject(options))):
+        return
+    [subject] = subjects
+    result = Result("step", settings=subject.cfg.model_dump(mode="json"), device=subject.device, budget=budget)
+    budget.run("parts", lambda: measure_parts(result, subject, options, memory), parts=2)
+    budget.run("levels", lambda: measure_levels(result, subject, options))
     conclude(result, options.out, f"{subject.label}-{subject.precision}", earlier=[RESULTS])
 
 
@@ -68,7 +75,7 @@ def measure_parts(result: Result, subject: Subject, options: argparse.Namespace,
     }
     subject.step()
     with progress("bench step, parts", lines=False) as tell:
-        found = alternate(calls, rounds=options.rounds, device=subject.device, budget_s=options.budget_s / 2, tell=tell)
+        found = result.budget.alternate(calls, rounds=options.rounds, device=subject.device, tell=tell)
     threads = torch.get_num_threads() if subject.device == "cpu" else 1
     peaks = [[flops * threads / s / 1e9 for s in found[name].busy_s] for name, flops in peak_flops(subject).items()]
     peak = max(peaks, key=median)
@@ -130,10 +137,11 @@ def measure_levels(result: Result, subject: Subject, options: argparse.Namespace
     """Forward and backward of the blocks of every level, each on the input it had."""
     calls = level_calls(subject)
     with progress("bench step, levels", lines=False) as tell:
-        found = alternate(calls, rounds=options.rounds, device=subject.device, budget_s=options.budget_s / 3, tell=tell)
+        found = result.budget.alternate(calls, rounds=options.rounds, device=subject.device, needs_all=False, tell=tell)
     total = sum(median(timings.busy_s) for timings in found.values())
     for name, timings in found.items():
-        figures = {"share_of_all_levels_pct": 100 * median(timings.busy_s) / total}
+        is_whole = len(found) == len(calls)
+        figures = {"share_of_all_levels_pct": 100 * median(timings.busy_s) / total} if is_whole else {}
         result.add(f"level {name}", timings, conditions=subject.conditions(), figures=figures)
 
 

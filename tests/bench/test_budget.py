@@ -90,7 +90,7 @@ def test_calls_whose_turn_comes_too_late_are_left_out(clock: Clock) -> None:
 
 
 def test_a_part_at_work_is_cut_off_and_what_it_has_measured_stays(tmp_path: Path) -> None:
-    budget = Budget(1.0)
+    budget = Budget(60.0)
     result = Result("step", settings={}, budget=budget)
 
     def measure() -> None:
@@ -98,8 +98,8 @@ def test_a_part_at_work_is_cut_off_and_what_it_has_measured_stays(tmp_path: Path
         time.sleep(600)
 
     began = time.monotonic()
-    assert not budget.run("slow", measure, parts=2, ends_with_share=True)
-    assert time.monotonic() - began < 60
+    assert not budget.run("slow", measure, parts=200, ends_with_share=True)
+    assert time.monotonic() - began < 54
     assert budget.run("next", lambda: None)
     stored = json.loads(result.write(tmp_path, "x").read_text())
     [left_out] = stored["budget"]["left_out"]
@@ -154,9 +154,8 @@ def test_a_budget_too_small_for_another_start_says_so(
     bench._in_time(("train", "step"), _scripts(), [], tmp_path, 22, clock=clock)
     assert [name for name, _ in started] == ["step"]
     [file] = tmp_path.glob("bench_all-*.json")
-    assert [part["left_out"] for part in json.loads(file.read_text())["benchmarks"]] == [
-        ["all of it: no time left"]
-    ] * 2
+    left_out = {part["benchmark"]: part["left_out"] for part in json.loads(file.read_text())["benchmarks"]}
+    assert left_out["train"] == ["all of it: no time left"]
 
 
 def _scripts() -> dict[str, Path]:

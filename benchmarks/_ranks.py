@@ -19,12 +19,14 @@ import torch
 from _subject import Subject, option_parser
 from torch import Tensor, distributed
 
+from ddpm_lmk.bench.ratio import FEWEST_PAIRS
 from ddpm_lmk.data.batch import Batch
 from ddpm_lmk.system import environment
 from ddpm_lmk.system.processes import die_with_parent
 
 ARRAY_MIB, PRODUCT_SIDE = {"cpu": 64, "cuda": 512}, {"cpu": 1024, "cuda": 8192}
 WARM_UP = 2
+MAIN_WAYS = ("alone", "side by side", "weak")  # where there is no time for all
 
 
 def main(job: dict[str, Any]) -> None:
@@ -34,23 +36,42 @@ def main(job: dict[str, Any]) -> None:
     subject = Subject(options)
     ways = {name: way for name, way in make_ways(subject).items() if name in job.get("ways", [name])}
     kept: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    since, rounds = time.monotonic(), 0
-    while rounds < WARM_UP + options.rounds:
-        is_late = time.monotonic() - since > options.budget_s and rounds >= WARM_UP + job["fewest"]
-        if subject.parallel.broadcast(is_late):
-            break
-        for name in list(ways)[:: 1 if rounds % 2 == 0 else -1]:
+    until, started = job["began"] + job["budget_s"], time.monotonic()
+    warm_up, done, last_s = WARM_UP, -WARM_UP, 0.0
+    left_out: list[str] = []
+    while done < options.rounds:
+        begin = time.monotonic()
+        if done > -WARM_UP:  # what one round takes is known; rank 0 decides for all
+            fits = subject.parallel.broadcast((until - begin) / last_s)
+            if fits < 1 and done >= 1:
+                break
+            if (
+                fits < FEWEST_PAIRS - done and done < 0
+            ):  # too little for bounds: warm enough, and only what matters most
+                warm_up, done = warm_up + done, 0
+                left_out += [name for name in ways if name not in MAIN_WAYS]
+                ways = {name: way for name, way in ways.items() if name in MAIN_WAYS}
+        for name in list(ways)[:: 1 if done % 2 == 0 else -1]:
             works, call = ways[name]
             spent = _time(call if works(subject.parallel.rank) else _nothing, subject)
-            if rounds >= WARM_UP:
+            if done >= 0:
                 kept[name].append(spent)
-        rounds += 1
+        done, last_s = done + 1, time.monotonic() - begin
+    if done < options.rounds:
+        left_out.append(f"{options.rounds - done} of {options.rounds} rounds")
     found = subject.parallel.gather(kept)
     if subject.parallel.is_main:
         facts = {
             name: _of_all(found, name, [works(rank) for rank in range(len(found))]) for name, (works, _) in ways.items()
         }
-        Path(job["file"]).write_text(json.dumps({"ways": facts, "gradient_bytes": _gradient(subject).numel() * 4}))
+        whole = {
+            "ways": facts,
+            "left_out": left_out,
+            "warm_up": warm_up,
+            "gradient_bytes": _gradient(subject).numel() * 4,
+        }
+        whole |= {"start_s": started - job["began"], "round_s": last_s}
+        Path(job["file"]).write_text(json.dumps(whole))
     subject.parallel.close()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_lmk.bench import Budget
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.config.load import config_hash, load_run, load_yaml
 from ddpm_lmk.data.batch import Batch
@@ -49,9 +50,21 @@ def option_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run file's")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rounds", type=int, default=11, help="measured rounds of each thing")
-    parser.add_argument("--budget-s", type=float, default=120.0, help="seconds this may take, about")
+    add_budget(parser, 120.0)
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the result file")
     return parser
+
+
+def add_budget(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """The words for how long a benchmark may take; `seconds` where nobody says."""
+    parser.add_argument("--budget-s", type=float, default=seconds, help="seconds this may take")
+    # of `ddpm-lmk bench`, so that starting and importing count too; a moment of time.monotonic
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+
+
+def budget_of(options: argparse.Namespace) -> Budget:
+    """The time that the command line gives, from now."""
+    return Budget(options.budget_s, until=options.until)
 
 
 def carried_out(main: Callable[[], None]) -> None:
@@ -64,7 +77,7 @@ def carried_out(main: Callable[[], None]) -> None:
 
 
 def command_words(options: argparse.Namespace) -> list[str]:
-    """The command line that says the same to another process, but for `--out` and `--budget-s`."""
+    """The command line that says the same to another process, but for `--out` and its time."""
     names = ("run", "model", "size", "batch", "precision", "device", "rounds")
     given = {f"--{name}": getattr(options, name) for name in names}
     return [*options.settings, *(str(part) for pair in given.items() if pair[1] is not None for part in pair)]

@@ -731,13 +731,14 @@ def how_long(source: Path) -> str:
 
 
 def house_table(source: Path) -> str:
-    """Size and shape of the package before and after it was rebuilt (`python -m tests.house --json`)."""
-    after, before = (json.loads(path.read_text()) for path in (source, source.with_name("house_before.json")))
+    """Size and shape of the package before it was rebuilt, after, and now (`python -m tests.house --json`)."""
+    names = ("house_before.json", "house_after.json", source.name)
+    before, after, now = (json.loads(source.with_name(name).read_text()) for name in names)
     rows = [
-        [what, f"{before['measured'][what]:,}", f"{number:,}", after["wanted"].get(what, "")]
-        for what, number in after["measured"].items()
+        [what, *(f"{each['measured'][what]:,}" for each in (before, after, now)), now["wanted"].get(what, "")]
+        for what in now["measured"]
     ]
-    return markdown(["what", "0.1.0", "now", "wanted"], rows)
+    return markdown(["what", "0.1.0", "rebuilt", "now", "wanted"], rows)
 
 
 def methods_table(source: Path) -> str:

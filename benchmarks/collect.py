@@ -60,7 +60,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (METHOD, "radius", RESULTS / "radius_coverage.json", tables.radius_table),
     (METHOD, "radius-films", RESULTS / "table2_two_looks" / "radius.json", tables.radius_films_table),
     (WEBDATASETS, "in-place", newest(RESULTS, "in_place"), tables.in_place_table),
-    (HOUSE, "house", RESULTS / "house_after.json", tables.house_table),
+    (HOUSE, "house", RESULTS / "house_now.json", tables.house_table),
     (RECIPE, "parts", RESULTS / "table2_two_looks" / "cells.json", tables.parts_table),
     (RECIPE, "pools", RESULTS / "table2_two_looks" / "pools.json", tables.pools_table),
     (RECIPE, "time-to-accuracy", RESULTS / "table2_two_looks" / "time_to_accuracy.json", tables.time_to_accuracy_table),

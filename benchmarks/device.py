@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from _subject import RESULTS, Subject, carried_out, device_of, option_parser, run_config
+from _subject import RESULTS, Subject, budget_of, carried_out, device_of, option_parser, run_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.bench import Result, Timings, alternate
+from ddpm_lmk.bench import Result, Timings
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.models.blocks import DoubleSizeConv2d
 from ddpm_lmk.system.console import progress
 from ddpm_lmk.system.machine import granted_cores
 
 PRODUCT_SIDES = {"cpu": (1024,), "cuda": (4096, 8192)}
+CONVOLUTIONS = 3  # parts that these are worth, beside the one they are
 ARRAY_MIB = {"cpu": 64, "cuda": 512}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,24 +35,25 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 def main() -> None:
     """Measure and write the result file."""
     options = option_parser(__doc__).parse_intermixed_args()
-    device = device_of(options)
-    result = Result("device", settings=run_config(options).model_dump(mode="json"), device=device)
-    threads = torch.get_num_threads()
+    device, budget = device_of(options), budget_of(options)
+    settings = run_config(options).model_dump(mode="json")
+    result = Result("device", settings=settings, device=device, budget=budget)
+    parts: list[tuple[str, Callable[[], object]]] = []
+    for count in thread_counts(device):
+        threads = f"with {count} thread{'' if count == 1 else 's'}"
+        parts.append((f"products {threads}", partial(measure_products, result, device, count, options)))
+        parts.append((f"memory {threads}", partial(measure_memory, result, device, count, options)))
+    if device == "cuda":
+        parts.append(("transfers", partial(measure_transfers, result, device, options)))
+    parts.append(("convolutions", partial(measure_convolutions, result, options)))
     with progress("bench device", lines=False) as tell:
-        for done, count in enumerate(counts := thread_counts(device)):
-            torch.set_num_threads(count)
-            tell(2 * done, 2 * len(counts) + 1)
-            measure_products(result, device, count, options)
-            tell(2 * done + 1, 2 * len(counts) + 1)
-            measure_memory(result, device, count, options)
-        torch.set_num_threads(threads)
-        tell(2 * len(counts), 2 * len(counts) + 1)
-        if device == "cuda":
-            measure_transfers(result, device, options)
-        subject = Subject(options)
-        measure_convolutions(result, subject, options)
-        tell(2 * len(counts) + 1, 2 * len(counts) + 1)
-    conclude(result, options.out, subject.label, earlier=[RESULTS])
+        for done, (name, measure) in enumerate(parts):
+            tell(done, len(parts))
+            # convolutions come last and are many
+            is_last = done == len(parts) - 1
+            budget.run(name, measure, parts=1 if is_last else len(parts) - done + CONVOLUTIONS)
+        tell(len(parts), len(parts))
+    conclude(result, options.out, run_config(options).name, earlier=[RESULTS])
 
 
 def thread_counts(device: str) -> list[int]:
@@ -67,7 +70,7 @@ def measure_products(result: Result, device: str, threads: int, options: argpars
             name = f"{precision} {side}"
             a, b = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
             calls[name], sides[name] = _product(a, b, is_tf32=precision == "tf32"), side
-    for name, timings in _alternate(calls, device, options).items():
+    for name, timings in _alternate(calls, device, result, options, threads).items():
         conditions = {"precision": name.split()[0], "side": sides[name], "threads": threads}
         _add(result, "matrix product", timings, conditions, gflop=2 * sides[name] ** 3 / 1e9)
 
@@ -100,7 +103,7 @@ def measure_memory(result: Result, device: str, threads: int, options: argparse.
         "triad": lambda: torch.add(a, b, alpha=0.5, out=c),
     }
     moved = {"read": 1, "write": 1, "copy": 2, "triad": 3}
-    for name, timings in _alternate(calls, device, options).items():
+    for name, timings in _alternate(calls, device, result, options, threads).items():
         _add(result, name, timings, {"mib": mib, "threads": threads}, gbyte=moved[name] * mib * 2**20 / 1e9)
 
 
@@ -115,31 +118,35 @@ def measure_transfers(result: Result, device: str, options: argparse.Namespace) 
         "to host pinned": lambda: pinned.copy_(there, non_blocking=True),
         "to host ordinary": lambda: ordinary.copy_(there),
     }
-    for name, timings in _alternate(calls, device, options).items():
+    for name, timings in _alternate(calls, device, result, options).items():
         way, memory = name.rsplit(" ", 1)
         _add(result, way, timings, {"mib": mib, "memory": memory}, gbyte=mib * 2**20 / 1e9)
 
 
-def measure_convolutions(result: Result, subject: Subject, options: argparse.Namespace) -> None:
+def measure_convolutions(result: Result, options: argparse.Namespace) -> None:
     """The 3x3 convolutions of the network as it calls them, forward and with the backward pass."""
+    subject = Subject(options)
     shapes = convolution_shapes(subject)
     calls: dict[str, Callable[[], object]] = {}
     for shape in shapes:
         calls[f"{shape} forward"], calls[f"{shape} both"] = _convolution(shape, subject)
-    found = _alternate(calls, subject.device, options)
+    found = _alternate(calls, subject.device, result, options, needs_all=False)
     threads, total = torch.get_num_threads(), {"forward": [0.0, 0.0], "both": [0.0, 0.0]}
     for (channels_in, channels_out, side), count in shapes.items():
         for way, passes in (("forward", 1), ("both", 3)):
+            timings = found.get(f"{(channels_in, channels_out, side)} {way}")
+            if timings is None:
+                continue
             gflop = passes * 18 * channels_in * channels_out * side**2 * subject.batch_images / 1e9
             conditions: dict[str, Any] = {"shape": f"{channels_in} to {channels_out} at {side} px"}
             conditions |= {"batch_images": subject.batch_images, "precision": subject.precision, "threads": threads}
-            timings = found[f"{(channels_in, channels_out, side)} {way}"]
             what = "convolution forward" if way == "forward" else "convolution forward and backward"
             _add(result, what, timings, conditions, gflop=gflop, figures={"times_in_network": count})
             total[way][0] += count * gflop
             total[way][1] += count * median(timings.busy_s) / (threads if subject.device == "cpu" else 1)
-    figures = {f"{way}_gflop_per_s": gflop / seconds for way, (gflop, seconds) in total.items()}
-    result.add("all convolutions of the network", conditions=subject.conditions(), figures=figures)
+    if len(found) == len(calls):
+        figures = {f"{way}_gflop_per_s": gflop / seconds for way, (gflop, seconds) in total.items()}
+        result.add("all convolutions of the network", conditions=subject.conditions(), figures=figures)
 
 
 def _convolution(shape: tuple[int, int, int], subject: Subject) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -179,8 +186,22 @@ def convolution_shapes(subject: Subject) -> dict[tuple[int, int, int], int]:
     return seen
 
 
-def _alternate(calls: dict[str, Callable[[], object]], device: str, options: argparse.Namespace) -> dict[str, Timings]:
-    return alternate(calls, rounds=options.rounds, device=device, budget_s=options.budget_s / 8)
+def _alternate(
+    calls: dict[str, Callable[[], object]],
+    device: str,
+    result: Result,
+    options: argparse.Namespace,
+    threads: int | None = None,
+    *,
+    needs_all: bool = True,
+) -> dict[str, Timings]:
+    """Calls in turn, with as many threads as said, within the share of the part."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return result.budget.alternate(calls, rounds=options.rounds, device=device, needs_all=needs_all)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _add(

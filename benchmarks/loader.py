@@ -16,16 +16,18 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from _loader_sources import GpuWatch, make_films, object_store, read_as_the_paper, read_with_webdataset
-from _subject import RESULTS, carried_out, device_of
+from _subject import RESULTS, add_budget, budget_of, carried_out, device_of
 
-from ddpm_lmk.bench import Result
+from ddpm_lmk.bench import Budget, Result
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
@@ -34,7 +36,6 @@ from ddpm_lmk.data.shards.manifest import Manifest
 from ddpm_lmk.data.shards.pack import pack
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.run import execute
-from ddpm_lmk.system.console import print_status
 from ddpm_lmk.system.machine import version, versions
 
 GROUP_SIZE = 32
@@ -46,86 +47,130 @@ FILMS = 8
 WANTED_PER_S = 4000
 TRAINED_STEPS = 12
 SLICES = 6  # of the time of a row, for its spread
-ROWS = 40  # with what stands between them, in times of a row
+
+STORE_ROWS = 10  # what is to come from object stores, in times of a row
+PartOfSeconds = tuple[str, Callable[[float], object]]  # name, and a call that measures for so long
 
 
 def main() -> None:
     """Measure every combination and write the result file."""
     options = _options()
-    until = time.perf_counter() + options.budget_s
+    budget = budget_of(options)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        data = options.data
-        if data is None:
-            data = scratch / "skulls"
-            pack("skull", data, PackSettings(kind="phantom", counts={"train": PHANTOMS}, size=max(SIZES)))
+        data = options.data or scratch / "skulls"
+        if options.data is None:
+            settings = PackSettings(kind="phantom", counts={"train": PHANTOMS}, size=max(SIZES))
+            if not budget.run("packing phantoms", lambda: pack("skull", data, settings, workers=1)):
+                return
         manifest = Manifest.open(data)
-        result = Result("loader", settings=_circumstances(manifest, options), device=options.device)
-        for size, residency, augmented in itertools.product(SIZES, RESIDENCIES, (False, True)):
-            measure(result, data, size, residency, augmented=augmented, options=options)
-        with object_store({"pack": data}) as url:
-            measure_ways(result, data, url, scratch, options)
-            measure_training(result, data, url, scratch, options, until=until)
-    conclude(result, options.out, manifest.dataset, earlier=[RESULTS])
+        result = Result("loader", settings=_circumstances(manifest, options), device=options.device, budget=budget)
+        rows = [
+            *residency_rows(result, data, options),
+            *way_rows(result, data, scratch, options),
+            *training_rows(result, {"local shards": data}, scratch, options),
+        ]
+        measure_rows(budget, rows, options.seconds, others=STORE_ROWS)
+        urls: list[str | None] = []
+        with ExitStack() as stack:
+            budget.run("the object store", lambda: urls.append(stack.enter_context(object_store({"pack": data}))))
+            if url := "".join(filter(None, urls)):
+                stores: dict[str, Path | str] = {"http": f"{url}/films/pack", "s3": "s3://films/pack"}
+                rows = [
+                    *store_rows(result, stores, scratch, options),
+                    *training_rows(result, stores, scratch, options),
+                ]
+                measure_rows(budget, rows, options.seconds)
+        conclude(result, options.out, manifest.dataset, earlier=[RESULTS])
 
 
-def measure(
-    result: Result, data: Path, size: int, residency: str, *, augmented: bool, options: argparse.Namespace
-) -> None:
-    """One row of residencies."""
-    cfg = run_config(
-        data,
-        options,
-        {"image_size": size, "augment": {"probability": 1.0 if augmented else 0.0}},
-        cache_pixels=residency,
-        loader="torch",
-    )
-    conditions = {"image_size_px": size, "residency": residency, "augmented_share": float(augmented)}
-    _add(result, "loading", conditions, *_loading(cfg, options))
+def measure_rows(budget: Budget, rows: Sequence[PartOfSeconds], wanted_s: float, *, others: int = 0) -> None:
+    """Measure each row for `wanted_s` seconds, or for as long as leaves time for all and for `others` after them."""
+    dearest_s = 0.0  # what a row took besides, at most: opening, warming up
+    for number, (name, measure) in enumerate(rows):
+        begin_s = budget.left_s
+        seconds = max(0.0, min(wanted_s, begin_s / (len(rows) + others - number) - dearest_s))
+        budget.run(name, partial(measure, seconds), needs_s=dearest_s)
+        dearest_s = max(dearest_s, begin_s - budget.left_s - seconds)
 
 
-def measure_ways(result: Result, data: Path, url: str | None, scratch: Path, options: argparse.Namespace) -> None:
+def residency_rows(result: Result, data: Path, options: argparse.Namespace) -> Iterator[PartOfSeconds]:
+    """Sizes, residencies, with augmentation and without."""
+    for size, residency, share in itertools.product(SIZES, RESIDENCIES, (0.0, 1.0)):
+        cfg = run_config(
+            data,
+            options,
+            {"image_size": size, "augment": {"probability": share}},
+            cache_pixels=residency,
+            loader="torch",
+        )
+        conditions = {"image_size_px": size, "residency": residency, "augmented_share": share}
+        name = f"loading at {size} px, {residency}{', augmented' if share else ''}"
+        yield name, partial(_measure_loading, result, "loading", conditions, cfg, options)
+
+
+def way_rows(result: Result, data: Path, scratch: Path, options: argparse.Namespace) -> Iterator[PartOfSeconds]:
     """The same images, streamed in every way there is, with the paper's augmentation."""
-    cache = scratch / "cache"
+    yield _our_row(result, "ours, torch", "local shards", data, scratch, options, loader="torch")
+    if version("nvidia-dali-cuda130") is not None:
+        yield _our_row(result, "ours, DALI", "local shards", data, scratch, options, loader="dali")
 
-    def ours(way: str, where: str, path: Path | str, *, first: bool = False, **settings: Any) -> None:
+    def films() -> list[Path]:
+        return sorted(options.films.iterdir()) if options.films else make_films(data, scratch / "films", FILMS, FILM)
+
+    others: dict[tuple[str, str], Callable[[], Iterator[Any]]] = {
+        ("plain webdataset", "local shards, not moved"): lambda: read_with_webdataset(data, GROUP_SIZE),
+        ("as the paper", "original films"): lambda: read_as_the_paper(films(), max(SIZES), GROUP_SIZE // 4),
+    }
+    for (way, where), read in others.items():
+
+        def measure(seconds: float, way: str = way, where: str = where, read: Any = read) -> None:
+            batches = read()
+            _add(result, "way", {"way": way, "from": where}, _rate(lambda: len(next(batches)), options, seconds), {})
+
+        yield f"{way} from {where}", measure
+
+
+def store_rows(
+    result: Result, stores: dict[str, Path | str], scratch: Path, options: argparse.Namespace
+) -> Iterator[PartOfSeconds]:
+    """Our loader from object stores: at first, from its cache, and without one."""
+    for where, address in stores.items():
+        common = (address, scratch, options)
+        yield _our_row(result, "ours, torch", f"{where}, first epoch on", *common, first=True, loader="torch")
+        yield _our_row(result, "ours, torch", f"{where}, all in the cache", *common, loader="torch")
+        yield _our_row(result, "ours, torch", f"{where}, by range", *common, loader="torch", cache_gib=0)
+
+
+def _our_row(
+    result: Result,
+    way: str,
+    where: str,
+    path: Path | str,
+    scratch: Path,
+    options: argparse.Namespace,
+    *,
+    first: bool = False,
+    **settings: Any,
+) -> PartOfSeconds:
+    def measure(seconds: float) -> None:
+        cache = scratch / "cache"
         if first:
             shutil.rmtree(cache, ignore_errors=True)
         cfg = run_config(path, options, cache_dir=str(cache), **settings)
-        _add(result, "way", {"way": way, "from": where}, *_loading(cfg, options))
+        _measure_loading(result, "way", {"way": way, "from": where}, cfg, options, seconds)
 
-    ours("ours, torch", "local shards", data, loader="torch")
-    if version("nvidia-dali-cuda130") is not None:
-        ours("ours, DALI", "local shards", data, loader="dali")
-    for where, address in {} if url is None else {"http": f"{url}/films/pack", "s3": "s3://films/pack"}.items():
-        ours("ours, torch", f"{where}, first epoch on", address, first=True, loader="torch")
-        ours("ours, torch", f"{where}, all in the cache", address, loader="torch")
-        ours("ours, torch", f"{where}, by range", address, loader="torch", cache_gib=0)
-    plain = read_with_webdataset(data, GROUP_SIZE)
-    conditions = {"way": "plain webdataset", "from": "local shards, not moved"}
-    _add(result, "way", conditions, _rate(lambda: len(next(plain)), options), {})
-    films = sorted(options.films.iterdir()) if options.films else make_films(data, scratch / "films", FILMS, FILM)
-    paper = read_as_the_paper(films, max(SIZES), GROUP_SIZE // 4)
-    conditions = {"way": "as the paper", "from": "original films"}
-    _add(result, "way", conditions, _rate(lambda: len(next(paper)), options), {})
+    return f"{way} from {where}", measure
 
 
-def measure_training(
-    result: Result, data: Path, url: str | None, scratch: Path, options: argparse.Namespace, *, until: float
-) -> None:
-    """Short real runs of a small network, so that the data has little time to hide in.
-
-    The first is made in any case, others only begin before `until`, a moment of `time.perf_counter`.
-    """
-    places: dict[str, Path | str] = {"local shards": data}
-    if url is not None:
-        places |= {"http": f"{url}/films/pack", "s3": "s3://films/pack"}
+def training_rows(
+    result: Result, places: dict[str, Path | str], scratch: Path, options: argparse.Namespace
+) -> Iterator[PartOfSeconds]:
+    """Short real runs of a small network, so that the data has little time to hide in."""
     parallel = Parallel("cuda" if options.device.startswith("cuda") else "cpu")
     loaders = ["torch", *(["dali"] if version("nvidia-dali-cuda130") is not None else [])]
-    for (where, path), loader in itertools.product(places.items(), loaders):
-        if result.rows[-1].what == "training" and time.perf_counter() > until:
-            print_status(f"training from {where} with {loader}: left out, --budget-s {options.budget_s:.0f} is spent")
-            continue
+
+    def measure(where: str, path: Path | str, loader: str, _seconds: float) -> None:
         cache = str(scratch / f"training-{where}-{loader}")
         cfg = run_config(path, options, {"image_size": min(SIZES)}, loader=loader, cache_dir=cache)
         out = scratch / f"run-{where}-{loader}"
@@ -137,6 +182,9 @@ def measure_training(
         result.add(
             "training", samples, conditions={"loader": loader, "from": where}, figures={"gpu_idle_pct": gpu.idle_pct}
         )
+
+    for (where, path), loader in itertools.product(places.items(), loaders):
+        yield f"training from {where} with {loader}", partial(measure, where, path, loader)
 
 
 def run_config(
@@ -152,27 +200,30 @@ def run_config(
     return RunConfig.model_validate(fields)
 
 
-def _loading(cfg: RunConfig, options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Open the loader, take two groups to warm up, then groups for `--seconds`."""
+def _measure_loading(
+    result: Result, what: str, conditions: dict[str, Any], cfg: RunConfig, options: argparse.Namespace, seconds: float
+) -> None:
+    """Open the loader, take two groups to warm up, then groups for `seconds`: a row."""
     began = time.perf_counter()
     loader = open_loader(cfg, stage="train", device=options.device)
     open_s = time.perf_counter() - began
     groups = loader.global_batches(0)
     try:
-        return _rate(lambda: next(groups).size, options), {"open_s": open_s}
+        rates = _rate(lambda: next(groups).size, options, seconds)
     finally:
         groups.close()
         loader.close()
+    _add(result, what, conditions, rates, {"open_s": open_s})
 
 
-def _rate(take: Callable[[], int], options: argparse.Namespace) -> dict[str, list[float]]:
+def _rate(take: Callable[[], int], options: argparse.Namespace, seconds: float) -> dict[str, list[float]]:
     """Images per second and per processor second of calls that return a number of images, slice by slice."""
     for _ in range(2):
         take()
     rates: dict[str, list[float]] = {"images_per_s": [], "images_per_cpu_s": []}
     for _ in range(SLICES):
         wall, cpu, images = time.perf_counter(), time.process_time(), 0
-        while images == 0 or time.perf_counter() - wall < options.seconds / SLICES:
+        while images == 0 or time.perf_counter() - wall < seconds / SLICES:
             images += take()
         if options.device.startswith("cuda"):
             torch.cuda.synchronize()
@@ -214,10 +265,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where batches are wanted")
     parser.add_argument("--seconds", type=float, default=3.0, help="measured time per row")
     parser.add_argument("--workers", type=int, default=2, help="decoding threads")
-    parser.add_argument("--budget-s", type=float, default=120.0, help="seconds this may take, about")
+    add_budget(parser, 120.0)
     options = parser.parse_args()
     options.device = device_of(options)
-    options.seconds = min(options.seconds, options.budget_s / ROWS)
     return options
 
 

@@ -16,21 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from _subject import RESULTS, carried_out, command_words, device_of, option_parser, run_config
+from _subject import RESULTS, budget_of, carried_out, command_words, device_of, option_parser, run_config
 
 from ddpm_lmk.bench import Comparison, Result, compare_paired
 from ddpm_lmk.bench.compare import conclude
-from ddpm_lmk.bench.ratio import FEWEST_PAIRS
 from ddpm_lmk.errors import LaunchError
 from ddpm_lmk.launcher.placement import Placement
 from ddpm_lmk.launcher.start import run_ranks
 from ddpm_lmk.system.console import print_status
 from ddpm_lmk.system.machine import granted_cores
+from ddpm_lmk.system.processes import end_children
 
 MOST_CPU_PROCESSES = 8
 PATIENCE_S = 600.0  # between two signs of life, of which a benchmark gives none
@@ -54,12 +55,23 @@ def main() -> None:
     if options.processes is None and available(device) < 2:
         print_status(f"bench scaling: one {'GPU' if device == 'cuda' else 'core'} here, so there is nothing to measure")
         return
-    result = Result("scaling", settings=cfg.model_dump(mode="json"), device=device)
+    budget = budget_of(options)
+    result = Result("scaling", settings=cfg.model_dump(mode="json"), device=device, budget=budget)
     batch = options.batch or cfg.train.given_micro_batch or cfg.train.global_batch_size
     counts = process_counts(options.processes or available(device), batch)
-    for count in counts:
-        found = run_on(count, options, device, budget_s=options.budget_s / len(counts))
-        add_rows(result, found, count, cfg_facts(cfg, batch, device))
+    found: dict[str, Any] = {"start_s": 0.0, "round_s": 0.0}
+    for number, count in enumerate(counts):
+
+        def measure(count: int = count) -> None:
+            found.update(run_on(count, options, device, budget_s=budget.share_s))
+            add_rows(result, found, count, cfg_facts(cfg, batch, device))
+            for what in found["left_out"]:
+                budget.leave_out(f"{count} processes: {what}")
+
+        # twice as many start in at most twice the time
+        needs_s = 2 * (found["start_s"] + found["round_s"])
+        if not budget.run(f"{count} processes", measure, parts=len(counts) - number, needs_s=needs_s):
+            end_children()  # ranks of those that were cut off
     conclude(result, options.out, cfg.name, earlier=[RESULTS])
 
 
@@ -86,9 +98,9 @@ def run_on(
     placed = ("cpu" if device == "cpu" else "cuda", count)
     with tempfile.TemporaryDirectory() as folder:
         file, job = Path(folder) / "found.json", Path(folder) / "job.json"
-        words = [*command_words(options), "--budget-s", f"{budget_s:g}"]
-        wanted = {} if ways is None else {"ways": list(ways)}
-        job.write_text(json.dumps({"words": words, "file": str(file), "fewest": FEWEST_PAIRS, **wanted}))
+        wanted: dict[str, Any] = {} if ways is None else {"ways": list(ways)}
+        wanted |= {"words": command_words(options), "file": str(file), "budget_s": budget_s, "began": time.monotonic()}
+        job.write_text(json.dumps(wanted))
         placement = Placement(*placed, restarts=0, stall_s=PATIENCE_S)  # type: ignore[arg-type] # a literal
         code = run_ranks([str(Path(__file__).with_name("_ranks.py")), str(job)], placement)
         if code or not file.is_file():
@@ -110,14 +122,16 @@ def add_rows(result: Result, found: dict[str, Any], count: int, conditions: dict
     for name, samples in ways.items():
         images = conditions["batch_images"] * (count if name in ("weak", "side by side") else 1)
         row = result.add(name, samples, conditions={**conditions, "processes": count})
-        row.warm_up = 2
+        row.warm_up = found["warm_up"]
         if name in ("alone", "weak", "strong"):
             row.samples["images_per_s"] = [images / seconds for seconds in row.samples["wall_s"]]
     for clock in ("wall_s", "cpu_s"):
         for what, (first, second) in PAIRS.items():
-            _note(result, what, count, clock, compare_paired(ways[first][clock], ways[second][clock]))
-        strong = compare_paired(ways["alone"][clock], [count * s for s in ways["strong"][clock]])
-        _note(result, "strong scaling efficiency", count, clock, strong)
+            if first in ways and second in ways:
+                _note(result, what, count, clock, compare_paired(ways[first][clock], ways[second][clock]))
+        if "strong" in ways:
+            strong = compare_paired(ways["alone"][clock], [count * s for s in ways["strong"][clock]])
+            _note(result, "strong scaling efficiency", count, clock, strong)
     result.add("gradient", conditions={"processes": count}, figures={"gradient_mib": found["gradient_bytes"] / 2**20})
 
 

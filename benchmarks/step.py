@@ -26,11 +26,11 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from _subject import RESULTS, Subject, carried_out, command_words, device_of, option_parser, run_config
+from _subject import RESULTS, Subject, budget_of, carried_out, command_words, device_of, option_parser, run_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.bench import Result, Timings, alternate, compare_paired
+from ddpm_lmk.bench import Result, Timings, compare_paired
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.engine.device_fit import is_out_of_memory, memory_gib
 from ddpm_lmk.errors import ResourceError
@@ -55,33 +55,49 @@ def main() -> None:
         sys.stdout.write(json.dumps(memory_of_training(options)[1]) + "\n")
         return
     run_config(options)  # what is wrong with it is said before anything starts
-    subject, memory = halve_until_it_fits(options) if options.halve else measure_memory(options)
-    result = Result("step", settings=subject.cfg.model_dump(mode="json"), device=subject.device)
+    budget = budget_of(options)
+    subjects: list[Subject] = []
+    memory: dict[str, float] = {}
+
+    def prepare() -> None:
+        subject, found = halve_until_it_fits(options) if options.halve else measure_memory(options)
+        subjects.append(subject)
+        memory.update(found)
+
+    # the batch that fits is needed for all that follows
+    budget.run("memory", prepare, parts=3, ends_with_share=not options.halve)
+    if not subjects and not budget.run("the network", lambda: subjects.append(Subject(options))):
+        return
+    [subject] = subjects
+    result = Result("step", settings=subject.cfg.model_dump(mode="json"), device=subject.device, budget=budget)
     if options.sustained_s:
-        measure_sustained(result, subject, options, memory)
+        budget.run("sustained training", lambda: measure_sustained(result, subject, options, memory))
     if not options.only_sustained:
-        measure_parts(result, subject, options, memory)
-        measure_levels(result, subject, options)
+        budget.run("parts", lambda: measure_parts(result, subject, options, memory), parts=2)
+        budget.run("levels", lambda: measure_levels(result, subject, options))
     conclude(result, options.out, f"{subject.label}-{subject.precision}", earlier=[RESULTS])
 
 
 def measure_sustained(result: Result, subject: Subject, options: argparse.Namespace, memory: dict[str, float]) -> None:
     """Images per second of steps that follow one another, slice by slice; the device is waited for between slices."""
 
-    def seconds(steps: int) -> float:
-        begin = time.perf_counter()
+    def seconds(steps: int) -> tuple[float, float]:
+        begin = time.perf_counter(), time.process_time()
         for _ in range(steps):
             subject.step()
         if subject.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
     seconds(1)  # compiles, where the run does
-    steps = max(1, round(options.sustained_s / SLICES / seconds(1)))
-    rates = [steps * subject.batch_images / seconds(steps) for _ in range(SLICES)]
+    steps = max(1, round(options.sustained_s / SLICES / seconds(1)[0]))
+    images = steps * subject.batch_images
+    walls, cpus = zip(*(seconds(steps) for _ in range(SLICES)))
+    rates = [images / wall_s for wall_s in walls]
+    samples = {"images_per_s": rates, "images_per_cpu_s": [images / cpu_s for cpu_s in cpus]}
     figures = {"cold_images_per_s": rates[0], "steady_images_per_s": median(rates[-STEADY:]), **memory}
-    figures |= {"slice_s": steps * subject.batch_images / median(rates), **operations(subject)}
-    result.add("sustained training", {"images_per_s": rates}, conditions=subject.conditions(), figures=figures)
+    figures |= {"slice_s": median(walls), **operations(subject)}
+    result.add("sustained training", samples, conditions=subject.conditions(), figures=figures)
 
 
 def operations(subject: Subject) -> dict[str, float]:
@@ -103,7 +119,7 @@ def measure_parts(result: Result, subject: Subject, options: argparse.Namespace,
     }
     subject.step()
     with progress("bench step, parts", lines=False) as tell:
-        found = alternate(calls, rounds=options.rounds, device=subject.device, budget_s=options.budget_s / 2, tell=tell)
+        found = result.budget.alternate(calls, rounds=options.rounds, device=subject.device, tell=tell)
     threads = torch.get_num_threads() if subject.device == "cpu" else 1
     peaks = [[flops * threads / s / 1e9 for s in found[name].busy_s] for name, flops in peak_flops(subject).items()]
     peak = max(peaks, key=median)
@@ -163,10 +179,11 @@ def measure_levels(result: Result, subject: Subject, options: argparse.Namespace
     """Forward and backward of the blocks of every level, each on the input it had."""
     calls = level_calls(subject)
     with progress("bench step, levels", lines=False) as tell:
-        found = alternate(calls, rounds=options.rounds, device=subject.device, budget_s=options.budget_s / 3, tell=tell)
+        found = result.budget.alternate(calls, rounds=options.rounds, device=subject.device, needs_all=False, tell=tell)
     total = sum(median(timings.busy_s) for timings in found.values())
     for name, timings in found.items():
-        figures = {"share_of_all_levels_pct": 100 * median(timings.busy_s) / total}
+        is_whole = len(found) == len(calls)
+        figures = {"share_of_all_levels_pct": 100 * median(timings.busy_s) / total} if is_whole else {}
         result.add(f"level {name}", timings, conditions=subject.conditions(), figures=figures)
 
 

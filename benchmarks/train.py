@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from _bare import BareLoop, TurnTaking
-from _subject import RESULTS, Subject, carried_out, option_parser
+from _subject import RESULTS, Subject, budget_of, carried_out, device_of, option_parser, run_config
 
-from ddpm_lmk.bench import Result, compare_paired
+from ddpm_lmk.bench import Budget, Result, compare_paired
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.pack_settings import PackSettings
@@ -31,7 +31,7 @@ from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.run import execute
 from ddpm_lmk.rundir.directory import RunDir
 
-PHANTOMS = 128
+PHANTOMS, PACKED = 128, "chests"
 WARM_UP = 3
 FEWEST_STEPS = 8
 
@@ -41,24 +41,49 @@ def main() -> None:
     parser = option_parser(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each")
     options = parser.parse_intermixed_args()
-    subject = Subject(options)
-    options.steps = affordable(subject, options)
-    subject.cfg = shortened(subject.cfg, options.steps + WARM_UP)
-    result = Result("train", settings=subject.cfg.model_dump(mode="json"), device=subject.device)
-    with tempfile.TemporaryDirectory() as folder:
-        measure_training(result, subject, Path(folder), options)
-        measure_overhead(result, subject, Path(folder))
-    conclude(result, options.out, f"{subject.label}-{subject.precision}", earlier=[RESULTS])
+    device, budget = device_of(options), budget_of(options)
+    cfg = run_config(options)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepared: list[tuple[Subject, RunConfig, float]] = []
+        if not budget.run("the network and its data", lambda: prepared.append(prepare(cfg, options, folder))):
+            return
+        [(subject, run, step_s)] = prepared
+        steps = affordable_steps(step_s, budget, options.steps)
+        subject.cfg, run = (shortened(each, steps + WARM_UP) for each in (subject.cfg, run))
+        result = Result("train", settings=subject.cfg.model_dump(mode="json"), device=device, budget=budget)
+        budget.run("training", lambda: measure_training(result, subject, run, folder), parts=3)
+        if steps >= FEWEST_STEPS:
+            budget.run("the engine's overhead", lambda: measure_overhead(result, subject, folder))
+        conclude(result, options.out, f"{cfg.name}-{subject.precision}", earlier=[RESULTS])
 
 
-def affordable(subject: Subject, options: argparse.Namespace) -> int:
-    """Steps that fit the budget: the run, and both loops that take turns; enough for a ratio in any case."""
+def affordable_steps(step_s: float, budget: Budget, wanted: int) -> int:
+    """Steps that fit, besides those to warm up: of the run and of both loops, or only of the run."""
+    steps = min(wanted, int(budget.left_s / (3 * step_s)) - WARM_UP)
+    if steps < FEWEST_STEPS:
+        budget.leave_out(f"the engine's overhead: a ratio needs {FEWEST_STEPS} steps, of {step_s:.1f} s here")
+        steps = max(1, min(FEWEST_STEPS - 1, int(budget.left_s / step_s) - WARM_UP))
+    if steps < wanted:
+        budget.leave_out(f"{wanted - steps} of {wanted} steps")
+    return steps
+
+
+def prepare(cfg: RunConfig, options: argparse.Namespace, folder: Path) -> tuple[Subject, RunConfig, float]:
+    """The network, its run with data, and the seconds of a step; phantoms are packed where no data is given."""
+    subject = Subject(options, cfg=cfg)
     subject.step()
     begin = time.perf_counter()
     subject.step()
-    passes = subject.cfg.train.global_batch_size // subject.batch_images
+    passes = cfg.train.global_batch_size // subject.batch_images
     step_s = passes * (time.perf_counter() - begin)
-    return max(FEWEST_STEPS, min(options.steps, int(options.budget_s / (3 * step_s))))
+    fields = cfg.model_dump(mode="json")
+    if [str(path) for path in cfg.data.path] == ["."]:
+        settings = PackSettings(kind="phantom", counts={"train": PHANTOMS}, size=cfg.data.image_size)
+        pack("chest", folder / PACKED, settings, workers=1)
+        fields["data"] |= {"path": [str(folder / PACKED)]}
+    fields["runtime"] |= {"log_every": 1}
+    return subject, RunConfig.model_validate(fields), step_s
 
 
 def shortened(cfg: RunConfig, steps: int) -> RunConfig:
@@ -73,22 +98,10 @@ def shortened(cfg: RunConfig, steps: int) -> RunConfig:
     return RunConfig.model_validate(fields)
 
 
-def measure_training(result: Result, subject: Subject, folder: Path, options: argparse.Namespace) -> None:
+def measure_training(result: Result, subject: Subject, cfg: RunConfig, folder: Path) -> None:
     """A real run on packed shards, a line of metrics per step."""
-    cfg = subject.cfg
-    data = [str(path) for path in cfg.data.path]
-    if data == ["."]:
-        pack(
-            "chest",
-            folder / "chests",
-            PackSettings(kind="phantom", counts={"train": PHANTOMS}, size=cfg.data.image_size),
-        )
-        data = [str(folder / "chests")]
-    fields = cfg.model_dump(mode="json")
-    fields["data"] |= {"path": data}
-    fields["runtime"] |= {"log_every": 1}
     cpu = time.process_time()
-    execute(RunConfig.model_validate(fields), folder / "run", parallel=subject.parallel)
+    execute(cfg, folder / "run", parallel=subject.parallel)
     cpu = time.process_time() - cpu
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
     seconds = [cfg.train.global_batch_size / line["images_per_s"] for line in lines]
@@ -98,13 +111,12 @@ def measure_training(result: Result, subject: Subject, folder: Path, options: ar
     figures |= {"cpu_s_per_step_start_included": cpu / (len(lines) + WARM_UP)}
     if subject.device == "cuda":
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    is_packed_here = cfg.data.path[0] == str(folder / PACKED)
     conditions = {
         **subject.conditions(),
         "group_images": cfg.train.global_batch_size,
-        "data": "phantoms, prepared shards",
+        "data": "phantoms, prepared shards" if is_packed_here else "given",
     }
-    if data != [str(folder / "chests")]:
-        conditions["data"] = "given"
     samples = {"wall_s": seconds, "images_per_s": [line["images_per_s"] for line in lines]}
     row = result.add("training", samples, conditions=conditions, figures=figures)
     row.warm_up = WARM_UP

@@ -106,7 +106,15 @@ def conclude(result: Result, folder: Path, label: str, *, earlier: Sequence[Path
     places = dict.fromkeys(Path(place).resolve() for place in (*earlier, folder))
     before = [old for place in places for old in read_results(place, result.benchmark)]
     path = result.write(folder, label)
-    new = read_result(path)
+    print_status(f"wrote {path}")
+    result.budget.conclude("comparing with earlier results and drawing", lambda: _show(read_result(path), before))
+    return path
+
+
+def _show(new: Stored, before: Sequence[Stored]) -> None:
+    """Say how a result compares with earlier ones, and draw them."""
+    from ddpm_lmk.system.console import print_status
+
     others = 0
     for old in before:
         lines, remarks = compare_sides([new], [old])
@@ -117,9 +125,8 @@ def conclude(result: Result, folder: Path, label: str, *, earlier: Sequence[Path
         print_status(
             f"{others} earlier results measured something else; `ddpm-lmk bench --compare A B` says what differs"
         )
-    picture = draw([*before, new], path.with_suffix(".png"))
-    print_status(f"wrote {path}" + (f" and {picture.name}" if picture else ""))
-    return path
+    if picture := draw([*before, new], new.path.with_suffix(".png")):
+        print_status(f"drew {picture}")
 
 
 def _refusal(clock: str, *files: Stored) -> Comparison | None:

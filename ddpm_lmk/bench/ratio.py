@@ -137,26 +137,35 @@ def alternate(
     Args:
         warm_up: rounds before, not kept.
         device: "cpu", or a CUDA device, on which a call counts until its work is done.
-        budget_s: no round begins after so many seconds, if there are `FEWEST_PAIRS` by then.
+        budget_s: no round begins that would end later than so many seconds from now, by how long the last one took;
+            after one round before and one measured. Where time is short, one round before is enough.
         tell: called with (rounds done, rounds).
     """
     from ddpm_lmk.system import accelerator  # here, so that comparing files does not wait for torch
 
-    timings = {name: Timings(warm_up=warm_up) for name in calls}
-    since = time.perf_counter()
-    for number in range(warm_up + rounds):
-        done = number - warm_up
-        if budget_s is not None and done >= FEWEST_PAIRS and time.perf_counter() - since > budget_s:
+    timings = {name: Timings() for name in calls}
+    since, last_s = time.perf_counter(), 0.0
+    done, number = -warm_up, 0
+    while done < rounds:
+        begin = time.perf_counter()
+        left_s = math.inf if budget_s is None else since + budget_s - begin
+        if done >= 1 and last_s > left_s:
             break
+        if done > -warm_up and (FEWEST_PAIRS - done) * last_s > left_s:
+            done = max(done, 0)
         # whoever goes second finds warmer caches and a hotter chip: each is second as often as first
         for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
             wall_s, cpu_s, device_s = accelerator.timed(calls[name], device)
-            if done >= 0:
-                timings[name].wall_s.append(wall_s)
-                timings[name].cpu_s.append(cpu_s)
-                timings[name].device_s += [] if device_s is None else [device_s]
+            if done < 0:
+                timings[name].warm_up += 1
+                continue
+            timings[name].wall_s.append(wall_s)
+            timings[name].cpu_s.append(cpu_s)
+            timings[name].device_s += [] if device_s is None else [device_s]
+        done, number = done + 1, number + 1
+        last_s = time.perf_counter() - begin
         if tell is not None:
-            tell(max(0, done + 1), rounds)
+            tell(max(0, done), rounds)
     return timings
 
 

@@ -9,6 +9,7 @@ file: what two files of one kind of machine disagree about it is noise between t
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from ddpm_lmk.bench.budget import Budget
 from ddpm_lmk.bench.ratio import Timings, alternate, environment
 from ddpm_lmk.errors import ConfigError
 from ddpm_lmk.system import files
@@ -74,10 +76,14 @@ class Result:
 
     Attributes:
         ratios: comparisons inside the run, as `Comparison.facts` with what was compared.
+        budget: that of the run, whose omissions the file names.
     """
 
-    def __init__(self, benchmark: str, *, settings: dict[str, Any], device: str = "cpu") -> None:
+    def __init__(
+        self, benchmark: str, *, settings: dict[str, Any], device: str = "cpu", budget: Budget | None = None
+    ) -> None:
         """Begin: note the load, and do the anchor's work for the first time."""
+        self.budget = Budget(math.inf) if budget is None else budget
         self.benchmark, self.settings, self.device = benchmark, settings, device
         self.rows: list[Row] = []
         self.ratios: list[dict[str, Any]] = []
@@ -111,6 +117,7 @@ class Result:
             "code": code_digest(),
             "load_1_min_before_and_after": [*self._load, round(os.getloadavg()[0], 2)],
             "anchor_s": [_short(value) for value in anchor],
+            "budget": self.budget.facts(),
             "ratios": self.ratios,
             "rows": [row.facts() for row in self.rows],
         }

@@ -28,10 +28,11 @@ def test_waiting_costs_wall_time_and_no_processor_time() -> None:
     assert all(busy < wall for busy, wall in zip(found.busy_s, found.wall_s))
 
 
-def test_a_budget_ends_it_but_not_before_there_are_bounds() -> None:
-    found = alternate({"call": lambda: None}, rounds=100, budget_s=0)
+def test_a_budget_ends_it_after_one_round_before_and_one_measured() -> None:
+    found = alternate({"call": lambda: None}, rounds=100, warm_up=2, budget_s=0)
 
-    assert len(found["call"].wall_s) == 6
+    assert len(found["call"].wall_s) == 1
+    assert found["call"].warm_up == 1
 
 
 def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -68,20 +68,23 @@ def main() -> None:
 def measure_sustained(result: Result, subject: Subject, options: argparse.Namespace, memory: dict[str, float]) -> None:
     """Images per second of steps that follow one another, slice by slice; the device is waited for between slices."""
 
-    def seconds(steps: int) -> float:
-        begin = time.perf_counter()
+    def seconds(steps: int) -> tuple[float, float]:
+        begin = time.perf_counter(), time.process_time()
         for _ in range(steps):
             subject.step()
         if subject.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
     seconds(1)  # compiles, where the run does
-    steps = max(1, round(options.sustained_s / SLICES / seconds(1)))
-    rates = [steps * subject.batch_images / seconds(steps) for _ in range(SLICES)]
+    steps = max(1, round(options.sustained_s / SLICES / seconds(1)[0]))
+    images = steps * subject.batch_images
+    walls, cpus = zip(*(seconds(steps) for _ in range(SLICES)))
+    rates = [images / wall_s for wall_s in walls]
+    samples = {"images_per_s": rates, "images_per_cpu_s": [images / cpu_s for cpu_s in cpus]}
     figures = {"cold_images_per_s": rates[0], "steady_images_per_s": median(rates[-STEADY:]), **memory}
-    figures |= {"slice_s": steps * subject.batch_images / median(rates), **operations(subject)}
-    result.add("sustained training", {"images_per_s": rates}, conditions=subject.conditions(), figures=figures)
+    figures |= {"slice_s": median(walls), **operations(subject)}
+    result.add("sustained training", samples, conditions=subject.conditions(), figures=figures)
 
 
 def operations(subject: Subject) -> dict[str, float]:

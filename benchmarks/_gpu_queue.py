@@ -80,9 +80,9 @@ class Queue:
 
     def take(self) -> None:
         """Take over what was carried: wheels, parts of wheels, the archive of an earlier machine."""
-        if (self.carried / ARCHIVE).is_file():
-            self._take_over(self.carried / ARCHIVE)
-        for file in sorted(self.carried.rglob("*.whl*")) if self.carried.is_dir() else []:
+        for archive in self.carried.rglob(ARCHIVE):
+            self._take_over(archive)
+        for file in sorted(self.carried.rglob("*.whl*")):
             shutil.copy2(file, self.wheels)
         for sums in sorted(self.wheels.glob("*.whl.sha256")):
             self._join(sums.with_suffix(""), sums.read_text().split()[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -110,6 +111,11 @@ class Limit:
         return 1 / (self.flops / peak + self.bytes / bandwidth)
 
 
+@cache
+def _limit(preset: str) -> Limit:
+    return Limit(preset)
+
+
 def _moved(config: UNetConfig) -> int:
     """Numbers in the inputs and outputs of all convolutions of a forward pass of one image."""
     numbers = 0
@@ -149,7 +155,7 @@ def wanted_table(folder: Path) -> str:
     paper = _sustained(found.step("paper", "cuda")).get("steady_images_per_s")
     both = [_sustained(found.step("base", "cuda", compiled=compiled)) for compiled in (False, True)]
     base = max((each["steady_images_per_s"] for each in both if each), default=None)
-    limits = {name: Limit(name) for name in NETWORKS}
+    limits = {name: _limit(name) for name in NETWORKS}
     fused = _share(base, limits["base"].fused(peak, bandwidth))
     rows = [
         [f"`paper`, {SIZE_PX} px, bf16, {BATCH} images: images/s", f"{WANTED_PAPER}", _text(paper, 1)],
@@ -201,7 +207,7 @@ def rates_table(folder: Path) -> str:
     peak, bandwidth = found.peak("cuda") or PEAK, found.bandwidth("cuda") or BANDWIDTH
     rows = []
     for name, title in NETWORKS.items():
-        limit = Limit(name)
+        limit = _limit(name)
         for words, options in _variants(name):
             gpu = _sustained(found.step(name, "cuda", **options))
             cold, steady = gpu.get("cold_images_per_s"), gpu.get("steady_images_per_s")

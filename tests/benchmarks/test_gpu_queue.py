@@ -165,8 +165,7 @@ def test_another_machine_goes_on_from_the_archive_and_makes_what_it_reads_again(
     queue.items = [first, Item("make", 1, make, 1, 60, "", makes=product), read]
     for item in queue.due():
         queue.run(item, left_s=500)
-    queue.carried.mkdir()
-    queue.bring(queue.carried)
+    queue.bring(queue.carried / "back")
     product.unlink()
     other = Queue(tmp_path / "bare", queue.carried, call=2, is_smoke=False)
     other.items = queue.items

@@ -8,7 +8,8 @@ compile a network with 16 cores.
 Left out, with what it would cost: steps of the widths between `base` and `paper` (4 x 40 s; the two bracket them),
 `bench loader` (100 s; `train-torch` and `train-dali` say what a run waits), the released loop with its two files a step
 (90 s of writing 9 GB, which a disk decides), compiled and graphed steps of `switches` (2 x 90 s; `step-base-compiled`
-is the one that matters), a long pre-training and a sweep on real x-rays (minutes, for an error that CPUs gave already).
+is the one that matters), peers of equal width (40 s; those of equal operations are the fair ones), a long pre-training
+and a sweep on real x-rays (minutes, for an error that CPUs gave already).
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "phantoms",
         1,
         phantoms("fine", 1024, 64),
-        15,
+        8,
         60,
-        "76 of 1024 px, 1 s of a core each, 16 processes",
+        "76 of 1024 px, 0.15 s of a core each, 16 processes to start",
         makes=fine / "manifest.json",
     )
     beside = ("-n", "6", "--dist", "worksteal") if find_spec("xdist") and not is_smoke else ()
@@ -120,7 +121,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "pretrain",
         1,
         run("pretrain", f"train.duration={short} steps", "runtime.checkpoint_every=20 steps", "train.compile=false"),
-        35,
+        30,
         70,
         "a launcher and a rank, 20 s to begin; 40 steps of 0.05 s; two checkpoints of 1.3 GB",
         makes=runs / "pretrain" / "run.json",
@@ -131,7 +132,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "finetune",
         1,
         run("finetune", f"train.duration={short} steps", "train.compile=false", *onward),
-        35,
+        30,
         70,
         "20 s to begin; 40 steps at 256 px and 40 of the second look, 0.05 s each; 8 images scored",
         needs=("phantoms", "pretrain"),
@@ -159,10 +160,10 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
     yield Item(
         "step-paper",
         2,
-        step("paper", 30),
-        75,
-        110,
-        "8 s of weights, 30 s at it, 8 rounds of 2.1 s (forward 0.27, with backward 0.8, step 0.85, peaks), levels 7 s",
+        step("paper", 25),
+        65,
+        100,
+        "8 s of weights, 25 s at it, 8 rounds of 2.1 s (forward 0.27, with backward 0.8, step 0.85, peaks), levels 7 s",
     )
     yield Item(
         "step-base", 2, step("base", 15), 30, 50, "2 s of weights, 15 s at it, 8 rounds of 0.2 s, levels 2 s, libraries"
@@ -170,10 +171,10 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
     yield Item(
         "peers",
         2,
-        peers("--groups", "width", "matched", *(() if is_smoke else ("--width", "128", "--rounds", "8"))),
-        75,
-        110,
-        "counting and matching 20 s, 11 and 7 processes at once 15 s each, 10 rounds of 0.6 s each",
+        peers("--groups", "matched", *(() if is_smoke else ("--width", "128", "--rounds", "9"))),
+        40,
+        80,
+        "counting and matching 15 s, 7 processes start at once in 15 s, 11 rounds of 0.4 s",
     )
     yield Item(
         "papers-way",
@@ -191,7 +192,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "jpeg",
         3,
         phantoms("jpeg", 256, 256, "--encoding", "jpeg"),
-        10,
+        8,
         40,
         "268 of 256 px, 0.05 s of a core each; 16 processes to start",
         makes=packs / "jpeg" / "manifest.json",
@@ -200,7 +201,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "train-torch",
         3,
         train("torch"),
-        30,
+        20,
         60,
         "the run and both loops that take turns, 63 steps of 0.04 s each; two networks of 80 M weights",
         needs=("jpeg",),
@@ -210,7 +211,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "dali",
         3,
         tests(str(REPO / "tests" / "gpu" / "test_loading.py"), *parity),
-        25,
+        20,
         60,
         "3 packs of 12 images on the GPU, nvJPEG among them, and what needs no GPU; 5 s to import DALI",
         ("pytest", "nvidia.dali"),
@@ -219,7 +220,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "train-dali",
         3,
         train("dali"),
-        35,
+        25,
         60,
         "as train-torch, and 5 s to import DALI",
         ("nvidia.dali",),

@@ -1,6 +1,6 @@
 """Runs a call of the items of `_gpu_items`, each within its limit, and remembers what is done.
 
-    benchmarks/gpu_queue.sh 1|2|3 [--out DIR] [--state DIR] [--carried DIR] [--budget-s 225] [--only NAME ...]
+    benchmarks/gpu_queue.sh 1|2|3 [--out DIR] [--state DIR] [--carried DIR] [--budget-s 230] [--only NAME ...]
                                   [--redo NAME ...] [--cpu-smoke] [--list]
 
 A call does its own items in order, then what earlier calls left. It ends after `--budget-s`, whatever hangs; called
@@ -67,8 +67,7 @@ class Queue:
         for name in names:
             (self.state / name).mkdir(parents=True, exist_ok=True)
         self.paths = [str(REPO), str(HERE), str(self.site)]
-        if str(self.site) not in sys.path:
-            sys.path.insert(0, str(self.site))
+        sys.path[:0] = [path for path in self.paths if path not in sys.path]
         self.items = list(items(results=self.results, packs=self.packs, runs=self.runs, is_smoke=is_smoke))
         self.open: dict[str, str] = {}  # item -> why it is not done
         self.environment = {
@@ -81,9 +80,9 @@ class Queue:
 
     def take(self) -> None:
         """Take over what was carried: wheels, parts of wheels, the archive of an earlier machine."""
-        if (self.carried / ARCHIVE).is_file():
-            self._take_over(self.carried / ARCHIVE)
-        for file in sorted(self.carried.rglob("*.whl*")) if self.carried.is_dir() else []:
+        for archive in self.carried.rglob(ARCHIVE):
+            self._take_over(archive)
+        for file in sorted(self.carried.rglob("*.whl*")):
             shutil.copy2(file, self.wheels)
         for sums in sorted(self.wheels.glob("*.whl.sha256")):
             self._join(sums.with_suffix(""), sums.read_text().split()[0])
@@ -338,7 +337,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--carried", type=Path, help="wheels and parts of wheels (default: .carry; at toy size nothing)"
     )
-    parser.add_argument("--budget-s", type=float, default=225.0, help="seconds a call may take")
+    parser.add_argument("--budget-s", type=float, default=230.0, help="seconds a call may take")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--redo", nargs="+", default=[], metavar="NAME", help="forget that these are done")
     parser.add_argument("--cpu-smoke", action="store_true", help="everything at toy size on a CPU")

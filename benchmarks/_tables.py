@@ -105,8 +105,9 @@ def bench_machine(found: Stored) -> str:
 
 
 def newest(folder: Path, benchmark: str, label: str = "") -> Path:
-    """The newest result of a benchmark and label; a path that is not there where there is none."""
-    found = [result.path for result in read_results(folder, benchmark) if f"{benchmark}-{label}" in result.path.name]
+    """The newest result of a benchmark and label on a CPU; a path that is not there where there is none."""
+    results = [result for result in read_results(folder, benchmark) if result.facts["hardware"]["device"] == "cpu"]
+    found = [result.path for result in results if f"{benchmark}-{label}" in result.path.name]
     return found[-1] if found else folder / f"{benchmark}-{label}.json"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import _gpu_tables as gpu
 import _tables as tables
 from _tables import Table, newest
 from _trial_tables import trials_table
@@ -21,9 +22,9 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
-START, RESULTS_PAGE, FAULTS, METHOD, RECIPE, HOUSE, WEBDATASETS = (
+START, RESULTS_PAGE, FAULTS, METHOD, RECIPE, HOUSE, WEBDATASETS, GPU = (
     HERE.parent / "docs" / f"{name}.md"
-    for name in ("start", "results", "faults", "method", "recipe", "house", "webdatasets")
+    for name in ("start", "results", "faults", "method", "recipe", "house", "webdatasets", "gpu")
 )
 
 PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
@@ -59,6 +60,10 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "peers", newest(RESULTS, "peers", "width32_64px_fp32-cpu"), tables.peers_table),
     (METHOD, "radius", RESULTS / "radius_coverage.json", tables.radius_table),
     (METHOD, "radius-films", RESULTS / "table2_two_looks" / "radius.json", tables.radius_films_table),
+    (GPU, "gpu-wanted", RESULTS, gpu.wanted_table),
+    (GPU, "gpu-peaks", RESULTS, gpu.peaks_table),
+    (GPU, "gpu-rates", RESULTS, gpu.rates_table),
+    (GPU, "gpu-calls", RESULTS, gpu.calls_table),
     (WEBDATASETS, "in-place", newest(RESULTS, "in_place"), tables.in_place_table),
     (HOUSE, "house", RESULTS / "house_now.json", tables.house_table),
     (RECIPE, "parts", RESULTS / "table2_two_looks" / "cells.json", tables.parts_table),

@@ -63,7 +63,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
 
     def step(preset: str, sustained_s: int, *words: str) -> tuple[str, ...]:
         if is_smoke:
-            return bench("step", "--run", smoke, "--rounds", "6", "--budget-s", "1", "--sustained-s", "1", *words)
+            return bench("step", "--run", smoke, "--rounds", "6", "--budget-s", "600", "--sustained-s", "1", *words)
         size = ("--model", preset, "--size", "256", "--batch", "32", "--precision", "bf16", "--halve")
         return bench("step", *size, "--rounds", "6", "--sustained-s", str(sustained_s), *words)
 

@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -250,7 +251,7 @@ class Queue:
 
 def carry_out(words: Sequence[str], log: str, environment: Mapping[str, str], paths: Sequence[str]) -> None:
     """In a process that was forked for it: do what `python3 WORDS` does, and say all of it to `log`."""
-    os.setsid()
+    os.setpgrp()  # a group, to be ended as one; no session, which would outlive a call that is killed
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -260,12 +261,20 @@ def carry_out(words: Sequence[str], log: str, environment: Mapping[str, str], pa
     if torch is not None and torch.cuda._is_in_bad_fork():  # something asked CUDA before the fork: begin from nothing
         os.execv(sys.executable, [sys.executable, *words])
     sys.path[:0] = [path for path in paths if path not in sys.path]
+    threading.Thread(target=_end_with_queue, daemon=True).start()
     if words[0] == "-m":
         sys.argv = list(words[1:])
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = list(words)
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _end_with_queue() -> None:
+    """End this process and what it started when the queue is gone; the one it was forked from lives on with it."""
+    if (queue := multiprocessing.parent_process()) is not None:
+        queue.join()
+        os.killpg(0, signal.SIGKILL)
 
 
 def has(module: str) -> bool:

@@ -174,7 +174,10 @@ def wanted_table(folder: Path) -> str:
         wait = found.wait(loader)
         rows.append([f"`base` in a run, waiting for data ({loader}), %", f"below {WANTED_WAIT_PCT}", _text(wait, 2)])
         reached.append(_verdict(wait, lambda value: value < WANTED_WAIT_PCT))
-    return markdown(["what", "wanted", "measured", "reached"], [[*row, mark] for row, mark in zip(rows, reached)])
+    ran = next((found.all("step", "cuda")), None)
+    head = f"{ran.machine}; {machine(ran.facts)}" if ran else "Nothing of this project has run on a GPU yet."
+    table = markdown(["what", "wanted", "measured", "reached"], [[*row, mark] for row, mark in zip(rows, reached)])
+    return f"{head}\n\n{table}"
 
 
 def _worst_ratio(found: Found) -> tuple[str, str]:
@@ -213,18 +216,21 @@ def rates_table(folder: Path) -> str:
             cold, steady = gpu.get("cold_images_per_s"), gpu.get("steady_images_per_s")
             here = _sustained(found.step(name, "cpu", **options)).get("images_per_cpu_s")
             ideal, fused = limit.ideal(peak), limit.fused(peak, bandwidth)
-            cells = [f"{limit.flops / 1e12:.2f}", _text(ideal), _text(fused), _text(cold, 1), _text(steady, 1)]
-            shares = [_share(cold, ideal), _share(steady, ideal), _share(steady, fused)]
-            memory = gpu.get("peak_memory_gib")
-            rows.append([f"{title}{words}", *cells, *(_text(s, 1) for s in shares), _text(memory, 1), _text(here, 3)])
+            cells = [f"{limit.flops / 1e12:.2f}", _text(ideal), _text(fused), _of(cold, ideal), _of(steady, ideal)]
+            cells += [_text(_share(steady, fused), 1), _text(gpu.get("peak_memory_gib"), 1), _text(here, 3)]
+            rows.append([f"{title}{words}", *cells])
     flops = MLPERF_FLOPS / MLPERF_IMAGES_PER_S
-    cold, steady = MLPERF_COLD_PCT, 100 * MLPERF_FLOPS / PEAK
-    rates = [f"{cold / 100 * PEAK / flops:.0f}", f"{MLPERF_IMAGES_PER_S}", f"{cold}", f"{steady:.1f}"]
-    name = "MLPerf's U-Net (published)"
-    rows.append([name, f"{flops / 1e12:.2f}", _text(PEAK / flops), "", *rates, "", "", ""])
-    heads = ["network", "TFLOP/image", "roofline, images/s", "fused limit, images/s", "cold, images/s"]
-    heads += ["steady, images/s", "cold, % of the peak", "steady, % of the peak", "steady, % of the fused limit"]
-    return markdown([*heads, "memory, GiB", "this CPU, images per second of a core"], rows)
+    ideal = PEAK / flops
+    rates = [_of(MLPERF_COLD_PCT / 100 * ideal, ideal), _of(MLPERF_IMAGES_PER_S, ideal)]
+    rows.append(["MLPerf's U-Net, published", f"{flops / 1e12:.2f}", _text(ideal), "", *rates, "", "", ""])
+    heads = ["network", "TFLOP/image", "roofline, images/s", "fused limit, images/s", "cold, images/s (of the peak)"]
+    heads += ["steady, images/s (of the peak)", "steady, % of the fused limit", "memory, GiB"]
+    return markdown([*heads, "this CPU, images per second of a core"], rows)
+
+
+def _of(images_per_s: float | None, limit: float) -> str:
+    """A rate and its share of a limit."""
+    return "" if images_per_s is None else f"{images_per_s:,.1f} ({100 * images_per_s / limit:.1f} %)"
 
 
 def _variants(name: str) -> list[tuple[str, dict[str, bool]]]:

@@ -97,16 +97,23 @@ def test_a_call_without_time_leaves_items_for_the_next(queue: Queue, tmp_path: P
     assert (queue.logs / "slow.log").read_text() == "begun\n", "what it said until then comes home"
 
 
+def is_gone(process: int) -> bool:
+    """Has it ended, or does within seconds?"""
+    stat = Path(f"/proc/{process}/stat")
+    for _ in range(200):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if stat.read_text().split()[2] != "Z":
+                time.sleep(0.05)
+                continue
+        return True
+    return False
+
+
 def test_what_an_item_started_ends_with_it(queue: Queue, tmp_path: Path) -> None:
     code = "import subprocess, sys\np = subprocess.Popen(['sleep', '600'])\nprint(p.pid, flush=True)\np.wait()"
     queue.items = [Item("parent", 1, script(tmp_path, "parent", code), 1, 3, "")]
     queue.run(queue.items[0], left_s=500)
-    child = int((queue.logs / "parent.log").read_text())
-    for _ in range(100):
-        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"process {child} lives on")
+    assert is_gone(int((queue.logs / "parent.log").read_text()))
 
 
 def test_a_process_that_does_not_die_is_left_behind(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,23 +146,26 @@ if __name__ == "__main__":
 
 
 def test_a_call_killed_in_the_middle_has_brought_home_what_was_done_and_goes_on(tmp_path: Path) -> None:
-    counted = f"open({str(tmp_path / 'times')!r}, 'a').write('{{}}')"
+    times = tmp_path / "times"
+    counted = f"open({str(times)!r}, 'a').write('{{}}')"
     [first] = script(tmp_path, "first", counted.format("1"))
-    [second] = script(tmp_path, "second", "import time; time.sleep(600)")
+    [second] = script(tmp_path, "second", "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     names = {"benchmarks": str(ROOT / "benchmarks"), "first": first, "second": second}
     [driver] = script(tmp_path, "driver", DRIVER.format(**names))
     out = tmp_path / "out"
     command = [sys.executable, driver, "1", "--state", str(tmp_path / "state"), "--out", str(out), "--carried", "no"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-        while not (tmp_path / "state" / "logs" / "second.log").exists():
+        log = tmp_path / "state" / "logs" / "second.log"
+        while not (log.exists() and log.read_text()):
             assert process.poll() is None
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    assert is_gone(int(log.read_text())), "an item does not outlive its queue"
     with tarfile.open(out / "gpu_queue.tar.gz") as archive:
         assert "done/first.json" in archive.getnames()
     script(tmp_path, "second", counted.format("2"))
     assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
-    assert (tmp_path / "times").read_text() == "12", "the first was done once"
+    assert times.read_text() == "12", "the first was done once"
 
 
 def test_another_machine_goes_on_from_the_archive_and_makes_what_it_reads_again(queue: Queue, tmp_path: Path) -> None:

@@ -167,7 +167,8 @@ class LandmarkTask(Task):
         if self.second_look is not None:
             crops, points = self.second_look.training_crops(batch, is_evaluation=True)
             loss = loss + self.second_look.loss(self._maps_of_crops(model, crops, batch.domain), points)
-        error = MeanRadialError(self.spec.num_landmarks).to(maps.device)
+        with maps.device:  # made there: a copy would wait for it
+            error = MeanRadialError(self.spec.num_landmarks)
         error.update(self._refined(model, batch, found).points, batch.points, weight=batch.weight)
         return {
             "loss": (loss * batch.weight).sum(),

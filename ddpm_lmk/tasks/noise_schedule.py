@@ -112,6 +112,13 @@ def ddpm_sample(
         yield x_t
 
 
+def ddim_timesteps(num_steps: int, num_timesteps: int) -> list[int]:
+    """`num_steps` timesteps from the last down to 1, evenly spaced."""
+    if not 1 <= num_steps < num_timesteps:
+        raise ValueError(f"num_steps={num_steps}, wanted 1..{num_timesteps - 1}")
+    return torch.linspace(num_timesteps - 1, 1, num_steps).round().long().tolist()
+
+
 @torch.no_grad()
 def ddim_sample(
     model: Denoiser, schedule: NoiseSchedule, x_t: Tensor, *, num_steps: int = NUM_STEPS, target: Target = "eps"
@@ -120,9 +127,7 @@ def ddim_sample(
 
     Yields the estimate of x_0 at each. It is clipped to [0, 1], the range of the training images, before each jump.
     """
-    if not 1 <= num_steps < schedule.num_timesteps:
-        raise ValueError(f"num_steps={num_steps}, wanted 1..{schedule.num_timesteps - 1}")
-    timesteps = torch.linspace(schedule.num_timesteps - 1, 1, num_steps).round().long().tolist()
+    timesteps = ddim_timesteps(num_steps, schedule.num_timesteps)
     for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
         steps = torch.full((len(x_t),), t, device=x_t.device)
         x_0, _ = schedule.x_0_and_eps(x_t, steps, model(x_t, steps), target)

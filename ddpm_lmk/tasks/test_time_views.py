@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm_lmk.system.accelerator import to_device
 from ddpm_lmk.tasks.codecs import Codec, Decoded, Frame
 
 SHIFT = 0.02  # of the image side
@@ -45,7 +46,7 @@ def _decode_view(
     maps_of: Callable[[Tensor], Tensor], images: Tensor, codec: Codec, frame: Frame, matrix: Tensor
 ) -> Decoded:
     """Points seen in the view whose pixel p shows the image at `matrix` applied to p (normalised coordinates)."""
-    size, matrix = frame.size, matrix.to(images)
+    size, matrix = frame.size, to_device(matrix, images.device).to(images)
     grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     decoded = codec.decode(maps_of(F.grid_sample(images, grid, padding_mode="border", align_corners=False)), frame)
     unit = (decoded.points + 0.5) * (2 / size) - 1  # [B, N, 2] in [-1, 1]

@@ -1,45 +1,49 @@
 """The host never waits for its device inside a step, but once: the exchange that decides about the update.
 
-There is a device here that nothing can be read from: torch's `meta`. It runs every operation of the step, and raises
-where a value is to come back to the host. What is brought to a device is watched as well, because a plain copy waits
-for all work before it. (Fused AdamW refuses `meta`; torch promises the same of it.)
+That is so for every task, with or without a line of the log: the numbers of a line come with that exchange. The step is
+the real one, on devices that nothing can be read from (`far`); so is a validation, whose sums are read once.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad
-from torch.overrides import TorchFunctionMode
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.spec import SPECS
 from ddpm_lmk.engine.gradients import StepOutcome
 from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.loop import Loaders, fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.training_state import TrainState
-from ddpm_lmk.models import build_model
 from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.rundir.log import read_lines
-from ddpm_lmk.tasks import DenoiseTask, Task, build_task
-from tests.engine.toy import ToyTrain, config
+from ddpm_lmk.tasks import DenoiseTask, build_task
+from ddpm_lmk.tasks.codecs.contour import ContourCodec
+from tests.engine.far import DEVICES, SPEC, Copies, FullTrain, far_device, far_model
+from tests.engine.toy import config
 
 STEPS = 3
 NETWORK = {"width": 8, "multipliers": [1], "heads": 2, "head_dim": 4, "groups": 4}
+ENCODER = {"kind": "encoder_unet", "encoder": "vgg19"}
+CODECS = {
+    **{kind: {"kind": kind} for kind in ("spatial", "disc", "gaussian")},
+    "warped": {"kind": "disc", "masks": "warped"},
+    "contour": {"kind": "contour", "pixel": "floor"},
+}
 CASES: dict[str, dict[str, Any]] = {
-    "denoise": {},
+    "denoise": {"train": {"ema": {}}},
+    "zoom": {"task": {"kind": "denoise", "zoom": {}}, "data": {"fine_size": 64}},
     "exact": {"train": {"exactness": "exact", "gradient": "sum", "micro_batch": 2}, "optim": {"clip": {}}},
-    **{kind: {"task": {"kind": "landmarks", "codec": {"kind": kind}}} for kind in ("spatial", "disc", "gaussian")},
-    "contour": {"task": {"kind": "landmarks", "codec": {"kind": "contour", "pixel": "floor"}}},
-    "views": {"task": {"kind": "simclrv2"}, "model": {"kind": "encoder_unet", "encoder": "vgg19"}},
+    "accumulated": {"train": {"micro_batch": 2, "ema": {}}, "optim": {"clip": {"kind": "value"}}},
+    **{name: {"task": {"kind": "landmarks", "codec": codec}} for name, codec in CODECS.items()},
+    "second look": {"task": {"kind": "landmarks", "refine": {"size": 16}}, "data": {"fine_size": 64}},
+    **{kind: {"task": {"kind": kind}, "model": ENCODER} for kind in ("simclrv2", "mocov3", "dino")},
+    "gu2net": {"task": {"kind": "landmarks"}, "model": {"kind": "gu2net"}},
 }
 
 
@@ -47,96 +51,47 @@ class EnoughError(Exception):
     """Ends a run in the middle."""
 
 
-class FarDevice(Parallel):
-    """A process whose device gives nothing back but what is exchanged; that is counted."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-        self.device, self.exchanged = torch.device("meta"), 0
-
-    def exchange(self, values: Tensor) -> list[list[float]]:
-        assert values.device.type == "meta"
-        self.exchanged += 1
-        return [[1.0], [1.0], [0.0], [0.25]]
+def run_file(case: dict[str, Any], kind: str) -> RunConfig:
+    """The toy's, with a network of the case."""
+    how = {"precision": "fp32", "group_norm": "native", **case.get("train", {})}
+    size = {"image_size": 32} if "model" in case else {}
+    optim = {"kind": "sgd" if kind == "meta" else "adamw", **case.get("optim", {})}  # fused AdamW refuses `meta`
+    task = case.get("task", {"kind": "denoise"})
+    model = case.get("model", NETWORK)
+    return config(optim=optim, task=task, model=model, train=how, data={**size, **case.get("data", {})})
 
 
-class Uploads(TorchFunctionMode):
-    """Notes copies to the device that wait for it."""
+def steps(cfg: RunConfig, kind: str, path: Path) -> tuple[int, Copies]:
+    """Exchanges in `STEPS` steps of the real loop, and copies in all but the first, which brings what stays there."""
+    copies = Copies()
+    task = build_task(cfg, SPEC)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting: list[str] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = function(*args, **kwargs)
-        name = getattr(function, "__name__", str(function))
-        if isinstance(out, Tensor) and out.device.type == "meta":
-            is_new = name in ("tensor", "as_tensor", "new_tensor")
-            sources = [value for value in args if isinstance(value, Tensor) and value.device.type == "cpu"]
-            is_copy = name in ("to", "cuda", "copy_") and bool(sources)
-            if (is_new or is_copy) and not kwargs.get("non_blocking"):
-                self.waiting.append(f"{name} {tuple(out.shape)}")
-        return out
-
-
-class LabelledTrain(ToyTrain):
-    """The toy's positions, with images of full size and points."""
-
-    def global_batches(self, start_step: int) -> Any:
-        side = self.cfg.data.image_size
-        for group in super().global_batches(start_step):
-            batches = [
-                replace(
-                    batch,
-                    images=torch.zeros(len(batch), 1, side, side),
-                    points=torch.full((len(batch), self.spec.num_landmarks, 2), 3.0),
-                )
-                for batch in group.micro_batches
-            ]
-            yield replace(group, micro_batches=batches)
-
-
-def far_task(cfg: RunConfig, uploads: Uploads) -> Task:
-    """The real task, whose noise the far device cannot draw by key, and which has enough after some steps.
-
-    What is brought to the device once, in the first step, is forgotten.
-    """
-    task = build_task(cfg, SPECS["phantom-chest"])
-    if isinstance(task, DenoiseTask):
-        task.noise = lambda images, positions, stream="eps": torch.randn_like(images)  # type: ignore[method-assign]
+    after = task.after_step
 
     def after_step(model: nn.Module, step: int) -> None:
+        after(model, step)
         if step == 1:
-            uploads.waiting.clear()
+            copies.waiting.clear()
         if step == STEPS:
             raise EnoughError
 
     task.after_step = after_step  # type: ignore[method-assign]
-    return task
+    with far_device(kind, copies) as parallel:
+        state = TrainState.fresh(cfg, far_model(cfg, task, parallel.device))
+        with RunDir.lock(path, cfg) as run:
+            run.begin(cfg, {"fingerprint": "toy"})
+            with pytest.raises(EnoughError), copies.watched():
+                fit(cfg, task, state, Loaders(FullTrain(cfg)), parallel, run)
+        return parallel.exchanged, copies
 
 
+@pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_step_waits_for_the_device_once(
-    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
-    monkeypatch.setattr(clip_grad, "_device_has_foreach_support", lambda device: True)  # nor does this
-    settings = {"optim": {"kind": "sgd", **case.get("optim", {})}, "task": case.get("task", {"kind": "denoise"})}
-    size = {"image_size": 32} if "model" in case else {}
-    how = {"precision": "fp32", "group_norm": "native", **case.get("train", {})}
-    cfg = config(**{**settings, "model": case.get("model", NETWORK), "train": how, "data": size})
-    parallel, uploads = FarDevice(), Uploads()
-    task = far_task(cfg, uploads)
-    with parallel.device:
-        network = build_model(cfg.model, out_channels=task.out_channels, full_size=task.full_size, domains=task.domains)
-        state = TrainState.fresh(cfg, task.wrap(network))
-    with RunDir.lock(tmp_path / "run", cfg) as run:
-        run.begin(cfg, {"fingerprint": "toy"})
-        with pytest.raises(EnoughError), uploads:
-            fit(cfg, task, state, Loaders(LabelledTrain(cfg)), parallel, run)
-    assert parallel.exchanged == STEPS
-    assert uploads.waiting == []
+def test_a_step_waits_for_the_device_once(case: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    exchanged, copies = steps(run_file(case, kind), kind, tmp_path / "run")
+    assert exchanged == STEPS
+    assert copies.waiting == []
+    assert copies.home == []
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS)), "lines before the crash are all there"
 
@@ -146,15 +101,48 @@ def clock(parallel: Parallel) -> CompileClock:
     return CompileClock(config(), parallel, RunDir(Path(), writes=False))
 
 
-def test_the_far_device_notices_a_read_and_a_plain_copy(tmp_path: Path) -> None:
-    uploads, far = Uploads(), torch.zeros(3, device="meta")
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        far.sum().item()
-    with uploads:
-        far.new_tensor([1.0])
-        torch.zeros(2).to("meta")
-        torch.zeros(2).to("meta", non_blocking=True)
-    assert uploads.waiting == ["new_tensor (1,)", "to (2,)"]
+def read_it(loss: Tensor) -> Tensor:
+    return loss * loss.sum().item()
+
+
+def pick_it(loss: Tensor) -> Tensor:
+    return loss[loss > 0]
+
+
+def bring_it_home(loss: Tensor) -> Tensor:
+    return loss.cpu()
+
+
+def mix_it(loss: Tensor) -> Tensor:
+    return loss * torch.ones(len(loss))
+
+
+def carry_it(loss: Tensor) -> Tensor:
+    return loss * torch.ones(len(loss)).to(loss.device)
+
+
+def decide_by_it(loss: Tensor) -> Tensor:
+    return loss if loss.sum() > 0 else -loss
+
+
+FAULTS = (read_it, pick_it, bring_it_home, mix_it, carry_it, decide_by_it)
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("place", ["loss", "codec"])
+def test_a_planted_fault_is_found(
+    fault: Any, place: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner: Any = DenoiseTask if place == "loss" else ContourCodec
+    sound = owner.loss
+    monkeypatch.setattr(owner, "loss", lambda self, *values: fault(sound(self, *values)))
+    case = CASES["denoise" if place == "loss" else "contour"]
+    try:
+        exchanged, copies = steps(run_file(case, kind), kind, tmp_path / "run")
+    except (RuntimeError, NotImplementedError, pytest.fail.Exception):
+        return  # the device refused it
+    assert exchanged != STEPS or copies.waiting or copies.home
 
 
 def test_a_slow_disk_does_not_hold_up_steps_and_loses_no_line(parallel: Parallel) -> None:

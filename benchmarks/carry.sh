@@ -9,7 +9,7 @@
 # when asked for; they stay here. Takes five minutes, and ends with the sizes: a call takes 64 MiB with the checkout.
 set -eu -o pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=${PYTHON:-python3} version=3.12 out=$here/../.carry most=$((54 << 20))
+python=${PYTHON:-python3} version=3.12 out=$here/../.carry most=$((56 << 20))
 while (($#)); do
   case $1 in
     --python) version=$2; shift ;;
@@ -71,5 +71,5 @@ rmdir "$out/dali"
 for call in 1 2 3; do
   size=$(du -sb "$out/$call" | cut -f1)
   echo "call $call: $out/$call, $((size >> 20)) MiB"
-  ((size <= 56 << 20)) || { echo "too much for one call: at most 56 MiB beside the checkout"; exit 1; }
+  ((size <= 57 << 20)) || { echo "too much for one call: at most 57 MiB beside the checkout"; exit 1; }
 done

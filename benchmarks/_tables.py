@@ -105,9 +105,14 @@ def bench_machine(found: Stored) -> str:
 
 
 def newest(folder: Path, benchmark: str, label: str = "") -> Path:
-    """The newest result of a benchmark and label on a CPU; a path that is not there where there is none."""
-    results = [result for result in read_results(folder, benchmark) if result.facts["hardware"]["device"] == "cpu"]
-    found = [result.path for result in results if f"{benchmark}-{label}" in result.path.name]
+    """The newest result of a benchmark and label on a CPU that left nothing out; else a path that is not there."""
+    found = [
+        result.path
+        for result in read_results(folder, benchmark)
+        if f"{benchmark}-{label}" in result.path.name
+        and result.facts["hardware"]["device"] == "cpu"
+        and not result.facts.get("budget", {}).get("left_out")
+    ]
     return found[-1] if found else folder / f"{benchmark}-{label}.json"
 
 

@@ -83,7 +83,7 @@ class Budget:
             return False
         self._part, self._part_until = what, self._clock() + left_s / parts
         limit_s = left_s / parts if ends_with_share else left_s
-        before = signal.signal(signal.SIGALRM, _cut_off)
+        before = signal.signal(signal.SIGALRM, cut_off)
         try:
             signal.setitimer(signal.ITIMER_REAL, limit_s if math.isfinite(limit_s) else 0)
             part()
@@ -115,8 +115,15 @@ class Budget:
             else:
                 call()
                 last_s = self._clock() - begin
-        timings = alternate(tried, rounds=rounds, budget_s=self.share_s, **settings)
+        timings: dict[str, Timings] = {}
+        try:
+            alternate(tried, rounds=rounds, budget_s=self.share_s, into=timings, **settings)
+        except OutOfTime:
+            if not all(each.wall_s for each in timings.values()):
+                raise
         count = min(len(each.wall_s) for each in timings.values())
+        for each in timings.values():
+            each.keep(count)  # of the round that was cut off nothing
         if count < rounds:
             self.leave_out(f"{self._part}: {rounds - count} of {rounds} rounds")
         return timings
@@ -133,5 +140,6 @@ class Budget:
         return {"budget_s": seconds, "measured_for_s": round(used_s, 1), "left_out": self.left_out}
 
 
-def _cut_off(number: int, frame: FrameType | None) -> None:
+def cut_off(number: int, frame: FrameType | None) -> None:
+    """What the timer does."""
     raise OutOfTime

@@ -117,6 +117,10 @@ class Timings:
         """The clock that other programs disturb least: of the device, or of the processor."""
         return self.device_s or self.cpu_s
 
+    def keep(self, rounds: int) -> None:
+        """Forget what was measured after so many rounds."""
+        del self.wall_s[rounds:], self.cpu_s[rounds:], self.device_s[rounds:]
+
     def samples(self) -> dict[str, list[float]]:
         """What a result file keeps."""
         clocks = {"wall_s": self.wall_s, "cpu_s": self.cpu_s, "device_s": self.device_s}
@@ -130,6 +134,7 @@ def alternate(
     warm_up: int = 2,
     device: str = "cpu",
     budget_s: float | None = None,
+    into: dict[str, Timings] | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timings]:
     """Time every call once a round, in turn; the order turns round from one round to the next (A B, B A, A B, ...).
@@ -139,11 +144,13 @@ def alternate(
         device: "cpu", or a CUDA device, on which a call counts until its work is done.
         budget_s: no round begins that would end later than so many seconds from now, by how long the last one took;
             after one round before and one measured. Where time is short, one round before is enough.
+        into: filled as they are measured, and returned: what is there when an exception ends it.
         tell: called with (rounds done, rounds).
     """
     from ddpm_lmk.system import accelerator  # here, so that comparing files does not wait for torch
 
-    timings = {name: Timings() for name in calls}
+    timings = {} if into is None else into
+    timings |= {name: Timings() for name in calls}
     since, last_s = time.perf_counter(), 0.0
     done, number = -warm_up, 0
     while done < rounds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,6 +28,7 @@ from ddpm_lmk.tasks import LandmarkTask, Task, build_task
 
 log = logging.getLogger(__name__)
 
+SNAPSHOTS = "snapshots"  # of a run directory
 # Not the encoding: PNG and raw pixels are the same pixels.
 PIXEL_SETTINGS = ("size", "aspect", "filter", "window", "bits")
 
@@ -138,10 +140,17 @@ def open_run(
     layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
     model = model.to(parallel.device).to(memory_format=layout).eval()  # type: ignore[call-overload]
     is_whole = "results" in meta or (path / "config.yaml").is_file()
-    run = path if is_whole else Path(meta["path"]).parent.parent  # of RUN/snapshots/STEP
+    run = path if is_whole else _run_of_snapshot(Path(meta["path"]))
     # temperatures are no weights: they lie beside the snapshots, and every snapshot of the run uses them
     calibration.put(meta.get("calibration") or calibration.read(run), task)
     return LoadedRun(run, cfg, spec, task, model, parallel, meta)
+
+
+def _run_of_snapshot(snapshot: Path) -> Path:
+    """The run directory around a snapshot, however it was named; a snapshot that was copied elsewhere is alone."""
+    if len(snapshot.parts) < 3 or ".." in snapshot.parts:  # named from inside of the run
+        snapshot = Path(os.path.abspath(snapshot))  # noqa: PTH100 - a link may lead to a snapshot elsewhere
+    return snapshot.parents[1] if snapshot.parent.name == SNAPSHOTS else snapshot
 
 
 def _without_emulation(cfg: RunConfig, device: str) -> RunConfig:

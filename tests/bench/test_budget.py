@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from ddpm_lmk.bench import Budget, Result
 from ddpm_lmk.bench import ratio as ratios
+from ddpm_lmk.bench.budget import OutOfTime, cut_off
 from ddpm_lmk.cli import bench
 
 
@@ -87,6 +89,22 @@ def test_calls_whose_turn_comes_too_late_are_left_out(clock: Clock) -> None:
     assert budget.left_out == ["shapes: c", "shapes: d", "shapes: e", "shapes: f"]
     assert len(found["b"].wall_s) == 6
     assert clock.now <= 1090
+
+
+def test_whole_rounds_stay_of_calls_that_are_cut_off(clock: Clock) -> None:
+    budget, calls = Budget(100, clock=clock), itertools.count()
+
+    def second() -> None:
+        if next(calls) == 5:
+            raise OutOfTime  # as the timer does
+
+    found: dict[str, ratios.Timings] = {}
+    both = {"first": clock.spend(1), "second": second}
+    assert budget.run("step", lambda: found.update(budget.alternate(both, rounds=6, warm_up=1)))
+    assert [len(found[name].cpu_s) for name in both] == [4, 4]
+    assert budget.left_out == ["step: 2 of 6 rounds"]
+    # without a whole round there is nothing to keep
+    assert not budget.run("none", lambda: budget.alternate({"cut": lambda: cut_off(0, None)}, rounds=6))
 
 
 def test_a_part_at_work_is_cut_off_and_what_it_has_measured_stays(tmp_path: Path) -> None:

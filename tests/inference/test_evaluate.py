@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -285,6 +286,28 @@ def test_a_document_names_its_film_and_a_picture_that_has_none_costs_the_others_
     weights = open_run(landmark_run, device="cpu").weights_sha256
     assert report.DeviceSerialNumber == state.DeviceSerialNumber == weights
     assert weights in (landmark_run / "snapshots" / "step-00000003" / "meta.json").read_text()
+
+
+def test_a_snapshot_uses_what_lies_in_its_run_however_it_is_named_and_nothing_of_other_folders(
+    landmark_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(landmark_run, run)
+    spec = open_run(run, device="cpu").spec
+    facts = {"factor": 1.5, "spec": spec.name, "landmarks": list(spec.landmark_names), "step": 3}
+    (run / "radius.json").write_text(json.dumps(facts))
+    step = "step-00000003"
+    for inside, name in ((".", f"snapshots/{step}"), ("snapshots", step), (f"snapshots/{step}", f"../{step}")):
+        monkeypatch.chdir(run / inside)
+        loaded = open_run(name, device="cpu")
+        assert loaded.radius == facts, name
+        assert loaded.results["num_images"] == 6
+    shutil.copytree(run / "snapshots" / step, other / "best" / step)
+    (other / "radius.json").write_text(json.dumps(facts | {"factor": 9.0}))
+    assert open_run(other / "best" / step, device="cpu").radius is None
+    # weights of another step
+    (run / "radius.json").write_text(json.dumps(facts | {"step": 2}))
+    assert open_run(run / "snapshots" / step, device="cpu").radius is None
 
 
 def test_a_further_format_has_the_points_of_the_table_and_a_picture_of_each_file(

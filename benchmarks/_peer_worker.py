@@ -25,6 +25,7 @@ from ddpm_lmk.engine.training_state import Ema
 from ddpm_lmk.models.blocks import use_norm
 from ddpm_lmk.models.kernels.group_norm import choose_norm
 from ddpm_lmk.models.weight_standardization import OncePerStep
+from ddpm_lmk.system.machine import keep_freed_memory
 
 EMA_DECAY, CLIP = 0.995, 1.0
 
@@ -39,6 +40,7 @@ class Spec:
             as it comes, the average parameter by parameter. "ours": the same mathematics as the engine does it.
         micro_batches: of `shape.batch` images; "ours" takes them at once.
         save: write model, optimizer and average after the step, as the released loop does ("released" only).
+        keeps_memory: freed memory is not returned to the system, as in a run of ours on a CPU.
     """
 
     network: str
@@ -50,6 +52,7 @@ class Spec:
     way: str = "plain"
     micro_batches: int = 1
     save: bool = False
+    keeps_memory: bool = False
 
 
 def serve(spec: Spec, pipe: Connection) -> None:
@@ -131,6 +134,8 @@ def make_step(
     model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs do not know it
     if spec.network.startswith("ours"):
         use_norm(model, choose_norm("auto", device, is_compiled=False))  # as a run does it
+    if spec.keeps_memory:
+        keep_freed_memory()
     size = spec.shape.size_px
     images = spec.shape.batch * spec.micro_batches
     x = torch.rand(images, 1, size, size, device=device).contiguous(memory_format=layout)

@@ -115,8 +115,10 @@ def step(subject: Subject, batch: Batch, *, reduces: bool) -> None:
         with subject.parallel.autocast(subject.cfg.train.precision):
             total = subject.task.loss(updater.net, batch).float().sum()
         updater.add(total, len(batch))
-    if reduces:
-        updater.finish(0.0)
+    parallel = subject.parallel
+    world, parallel.world = parallel.world, parallel.world if reduces else 1  # what is left of the end is local work
+    updater.finish(0.0)
+    parallel.world = world
     state.step += 1
     updater.apply(None)
     state.ema.update(state.step)

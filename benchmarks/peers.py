@@ -11,7 +11,8 @@ A GPU has to hold them all at once.
 Groups: `width` has networks of equal width, as in the paper's code and those packages' examples (they differ in depth,
 so look at time per operation); `matched` has channels chosen so that parameters and operations are nearly ours; `way`
 compares a whole step of the paper's released loop with ours. Packages that are missing are named and left out
-(`pip install -c constraints.txt -e '.[bench]'`). Others run in both memory layouts; ours is channels-last.
+(`pip install -c constraints.txt -e '.[bench]'`). Others run in both memory layouts; ours is channels-last. On a CPU
+ours keeps freed memory, as its runs do, and the others return it, as theirs do; with `--keep-memory` all keep it.
 
 Operations are counted by torch's flop counter for all alike. Ours needs fewer than the released network for the same
 function, so there are two rates: per operation of the function (as released) and per operation run.
@@ -57,7 +58,9 @@ def main() -> None:
         print_status(f"group {group}: {', '.join(contender.label for contender in contenders)}")
         run_together(contenders, warm_up=WARM_UP, rounds=options.rounds)
         _note(result, group, contenders)
-    conclude(result, options.out, f"width{options.width}-{options.size}px-{options.precision}", earlier=[RESULTS])
+    kept = "-keep" if options.keep_memory else ""
+    label = f"width{options.width}-{options.size}px-{options.precision}{kept}"
+    conclude(result, options.out, label, earlier=[RESULTS])
 
 
 def _contenders(group: str, options: argparse.Namespace, device: str) -> Iterator[Contender]:
@@ -68,7 +71,8 @@ def _contenders(group: str, options: argparse.Namespace, device: str) -> Iterato
     def contender(network: str, layout: str, shape: Shape = shape, way: str = "plain", save: bool = False) -> Contender:
         micro_batches = options.micro_batches if way != "plain" else 1
         precision = "fp32" if way == "released" else options.precision
-        spec = Spec(network, shape, layout, precision, device, options.threads, way, micro_batches, save)
+        keeps = device == "cpu" and (options.keep_memory or network.startswith("ours"))
+        spec = Spec(network, shape, layout, precision, device, options.threads, way, micro_batches, save, keeps)
         counts = count(network, shape)
         function = released.forward_flops if network not in PEERS else counts.forward_flops
         return Contender(_label(spec), spec, counts, function * micro_batches)
@@ -205,6 +209,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="images at once")
     parser.add_argument("--micro-batches", type=int, default=8, help="group way: micro-batches of a step (released: 8)")
     parser.add_argument("--save", action="store_true", help="group way: also with the released loop's save every step")
+    parser.add_argument("--keep-memory", action="store_true", help="have the others keep freed memory too (CPU)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=1)

@@ -29,7 +29,7 @@ from ddpm_lmk.engine.exact_reduce import all_gather
 from ddpm_lmk.engine.requirements import check_zero
 from ddpm_lmk.errors import LaunchError, LmkError
 from ddpm_lmk.system import accelerator, environment
-from ddpm_lmk.system.machine import cpu_name, granted_cores
+from ddpm_lmk.system.machine import cpu_name, granted_cores, keep_freed_memory, return_freed_memory
 from ddpm_lmk.system.signals import print_status
 from ddpm_lmk.tasks.task import OneRank
 
@@ -60,6 +60,8 @@ class Parallel:
         if torch.get_num_threads() > granted_cores():  # torch knows of no control group
             torch.set_num_threads(granted_cores())
         use_cpu = device == "cpu" or not accelerator.is_available()
+        if use_cpu:
+            keep_freed_memory()
         reduction = DistributedDataParallelKwargs(
             find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
         )
@@ -143,6 +145,7 @@ class Parallel:
     def release(self) -> None:
         """Forget prepared models, so that a process can train many, one after the other."""
         self._accelerator.free_memory()
+        return_freed_memory()
 
     def autocast(self, precision: Precision) -> AbstractContextManager[Any]:
         """The precision of a forward pass; auto is `auto_precision`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -159,3 +160,27 @@ def test_a_real_kill_for_want_of_memory_is_seen(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells it on Linux only")
 def test_the_processor_has_a_name() -> None:
     assert machine.cpu_name()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="a C library without mallopt")
+def test_freed_memory_is_kept_until_it_is_returned() -> None:
+    code = """
+import os
+from ddpm_lmk.system import machine
+def used():
+    return int(machine.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def freed():
+    blocks = [b"x" * 2**20 for _ in range(64)]
+    del blocks
+    return used() - before
+before = used()
+returned = freed()
+assert machine.keep_freed_memory()
+kept = freed()
+machine.return_freed_memory()
+print(returned, kept, used() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    returned, kept, after = map(int, done.stdout.split())
+    assert returned < 16 * 2**20 < 48 * 2**20 < kept
+    assert after < 16 * 2**20

@@ -165,11 +165,11 @@ def check_disk(folder: Path, cfg: RunConfig | None) -> Iterator[Finding]:
 
 
 def checkpoint_gib(cfg: RunConfig) -> float:
-    """One checkpoint: fp32 weights, average, the moments of AdamW, and the best weights where they are kept."""
+    """One checkpoint: fp32 weights, average, moments, and the best weights where they are kept."""
     from ddpm_lmk.models import model_cost
 
     cost = model_cost(cfg.model, cfg.data.image_size, 1)
-    copies = 1 + 2 * (cfg.optim.kind == "adamw") + (cfg.train.ema is not None) + (cfg.train.select == "best")
+    copies = 1 + 2 * (cfg.optim.kind != "sgd") + (cfg.train.ema is not None) + (cfg.train.select == "best")
     networks = 1 if getattr(cfg.task, "refine", None) is None else 2
     return cost.weight_bytes * networks * copies / 2**30
 

@@ -192,6 +192,8 @@ class RunConfig(Section):
                 "train.exactness=exact needs train.micro_batch, a size that does not depend on the number of processes, "
                 "and train.compile=false, since kernels are compiled per process"
             )
+        if self.optim.kind == "muon" and self.model.kind != "ddpm_unet":
+            raise ValueError(f"optim.kind=muon is for model.kind=ddpm_unet, found {self.model.kind}; use adamw")
         if self.model.couples_images and train.exactness == "exact":
             raise ValueError(
                 f"model.kind={self.model.kind} normalises over the images of a micro-batch, so bits depend on the number "

@@ -38,8 +38,10 @@ class PlateauConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule; the learning rate is a function of the step."""
 
-    kind: Literal["adamw", "adam", "sgd"] = Field(
-        "adamw", description="optimizer (adam: decay is part of the gradient, GU2Net; sgd: plain, for tests of scale)"
+    kind: Literal["adamw", "muon", "adam", "sgd"] = Field(
+        "adamw",
+        description="optimizer (muon: orthogonalised updates, of ddpm_unet; adam: decay is part of the gradient, GU2Net; "
+        "sgd: plain, for tests of scale)",
     )
     lr: Positive = Field(1e-4, description="learning rate (paper: 1e-4 pre-training, 1e-5 fine-tuning)")
     head_lr: Positive | None = Field(

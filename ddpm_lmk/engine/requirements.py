@@ -22,6 +22,8 @@ def check_exclusions(cfg: RunConfig, *, world: int, zero: int) -> None:
         )
     if zero and cfg.train.exactness == "exact":
         raise ConfigError("train.exactness=exact cannot be kept with ZeRO, which adds in its own order; use ordered")
+    if zero and cfg.optim.kind == "muon":
+        raise ConfigError("optim.kind=muon needs whole matrices, of which ZeRO leaves a process a part; use adamw")
     if zero and cfg.data.propagate is not None:
         raise ConfigError(
             "data.propagate trains several runs one after the other in one process, where ZeRO shares out the state of "

@@ -37,6 +37,7 @@ def folder(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for world in (1, 2, 4):
         jobs = [job(folder / f"sgd-{world}", optim={"kind": "sgd", "lr": 0.3})]
         jobs.append(job(folder / f"exact-{world}", optim=EXACT, exactness="exact", bad_positions=BAD))
+        jobs.append(job(folder / f"muon-{world}", optim={**EXACT, "kind": "muon"}, exactness="exact"))
         stop = {} if world == 4 else {"signal_at": 2 * world - 1, "expected": "StoppedError"}
         jobs.append(job(folder / "moved", optim=EXACT, exactness="exact", bad_positions=BAD, **stop))
         if world == 2:
@@ -82,14 +83,15 @@ def test_all_ranks_end_with_the_same_bits(folder: Path, world: int) -> None:
     assert all(facts["unused_is_none"] for facts in found), "what no rank reaches gets no gradient"
 
 
-def test_class_exact_has_the_same_bits_for_any_number_of_processes(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["exact", "muon"])
+def test_class_exact_has_the_same_bits_for_any_number_of_processes(name: str, folder: Path) -> None:
     """Weights, average and moments; groups of 8 and 5 micro-batches, which 2 ranks share as 3 and 2."""
-    found = [processes.facts(folder / f"exact-{world}", rank) for world in (1, 2, 4) for rank in range(world)]
+    found = [processes.facts(folder / f"{name}-{world}", rank) for world in (1, 2, 4) for rank in range(world)]
     assert len({facts["digest"] for facts in found}) == 1
     assert all(facts["unused_is_none"] for facts in found), "what no rank reaches gets no gradient"
-    lines = [processes.losses(folder / f"exact-{world}") for world in (1, 2, 4)]
+    lines = [processes.losses(folder / f"{name}-{world}") for world in (1, 2, 4)]
     assert lines[0] == lines[1] == lines[2]
-    scores = [processes.scores(folder / f"exact-{world}") for world in (1, 2, 4)]
+    scores = [processes.scores(folder / f"{name}-{world}") for world in (1, 2, 4)]
     assert scores[0] == scores[1] == scores[2]
 
 

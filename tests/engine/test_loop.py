@@ -85,12 +85,13 @@ def test_the_reported_loss_is_the_mean_over_the_group(tmp_path: Path, parallel: 
     assert lines[1]["eta_s"] == 0
 
 
-def test_a_run_stopped_and_continued_has_the_same_bits(tmp_path: Path, parallel: Parallel) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_stopped_and_continued_has_the_same_bits(kind: str, tmp_path: Path, parallel: Parallel) -> None:
     settings = {"duration": 9, "evaluate_every": 2, "select": "best", "micro_batch": 2}
     cfg = config(
         data={"validation_split": "val"},
         train=settings,
-        optim={"lr": 0.05, "plateau": {"patience": 0, "threshold": 0.5}},
+        optim={"kind": kind, "lr": 0.05, "plateau": {"patience": 0, "threshold": 0.5}},
     )
     plain, _ = train(cfg, tmp_path / "plain", parallel)
     task = ToyTask(cfg.seed)

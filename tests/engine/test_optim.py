@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm_lmk.config import ClipConfig, OptimConfig, PlateauConfig
 from ddpm_lmk.engine.optim import (
@@ -18,6 +18,7 @@ from ddpm_lmk.engine.optim import (
     learning_rate,
     load_moments,
     moments,
+    orthogonalised,
     set_learning_rate,
 )
 from ddpm_lmk.engine.training_state import Plateau
@@ -149,10 +150,90 @@ def test_plateau_without_settings_does_nothing() -> None:
     assert plateau.factor == 1.0
 
 
-def stepped() -> tuple[nn.Module, torch.optim.Optimizer]:
+def textbook(matrix: Tensor) -> Tensor:
+    """Newton-Schulz as Jordan et al. write it, in double precision."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.float()
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 90), (2, 40, 9), (1, 16, 16)])
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_lengths(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape) * torch.logspace(-6, 3, shape[0])[:, None, None]
+    for found, matrix in zip(orthogonalised(matrices), matrices, strict=True):
+        torch.testing.assert_close(found, textbook(matrix), rtol=0, atol=1e-4)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        turned = left.T @ found @ right.T  # of a polynomial of the matrix: diagonal, in the same order of vectors
+        large = values > 0.02 * matrix.norm()
+        assert large.sum() >= 0.8 * len(values)
+        assert ((turned.diagonal() > 0.65) & (turned.diagonal() < 1.2))[large].all()
+        torch.testing.assert_close(turned - turned.diagonal().diag(), torch.zeros_like(turned), rtol=0, atol=1e-4)
+
+
+def test_a_matrix_without_rank_stays_without() -> None:
+    assert torch.equal(orthogonalised(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+    row = torch.zeros(1, 3, 4)
+    row[0, 1] = 2.0
+    assert orthogonalised(row)[0, 1].norm().item() == pytest.approx(0.9, abs=0.3)
+    assert orthogonalised(row)[0, [0, 2]].abs().max() == 0
+
+
+def test_muon_is_the_one_of_torch_for_matrices_and_adamw_for_the_rest() -> None:
+    """Torch's works in bf16, and takes kernels only when they are matrices already."""
+    torch.manual_seed(0)
+    cfg = settings(kind="muon", lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
+    layers = {"init_conv": (4, 6, 1), "middle": (6, 10, 3), "wide": (10, 5, 1), "final_conv": (5, 2, 1)}
+    ours = nn.ModuleDict({name: nn.Conv2d(*shape, padding="same") for name, shape in layers.items()})
+    start = {name: value.clone() for name, value in ours.state_dict().items()}
+    theirs = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+    hidden = [f"{name}.weight" for name in ("middle", "wide")]
+    rest = [value for name, value in theirs.items() if name not in hidden]
+    flat = {name: nn.Parameter(theirs[name].detach().flatten(1)) for name in hidden}
+    references = [
+        torch.optim.Muon(flat.values(), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=0.02, weight_decay=0.1, betas=(0.9, 0.95)),
+    ]
+    optimizer = build_optimizer(cfg, ours)
+    for _ in range(4):
+        for name, parameter in ours.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            theirs[name].grad = parameter.grad.clone()
+            if name in flat:
+                flat[name].grad = parameter.grad.flatten(1)
+        for one in (optimizer, *references):
+            one.step()
+    for name, parameter in ours.named_parameters():
+        if name not in hidden:
+            torch.testing.assert_close(parameter, theirs[name], rtol=1e-5, atol=1e-6)
+            continue
+        moved, wanted = (value.detach().flatten(1) - start[name].flatten(1) for value in (parameter, flat[name]))
+        assert (moved - wanted).norm() < 0.02 * wanted.norm()
+    assert {key.split("/")[0] for key in moments(optimizer, ours) if "middle.weight" in key} == {"momentum"}
+
+
+def test_muon_has_the_rates_of_its_groups_and_frozen_weights_stay() -> None:
+    model = ToyNet()
+    optimizer = build_optimizer(settings(kind="muon", lr=1e-3, head_lr=5e-3, decay_all=False), model)
+    set_learning_rate(optimizer, 1e-4)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: rates[id(p)] for name, p in model.named_parameters() if name.endswith("weight")} == pytest.approx(
+        {"stem.weight": 1e-4, "norm.weight": 1e-4, "unreached.weight": 1e-4, "final_conv.weight": 5e-4}
+    )
+    before = model.final_conv.weight.detach().clone()
+    model.final_conv.weight.grad = torch.ones_like(before)
+    optimizer.step()
+    torch.testing.assert_close(model.final_conv.weight.detach(), before - 5e-4 - 5e-4 * 0.01 * before)
+    frozen = build_optimizer(settings(kind="muon", freeze="trunk"), model)
+    assert [len(group["params"]) for group in frozen.param_groups] == [2]
+
+
+def stepped(kind: str = "adamw") -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = ToyNet().to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(settings(lr=0.1), model)
+    optimizer = build_optimizer(settings(kind=kind, lr=0.1), model)
     for _ in range(2):
         model(torch.rand(2, 1, 8, 8)).square().mean().backward()
         optimizer.step()
@@ -160,20 +241,21 @@ def stepped() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def test_moments_come_back_bit_by_bit_in_the_layout_of_the_parameters() -> None:
-    model, optimizer = stepped()
+@pytest.mark.parametrize(("kind", "key"), [("adamw", "exp_avg"), ("muon", "momentum")])
+def test_moments_come_back_bit_by_bit_in_the_layout_of_the_parameters(kind: str, key: str) -> None:
+    model, optimizer = stepped(kind)
     saved = {
         name: value.clone(memory_format=torch.contiguous_format) for name, value in moments(optimizer, model).items()
     }
-    assert "exp_avg/stem.weight" in saved
+    assert f"{key}/stem.weight" in saved
     assert not any("unreached" in name for name in saved), "what has no gradient has no moments"
-    other = build_optimizer(settings(lr=0.1), model)
+    other = build_optimizer(settings(kind=kind, lr=0.1), model)
     load_moments(other, model, saved)
     again = moments(other, model)
     assert again.keys() == saved.keys()
     assert all(torch.equal(again[name], value) for name, value in saved.items())
     strides = {name: p.stride() for name, p in model.named_parameters()}
-    assert again["exp_avg/stem.weight"].stride() == strides["stem.weight"]
+    assert again[f"{key}/stem.weight"].stride() == strides["stem.weight"]
 
 
 def test_foreign_moments_are_refused() -> None:

@@ -105,8 +105,12 @@ def bench_machine(found: Stored) -> str:
 
 
 def newest(folder: Path, benchmark: str, label: str = "") -> Path:
-    """The newest result of a benchmark and label; a path that is not there where there is none."""
-    found = [result.path for result in read_results(folder, benchmark) if f"{benchmark}-{label}" in result.path.name]
+    """The newest whole result of a benchmark and label; a path that is not there where there is none."""
+    found = [
+        result.path
+        for result in read_results(folder, benchmark)
+        if f"{benchmark}-{label}" in result.path.name and not result.facts.get("budget", {}).get("left_out")
+    ]
     return found[-1] if found else folder / f"{benchmark}-{label}.json"
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import _tables
 import _trial_tables
 import pytest
 from _trial_tables import Setting, flat, one_change, trials_table
 
+from ddpm_lmk.bench import Result
 from ddpm_lmk.config.load import load_run
 from tests.benchmarks.scripts import ROOT
 from tests.known_runs import put
@@ -42,6 +44,14 @@ def test_single_changes_are_found_paired_by_seed_and_marked(tmp_path: Path, monk
     assert f"| lr | {recipe.optim.lr:g} | 0.007 | 5 | 0 | 2.50 → 9.00 | +6.50, one seed | views 1 |" in text
     assert "| views | 8 | 1 | 10" not in text
     assert "| nothing: the recipe | random | 0, 1 | 2.50 (n=2) |" in text
+
+
+def test_a_table_is_of_the_newest_result_that_left_nothing_out(tmp_path: Path) -> None:
+    whole, cut = Result("sweep", settings={}), Result("sweep", settings={})
+    path = whole.write(tmp_path, "a")
+    cut.budget.leave_out("3 of 6 rounds")
+    cut.write(tmp_path, "b")
+    assert _tables.newest(tmp_path, "sweep") == path
 
 
 def test_settings_that_belong_together_are_one_change() -> None:

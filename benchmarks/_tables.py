@@ -105,7 +105,7 @@ def bench_machine(found: Stored) -> str:
 
 
 def newest(folder: Path, benchmark: str, label: str = "") -> Path:
-    """The newest result of a benchmark and label on a CPU that left nothing out; else a path that is not there."""
+    """The newest whole result of a benchmark and label on a CPU; a path that is not there where there is none."""
     found = [
         result.path
         for result in read_results(folder, benchmark)

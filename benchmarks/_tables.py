@@ -397,6 +397,45 @@ def time_to_accuracy_table(source: Path) -> str:
     return f"{found['hardware']['cpu']}, one core; {found['date'][:10]}\n\n{markdown(heads, rows)}"
 
 
+def optimizers_table(source: Path) -> str:
+    """Loss on films left out by optimizer, rate and length, and the time to the best of AdamW."""
+    found = json.loads(source.read_text())
+    step_s = found["cost"]["step_cpu_s"]
+    rows = []
+    for run in sorted(found["runs"], key=lambda run: (run["images"], run["kind"], run["lr"])):
+        alike = [other for other in found["runs"] if other["images"] == run["images"] and other["kind"] == "adamw"]
+        best = min(alike, key=lambda other: other["losses"][-1]["loss"])
+        reached = [point["images"] for point in run["losses"] if point["loss"] <= best["losses"][-1]["loss"]]
+        share = "never" if not reached else f"{reached[0] / best['images'] * step_s[run['kind']] / step_s['adamw']:.2f}"
+        loss = f"{run['losses'][-1]['loss']:.4f}"
+        rows.append([f"{run['images']:,}", run["kind"], run["lr"], loss, share])
+    cost = found["cost"]["muon_over_adamw"]
+    heads = ["images", "optimizer", "rate", "loss", "processor time to AdamW's best loss"]
+    ratio = f"A step with Muon takes {_bounds(cost)} times that with AdamW, by processor time."
+    return f"{found['hardware']['cpu']}, one core; {found['date'][:10]}. {ratio}\n\n{markdown(heads, rows)}"
+
+
+VARIANTS = {
+    "adamw": "the recipe (AdamW, rate 0.001); films 131-150 without labels among its images",
+    "tmax250": "timesteps up to 250 of 500 (`task.t_max`), else the recipe",
+    "lognormal": "timesteps with log-normal noise around 0.3, else the recipe (not a setting)",
+    "adamw4e-3": "AdamW, rate 0.004; films 001-130 alone",
+    "muon": "Muon, rate 0.004; films 001-130 alone",
+}
+
+
+def variants_table(source: Path) -> str:
+    """Landmark errors on validation films after variants of pre-training."""
+    found = _by_labels(json.loads(source.read_text()))
+
+    def errors(start: str, labels: int) -> str:
+        runs = sorted(found[start].get(labels, []), key=lambda run: run["seed"])
+        return " / ".join(f"{run['mre_mm']:.2f}" for run in runs)
+
+    rows = [[title, errors(start, 1), errors(start, 10)] for start, title in VARIANTS.items() if start in found]
+    return markdown(["24,000 images of pre-training", "1 label", "10 labels"], rows)
+
+
 def parts_table(source: Path) -> str:
     """What each part of the recipe gives on test films with the same labels, and the operations of its training."""
     cells = json.loads(source.read_text())

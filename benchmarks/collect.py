@@ -70,6 +70,8 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (RECIPE, "pools", RESULTS / "table2_two_looks" / "pools.json", tables.pools_table),
     (RECIPE, "time-to-accuracy", RESULTS / "table2_two_looks" / "time_to_accuracy.json", tables.time_to_accuracy_table),
     (RECIPE, "one-shot", RESULTS / "table2_two_looks" / "one_shot.json", tables.one_shot_table),
+    (RECIPE, "optimizers", RESULTS / "optimizers.json", tables.optimizers_table),
+    (RECIPE, "variants", RESULTS / "table2_two_looks" / "variants.json", tables.variants_table),
     (RECIPE, "second-look", RESULTS / "isbi_recipe" / "second_look.json", tables.second_look_table),
     (RECIPE, "trials", RESULTS / "isbi_recipe" / "trials.jsonl", trials_table),
 )

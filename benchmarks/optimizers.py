@@ -1,17 +1,17 @@
-"""AdamW and Muon in the pre-training recipe for a CPU: loss on films left out, cost of a step, landmark errors after.
+"""AdamW and Muon in the pre-training recipe for a CPU: loss on films left out, and the cost of a step.
 
     ddpm-lmk pretrain configs/pretrain/isbi_cpu.yaml data.path=shards/isbi512val optim.kind=muon optim.lr=2e-3 \\
         evaluate.samples=0 train.snapshot_every='4000 images' --cpu 1 --out runs/optimizers/muon-2e-3-24000
-    python benchmarks/optimizers.py --runs runs/optimizers --cells runs/optimizers-cells [--rounds N] [--out DIR]
+    python benchmarks/optimizers.py --runs runs/optimizers [--rounds N] [--out DIR]
 
 `isbi512val` has films 001-130 as split train and 131-150 as split val. The loss of a snapshot, of its averaged weights,
 is that of pre-training, crops included, over those 20 films in `DRAWS` draws of timestep, noise and crop, the same for
-all. Cells are those of sweeps of `configs/finetune/isbi_cpu.yaml` that start from these runs and score split val.
+all. Landmark
+errors after it are cells of a sweep that `parts.py --name variants` collects.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,19 +90,6 @@ def curves(folder: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def scores(folders: list[Path]) -> Iterator[dict[str, Any]]:
-    """A row for each cell: where it starts, its labels and seed, and its error."""
-    for folder in folders:
-        for cell in csv.DictReader((folder / "results.csv").open()):
-            yield {
-                "start": Path(cell["weights"]).name,
-                "shots": int(cell["shots"]),
-                "seed": int(cell["seed"]),
-                "split": cell["split"],
-                "mre_mm": float(cell["original_mre"]),
-            }
-
-
 def cost_of_steps(options: Any) -> dict[str, Any]:
     """Processor seconds of a training step with each optimizer, taking turns; the loader aside."""
     cfg = run_config(options)
@@ -118,17 +105,15 @@ def cost_of_steps(options: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Score every snapshot, time the step, gather the cells, and write the result file."""
+    """Score every snapshot, time the step, and write the result file."""
     parser = option_parser(__doc__)
     parser.add_argument("--runs", type=Path, required=True, help="folder of pre-trainings")
-    parser.add_argument("--cells", type=Path, nargs="*", default=[], help="folders of sweeps that start from them")
     parser.set_defaults(run=CONFIGS / "pretrain" / "isbi_cpu.yaml", rounds=41, out=Path("benchmarks/results"))
     options = parser.parse_args()
     result: dict[str, Any] = {
         "draws": DRAWS,
         "cost": cost_of_steps(options),
         "runs": list(curves(options.runs)),
-        "cells": list(scores(options.cells)),
         "hardware": hardware(),
         "versions": versions("ddpm-lmk", "torch"),
         "code": code_digest(),

@@ -130,7 +130,7 @@ def _start(script: Path, words: Sequence[str], *, limit_s: float | None = None) 
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        processes.end_children()  # those that it has started too
+        processes.end_children(of=process.pid)
         process.kill()
         process.wait()
         return None

@@ -16,6 +16,7 @@ from ddpm_lmk.bench import Budget, Result
 from ddpm_lmk.bench import ratio as ratios
 from ddpm_lmk.bench.budget import OutOfTime, cut_off
 from ddpm_lmk.cli import bench
+from ddpm_lmk.system import accelerator
 
 
 class Clock:
@@ -40,7 +41,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of budgets and of calls that take turns."""
     made = Clock()
-    monkeypatch.setattr(ratios, "time", SimpleNamespace(perf_counter=made, process_time=made))
+    for module in (ratios, accelerator):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=made, process_time=made))
     return made
 
 

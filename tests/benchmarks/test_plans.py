@@ -20,6 +20,7 @@ from ddpm_lmk.bench import Budget
 from ddpm_lmk.bench import ratio as ratios
 from ddpm_lmk.bench import result as results
 from ddpm_lmk.cli import bench
+from ddpm_lmk.system import accelerator
 from tests.bench.test_budget import Clock
 
 CORES, GPUS, STARTING_S, WRITING_S = 64, 8, 12.0, 6.0
@@ -80,7 +81,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], Machine]:
         patch(sys, "argv", [])
         patch(torch.cuda, "is_available", lambda: gpus > 0)
         patch(torch.cuda, "device_count", lambda: gpus)
-        patch(ratios, "time", SimpleNamespace(perf_counter=clock, process_time=clock))
+        for module in (ratios, accelerator):
+            patch(module, "time", SimpleNamespace(perf_counter=clock, process_time=clock))
+        for module in (scaling, sweep):  # a benchmark's process is its own; this one has helpers of other tests
+            patch(module, "end_children", lambda: None)
         patch(results, "measure_anchor", lambda device: [1.0])
         patch(_subject, "Budget", partial(Budget, clock=clock))
         patch(bench, "_start", played.start)

@@ -197,6 +197,7 @@ ALLOWED = {
     "optim.py": {"kind", "isinstance"},
     "gradients.py": {"isinstance"},
     "parallel.py": {"isinstance"},
+    "requirements.py": {"kind"},
     "logger.py": {"isinstance"},
     "trackers.py": {"kind", "isinstance"},  # trackers show which kind of task a run is of
 }

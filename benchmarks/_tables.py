@@ -415,6 +415,22 @@ def optimizers_table(source: Path) -> str:
     return f"{found['hardware']['cpu']}, one core; {found['date'][:10]}. {ratio}\n\n{markdown(heads, rows)}"
 
 
+def hand_table(source: Path) -> str:
+    """Landmark errors on phantoms of hands, by the recipe for one's own films: first look and both, mean and median."""
+    rows = sorted(json.loads(source.read_text()), key=lambda row: (row["labels"], row["start"] != "scratch"))
+    starts = {"scratch": "random weights", "pretrained": "24,000 images of pre-training"}
+    cells = [
+        [
+            row["labels"],
+            starts[row["start"]],
+            f"{row['first_look_mm']:.2f} → {row['mre_mm']:.2f}",
+            f"{row['median_mm']:.2f}",
+        ]
+        for row in rows
+    ]
+    return markdown(["labels", "start", "first look → both, MRE, mm", "median, mm"], cells)
+
+
 VARIANTS = {
     "adamw": "the recipe (AdamW, rate 0.001); films 131-150 without labels among its images",
     "tmax250": "timesteps up to 250 of 500 (`task.t_max`), else the recipe",

@@ -72,6 +72,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (RECIPE, "one-shot", RESULTS / "table2_two_looks" / "one_shot.json", tables.one_shot_table),
     (RECIPE, "optimizers", RESULTS / "optimizers.json", tables.optimizers_table),
     (RECIPE, "variants", RESULTS / "table2_two_looks" / "variants.json", tables.variants_table),
+    (RECIPE, "hand", RESULTS / "table2_two_looks" / "hand.json", tables.hand_table),
     (RECIPE, "second-look", RESULTS / "isbi_recipe" / "second_look.json", tables.second_look_table),
     (RECIPE, "trials", RESULTS / "isbi_recipe" / "trials.jsonl", trials_table),
 )

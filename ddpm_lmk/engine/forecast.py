@@ -406,7 +406,7 @@ def random_batch(cfg: RunConfig, task: Task, count: int, *, seed: int = 0) -> Ba
     return Batch(
         images=torch.rand(count, 1, size, size, generator=generator).contiguous(memory_format=torch.channels_last),
         points=torch.rand(count, landmarks, 2, generator=generator) * (size - 1) if landmarks else None,
-        to_native=torch.eye(2, 3).expand(count, 2, 3),
+        to_native=torch.eye(2, 3).repeat(count, 1, 1),
         native_size=torch.full((count, 2), float(size)),
         mm_per_px=torch.full((count,), torch.nan),
         positions=torch.arange(seed * count, (seed + 1) * count),

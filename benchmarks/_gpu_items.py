@@ -48,6 +48,11 @@ class Item:
     makes: Path | None = None
     needs: tuple[str, ...] = ()
 
+    @property
+    def is_benchmark(self) -> bool:
+        """Does it take `--until`, and write a result file?"""
+        return Path(self.words[0]).parent == HERE
+
 
 def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator[Item]:
     """The queue, in order."""
@@ -63,7 +68,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
 
     def step(preset: str, sustained_s: int, *words: str) -> tuple[str, ...]:
         if is_smoke:
-            return bench("step", "--run", smoke, "--rounds", "6", "--budget-s", "600", "--sustained-s", "1", *words)
+            return bench("step", "--run", smoke, "--rounds", "6", "--sustained-s", "1", *words)
         size = ("--model", preset, "--size", "256", "--batch", "32", "--precision", "bf16", "--halve")
         return bench("step", *size, "--rounds", "6", "--sustained-s", str(sustained_s), *words)
 
@@ -180,7 +185,11 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "papers-way",
         2,
         peers(
-            "--groups", "way", "--micro-batches", "2" if is_smoke else "4", *(() if is_smoke else ("--width", "256"))
+            "--groups",
+            "way",
+            "--micro-batches",
+            "2" if is_smoke else "4",
+            *(() if is_smoke else ("--width", "256", "--rounds", "6")),
         ),
         35,
         60,

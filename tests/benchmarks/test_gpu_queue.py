@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,10 +18,15 @@ from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import _gpu_items
 import _gpu_queue
+import _subject
 import pytest
 from _gpu_items import Item, items
 from _gpu_queue import Queue
+
+from ddpm_lmk.bench import Result
+from ddpm_lmk.config.load import load_run
 
 ROOT = Path(__file__).parents[2]
 CALL_S, START_S = 240, 30  # of a call; for imports, wheels and the archive
@@ -95,6 +101,65 @@ def test_a_call_without_time_leaves_items_for_the_next(queue: Queue, tmp_path: P
     assert found["good"] == found["long"] == "later: no time left in this call"
     assert not list(queue.done.iterdir())
     assert (queue.logs / "slow.log").read_text() == "begun\n", "what it said until then comes home"
+
+
+def test_a_benchmark_is_told_its_end_and_what_it_leaves_out_is_kept(
+    queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_gpu_items, "HERE", tmp_path)
+    write = (
+        "import json, sys, time\n"
+        f"results = {str(queue.results)!r}\n"
+        "name, left_out, *_, until = sys.argv[1:]\n"
+        "assert 10 < float(until) - time.monotonic() < 60\n"
+        "facts = {'budget': {'left_out': json.loads(left_out)}}\n"
+        "open(f'{results}/{name}.json', 'w').write(json.dumps(facts))\n"
+    )
+    [path] = script(tmp_path, "write", write)
+    [nothing] = script(tmp_path, "nothing", "")
+    some = '["a part", "another"]'
+    queue.items = [
+        Item("whole", 1, (path, "whole", "[]"), 1, 60, ""),
+        Item("short", 1, (path, "short", some), 1, 60, ""),
+        Item("cut", 1, (path, "cut", some), 1, 600, ""),
+        Item("empty", 1, (nothing,), 1, 60, ""),
+    ]
+    for item in queue.due():
+        queue.run(item, left_s=60 if item.name == "cut" else 500)
+    assert outcomes(queue) == {
+        "whole": "passed",
+        "short": "passed, 2 left out",
+        "cut": "later: 2 left out at the end of this call",
+        "empty": "failed: no result",
+    }
+    assert [item.name for item in queue.due()] == ["cut"]
+
+
+class UnderstoodError(Exception):
+    """Raised where a benchmark would begin to measure."""
+
+
+def test_every_command_line_of_full_size_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as without a GPU: its words are taken, and its run file with its settings is right."""
+
+    def begin(*_: object, **__: object) -> None:
+        raise UnderstoodError
+
+    monkeypatch.setattr(_subject, "device_of", lambda options: options.device)
+    monkeypatch.setattr(_subject.Subject, "__init__", begin)
+    monkeypatch.setattr(Result, "__init__", begin)
+    found = set()
+    for item in items(results=tmp_path, packs=tmp_path, runs=tmp_path, is_smoke=False):
+        if item.is_benchmark:
+            monkeypatch.setattr(sys, "argv", [*item.words, "--until", str(time.monotonic() + 60)])
+            with pytest.raises(UnderstoodError):
+                runpy.run_path(item.words[0], run_name="__main__")
+            found.add(item.name)
+        elif item.words[2] in ("pretrain", "finetune"):
+            settings = [word for word in item.words if "=" in word]
+            assert load_run(Path(item.words[3]), settings).train.duration.count == 40
+            found.add(item.name)
+    assert len(found) == 12
 
 
 def is_gone(process: int) -> bool:

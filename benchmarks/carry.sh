@@ -3,10 +3,11 @@
 #
 #   benchmarks/carry.sh [--python 3.12] [--out .carry]
 #
-# --python: version there (see `python3 -V` on that machine). 1 has what everything needs, 2 the other packages of
-# `peers`, and all three a part of DALI's wheel, which is repacked here: without what other Pythons load and in LZMA it
-# is two thirds as large. DALI's decoders of JPEG 2000, TIFF and compressed files are libraries of their own, loaded
-# when asked for; they stay here. Takes five minutes, and ends with the sizes: a call takes 64 MiB with the checkout.
+# --python: version there (see `python3 -V` on that machine). Each has what everything needs, since a call may find
+# another machine, and a part of DALI's wheel; 2 has the other packages of `peers`. DALI's wheels are repacked here:
+# without what other Pythons load and in LZMA they are two thirds as large. DALI's decoders of JPEG 2000, TIFF and
+# compressed files are libraries of their own, loaded when asked for; they stay here. Takes ten minutes, and ends with
+# the sizes: a call takes 64 MiB with the checkout.
 set -eu -o pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3} version=3.12 out=$here/../.carry most=$((56 << 20))
@@ -14,7 +15,7 @@ while (($#)); do
   case $1 in
     --python) version=$2; shift ;;
     --out) out=$2; shift ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
   esac
   shift
 done
@@ -38,6 +39,7 @@ download() { # folder, names: the version of the constraints
 }
 
 download "$out/1" "${needed[@]}"
+cp "$out"/1/*.whl "$out/2" && cp "$out"/1/*.whl "$out/3"
 download "$out/2" "${peers[@]}"
 download "$out/dali" "${dali[@]}"
 "$python" - "$out/dali" "${version/./}" <<'PY'

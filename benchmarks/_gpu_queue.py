@@ -176,6 +176,8 @@ class Queue:
         tell(f"== {item.name}, about {item.about_s} s on an H200, at most {limit_s:.0f} s here")
         begun, log, before = time.monotonic(), self.logs / f"{item.name}.log", self._results()
         log.unlink(missing_ok=True)
+        if item.fills is not None:
+            shutil.rmtree(item.fills, ignore_errors=True)
         until = ("--until", f"{begun + limit_s - LEAVING_S:.1f}") if item.is_benchmark else ()
         code = self._fork((*item.words, *until), log, limit_s)
         took_s = time.monotonic() - begun

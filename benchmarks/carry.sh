@@ -21,6 +21,7 @@ while (($#)); do
 done
 [[ ! -e $out/1 ]] || { echo "$out has what an earlier call prepared; say another --out, or remove it"; exit 2; }
 mkdir -p "$out"/{1,2,3} "$out/dali"
+out=$(cd "$out" && pwd)
 needed=(annotated-types pydantic pydantic-core typing-extensions typing-inspection)
 peers=(denoising-diffusion-pytorch diffusers ema-pytorch importlib-metadata lazy-importer monai pytorch-fid zipp)
 dali=(nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-nvjpeg nvtx astunparse gast dm-tree optree makefun)

@@ -135,6 +135,16 @@ def test_a_benchmark_is_told_its_end_and_what_it_leaves_out_is_kept(
     assert [item.name for item in queue.due()] == ["cut"]
 
 
+def test_an_item_that_is_done_again_begins_with_an_empty_folder(queue: Queue, tmp_path: Path) -> None:
+    folder = tmp_path / "filled"
+    code = f"import os, time; os.mkdir({str(folder)!r}); time.sleep(float(open({str(tmp_path / 's')!r}).read()))"
+    queue.items = [Item("fill", 1, script(tmp_path, "fill", code), 1, 3, "", fills=folder)]
+    for seconds, outcome in (("600", "failed: over its limit"), ("0", "passed")):
+        (tmp_path / "s").write_text(seconds)
+        queue.run(queue.items[0], left_s=500)
+        assert outcomes(queue) == {"fill": outcome}
+
+
 class UnderstoodError(Exception):
     """Raised where a benchmark would begin to measure."""
 
@@ -317,6 +327,7 @@ def test_every_item_is_there_in_both_sizes_names_files_that_exist_and_fits_its_c
         files = [word for word in item.words if word.endswith((".py", ".yaml"))]
         assert all(Path(file).is_file() for file in files), item.name
         assert item.about_s < item.limit_s
+        assert item.fills is None or str(item.fills) in item.words, item.name
     for call in (1, 2, 3):
         assert sum(item.about_s for item in full if item.call == call) <= CALL_S - START_S
 

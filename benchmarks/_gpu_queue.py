@@ -123,12 +123,16 @@ class Queue:
         """All at once, since pip takes a second to start; where that fails, one by one."""
         if not wheels:
             return
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
-        command = [*pip, "--no-cache-dir", "--target", str(self.site), *map(str, wheels)]
+        fresh = self.site / ".fresh"
+        shutil.rmtree(fresh, ignore_errors=True)
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+        command = [*pip, "--no-cache-dir", "--target", str(fresh), *map(str, wheels)]
         said = "pip took too long"
         with suppress(subprocess.TimeoutExpired):
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PIP_S)
             if done.returncode == 0:
+                # pip would put its folder `nvidia` in the place of the one that is there
+                shutil.copytree(fresh, self.site, dirs_exist_ok=True, copy_function=os.replace)
                 for wheel in wheels:
                     self._note(wheel).touch()
                 importlib.invalidate_caches()

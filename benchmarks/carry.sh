@@ -24,7 +24,7 @@ mkdir -p "$out"/{1,2,3} "$out/dali"
 out=$(cd "$out" && pwd)
 needed=(annotated-types pydantic pydantic-core typing-extensions typing-inspection)
 peers=(denoising-diffusion-pytorch diffusers ema-pytorch importlib-metadata lazy-importer monai pytorch-fid zipp)
-dali=(nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-nvjpeg nvtx astunparse gast dm-tree optree makefun)
+dali=(nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-nvjpeg nvtx astunparse gast dm-tree optree makefun six)
 platforms=()
 for glibc in 35 34 31 28 27 26 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
 platforms+=(--platform manylinux2014_x86_64)

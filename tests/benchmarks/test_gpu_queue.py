@@ -289,12 +289,12 @@ def test_nothing_that_is_imported_before_the_fork_asks_for_cuda() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def wheel(folder: Path) -> Path:
+def wheel(folder: Path, name: str = "carried_thing", module: str = "carried_thing.py") -> Path:
     """A package of one module, packed by hand."""
-    path, info = folder / "carried_thing-1.0-py3-none-any.whl", "carried_thing-1.0.dist-info"
+    path, info = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("carried_thing.py", "answer = 42\n" + "".join(f"# {i}\n" for i in range(1000)))
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried-thing\nVersion: 1.0\n")
+        archive.writestr(module, "answer = 42\n" + "".join(f"# {i}\n" for i in range(1000)))
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         archive.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
@@ -317,6 +317,17 @@ def test_a_wheel_in_parts_is_installed_when_the_last_part_came(queue: Queue, tmp
     queue.take()
     assert _gpu_queue.has("carried_thing")
     assert [file.name for file in queue.wheels.glob("*.part-*")] == []
+
+
+def test_wheels_of_two_calls_may_share_a_folder(queue: Queue, tmp_path: Path) -> None:
+    """As those of NVIDIA do; where one of them is broken, the others are installed."""
+    for name in ("first", "second"):
+        (call := queue.carried / name).mkdir(parents=True)
+        wheel(call, f"carried_{name}", f"carried/{name}.py")
+        (call / "broken-1.0-py3-none-any.whl").write_text("none")
+        queue.take()
+    assert _gpu_queue.has("carried.first")
+    assert _gpu_queue.has("carried.second")
 
 
 def test_every_item_is_there_in_both_sizes_names_files_that_exist_and_fits_its_call(tmp_path: Path) -> None:

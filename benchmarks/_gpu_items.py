@@ -36,6 +36,7 @@ class Item:
         modules: Python modules without which it is skipped.
         makes: what later items read; where that is gone (another machine), the item is done again before them.
         needs: items whose product it reads.
+        fills: a folder that is removed before, since an item that was ended may have left half of it.
     """
 
     name: str
@@ -47,6 +48,12 @@ class Item:
     modules: tuple[str, ...] = ()
     makes: Path | None = None
     needs: tuple[str, ...] = ()
+    fills: Path | None = None
+
+    @property
+    def is_benchmark(self) -> bool:
+        """Does it take `--until`, and write a result file?"""
+        return Path(self.words[0]).parent == HERE
 
 
 def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator[Item]:
@@ -63,7 +70,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
 
     def step(preset: str, sustained_s: int, *words: str) -> tuple[str, ...]:
         if is_smoke:
-            return bench("step", "--run", smoke, "--rounds", "6", "--budget-s", "600", "--sustained-s", "1", *words)
+            return bench("step", "--run", smoke, "--rounds", "6", "--sustained-s", "1", *words)
         size = ("--model", preset, "--size", "256", "--batch", "32", "--precision", "bf16", "--halve")
         return bench("step", *size, "--rounds", "6", "--sustained-s", str(sustained_s), *words)
 
@@ -105,6 +112,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         60,
         "76 of 1024 px, 0.15 s of a core each, 16 processes to start",
         makes=fine / "manifest.json",
+        fills=fine,
     )
     beside = ("-n", "6", "--dist", "worksteal") if find_spec("xdist") and not is_smoke else ()
     yield Item(
@@ -126,6 +134,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "a launcher and a rank, 20 s to begin; 40 steps of 0.05 s; two checkpoints of 1.3 GB",
         makes=runs / "pretrain" / "run.json",
         needs=("phantoms",),
+        fills=runs / "pretrain",
     )
     onward = () if is_smoke else (f"init.weights={runs / 'pretrain'}",)
     yield Item(
@@ -136,6 +145,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         70,
         "20 s to begin; 40 steps at 256 px and 40 of the second look, 0.05 s each; 8 images scored",
         needs=("phantoms", "pretrain"),
+        fills=runs / "finetune",
     )
     small = ("--run", smoke) if is_smoke else ("--model", "base", "--size", "256", "--batch", "8")
     yield Item(
@@ -180,7 +190,11 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         "papers-way",
         2,
         peers(
-            "--groups", "way", "--micro-batches", "2" if is_smoke else "4", *(() if is_smoke else ("--width", "256"))
+            "--groups",
+            "way",
+            "--micro-batches",
+            "2" if is_smoke else "4",
+            *(() if is_smoke else ("--width", "256", "--rounds", "6")),
         ),
         35,
         60,
@@ -196,6 +210,7 @@ def items(*, results: Path, packs: Path, runs: Path, is_smoke: bool) -> Iterator
         40,
         "268 of 256 px, 0.05 s of a core each; 16 processes to start",
         makes=packs / "jpeg" / "manifest.json",
+        fills=packs / "jpeg",
     )
     yield Item(
         "train-torch",

@@ -4,8 +4,9 @@
                                   [--redo NAME ...] [--cpu-smoke] [--list]
 
 A call does its own items in order, then what earlier calls left. It ends after `--budget-s`, whatever hangs; called
-again, with the same `--state`, it goes on with what is not done. After every item all results and logs so far are in
-`--out`, written under another name and renamed, so that a call that is killed brings them home too.
+again, with the same `--state`, it goes on with what is not done. A benchmark is told when it will be ended, and
+before that writes what it has measured by then. After every item all results and logs so far are in `--out`, written
+under another name and renamed, so that a call that is killed brings them home too.
 
 Items are forked from one process that has imported torch, and so begin at once, each with a CUDA context of its own.
 This process needs nothing but Python's own library, so that it can say what is missing. What Python lacks comes as
@@ -48,6 +49,7 @@ PRELOADED = ("torch", "torch._dynamo", "matplotlib.figure", "ddpm_lmk.run", "_su
 SMOKE_PATIENCE = 5  # a smoke run is for any machine, however busy
 SMOKE_ABOUT_S = 15.0
 CLOSING_S = 4.0  # kept of a call for its last archive
+LEAVING_S = 3.0  # kept of an item's limit for its process to end by itself
 GRACE_S = 3.0  # for a process that was killed; one that a driver holds may never go
 PIP_S = 60.0
 LAST_LINES, LOG_BYTES = 4, 2**20
@@ -121,12 +123,16 @@ class Queue:
         """All at once, since pip takes a second to start; where that fails, one by one."""
         if not wheels:
             return
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
-        command = [*pip, "--no-cache-dir", "--target", str(self.site), *map(str, wheels)]
+        fresh = self.site / ".fresh"
+        shutil.rmtree(fresh, ignore_errors=True)
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+        command = [*pip, "--no-cache-dir", "--target", str(fresh), *map(str, wheels)]
         said = "pip took too long"
         with suppress(subprocess.TimeoutExpired):
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PIP_S)
             if done.returncode == 0:
+                # pip would put its folder `nvidia` in the place of the one that is there
+                shutil.copytree(fresh, self.site, dirs_exist_ok=True, copy_function=os.replace)
                 for wheel in wheels:
                     self._note(wheel).touch()
                 importlib.invalidate_caches()
@@ -152,7 +158,7 @@ class Queue:
         """Did it end, well or not, and is what it made still there?"""
         if not self._outcome(item.name):
             return False
-        return item.makes is None or item.makes.exists() or self._outcome(item.name) != "passed"
+        return item.makes is None or item.makes.exists() or not self._outcome(item.name).startswith("passed")
 
     def _outcome(self, name: str) -> str:
         file = self.done / f"{name}.json"
@@ -161,7 +167,7 @@ class Queue:
     def run(self, item: Item, left_s: float) -> None:
         """Do an item within the time that is left, or note why not."""
         missing = [f"no {module} here" for module in item.modules if not has(module)]
-        missing += [f"{name} did not pass" for name in item.needs if self._outcome(name) not in ("", "passed")]
+        missing += [f"{name} did not pass" for name in item.needs if self._outcome(name).startswith("failed")]
         waits = [name for name in item.needs if not self._outcome(name)]
         if missing or waits:
             self.open[item.name] = f"skipped: {', '.join(missing)}" if missing else f"later: needs {', '.join(waits)}"
@@ -172,20 +178,35 @@ class Queue:
         wanted_s = item.limit_s * (SMOKE_PATIENCE if self.is_smoke else 1)
         limit_s = min(float(wanted_s), left_s)
         tell(f"== {item.name}, about {item.about_s} s on an H200, at most {limit_s:.0f} s here")
-        begun, log = time.monotonic(), self.logs / f"{item.name}.log"
+        begun, log, before = time.monotonic(), self.logs / f"{item.name}.log", self._results()
         log.unlink(missing_ok=True)
-        code = self._fork(item.words, log, limit_s)
+        if item.fills is not None:
+            shutil.rmtree(item.fills, ignore_errors=True)
+        until = ("--until", f"{begun + limit_s - LEAVING_S:.1f}") if item.is_benchmark else ()
+        code = self._fork((*item.words, *until), log, limit_s)
         took_s = time.monotonic() - begun
+        brought = self._results() - before
+        left_out = [words for file in brought for words in json.loads(file.read_text())["budget"]["left_out"]]
         for line in _shortened(log).splitlines()[-LAST_LINES:]:
             tell(f"   {line[:160]}")
         if code is None and left_s < wanted_s:
             self.open[item.name] = f"later: cut off after {took_s:.0f} s by the end of this call"
             return
-        outcome = "passed" if code == 0 else "failed: over its limit" if code is None else f"failed: exit code {code}"
+        if code == 0 and left_out and left_s < wanted_s:
+            self.open[item.name] = f"later: {len(left_out)} left out at the end of this call"
+            return
+        outcome = "failed: over its limit" if code is None else f"failed: exit code {code}"
+        if code == 0:
+            is_empty = item.is_benchmark and not brought
+            outcome = "failed: no result" if is_empty else "passed"
+            outcome += f", {len(left_out)} left out" if left_out else ""
         tell(f"   {outcome}, {took_s:.1f} s")
         facts = {"outcome": outcome, "seconds": round(took_s, 1), "in_call": self.call}
         _replace(self.done / f"{item.name}.json", json.dumps(facts))
         self.open.pop(item.name, None)
+
+    def _results(self) -> set[Path]:
+        return set(self.results.glob("*.json"))
 
     def _fork(self, words: Sequence[str], log: Path, limit_s: float) -> int | None:
         """Exit code of Python with these words; None where time ran out. Waits for no process that will not die."""

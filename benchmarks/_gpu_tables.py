@@ -46,8 +46,10 @@ class Found:
                 yield result
 
     def step(self, name: str, device: str, *, compiled: bool = False, checkpointing: bool = False) -> Stored | None:
-        """That of a preset at the page's image side."""
+        """The newest training without a pause of a preset at the page's image side."""
         for result in self.all("step", device):
+            if not _rows(result, "sustained training"):
+                continue  # there was no time for it
             settings = result.facts["settings"]
             model, train = settings["model"], settings["train"]
             is_it = settings["name"] == name and settings["data"]["image_size"] == SIZE_PX
@@ -70,8 +72,9 @@ class Found:
     def wait(self, loader: str, device: str = "cuda") -> float | None:
         """Percent of a run that waits for data, streamed with a loader."""
         for result in self.all("train", device):
-            if result.facts["settings"]["runtime"]["loader"] == loader:
-                return float(_rows(result, "training")[0].figures["data_wait_share_pct"])
+            for row in _rows(result, "training"):
+                if result.facts["settings"]["runtime"]["loader"] == loader:
+                    return float(row.figures["data_wait_share_pct"])
         return None
 
 

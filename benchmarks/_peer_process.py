@@ -11,7 +11,7 @@ from typing import Any
 from _peer_networks import Counts
 from _peer_worker import Spec, serve
 
-from ddpm_lmk.bench import Timings
+from ddpm_lmk.bench import Budget, Timings
 from ddpm_lmk.system.console import print_status
 
 
@@ -66,15 +66,29 @@ class Process:
             raise ChildProcessError(answer)
         return dict(answer)
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, failure: object, *_: object) -> None:
         self._pipe.close()
-        self._process.join(timeout=60)
+        if failure is None:
+            self._process.join(timeout=60)
         self._process.kill()
         self._process.join()
 
 
-def run_together(contenders: Sequence[Contender], *, warm_up: int, rounds: int) -> None:
-    """All processes alive, started at once, then one step each in turn; the order turns round every round."""
+def run_together(contenders: Sequence[Contender], *, warm_up: int, rounds: int, budget: Budget) -> None:
+    """All processes alive, started at once, then one step each in turn; the order turns round every round.
+
+    No round begins that would end after the share of `budget`; of one that is cut off nothing is kept.
+    """
+    try:
+        _take_turns(contenders, warm_up, rounds, budget)
+    finally:
+        count = min((len(each.peak_mib) for each in contenders if not each.failure), default=0)
+        for each in contenders:
+            each.timings.keep(count)
+            del each.peak_mib[count:]
+
+
+def _take_turns(contenders: Sequence[Contender], warm_up: int, rounds: int, budget: Budget) -> None:
     with ExitStack() as stack:
         processes = {contender.label: stack.enter_context(Process(contender.spec)) for contender in contenders}
         for contender in contenders:
@@ -82,10 +96,16 @@ def run_together(contenders: Sequence[Contender], *, warm_up: int, rounds: int) 
                 processes[contender.label].ready()
             except ChildProcessError as error:
                 _fail(contender, error)
+        last_s = 0.0
         for number in range(warm_up + rounds):
+            if number > warm_up and budget.share_s < last_s:
+                budget.leave_out(f"{warm_up + rounds - number} of {rounds} rounds")
+                break
+            begin_s = budget.share_s
             for contender in contenders[:: 1 if number % 2 == 0 else -1]:
                 if not contender.failure:
                     _step(contender, processes[contender.label], is_kept=number >= warm_up)
+            last_s = begin_s - budget.share_s
             print_status(f"round {number + 1} of {warm_up + rounds}, of which {warm_up} to warm up")
 
 

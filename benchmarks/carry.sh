@@ -3,10 +3,11 @@
 #
 #   benchmarks/carry.sh [--python 3.12] [--out .carry]
 #
-# --python: version there (see `python3 -V` on that machine). 1 has what everything needs, 2 the other packages of
-# `peers`, and all three a part of DALI's wheel, which is repacked here: without what other Pythons load and in LZMA it
-# is two thirds as large. DALI's decoders of JPEG 2000, TIFF and compressed files are libraries of their own, loaded
-# when asked for; they stay here. Takes five minutes, and ends with the sizes: a call takes 64 MiB with the checkout.
+# --python: version there (see `python3 -V` on that machine). Each has what everything needs, since a call may find
+# another machine, and a part of DALI's wheel; 2 has the other packages of `peers`. DALI's wheels are repacked here:
+# without what other Pythons load and in LZMA they are two thirds as large. DALI's decoders of JPEG 2000, TIFF and
+# compressed files are libraries of their own, loaded when asked for; they stay here. Takes ten minutes, and ends with
+# the sizes: a call takes 64 MiB with the checkout.
 set -eu -o pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3} version=3.12 out=$here/../.carry most=$((56 << 20))
@@ -14,15 +15,16 @@ while (($#)); do
   case $1 in
     --python) version=$2; shift ;;
     --out) out=$2; shift ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
   esac
   shift
 done
 [[ ! -e $out/1 ]] || { echo "$out has what an earlier call prepared; say another --out, or remove it"; exit 2; }
 mkdir -p "$out"/{1,2,3} "$out/dali"
+out=$(cd "$out" && pwd)
 needed=(annotated-types pydantic pydantic-core typing-extensions typing-inspection)
 peers=(denoising-diffusion-pytorch diffusers ema-pytorch importlib-metadata lazy-importer monai pytorch-fid zipp)
-dali=(nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-nvjpeg nvtx astunparse gast dm-tree optree makefun)
+dali=(nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-nvjpeg nvtx astunparse gast dm-tree optree makefun six)
 platforms=()
 for glibc in 35 34 31 28 27 26 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
 platforms+=(--platform manylinux2014_x86_64)
@@ -38,6 +40,7 @@ download() { # folder, names: the version of the constraints
 }
 
 download "$out/1" "${needed[@]}"
+cp "$out"/1/*.whl "$out/2" && cp "$out"/1/*.whl "$out/3"
 download "$out/2" "${peers[@]}"
 download "$out/dali" "${dali[@]}"
 "$python" - "$out/dali" "${version/./}" <<'PY'

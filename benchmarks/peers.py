@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,7 @@ import torch
 from _peer_networks import PACKAGES, PEERS, Shape, count, is_installed, matched
 from _peer_process import Contender, run_together
 from _peer_worker import Spec
+from _subject import add_budget, budget_of
 
 from ddpm_lmk.bench import Comparison, Result, compare_paired
 from ddpm_lmk.bench.compare import conclude
@@ -50,13 +52,16 @@ def main() -> None:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     torch.set_num_threads(options.threads)
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}  # for the workers
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    given = {key: value for key, value in vars(options).items() if key != "until"}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     settings["packages"] = versions(*(distribution for _, distribution in PACKAGES.values()))
-    result = Result("peers", settings=settings, device=device)
-    for group in options.groups:
+    budget = budget_of(options)
+    result = Result("peers", settings=settings, device=device, budget=budget)
+    for number, group in enumerate(options.groups):
         contenders = list(_contenders(group, options, device))
         print_status(f"group {group}: {', '.join(contender.label for contender in contenders)}")
-        run_together(contenders, warm_up=WARM_UP, rounds=options.rounds)
+        measure = partial(run_together, contenders, warm_up=WARM_UP, rounds=options.rounds, budget=budget)
+        budget.run(f"group {group}", measure, parts=len(options.groups) - number)
         _note(result, group, contenders)
     kept = "-keep" if options.keep_memory else ""
     label = f"width{options.width}-{options.size}px-{options.precision}{kept}"
@@ -104,7 +109,7 @@ def _label(spec: Spec) -> str:
 
 def _note(result: Result, group: str, contenders: Sequence[Contender]) -> None:
     """Rows and ratios of a group, kept and printed."""
-    there = [contender for contender in contenders if not contender.failure]
+    there = [contender for contender in contenders if contender.peak_mib and not contender.failure]
     for contender in there:
         samples = contender.timings.samples() | {"peak_mib": contender.peak_mib}
         row = result.add("step beside others", samples, conditions=_conditions(contender, group))
@@ -214,6 +219,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=11)
+    add_budget(parser, 900.0)
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     return parser.parse_args()
 

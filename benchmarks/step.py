@@ -40,7 +40,7 @@ from ddpm_lmk.system.console import print_status, progress
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("forward", "forward and backward", "update", "train step")
-SLICES, STEADY = 20, 10  # of the time at `--sustained-s`; the first is cold, the last so many are steady
+SLICES = 20  # of the time at `--sustained-s`, fewer of long steps; the first is cold, the second half is steady
 
 
 def main() -> None:
@@ -90,13 +90,19 @@ def measure_sustained(result: Result, subject: Subject, options: argparse.Namesp
         return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
     seconds(1)  # compiles, where the run does
-    steps = max(1, round(options.sustained_s / SLICES / seconds(1)[0]))
+    step_s = seconds(1)[0]
+    count = max(1, min(SLICES, round(options.sustained_s / step_s)))
+    steps = max(1, round(options.sustained_s / count / step_s))
     images = steps * subject.batch_images
-    walls, cpus = zip(*(seconds(steps) for _ in range(SLICES)))
-    rates = [images / wall_s for wall_s in walls]
-    samples = {"images_per_s": rates, "images_per_cpu_s": [images / cpu_s for cpu_s in cpus]}
-    figures = {"cold_images_per_s": rates[0], "steady_images_per_s": median(rates[-STEADY:]), **memory}
-    figures |= {"slice_s": median(walls), **operations(subject)}
+    slices = [seconds(steps)]
+    while len(slices) < count and result.budget.left_s > slices[-1][0]:
+        slices.append(seconds(steps))
+    if len(slices) < count:
+        result.budget.leave_out(f"sustained training: {count - len(slices)} of {count} slices")
+    rates = [images / wall_s for wall_s, _ in slices]
+    samples = {"images_per_s": rates, "images_per_cpu_s": [images / cpu_s for _, cpu_s in slices]}
+    figures = {"cold_images_per_s": rates[0], "steady_images_per_s": median(rates[len(rates) // 2 :]), **memory}
+    figures |= {"slice_s": median(wall_s for wall_s, _ in slices), **operations(subject)}
     result.add("sustained training", samples, conditions=subject.conditions(), figures=figures)
 
 

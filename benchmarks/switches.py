@@ -11,14 +11,15 @@ On CUDA the compiler and CUDA graphs follow, in steps of one micro-batch, since 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _subject import Subject, carried_out, option_parser, run_config
+from _subject import Subject, budget_of, carried_out, option_parser, run_config
 from torch import Tensor
 
-from ddpm_lmk.bench import Result, alternate, compare_paired
+from ddpm_lmk.bench import Result, compare_paired
 from ddpm_lmk.system.console import progress
 
 MICRO_BATCHES = 4
@@ -47,11 +48,14 @@ def main() -> None:
     parser = option_parser(__doc__)
     parser.add_argument("--eager", action="store_true", help="on CUDA without the compiler, which takes minutes")
     options = parser.parse_intermixed_args()
+    budget = budget_of(options)
     first = variant(options, {})
-    result = Result("switches", settings=first.cfg.model_dump(mode="json"), device=first.device)
-    measure(result, options, VARIANTS, micro_batches=MICRO_BATCHES)
-    if first.device == "cuda" and not options.eager:
-        measure(result, options, LAUNCHES, micro_batches=1)
+    result = Result("switches", settings=first.cfg.model_dump(mode="json"), device=first.device, budget=budget)
+    has_launches = first.device == "cuda" and not options.eager
+    eager = partial(measure, result, options, VARIANTS, micro_batches=MICRO_BATCHES)
+    budget.run("switches", eager, parts=2 if has_launches else 1)
+    if has_launches:
+        budget.run("launches", partial(measure, result, options, LAUNCHES, micro_batches=1))
     print(f"wrote {result.write(Path(options.out), first.label)}")
 
 
@@ -62,12 +66,13 @@ def measure(result: Result, options: Any, variants: dict[str, dict[str, Any]], *
     calls = {name: stepper(subject, micro_batches) for name, subject in subjects.items()}
     with progress("bench switches", lines=False) as tell:
         device = subjects[plain].device
-        found = alternate(calls, rounds=options.rounds, warm_up=WARM_UP, device=device, tell=tell)
-    for name, subject in subjects.items():
+        settings = {"rounds": options.rounds, "warm_up": WARM_UP, "device": device}
+        found = result.budget.alternate(calls, needs_all=False, tell=tell, **settings)
+    for name, subject in ((name, subjects[name]) for name in found):
         conditions = {"switch": name, "micro_batches": micro_batches, **subject.conditions()}
         kept = {} if subject.cfg.train.compile else {"kept_mib": kept_mib(subject)}
         result.add("train step", found[name], conditions=conditions, figures=kept)
-    for name in others:
+    for name in (name for name in others if name in found):
         ratio = compare_paired(found[name].busy_s, found[plain].busy_s)
         result.ratios.append({"what": f"{name} over {plain}", "clock": "busy_s", **ratio.facts()})
         print(f"{name}: {ratio}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,10 +18,15 @@ from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import _gpu_items
 import _gpu_queue
+import _subject
 import pytest
 from _gpu_items import Item, items
 from _gpu_queue import Queue
+
+from ddpm_lmk.bench import Result
+from ddpm_lmk.config.load import load_run
 
 ROOT = Path(__file__).parents[2]
 CALL_S, START_S = 240, 30  # of a call; for imports, wheels and the archive
@@ -95,6 +101,75 @@ def test_a_call_without_time_leaves_items_for_the_next(queue: Queue, tmp_path: P
     assert found["good"] == found["long"] == "later: no time left in this call"
     assert not list(queue.done.iterdir())
     assert (queue.logs / "slow.log").read_text() == "begun\n", "what it said until then comes home"
+
+
+def test_a_benchmark_is_told_its_end_and_what_it_leaves_out_is_kept(
+    queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_gpu_items, "HERE", tmp_path)
+    write = (
+        "import json, sys, time\n"
+        f"results = {str(queue.results)!r}\n"
+        "name, left_out, *_, until = sys.argv[1:]\n"
+        "assert 10 < float(until) - time.monotonic() < 60\n"
+        "facts = {'budget': {'left_out': json.loads(left_out)}}\n"
+        "open(f'{results}/{name}.json', 'w').write(json.dumps(facts))\n"
+    )
+    [path] = script(tmp_path, "write", write)
+    [nothing] = script(tmp_path, "nothing", "")
+    some = '["a part", "another"]'
+    queue.items = [
+        Item("whole", 1, (path, "whole", "[]"), 1, 60, ""),
+        Item("short", 1, (path, "short", some), 1, 60, ""),
+        Item("cut", 1, (path, "cut", some), 1, 600, ""),
+        Item("empty", 1, (nothing,), 1, 60, ""),
+    ]
+    for item in queue.due():
+        queue.run(item, left_s=60 if item.name == "cut" else 500)
+    assert outcomes(queue) == {
+        "whole": "passed",
+        "short": "passed, 2 left out",
+        "cut": "later: 2 left out at the end of this call",
+        "empty": "failed: no result",
+    }
+    assert [item.name for item in queue.due()] == ["cut"]
+
+
+def test_an_item_that_is_done_again_begins_with_an_empty_folder(queue: Queue, tmp_path: Path) -> None:
+    folder = tmp_path / "filled"
+    code = f"import os, time; os.mkdir({str(folder)!r}); time.sleep(float(open({str(tmp_path / 's')!r}).read()))"
+    queue.items = [Item("fill", 1, script(tmp_path, "fill", code), 1, 3, "", fills=folder)]
+    for seconds, outcome in (("600", "failed: over its limit"), ("0", "passed")):
+        (tmp_path / "s").write_text(seconds)
+        queue.run(queue.items[0], left_s=500)
+        assert outcomes(queue) == {"fill": outcome}
+
+
+class UnderstoodError(Exception):
+    """Raised where a benchmark would begin to measure."""
+
+
+def test_every_command_line_of_full_size_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as without a GPU: its words are taken, and its run file with its settings is right."""
+
+    def begin(*_: object, **__: object) -> None:
+        raise UnderstoodError
+
+    monkeypatch.setattr(_subject, "device_of", lambda options: options.device)
+    monkeypatch.setattr(_subject.Subject, "__init__", begin)
+    monkeypatch.setattr(Result, "__init__", begin)
+    found = set()
+    for item in items(results=tmp_path, packs=tmp_path, runs=tmp_path, is_smoke=False):
+        if item.is_benchmark:
+            monkeypatch.setattr(sys, "argv", [*item.words, "--until", str(time.monotonic() + 60)])
+            with pytest.raises(UnderstoodError):
+                runpy.run_path(item.words[0], run_name="__main__")
+            found.add(item.name)
+        elif item.words[2] in ("pretrain", "finetune"):
+            settings = [word for word in item.words if "=" in word]
+            assert load_run(Path(item.words[3]), settings).train.duration.count == 40
+            found.add(item.name)
+    assert len(found) == 12
 
 
 def is_gone(process: int) -> bool:
@@ -214,12 +289,12 @@ def test_nothing_that_is_imported_before_the_fork_asks_for_cuda() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def wheel(folder: Path) -> Path:
+def wheel(folder: Path, name: str = "carried_thing", module: str = "carried_thing.py") -> Path:
     """A package of one module, packed by hand."""
-    path, info = folder / "carried_thing-1.0-py3-none-any.whl", "carried_thing-1.0.dist-info"
+    path, info = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("carried_thing.py", "answer = 42\n" + "".join(f"# {i}\n" for i in range(1000)))
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried-thing\nVersion: 1.0\n")
+        archive.writestr(module, "answer = 42\n" + "".join(f"# {i}\n" for i in range(1000)))
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         archive.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
@@ -244,6 +319,17 @@ def test_a_wheel_in_parts_is_installed_when_the_last_part_came(queue: Queue, tmp
     assert [file.name for file in queue.wheels.glob("*.part-*")] == []
 
 
+def test_wheels_of_two_calls_may_share_a_folder(queue: Queue, tmp_path: Path) -> None:
+    """As those of NVIDIA do; where one of them is broken, the others are installed."""
+    for name in ("first", "second"):
+        (call := queue.carried / name).mkdir(parents=True)
+        wheel(call, f"carried_{name}", f"carried/{name}.py")
+        (call / "broken-1.0-py3-none-any.whl").write_text("none")
+        queue.take()
+    assert _gpu_queue.has("carried.first")
+    assert _gpu_queue.has("carried.second")
+
+
 def test_every_item_is_there_in_both_sizes_names_files_that_exist_and_fits_its_call(tmp_path: Path) -> None:
     places = {"results": tmp_path, "packs": tmp_path, "runs": tmp_path}
     full, toy = (list(items(**places, is_smoke=is_smoke)) for is_smoke in (False, True))
@@ -252,6 +338,7 @@ def test_every_item_is_there_in_both_sizes_names_files_that_exist_and_fits_its_c
         files = [word for word in item.words if word.endswith((".py", ".yaml"))]
         assert all(Path(file).is_file() for file in files), item.name
         assert item.about_s < item.limit_s
+        assert item.fills is None or str(item.fills) in item.words, item.name
     for call in (1, 2, 3):
         assert sum(item.about_s for item in full if item.call == call) <= CALL_S - START_S
 

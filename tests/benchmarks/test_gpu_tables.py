@@ -74,6 +74,21 @@ def test_verdicts_and_shares_follow_from_what_was_measured(tmp_path: Path) -> No
     assert wanted.startswith("NVIDIA H200, ")
 
 
+def test_a_newer_result_that_had_no_time_for_it_does_not_hide_an_older_one(tmp_path: Path) -> None:
+    step("paper", tmp_path, 41.0)
+    train = Result("train", settings={"runtime": {"loader": "torch"}})
+    train.add("training", {"images_per_s": [1.0]}, figures={"data_wait_share_pct": 1.0})
+    on_cuda(train, tmp_path, "whole")
+    settings = {"name": "paper", "data": {"image_size": 256}, "train": {"compile": False}}
+    on_cuda(Result("step", settings={**settings, "model": {"checkpointing": False}}), tmp_path, "paper-short")
+    on_cuda(Result("train", settings={"runtime": {"loader": "torch"}}), tmp_path, "short")
+    for path in tmp_path.glob("*short*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"date": "2999-01-01T00:00:00+00:00"}))
+    wanted = gpu.wanted_table(tmp_path)
+    assert cells(wanted, "`paper`")[1:] == ["40", "41.0", "yes"]
+    assert cells(wanted, "`base` in a run, waiting for data (torch)")[2:] == ["1.00", "yes"]
+
+
 def test_items_of_both_machines_stand_beside_each_other(tmp_path: Path) -> None:
     for device, seconds in (("cpu", 20.0), ("cuda", 8.0)):
         row = {"item": "doctor", "call": 1, "estimated_s": 5, "outcome": "passed", "seconds": seconds}

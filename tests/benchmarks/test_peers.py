@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from _peer_process import Contender, Process, run_together
 from _peer_worker import Spec, make_step
 from _released import ReleasedUNet
 
+from ddpm_lmk.bench import Budget
+from ddpm_lmk.bench.budget import OutOfTime
 from ddpm_lmk.config import UNetConfig
 from ddpm_lmk.models import build_model, model_cost
 from ddpm_lmk.models.weights import from_upstream
@@ -94,10 +98,36 @@ def test_a_process_tells_time_and_memory_of_its_steps_and_dies_with_its_words() 
         process.ready()
 
 
+def test_rounds_end_with_the_budget_and_of_one_that_is_cut_off_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Processes are played here: each step takes 10 s of the budget's clock, of which 104 s are for measuring."""
+    now = [0.0]
+
+    def step(spec: Spec) -> dict[str, Any]:
+        now[0] += 10
+        if spec.network == "second" and now[0] > cut_after_s:
+            raise OutOfTime
+        return {"wall_s": 10.0, "cpu_s": 10.0, "device_s": None, "peak_mib": 1.0}
+
+    monkeypatch.setattr(Process, "__enter__", lambda process: process)
+    monkeypatch.setattr(Process, "__exit__", lambda *_: None)
+    monkeypatch.setattr(Process, "__init__", lambda process, spec: setattr(process, "spec", spec))
+    monkeypatch.setattr(Process, "ready", lambda process: None)
+    monkeypatch.setattr(Process, "step", lambda process: step(process.spec))
+    for cut_after_s, left_out in ((1000, "3 of 6 rounds"), (75, "group, cut off after 104 s")):
+        now[0], both = 0.0, [contender("first"), contender("second")]
+        budget = Budget(115, clock=lambda: now[0])
+        budget.run("group", lambda: run_together(both, warm_up=2, rounds=6, budget=budget))  # noqa: B023
+        assert budget.left_out == [left_out]
+        assert [len(each.peak_mib) for each in both] == [len(each.timings.wall_s) for each in both]
+        assert {len(each.peak_mib) for each in both} == {3 if cut_after_s == 1000 else 2}
+
+
 @pytest.mark.slow
 def test_one_that_fails_does_not_end_the_others() -> None:
     both = [contender("ours"), contender("nobody")]
-    run_together(both, warm_up=1, rounds=6)
+    run_together(both, warm_up=1, rounds=6, budget=Budget(math.inf))
     assert len(both[0].timings.cpu_s) == len(both[0].peak_mib) == 6
     assert both[0].failure == ""
     assert "KeyError" in both[1].failure

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import _subject
 import pytest
 import step
 import torch
 
+from ddpm_lmk.bench import Budget, Result
 from ddpm_lmk.errors import ConfigError, LaunchError, ResourceError
 from tests.benchmarks.scripts import SMOKE, run_benchmark
 
@@ -44,6 +46,29 @@ def test_step_has_its_parts_its_levels_and_memory_beside_the_estimate(tmp_path: 
     assert figures["estimate_over_measured"] == pytest.approx(
         figures["estimated_memory_gib"] / figures["peak_memory_gib"], rel=1e-3
     )
+
+
+def test_training_without_a_pause_takes_the_time_it_is_given_and_keeps_what_it_measured() -> None:
+    """Steps of 10 s are played here, on the clock of a budget of 115 s, of which 104 s are for measuring."""
+    now = [0.0]
+    subject = SimpleNamespace(
+        device="cpu",
+        batch_images=2,
+        conditions=dict,
+        cost=SimpleNamespace(flops_train=3, flops_forward=1),
+        cfg=SimpleNamespace(model=SimpleNamespace(kind="ddpm_unet")),
+        step=lambda: now.__setitem__(0, now[0] + 10),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0] / 2))
+        for wanted_s, count, left_out in ((45, 4, []), (1, 1, []), (200, 8, ["sustained training: 12 of 20 slices"])):
+            now[0] = 0.0
+            result = Result("step", settings={}, budget=Budget(115, clock=lambda: now[0]))
+            step.measure_sustained(result, subject, argparse.Namespace(sustained_s=wanted_s), {})  # type: ignore[arg-type]
+            [row] = result.rows
+            assert row.samples == {"images_per_s": [0.2] * count, "images_per_cpu_s": [0.4] * count}
+            assert row.figures["steady_images_per_s"] == 0.2
+            assert result.budget.left_out == left_out
 
 
 def test_what_a_user_can_mend_is_one_line_and_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

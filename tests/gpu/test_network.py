@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lmk.config import RunConfig, UNetConfig
+from ddpm_lmk.config import OptimConfig, RunConfig, UNetConfig
 from ddpm_lmk.engine.loop import build_updater
+from ddpm_lmk.engine.optim import build_optimizer
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.session import compile_model
 from ddpm_lmk.engine.training_state import TrainState
@@ -46,6 +47,10 @@ def loss_and_gradient(model: nn.Module, x: Tensor, t: Tensor, precision: torch.d
     loss = F.mse_loss(out.to(x.dtype), x)
     loss.backward()
     return loss.item(), torch.cat([p.grad.double().cpu().flatten() for p in model.parameters()])
+
+
+def weights_of(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().double().cpu().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -101,6 +106,22 @@ def test_bf16_has_the_loss_and_the_direction_of_fp32(device: torch.device) -> No
     assert F.cosine_similarity(gradient, half_gradient, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_updates_here_are_those_of_float64_on_the_processor(kind: str, device: torch.device) -> None:
+    moved = []
+    for place, dtype in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
+        draw, model = torch.Generator().manual_seed(1), network(torch.device("cpu")).to(place, dtype)
+        before = weights_of(model)
+        optimizer = build_optimizer(OptimConfig.model_validate({"kind": kind, "lr": 1e-3}), model)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=draw).to(parameter)
+            optimizer.step()
+        moved.append(weights_of(model) - before)
+    here, there = moved
+    assert (here - there).norm() < 1e-4 * there.norm()
+
+
 @pytest.mark.slow
 def test_compiled_gradients_are_those_of_eager(device: torch.device) -> None:
     model, (x, t) = network(device, SHALLOW), inputs(device)
@@ -135,8 +156,8 @@ def test_steps_of_cuda_graphs_are_those_of_eager(device: torch.device) -> None:
                     model.eval()(x, t)
                 state.model.train()
         updater.close()
-        return torch.cat([p.detach().double().cpu().flatten() for p in state.model.parameters()])
+        return weights_of(state.model)
 
-    start = torch.cat([p.detach().double().cpu().flatten() for p in network(device, SHALLOW).parameters()])
+    start = weights_of(network(device, SHALLOW))
     eager, graphs = weights(), weights(compile=True, cuda_graphs=device.type == "cuda")
     assert (graphs - eager).norm() < 0.02 * (eager - start).norm()

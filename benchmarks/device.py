@@ -46,14 +46,16 @@ def main() -> None:
     if device == "cuda":
         parts.append(("transfers", partial(measure_transfers, result, device, options)))
     parts.append(("convolutions", partial(measure_convolutions, result, options)))
-    with progress("bench device", lines=False) as tell:
-        for done, (name, measure) in enumerate(parts):
-            tell(done, len(parts))
-            # convolutions come last and are many
-            is_last = done == len(parts) - 1
-            budget.run(name, measure, parts=1 if is_last else len(parts) - done + CONVOLUTIONS)
-        tell(len(parts), len(parts))
-    conclude(result, options.out, run_config(options).name, earlier=[RESULTS])
+    try:
+        with progress("bench device", lines=False) as tell:
+            for done, (name, measure) in enumerate(parts):
+                tell(done, len(parts))
+                # convolutions come last and are many
+                is_last = done == len(parts) - 1
+                budget.run(name, measure, parts=1 if is_last else len(parts) - done + CONVOLUTIONS)
+            tell(len(parts), len(parts))
+    finally:  # what fails takes nothing with it that was measured
+        conclude(result, options.out, run_config(options).name, earlier=[RESULTS])
 
 
 def thread_counts(device: str) -> list[int]:

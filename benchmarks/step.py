@@ -70,12 +70,14 @@ def main() -> None:
         return
     [subject] = subjects
     result = Result("step", settings=subject.cfg.model_dump(mode="json"), device=subject.device, budget=budget)
-    if options.sustained_s:
-        budget.run("sustained training", lambda: measure_sustained(result, subject, options, memory))
-    if not options.only_sustained:
-        budget.run("parts", lambda: measure_parts(result, subject, options, memory), parts=2)
-        budget.run("levels", lambda: measure_levels(result, subject, options))
-    conclude(result, options.out, f"{subject.label}-{subject.precision}", earlier=[RESULTS])
+    try:
+        if options.sustained_s:
+            budget.run("sustained training", lambda: measure_sustained(result, subject, options, memory))
+        if not options.only_sustained:
+            budget.run("parts", lambda: measure_parts(result, subject, options, memory), parts=2)
+            budget.run("levels", lambda: measure_levels(result, subject, options))
+    finally:  # levels keep the input of every block, for which a device may have no room
+        conclude(result, options.out, f"{subject.label}-{subject.precision}", earlier=[RESULTS])
 
 
 def measure_sustained(result: Result, subject: Subject, options: argparse.Namespace, memory: dict[str, float]) -> None:

@@ -52,10 +52,12 @@ def main() -> None:
         steps = affordable_steps(step_s, budget, options.steps)
         subject.cfg, run = (shortened(each, steps + WARM_UP) for each in (subject.cfg, run))
         result = Result("train", settings=subject.cfg.model_dump(mode="json"), device=device, budget=budget)
-        budget.run("training", lambda: measure_training(result, subject, run, folder), parts=3)
-        if steps >= FEWEST_STEPS:
-            budget.run("the engine's overhead", lambda: measure_overhead(result, subject, folder))
-        conclude(result, options.out, f"{cfg.name}-{subject.precision}", earlier=[RESULTS])
+        try:
+            budget.run("training", lambda: measure_training(result, subject, run, folder), parts=3)
+            if steps >= FEWEST_STEPS:
+                budget.run("the engine's overhead", lambda: measure_overhead(result, subject, folder))
+        finally:  # what fails takes nothing with it that was measured
+            conclude(result, options.out, f"{cfg.name}-{subject.precision}", earlier=[RESULTS])
 
 
 def affordable_steps(step_s: float, budget: Budget, wanted: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import step
 import torch
 
-from ddpm_lmk.bench import Budget, Result
+from ddpm_lmk.bench import Budget, Result, read_results
 from ddpm_lmk.errors import ConfigError, LaunchError, ResourceError
 from tests.benchmarks.scripts import SMOKE, run_benchmark
 
@@ -46,6 +47,22 @@ def test_step_has_its_parts_its_levels_and_memory_beside_the_estimate(tmp_path: 
     assert figures["estimate_over_measured"] == pytest.approx(
         figures["estimated_memory_gib"] / figures["peak_memory_gib"], rel=1e-3
     )
+
+
+def test_a_part_that_fails_takes_nothing_with_it_that_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(step, "measure_memory", lambda options: (_subject.Subject(options), {}))
+    monkeypatch.setattr(step, "measure_parts", fail)
+    words = ["--run", str(SMOKE / "pretrain.yaml"), "--device", "cpu", "--sustained-s", "0.1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["step.py", *words])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step.main()
+    [found] = read_results(tmp_path, "step")
+    assert [row.what for row in found.rows] == ["sustained training"]
 
 
 def test_training_without_a_pause_takes_the_time_it_is_given_and_keeps_what_it_measured() -> None:

@@ -306,19 +306,23 @@ TWO_LOOKS = {  # rows of configs/sweep/table2.yaml, in the order of the table
     "mocov3": "U-Net, MoCo v3",
     "simclrv2": "U-Net, SimCLR v2",
     "dino": "U-Net, DINO",
+    "scratch-adamw": "ours with AdamW, random weights",
+    "ours-adamw": "ours with AdamW, DDPM pre-training",
+    "scratch-adamw-pool": "ours with AdamW, random weights, and images without labels",
+    "ours-adamw-pool": "ours with AdamW, DDPM pre-training, and images without labels",
     "scratch": "ours, random weights",
     "ours": "ours, DDPM pre-training",
     "scratch-pool": "ours, random weights, and images without labels",
     "ours-pool": "ours, DDPM pre-training, and images without labels",
 }
 POOLS = {  # rows of configs/sweep/pool_cpu.yaml; those that table2 has too under its names
-    "scratch": "none (random weights)",
+    "scratch-adamw": "none (random weights)",
     "chest-1500": "chests, 1,500",
     "chest-6000": "chests, 6,000",
     "chest-24000": "chests, 24,000",
     "isbi-1500": "cephalograms, 1,500",
     "isbi-6000": "cephalograms, 6,000",
-    "ours": "cephalograms, 24,000",
+    "ours-adamw": "cephalograms, 24,000",
     "both-6000": "both, 6,000",
     "both-24000": "both, 24,000",
     "both-72000": "both, 72,000",
@@ -338,9 +342,14 @@ def _by_labels(rows: list[dict[str, Any]]) -> Cells:
     return found
 
 
-def two_looks_table(source: Path) -> str:
-    """Mean radial error in mm with two looks; mean and deviation over the seeds, the best of a column in bold."""
-    found = _by_labels(json.loads(source.read_text()))
+def two_looks_table(source: Path, *, without: str | None = None) -> str:
+    """Mean radial error in mm with two looks; mean and deviation over the seeds, the best of a column in bold.
+
+    Args:
+        without: leaves out the rows whose names have this in them.
+    """
+    rows = json.loads(source.read_text())
+    found = _by_labels([row for row in rows if without is None or without not in row["start"]])
     labels = sorted({count for runs in found.values() for count in runs})
     means = {(s, k): statistics.mean(run["mre_mm"] for run in runs[k]) for s, runs in found.items() for k in runs}
     best = {count: min(mean for (_, k), mean in means.items() if k == count) for count in labels}
@@ -377,7 +386,8 @@ def pools_table(source: Path) -> str:
         for start in POOLS
         if start in found
     ]
-    return markdown(["images of pre-training", *(f"{count} labels" for count in labels)], body)
+    heads = ["images of pre-training", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
+    return markdown(heads, body)
 
 
 def time_to_accuracy_table(source: Path) -> str:
@@ -431,25 +441,34 @@ def hand_table(source: Path) -> str:
     return markdown(["labels", "start", "first look → both, MRE, mm", "median, mm"], cells)
 
 
-VARIANTS = {
+VARIANTS = {  # of pre-training, then of fine-tuning
     "adamw": "the recipe (AdamW, rate 0.001); films 131-150 without labels among its images",
     "tmax250": "timesteps up to 250 of 500 (`task.t_max`), else the recipe",
     "lognormal": "timesteps with log-normal noise around 0.3, else the recipe (not a setting)",
     "adamw4e-3": "AdamW, rate 0.004; films 001-130 alone",
     "muon": "Muon, rate 0.004; films 001-130 alone",
+    "tune-adamw": "AdamW, rate 0.002",
+    "tune-adamw-400": "AdamW, rate 0.002, 400 steps",
+    "tune-muon-1e-3": "Muon, rate 0.001",
+    "tune-muon-2e-3": "Muon, rate 0.002",
+    "tune-muon-4e-3": "Muon, rate 0.004",
+    "tune-muon-8e-3": "Muon, rate 0.008",
+    "tune-muon-16e-3": "Muon, rate 0.016",
 }
 
 
 def variants_table(source: Path) -> str:
-    """Landmark errors on validation films after variants of pre-training."""
+    """Landmark errors on validation films after variants of pre-training or of fine-tuning, a number for each seed."""
     found = _by_labels(json.loads(source.read_text()))
+    labels = sorted({count for runs in found.values() for count in runs})
 
-    def errors(start: str, labels: int) -> str:
-        runs = sorted(found[start].get(labels, []), key=lambda run: run["seed"])
+    def errors(start: str, count: int) -> str:
+        runs = sorted(found[start].get(count, []), key=lambda run: run["seed"])
         return " / ".join(f"{run['mre_mm']:.2f}" for run in runs)
 
-    rows = [[title, errors(start, 1), errors(start, 10)] for start, title in VARIANTS.items() if start in found]
-    return markdown(["24,000 images of pre-training", "1 label", "10 labels"], rows)
+    heads = ["recipe", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
+    shown = [start for start in VARIANTS if start in found]
+    return markdown(heads, [[VARIANTS[start], *(errors(start, count) for count in labels)] for start in shown])
 
 
 def parts_table(source: Path) -> str:

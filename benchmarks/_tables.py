@@ -530,20 +530,65 @@ def second_look_table(source: Path) -> str:
 
 
 def step_table(source: Path) -> str:
-    """A step, its parts and its levels."""
+    """A step and its parts."""
     found = read_result(source)
     heads = {
         "what": "{what}",
         "busy, ms (quartiles)": "{busy_ms:1}",
         "share of measured peak, %": "{share_of_measured_peak_pct:.0f}",
         "model GFLOP/s": "{model_gflop_per_s:.1f}",
-        "share of levels, %": "{share_of_all_levels_pct:.0f}",
     }
     whole = _row(found, "train step")
     memory = "Memory of training: {peak_memory_gib:.2f} GiB measured, {estimated_memory_gib:.2f} GiB estimated."
     words = ", ".join(f"{value} {key}" for key, value in whole.conditions.items() if key.endswith(("_px", "_images")))
     head = f"{bench_machine(found)}; {found.facts['settings']['name']}, {words}"
-    return f"{head}\n\n{columns(heads, [facts(row) for row in found.rows])}\n\n{memory.format_map(whole.figures)}"
+    rows = [facts(row) for row in found.rows if "threads" in row.conditions and "group" not in row.conditions]
+    return f"{head}\n\n{columns(heads, rows)}\n\n{memory.format_map(whole.figures)}"
+
+
+LEAST_SHARE_PCT = 1  # of a step; what takes less is one row
+
+
+def roofline_table(source: Path) -> str:
+    """The operations of a step by level and group, beside the least they can take."""
+    found = read_result(source)
+    rows = [row for row in found.rows if row.what == "operations"]
+    large = [row for row in rows if row.figures["share_of_step_pct"] >= LEAST_SHARE_PCT]
+    sizes = dict.fromkeys(row.conditions["level_px"] for row in rows)
+    lines = [_operations([row], str(row.conditions["level_px"] or ""), row.conditions["group"]) for row in large]
+    lines.append(_operations([row for row in rows if row not in large], "", "all others"))
+    lines += [
+        _operations(
+            [row for row in rows if row.conditions["level_px"] == size], str(size or "none"), "all of the level"
+        )
+        for size in sizes
+    ]
+    lines.append(_operations(rows, "", "all"))
+    head = (
+        "level, px",
+        "operations",
+        "calls",
+        "GFLOP",
+        "in the step, ms",
+        "alone, ms",
+        "least, ms",
+        "least over step, %",
+    )
+    ratios = [ratio for ratio in found.facts["ratios"] if ratio["what"].startswith("train step over")]
+    words = "; ".join(f"{ratio['what']} {_bounds(ratio)}" for ratio in ratios)
+    where = _row(found, "train step").conditions
+    shape = f"{where['image_size_px']} px, {where['batch_images']} images, {where['precision']}"
+    return f"{bench_machine(found)}; {found.facts['settings']['name']}, {shape}\n\n{markdown(head, lines)}\n\n{words}."
+
+
+def _operations(rows: Sequence[Row], level: str, group: str) -> list[object]:
+    """One line of the roofline: sums over rows, round by round."""
+    times = [
+        median(1e3 * sum(values) for values in zip(*(row.samples[clock] for row in rows)))
+        for clock in ("device_s" if "device_s" in rows[0].samples else "cpu_s", "alone_s", "least_s")
+    ]
+    calls, gflop = (sum(row.figures[name] for row in rows) for name in ("calls", "gflop"))
+    return [level, group, calls, f"{gflop:.2f}", *(f"{ms:.1f}" for ms in times), f"{100 * times[2] / times[0]:.0f}"]
 
 
 def switches_table(source: Path) -> str:

@@ -102,7 +102,7 @@ class Limit:
     def __init__(self, preset: str) -> None:
         config = UNetConfig.model_validate(load_yaml(CONFIGS / "model" / f"{preset}.yaml")["model"])
         cost = model_cost(config, SIZE_PX, 1)
-        self.params, self.flops = cost.params, PASSES * cost.flops_forward
+        self.flops = PASSES * cost.flops_forward
         self.bytes = PASSES * BF16_BYTES * _moved(config)
 
     def ideal(self, peak: float) -> float:
@@ -226,9 +226,8 @@ def rates_table(folder: Path) -> str:
     ideal = PEAK / flops
     rates = [_of(MLPERF_COLD_PCT / 100 * ideal, ideal), _of(MLPERF_IMAGES_PER_S, ideal)]
     rows.append(["MLPerf's U-Net, published", f"{flops / 1e12:.2f}", _text(ideal), "", *rates, "", "", ""])
-    heads = ["network", "TFLOP/image", "roofline, images/s", "fused limit, images/s", "cold, images/s (of the peak)"]
-    heads += ["steady, images/s (of the peak)", "steady, % of the fused limit", "memory, GiB"]
-    return markdown([*heads, "this CPU, images per second of a core"], rows)
+    heads = ["network", "TFLOP/image", "roofline", "fused limit", "cold (of the peak)", "steady (of the peak)"]
+    return markdown([*heads, "% of the fused limit", "memory, GiB", "this CPU"], rows)
 
 
 def _of(images_per_s: float | None, limit: float) -> str:

@@ -59,9 +59,10 @@ def machine(result: dict[str, Any]) -> str:
     name = hardware.get("cpu") or hardware.get("name") or hardware.get("device")
     load = hardware.get("load_1_min", hardware.get("load_1min_at_end"))
     busy = "" if load is None else f", load {load:.1f} when measured"
-    versions = ", ".join(f"{key} {value}" for key, value in result.get("versions", {}).items() if value != "None")
+    there = {key: value for key, value in result.get("versions", {}).items() if value not in (None, "None")}
+    versions = ", ".join(f"{key} {value}" for key, value in there.items())
     cores, day = hardware.get("cores", hardware.get("cpus", "?")), result.get("date", result.get("when", ""))[:10]
-    return f"{name}, {cores} cores{busy}; {versions}; {day}"
+    return f"{name}, {cores} core{'' if cores == 1 else 's'}{busy}; {versions}; {day}"
 
 
 def of_rows(

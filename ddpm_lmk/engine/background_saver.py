@@ -109,10 +109,10 @@ class HostCopy:
     def take(self, tensors: Tensors) -> None:
         """Copy; the caller waits for memory to be read once, where it is. `on_host` must be done with the last one."""
         sources = {(file, name): value for file, group in tensors.items() for name, value in group.items()}
-        on_device = [key for key, value in sources.items() if value.is_cuda]
-        at_home = [key for key, value in sources.items() if not value.is_cuda]
+        on_device = [key for key, value in sources.items() if _is_away(value)]
+        at_home = [key for key, value in sources.items() if not _is_away(value)]
         try:
-            places = {key: torch.empty_like(v) if v.is_cuda else self._buffer(key, v) for key, v in sources.items()}
+            places = {key: torch.empty_like(v) if _is_away(v) else self._buffer(key, v) for key, v in sources.items()}
         # A save must not end a run that fits: slower, and only this time.
         except torch.OutOfMemoryError:
             log.warning("no device memory for a copy of the state: training waits until it is on the host")
@@ -126,7 +126,7 @@ class HostCopy:
     @torch.no_grad()
     def on_host(self) -> Tensors:
         """The copy by file and name, in host memory; for the writing thread."""
-        away = {key: value for key, value in self._taken.items() if value.is_cuda}
+        away = {key: value for key, value in self._taken.items() if _is_away(value)}
         if away:
             places = {key: self._buffer(key, value) for key, value in away.items()}
             # Its own stream, so that the copy to the host does not wait behind the kernels of the next steps.
@@ -143,5 +143,9 @@ class HostCopy:
         buffer = self._buffers.get(key)
         if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != (like.shape, like.dtype, like.stride()):
             # Pinned memory takes long to get and is used for every save of the run.
-            buffer = self._buffers[key] = torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
+            buffer = self._buffers[key] = torch.empty_like(like, device="cpu", pin_memory=_is_away(like))
         return buffer
+
+
+def _is_away(value: Tensor) -> bool:
+    return value.device.type != "cpu"

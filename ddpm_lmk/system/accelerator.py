@@ -77,6 +77,17 @@ def to_device(values: Tensor, device: Device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32, also where GPUs may round them to TF32; a CPU does nothing else."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
 def synchronize(device: Device) -> None:
     """Wait until all that was queued is done; a CPU has done it."""
     if _is_cuda(device):

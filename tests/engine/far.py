@@ -3,7 +3,7 @@
 `meta` is in every torch. Tensors of CUDA without memory (`FakeTensorMode`) need a CUDA build of torch, and no driver: a
 fused optimizer is that of CUDA. On both a run is the real one; reading a value or a size that depends on values raises.
 `Copies` refuses operations that mix the devices, and notes copies between them and what reads values unseen. What needs
-a driver has a stand-in: backward (`zero_gradients`), pinned memory, noise.
+a driver has a stand-in: backward (`zero_gradients`), pinned memory, streams, copies of many tensors home, noise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm_lmk.config import RunConfig
-from ddpm_lmk.data.spec import SPECS
+from ddpm_lmk.data.spec import SPECS, DatasetSpec
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.models import build_model
 from ddpm_lmk.system import accelerator
@@ -76,6 +76,7 @@ class Copies:
     def __init__(self) -> None:
         self.waiting: list[str] = []
         self.home: list[str] = []
+        self.queued: list[str] = []
         self.pinned: set[int] = set()
         self._kept: list[Tensor] = []  # an id is of one tensor while that is alive
 
@@ -94,6 +95,23 @@ class Copies:
         """Note what this thread does in the block."""
         with _Lists(self), _Operations(self):
             yield self
+
+
+class Stream:
+    """Stands in for a stream of CUDA, and for an event of it; notes in `Copies.queued` what waits for what."""
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+
+    def record_event(self) -> Stream:
+        self._copies.queued.append("event")
+        return self
+
+    def wait_event(self, event: Stream) -> None:
+        self._copies.queued.append("behind the event")
+
+    def synchronize(self) -> None:
+        self._copies.queued.append("waited for")
 
 
 class _Lists(TorchFunctionMode):
@@ -191,6 +209,24 @@ def far_device(kind: str, copies: Copies) -> Iterator[FarDevice]:
         patch.setattr(accelerator, "_is_cuda", lambda device: torch.device(device).type == kind)
         patch.setattr(accelerator, "name", lambda device: "a GPU without memory")
         patch.setattr(Tensor, "pin_memory", lambda values: copies.pin(values))  # noqa: PLW0108 - a method must be a function
+        patch.setattr(torch.cuda, "Stream", lambda device: Stream(copies))
+        patch.setattr(torch.cuda, "current_stream", lambda device: Stream(copies))
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        make, copy = torch.empty_like, torch._foreach_copy_
+
+        def empty_like(like: Tensor, *, pin_memory: bool = False, **how: Any) -> Tensor:
+            return copies.pin(make(like, **how)) if pin_memory else make(like, **how)
+
+        def copy_all(places: list[Tensor], sources: list[Tensor], **how: Any) -> None:
+            if any(map(_is_far, sources)) and not any(map(_is_far, places)):
+                assert how["non_blocking"]
+                assert all(id(place) in copies.pinned for place in places)
+                copies.queued.append("copied home")
+            else:
+                copy(places, sources, **how)
+
+        patch.setattr(torch, "empty_like", empty_like)
+        patch.setattr(torch, "_foreach_copy_", copy_all)
         if kind == "cuda":
             patch.setattr(Tensor, "backward", zero_gradients)
             stack.enter_context(warnings.catch_warnings())  # of a look at whether two tensors share memory, once
@@ -213,7 +249,13 @@ def real() -> AbstractContextManager[Any]:
 
 
 class FullTrain(ToyTrain):
-    """The toy's positions, with images of full size, points, and finer copies where the run file wants some."""
+    """The toy's positions, with images of full size, points, sets where the spec is that of a mixture, and
+    finer copies where the run file wants some.
+    """
+
+    def __init__(self, cfg: RunConfig, spec: DatasetSpec = SPEC) -> None:
+        super().__init__(cfg)
+        self.spec = spec
 
     def global_batches(self, start_step: int) -> Any:
         data = self.cfg.data
@@ -225,6 +267,7 @@ class FullTrain(ToyTrain):
                     replace(
                         batch,
                         images=torch.zeros(len(batch), 1, data.image_size, data.image_size),
+                        domain=torch.arange(len(batch)) % len(self.spec.parts) if self.spec.parts else None,
                         points=torch.full((len(batch), self.spec.num_landmarks, 2), 3.0),
                         fine=None
                         if data.fine_size is None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_lmk.config import RunConfig
+from ddpm_lmk.data.spec import SPECS, DatasetSpec, mixture
 from ddpm_lmk.engine.gradients import StepOutcome
 from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.loop import Loaders, fit
@@ -65,10 +66,10 @@ def run_file(case: dict[str, Any], kind: str) -> RunConfig:
     return config(optim=case.get("optim", {}), task=task, model=model, train=how, data={**size, **case.get("data", {})})
 
 
-def steps(cfg: RunConfig, kind: str, path: Path) -> tuple[int, Copies]:
+def steps(cfg: RunConfig, kind: str, path: Path, *, spec: DatasetSpec = SPEC) -> tuple[int, Copies]:
     """Exchanges in `STEPS` steps of the real loop, and copies in all but the first, which brings what stays there."""
     copies = Copies()
-    task = build_task(cfg, SPEC)
+    task = build_task(cfg, spec)
 
     after = task.after_step
 
@@ -88,7 +89,7 @@ def steps(cfg: RunConfig, kind: str, path: Path) -> tuple[int, Copies]:
         with RunDir.lock(path, cfg) as run:
             run.begin(cfg, {"fingerprint": "toy"})
             with pytest.raises(EnoughError), copies.watched():
-                fit(cfg, task, state, Loaders(FullTrain(cfg)), parallel, run)
+                fit(cfg, task, state, Loaders(FullTrain(cfg, spec)), parallel, run)
         return parallel.exchanged, copies
 
 
@@ -101,6 +102,21 @@ def test_a_step_waits_for_the_device_once(case: dict[str, Any], kind: str, tmp_p
     assert copies.home == []
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS)), "lines before the crash are all there"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(pytest.param("contour", *device.values, id=f"contour-{device.id}", marks=device.marks) for device in DEVICES),
+        # Not on `cuda`: the sets of a batch are read on the host, where tensors have no values then either.
+        ("gu2net", "meta"),
+    ],
+)
+def test_a_step_on_a_mixture_waits_for_the_device_once(name: str, kind: str, tmp_path: Path) -> None:
+    both = mixture([SPEC, SPECS["hand"]])
+    exchanged, copies = steps(run_file(CASES[name], kind), kind, tmp_path / "run", spec=both)
+    assert exchanged == STEPS
+    assert (copies.waiting, copies.home) == ([], [])
 
 
 def clock(parallel: Parallel) -> CompileClock:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ddpm_lmk.config import ClipConfig, OptimConfig, PlateauConfig
 from ddpm_lmk.engine.optim import (
@@ -21,6 +22,7 @@ from ddpm_lmk.engine.optim import (
     orthogonalised,
     set_learning_rate,
 )
+from ddpm_lmk.engine.rank_checks import kernels
 from ddpm_lmk.engine.training_state import Plateau
 from ddpm_lmk.errors import CheckpointError
 from tests.engine.toy import ToyNet
@@ -179,6 +181,52 @@ def test_a_matrix_without_rank_stays_without() -> None:
     row[0, 1] = 2.0
     assert orthogonalised(row)[0, 1].norm().item() == pytest.approx(0.9, abs=0.3)
     assert orthogonalised(row)[0, [0, 2]].abs().max() == 0
+
+
+def test_singular_values_come_out_as_its_polynomial_says() -> None:
+    values = torch.linspace(0, 1, 20001)
+    found = orthogonalised(torch.stack([values, (1 - values**2).sqrt()], 1).diag_embed())[:, 0, 0]
+    assert 0.68 < found[values >= 0.003].min() < 0.69
+    assert 1.20 < found.max() < 1.21
+    assert (found <= values * 3.4445**5 * 1.001 + 1e-6).all()
+
+
+class Tf32(TorchFunctionMode):
+    """Matrix products as GPUs do them in TF32: what goes in has ten bits of mantissa."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.__matmul__, Tensor.matmul, torch.baddbmm) and not is_full():
+            first = 1 if function is torch.baddbmm else 0
+            args = (*args[:first], *(rounded(value) for value in args[first:]))
+        return function(*args, **(kwargs or {}))
+
+
+def is_full() -> bool:
+    return not torch.backends.cuda.matmul.allow_tf32
+
+
+def rounded(values: Tensor) -> Tensor:
+    bits = values.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def test_muon_multiplies_in_full_where_tf32_is_allowed() -> None:
+    """With TF32 values would leave the range that is documented."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(size, 64))[0] for size in (64, 576))
+    gradient = (left * torch.logspace(0, -2, 64)) @ right.T
+
+    def largest(update: Tensor) -> float:
+        return torch.linalg.matrix_norm(update, 2).item()
+
+    layer = nn.Linear(576, 64)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = gradient
+    with kernels("none", torch.device("cpu")), Tf32():
+        assert largest(orthogonalised(gradient[None])[0]) > 1.25
+        build_optimizer(settings(kind="muon", lr=1.0, weight_decay=0.0), layer).step()
+        assert not is_full(), "others still may"
+    assert largest((layer.weight.detach() - before) / (0.2 * 576**0.5)) < 1.21
 
 
 def test_muon_is_the_one_of_torch_for_matrices_and_adamw_for_the_rest() -> None:

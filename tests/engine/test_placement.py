@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_leaves
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.engine.background_saver import HostCopy
 from ddpm_lmk.engine.forecast import random_batch
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.models.blocks import use_norm
 from ddpm_lmk.models.kernels.group_norm import Norm
-from ddpm_lmk.rundir.checkpoint import Checkpoint
+from ddpm_lmk.rundir.checkpoint import Checkpoint, Tensors
 from ddpm_lmk.system import accelerator
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, build_task, noise_schedule
 from tests.engine.far import DEVICES, SPEC, Copies, FullTrain, far_device, far_model, real
@@ -119,6 +120,28 @@ def test_a_checkpoint_goes_back_to_where_the_state_lies(kind: str) -> None:
         held = [*state.model.parameters(), *state.ema._average.values(), list(state.optimizer.state.values())]
         assert devices(held) == {kind}
         update()
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_a_save_does_not_wait_and_is_brought_home_beside_training(kind: str) -> None:
+    cfg, copies = run_file({"train": {"ema": {}}, "optim": {"kind": "sgd"}}, kind), Copies()
+    task, saved = build_task(cfg, SPEC), HostCopy()
+    with far_device(kind, copies) as parallel:
+        state = TrainState.fresh(cfg, far_model(cfg, task, parallel.device))
+        files = state.tensors(moments(state.optimizer, state.model))
+        with copies.watched():
+            saved.take(files)
+        assert devices(saved._taken) == {kind}
+        assert (copies.waiting, copies.home, copies.queued) == ([], [], ["event"])
+        home = saved.on_host()
+        assert devices(home) == {"cpu"}
+        assert copies.queued == ["event", "behind the event", "copied home", "waited for"]
+        assert layouts(home) == layouts(files)
+
+
+def layouts(files: Tensors) -> dict[str, Any]:
+    """Type and strides of all tensors, by file and name."""
+    return {f"{file}/{name}": (v.dtype, v.stride()) for file, group in files.items() for name, v in group.items()}
 
 
 def put_in_place(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from torch import Tensor, distributed
 
 from ddpm_lmk.bench.ratio import FEWEST_PAIRS
 from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.engine.gradients import Updater
+from ddpm_lmk.engine.loop import build_updater
+from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.system import environment
 from ddpm_lmk.system.processes import die_with_parent
 
@@ -78,6 +82,14 @@ def main(job: dict[str, Any]) -> None:
 def make_ways(subject: Subject) -> dict[str, tuple[Callable[[int], bool], Callable[[], object]]]:
     """By name: which ranks work, and what they do."""
     whole, part = subject.batch, share_of(subject.batch, subject.parallel.world)
+    shared, parallel = subject.updater, subject.parallel
+    with as_if_alone(parallel):
+        own = build_updater(subject.cfg, subject.state, parallel)
+
+    def step_alone() -> None:
+        with as_if_alone(parallel):
+            step(subject, own, whole)
+
     flat = _gradient(subject)
     a, b, c = (torch.ones(ARRAY_MIB[subject.device] * 2**18, device=subject.device) for _ in range(3))
     side = PRODUCT_SIDE[subject.device]
@@ -96,10 +108,10 @@ def make_ways(subject: Subject) -> dict[str, tuple[Callable[[int], bool], Callab
         return True
 
     return {
-        "alone": (first, lambda: step(subject, whole, reduces=False)),
-        "side by side": (every, lambda: step(subject, whole, reduces=False)),
-        "weak": (every, lambda: step(subject, whole, reduces=True)),
-        "strong": (every, lambda: step(subject, part, reduces=True)),
+        "alone": (first, step_alone),
+        "side by side": (every, step_alone),
+        "weak": (every, lambda: step(subject, shared, whole)),
+        "strong": (every, lambda: step(subject, shared, part)),
         "reduction": (every, lambda: distributed.all_reduce(flat)),
         "triad alone": (first, triad),
         "triad side by side": (every, triad),
@@ -108,20 +120,26 @@ def make_ways(subject: Subject) -> dict[str, tuple[Callable[[int], bool], Callab
     }
 
 
-def step(subject: Subject, batch: Batch, *, reduces: bool) -> None:
-    """A step of the engine; without `reduces` every rank keeps its gradient to itself."""
-    updater, state = subject.updater, subject.state
-    with updater.micro_batch(0, of=1 if reduces else 2):  # DDP reduces with the last micro-batch of a group
+@contextmanager
+def as_if_alone(parallel: Parallel) -> Iterator[None]:
+    """Every rank keeps to itself what it computes while the block lasts."""
+    world, parallel.world = parallel.world, 1
+    try:
+        yield
+    finally:
+        parallel.world = world
+
+
+def step(subject: Subject, updater: Updater, batch: Batch) -> None:
+    """A step of the engine."""
+    with updater.micro_batch(0, of=1):
         with subject.parallel.autocast(subject.cfg.train.precision):
             total = subject.task.loss(updater.net, batch).float().sum()
         updater.add(total, len(batch))
-    parallel = subject.parallel
-    world, parallel.world = parallel.world, parallel.world if reduces else 1  # what is left of the end is local work
     updater.finish(0.0)
-    parallel.world = world
-    state.step += 1
+    subject.state.step += 1
     updater.apply(None)
-    state.ema.update(state.step)
+    subject.state.ema.update(subject.state.step)
     updater.clear()
 
 

@@ -307,19 +307,23 @@ TWO_LOOKS = {  # rows of configs/sweep/table2.yaml, in the order of the table
     "mocov3": "U-Net, MoCo v3",
     "simclrv2": "U-Net, SimCLR v2",
     "dino": "U-Net, DINO",
+    "scratch-adamw": "ours with AdamW, random weights",
+    "ours-adamw": "ours with AdamW, DDPM pre-training",
+    "scratch-adamw-pool": "ours with AdamW, random weights, and images without labels",
+    "ours-adamw-pool": "ours with AdamW, DDPM pre-training, and images without labels",
     "scratch": "ours, random weights",
     "ours": "ours, DDPM pre-training",
     "scratch-pool": "ours, random weights, and images without labels",
     "ours-pool": "ours, DDPM pre-training, and images without labels",
 }
 POOLS = {  # rows of configs/sweep/pool_cpu.yaml; those that table2 has too under its names
-    "scratch": "none (random weights)",
+    "scratch-adamw": "none (random weights)",
     "chest-1500": "chests, 1,500",
     "chest-6000": "chests, 6,000",
     "chest-24000": "chests, 24,000",
     "isbi-1500": "cephalograms, 1,500",
     "isbi-6000": "cephalograms, 6,000",
-    "ours": "cephalograms, 24,000",
+    "ours-adamw": "cephalograms, 24,000",
     "both-6000": "both, 6,000",
     "both-24000": "both, 24,000",
     "both-72000": "both, 72,000",
@@ -339,9 +343,14 @@ def _by_labels(rows: list[dict[str, Any]]) -> Cells:
     return found
 
 
-def two_looks_table(source: Path) -> str:
-    """Mean radial error in mm with two looks; mean and deviation over the seeds, the best of a column in bold."""
-    found = _by_labels(json.loads(source.read_text()))
+def two_looks_table(source: Path, *, without: str | None = None) -> str:
+    """Mean radial error in mm with two looks; mean and deviation over the seeds, the best of a column in bold.
+
+    Args:
+        without: leaves out the rows whose names have this in them.
+    """
+    rows = json.loads(source.read_text())
+    found = _by_labels([row for row in rows if without is None or without not in row["start"]])
     labels = sorted({count for runs in found.values() for count in runs})
     means = {(s, k): statistics.mean(run["mre_mm"] for run in runs[k]) for s, runs in found.items() for k in runs}
     best = {count: min(mean for (_, k), mean in means.items() if k == count) for count in labels}
@@ -378,7 +387,8 @@ def pools_table(source: Path) -> str:
         for start in POOLS
         if start in found
     ]
-    return markdown(["images of pre-training", *(f"{count} labels" for count in labels)], body)
+    heads = ["images of pre-training", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
+    return markdown(heads, body)
 
 
 def time_to_accuracy_table(source: Path) -> str:
@@ -432,25 +442,34 @@ def hand_table(source: Path) -> str:
     return markdown(["labels", "start", "first look → both, MRE, mm", "median, mm"], cells)
 
 
-VARIANTS = {
+VARIANTS = {  # of pre-training, then of fine-tuning
     "adamw": "the recipe (AdamW, rate 0.001); films 131-150 without labels among its images",
     "tmax250": "timesteps up to 250 of 500 (`task.t_max`), else the recipe",
     "lognormal": "timesteps with log-normal noise around 0.3, else the recipe (not a setting)",
     "adamw4e-3": "AdamW, rate 0.004; films 001-130 alone",
     "muon": "Muon, rate 0.004; films 001-130 alone",
+    "tune-adamw": "AdamW, rate 0.002",
+    "tune-adamw-400": "AdamW, rate 0.002, 400 steps",
+    "tune-muon-1e-3": "Muon, rate 0.001",
+    "tune-muon-2e-3": "Muon, rate 0.002",
+    "tune-muon-4e-3": "Muon, rate 0.004",
+    "tune-muon-8e-3": "Muon, rate 0.008",
+    "tune-muon-16e-3": "Muon, rate 0.016",
 }
 
 
 def variants_table(source: Path) -> str:
-    """Landmark errors on validation films after variants of pre-training."""
+    """Landmark errors on validation films after variants of pre-training or of fine-tuning, a number for each seed."""
     found = _by_labels(json.loads(source.read_text()))
+    labels = sorted({count for runs in found.values() for count in runs})
 
-    def errors(start: str, labels: int) -> str:
-        runs = sorted(found[start].get(labels, []), key=lambda run: run["seed"])
+    def errors(start: str, count: int) -> str:
+        runs = sorted(found[start].get(count, []), key=lambda run: run["seed"])
         return " / ".join(f"{run['mre_mm']:.2f}" for run in runs)
 
-    rows = [[title, errors(start, 1), errors(start, 10)] for start, title in VARIANTS.items() if start in found]
-    return markdown(["24,000 images of pre-training", "1 label", "10 labels"], rows)
+    heads = ["recipe", *(f"{count} label{'s' if count > 1 else ''}" for count in labels)]
+    shown = [start for start in VARIANTS if start in found]
+    return markdown(heads, [[VARIANTS[start], *(errors(start, count) for count in labels)] for start in shown])
 
 
 def parts_table(source: Path) -> str:
@@ -512,20 +531,65 @@ def second_look_table(source: Path) -> str:
 
 
 def step_table(source: Path) -> str:
-    """A step, its parts and its levels."""
+    """A step and its parts."""
     found = read_result(source)
     heads = {
         "what": "{what}",
         "busy, ms (quartiles)": "{busy_ms:1}",
         "share of measured peak, %": "{share_of_measured_peak_pct:.0f}",
         "model GFLOP/s": "{model_gflop_per_s:.1f}",
-        "share of levels, %": "{share_of_all_levels_pct:.0f}",
     }
     whole = _row(found, "train step")
     memory = "Memory of training: {peak_memory_gib:.2f} GiB measured, {estimated_memory_gib:.2f} GiB estimated."
     words = ", ".join(f"{value} {key}" for key, value in whole.conditions.items() if key.endswith(("_px", "_images")))
     head = f"{bench_machine(found)}; {found.facts['settings']['name']}, {words}"
-    return f"{head}\n\n{columns(heads, [facts(row) for row in found.rows])}\n\n{memory.format_map(whole.figures)}"
+    rows = [facts(row) for row in found.rows if "threads" in row.conditions and "group" not in row.conditions]
+    return f"{head}\n\n{columns(heads, rows)}\n\n{memory.format_map(whole.figures)}"
+
+
+LEAST_SHARE_PCT = 1  # of a step; what takes less is one row
+
+
+def roofline_table(source: Path) -> str:
+    """The operations of a step by level and group, beside the least they can take."""
+    found = read_result(source)
+    rows = [row for row in found.rows if row.what == "operations"]
+    large = [row for row in rows if row.figures["share_of_step_pct"] >= LEAST_SHARE_PCT]
+    sizes = dict.fromkeys(row.conditions["level_px"] for row in rows)
+    lines = [_operations([row], str(row.conditions["level_px"] or ""), row.conditions["group"]) for row in large]
+    lines.append(_operations([row for row in rows if row not in large], "", "all others"))
+    lines += [
+        _operations(
+            [row for row in rows if row.conditions["level_px"] == size], str(size or "none"), "all of the level"
+        )
+        for size in sizes
+    ]
+    lines.append(_operations(rows, "", "all"))
+    head = (
+        "level, px",
+        "operations",
+        "calls",
+        "GFLOP",
+        "in the step, ms",
+        "alone, ms",
+        "least, ms",
+        "least over step, %",
+    )
+    ratios = [ratio for ratio in found.facts["ratios"] if ratio["what"].startswith("train step over")]
+    words = "; ".join(f"{ratio['what']} {_bounds(ratio)}" for ratio in ratios)
+    where = _row(found, "train step").conditions
+    shape = f"{where['image_size_px']} px, {where['batch_images']} images, {where['precision']}"
+    return f"{bench_machine(found)}; {found.facts['settings']['name']}, {shape}\n\n{markdown(head, lines)}\n\n{words}."
+
+
+def _operations(rows: Sequence[Row], level: str, group: str) -> list[object]:
+    """One line of the roofline: sums over rows, round by round."""
+    times = [
+        median(1e3 * sum(values) for values in zip(*(row.samples[clock] for row in rows)))
+        for clock in ("device_s" if "device_s" in rows[0].samples else "cpu_s", "alone_s", "least_s")
+    ]
+    calls, gflop = (sum(row.figures[name] for row in rows) for name in ("calls", "gflop"))
+    return [level, group, calls, f"{gflop:.2f}", *(f"{ms:.1f}" for ms in times), f"{100 * times[2] / times[0]:.0f}"]
 
 
 def switches_table(source: Path) -> str:

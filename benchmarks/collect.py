@@ -9,6 +9,7 @@ versions and the day it was measured. A marker whose result file is missing keep
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import _gpu_tables as gpu
@@ -28,7 +29,7 @@ START, RESULTS_PAGE, FAULTS, METHOD, RECIPE, HOUSE, WEBDATASETS, GPU = (
 )
 
 PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
-    (README, "isbi", RESULTS / "table2_two_looks" / "cells.json", tables.two_looks_table),
+    (README, "isbi", RESULTS / "table2_two_looks" / "cells.json", partial(tables.two_looks_table, without="adamw")),
     (README, "how-long", RESULTS / "two_commands.json", tables.how_long),
     (RESULTS_PAGE, "isbi", RESULTS / "table2_two_looks" / "cells.json", tables.two_looks_table),
     (RESULTS_PAGE, "isbi-one-look", RESULTS / "table2_small" / "report.csv", tables.methods_table),
@@ -41,6 +42,8 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "fuzz", RESULTS / "fuzz.json", tables.fuzz_table),
     (BENCHMARKS, "device", newest(RESULTS, "device"), tables.device_table),
     (BENCHMARKS, "step", newest(RESULTS, "step", "tiny"), tables.step_table),
+    (BENCHMARKS, "roofline", newest(RESULTS, "step", "width32"), tables.roofline_table),
+    (BENCHMARKS, "roofline-128", newest(RESULTS, "step", "tiny"), tables.roofline_table),
     (BENCHMARKS, "switches", newest(RESULTS, "switches"), tables.switches_table),
     (BENCHMARKS, "train", newest(RESULTS, "train"), tables.train_table),
     (BENCHMARKS, "scaling", newest(RESULTS, "scaling"), tables.scaling_table),
@@ -72,6 +75,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (RECIPE, "one-shot", RESULTS / "table2_two_looks" / "one_shot.json", tables.one_shot_table),
     (RECIPE, "optimizers", RESULTS / "optimizers.json", tables.optimizers_table),
     (RECIPE, "variants", RESULTS / "table2_two_looks" / "variants.json", tables.variants_table),
+    (RECIPE, "tuning", RESULTS / "table2_two_looks" / "tuning.json", tables.variants_table),
     (RECIPE, "hand", RESULTS / "table2_two_looks" / "hand.json", tables.hand_table),
     (RECIPE, "second-look", RESULTS / "isbi_recipe" / "second_look.json", tables.second_look_table),
     (RECIPE, "trials", RESULTS / "isbi_recipe" / "trials.jsonl", trials_table),

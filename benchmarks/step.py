@@ -5,8 +5,8 @@
 Pixels are random and on the device: no loader, no logging (those are in `bench train`). The parts take turns with a
 large matrix product and a convolution, so the share of the peak is measured in the same minutes on the same device, and
 never against a data sheet. It counts the operations our code executes; `model_gflop_per_s` counts those of the
-published algorithm. A level is its blocks run alone on what they were given, so levels add up to a little less than the
-whole (joining of skips, the loss). Memory is that of a new process, beside the estimate `pretrain --dry-run` gives.
+published algorithm. By level, each group of operations stands beside the least it can take here (`_roofline.py`).
+Memory is that of a new process, beside the estimate `pretrain --dry-run` gives.
 `--sustained-s` trains without a pause before all that: a device is faster while it is cold.
 """
 
@@ -22,22 +22,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from _roofline import measure_levels, peak_calls, peak_flops
 from _subject import RESULTS, Subject, budget_of, carried_out, command_words, device_of, option_parser, run_config
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ddpm_lmk.bench import Result, Timings, compare_paired
 from ddpm_lmk.bench.compare import conclude
 from ddpm_lmk.engine.device_fit import is_out_of_memory, memory_gib
 from ddpm_lmk.errors import ResourceError
-from ddpm_lmk.models import coarse_to_fine
 from ddpm_lmk.system.console import print_status, progress
 
-PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("forward", "forward and backward", "update", "train step")
 SLICES = 20  # of the time at `--sustained-s`, fewer of long steps; the first is cold, the second half is steady
@@ -123,15 +119,16 @@ def measure_parts(result: Result, subject: Subject, options: argparse.Namespace,
         "forward and backward": subject.forward_backward,
         "train step": subject.step,
         "update": subject.update,  # with the gradient of the call before
-        **peak_calls(subject),
+        **peak_calls(DTYPES[subject.precision], subject.device),
     }
     subject.step()
     with progress("bench step, parts", lines=False) as tell:
         found = result.budget.alternate(calls, rounds=options.rounds, device=subject.device, tell=tell)
     threads = torch.get_num_threads() if subject.device == "cpu" else 1
-    peaks = [[flops * threads / s / 1e9 for s in found[name].busy_s] for name, flops in peak_flops(subject).items()]
+    flops = peak_flops(subject.device)
+    peaks = [[work * threads / s / 1e9 for s in found[name].busy_s] for name, work in flops.items()]
     peak = max(peaks, key=median)
-    for name, rates in zip(peak_flops(subject), peaks):
+    for name, rates in zip(flops, peaks):
         conditions = {"precision": subject.precision, "threads": torch.get_num_threads()}
         result.add(name, found[name], conditions=conditions, figures={"gflop_per_s": median(rates)})
     for name in PARTS:
@@ -165,106 +162,6 @@ def rates_of(name: str, timings: Timings, subject: Subject, peak: list[float]) -
         "model_gflop_per_s": published * threads / median(busy),
         "share_of_measured_peak_pct": median(shares),
     }
-
-
-def peak_flops(subject: Subject) -> dict[str, float]:
-    """Operations of the two calls that give the peak."""
-    side = PEAK_SIDE[subject.device]
-    return {"peak matrix product": 2.0 * side**3, "peak convolution": 2.0 * 9 * (side // 8) ** 2 * 8 * 64**2}
-
-
-def peak_calls(subject: Subject) -> dict[str, Callable[[], object]]:
-    """A large matrix product and a 3x3 convolution in the precision of the run."""
-    side, dtype = PEAK_SIDE[subject.device], DTYPES[subject.precision]
-    a = torch.randn(side, side, device=subject.device, dtype=dtype)
-    x = torch.randn(8, side // 8, 64, 64, device=subject.device, dtype=dtype)
-    w = torch.randn(side // 8, side // 8, 3, 3, device=subject.device, dtype=dtype)
-    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
-    return {"peak matrix product": lambda: torch.mm(a, a), "peak convolution": lambda: F.conv2d(x, w, padding=1)}
-
-
-def measure_levels(result: Result, subject: Subject, options: argparse.Namespace) -> None:
-    """Forward and backward of the blocks of every level, each on the input it had."""
-    calls = level_calls(subject)
-    with progress("bench step, levels", lines=False) as tell:
-        found = result.budget.alternate(calls, rounds=options.rounds, device=subject.device, needs_all=False, tell=tell)
-    total = sum(median(timings.busy_s) for timings in found.values())
-    for name, timings in found.items():
-        is_whole = len(found) == len(calls)
-        figures = {"share_of_all_levels_pct": 100 * median(timings.busy_s) / total} if is_whole else {}
-        result.add(f"level {name}", timings, conditions=subject.conditions(), figures=figures)
-
-
-def level_calls(subject: Subject) -> dict[str, Callable[[], object]]:
-    """By level, a call that runs its blocks forward and backward."""
-    blocks: dict[str, list[tuple[nn.Module, list[Any]]]] = {}
-    hooks = []
-
-    def note(level: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            blocks.setdefault(level, []).append((module, [_leaf(value) for value in inputs]))
-
-        return hook
-
-    for name, module in _blocks(subject.model):
-        hooks.append(module.register_forward_pre_hook(note(_level(name, subject.cfg.model.kind))))
-    subject.forward()
-    for hook in hooks:
-        hook.remove()
-    return {level: _run_blocks(subject, members) for level, members in blocks.items()}
-
-
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The parts a forward pass calls one after another: children, and for lists of levels the blocks in them."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, child in model.named_children():
-        found += (
-            [(f"{name}.{inner}", part) for inner, part in _blocks(child)]
-            if isinstance(child, nn.ModuleList) or name in coarse_to_fine.PARTS
-            else [(name, child)]
-        )
-    return found
-
-
-def _level(name: str, kind: str) -> str:
-    """`downs.0.2` -> `downs.0`; `mid_block1` -> `mid`; the rest of a ddpm_unet is the ends, of others a part each."""
-    part, _, inner = name.partition(".")
-    if part in coarse_to_fine.PARTS:  # the networks of two looks, each with levels of its own
-        return f"{part} {_level(inner, kind)}"
-    words = name.split(".")
-    if kind != "ddpm_unet":
-        return words[0]
-    if words[0] in ("downs", "ups"):
-        return ".".join(words[:2])
-    return "mid" if name.startswith("mid") else "ends"
-
-
-def _leaf(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_leaf(part) for part in value]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    return value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-
-
-def _run_blocks(subject: Subject, members: list[tuple[nn.Module, list[Any]]]) -> Callable[[], object]:
-    def call() -> None:
-        subject.updater.clear()
-        with subject.parallel.autocast(subject.cfg.train.precision):
-            outputs = [module(*inputs) for module, inputs in members]
-        outputs = [out for out in _tensors(outputs) if out.requires_grad]
-        torch.autograd.backward(outputs, [out.detach() for out in outputs])
-        for value in _tensors([inputs for _, inputs in members]):
-            value.grad = None
-
-    return call
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Those in lists of lists (an encoder returns one map per scale)."""
-    if isinstance(value, list | tuple):
-        return [tensor for part in value for tensor in _tensors(part)]
-    return [value] if isinstance(value, Tensor) else []
 
 
 def halve_until_it_fits(options: argparse.Namespace) -> tuple[Subject, dict[str, float]]:

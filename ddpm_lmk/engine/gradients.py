@@ -6,14 +6,13 @@
     updater.apply(clip)                             # or not, where the step is left out
     updater.clear()
 
-`DdpUpdater` is DDP (classes ordered and none), `ExactUpdater` the fixed tree of `exact_reduce` (class exact), and
-`zero.ZeroUpdater` DeepSpeed. In all of them the gradient is the sum of what `add` was given, over micro-batches and
-ranks.
+`OrderedUpdater` adds by all-reduce (`bucket_reduce`; classes ordered and none), `ExactUpdater` by the fixed tree of
+`exact_reduce` (class exact), and `zero.ZeroUpdater` is DeepSpeed. In all of them the gradient is the sum of what `add`
+was given, over micro-batches and ranks.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -23,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_lmk.config import ClipConfig
 from ddpm_lmk.engine import exact_reduce
-from ddpm_lmk.engine.optim import clip, global_norm, gradients, moments
+from ddpm_lmk.engine.bucket_reduce import BucketReduce
+from ddpm_lmk.engine.optim import clip, global_norm, gradient_views, gradients, moments
 from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.models.weight_standardization import OncePerStep
 
@@ -143,28 +142,31 @@ class Updater(ABC):
         return grads
 
 
-class DdpUpdater(Updater):
-    """DDP: gradients are added by all-reduce while the last backward pass still runs.
-
-    DDP averages over ranks, so the loss is multiplied by their number, and the result is the plain sum.
-    """
+class OrderedUpdater(Updater):
+    """Gradients are added by all-reduce while the last backward pass still runs."""
 
     def __init__(self, state: TrainState, parallel: Parallel, standard: OncePerStep | None = None) -> None:
         super().__init__(state, parallel, standard)
-        self.net = parallel.wrap(state.model)
+        self.net = state.model
+        self._buckets = BucketReduce(state.model) if parallel.world > 1 else None
 
     def _during(self, number: int, of: int) -> AbstractContextManager[Any]:
         """Only the last micro-batch of a global batch sends gradients around."""
-        is_last = number == of - 1
         # Adding up locally first sends one gradient per step instead of one per micro-batch.
-        return self.net.no_sync() if isinstance(self.net, DistributedDataParallel) and not is_last else nullcontext()
-
-    def _backward(self, loss: Tensor) -> None:
-        # DDP divides by the number of ranks; the divisor of the loop is the global batch already.
-        (loss * self._parallel.world).backward()
+        if self._buckets is not None and number == of - 1:
+            self._buckets.expect()
+        return nullcontext()
 
     def _reduce(self) -> list[Tensor]:
+        if self._buckets is not None:
+            self._buckets.finish()
         return self._unscaled(gradients(self._state.model))
+
+    def close(self) -> None:
+        """Leave the model as it was found, for another run to use."""
+        super().close()
+        if self._buckets is not None:
+            self._buckets.close()
 
 
 class ExactUpdater(Updater):
@@ -180,10 +182,9 @@ class ExactUpdater(Updater):
         super().__init__(state, parallel, standard)
         self.net = state.model
         self._parameters = [p for p in state.model.parameters() if p.requires_grad]
-        sizes = [p.numel() for p in self._parameters]
-        self._starts = [0, *itertools.accumulate(sizes)]
+        self._size = sum(p.numel() for p in self._parameters)
         # Gradients, flags and loss travel as one tensor: one collective, and the loss is summed in the same order.
-        needed = self._starts[-1] + len(sizes) + 1
+        needed = self._size + len(self._parameters) + 1
         # A multiple of the ranks, for all-to-all in equal parts.
         self._length = -(-needed // parallel.world) * parallel.world
         self._stack = exact_reduce.Stack(0)
@@ -206,7 +207,7 @@ class ExactUpdater(Updater):
         reached = tuple(p.grad is not None for p in self._parameters)
         # Known on the host from which gradients exist; asking the device would wait for it.
         self._reached |= {number for number, is_reached in enumerate(reached) if is_reached}
-        places = self._places(leaf)
+        places = gradient_views(leaf, self._parameters)
         torch._foreach_copy_(
             [place for place, is_reached in zip(places, reached) if is_reached],
             [p.grad for p in self._parameters if p.grad is not None],
@@ -214,8 +215,8 @@ class ExactUpdater(Updater):
         for place, is_reached in zip(places, reached):
             if not is_reached:
                 place.zero_()
-        leaf[self._starts[-1] : self._starts[-1] + len(reached)] = self._flags(reached)
-        leaf[self._starts[-1] + len(reached)] = total.detach()
+        leaf[self._size : self._size + len(reached)] = self._flags(reached)
+        leaf[self._size + len(reached)] = total.detach()
         self._state.optimizer.zero_grad(set_to_none=True)
         self._free += self._stack.push(leaf)
 
@@ -224,13 +225,14 @@ class ExactUpdater(Updater):
         nodes = self._stack.nodes
         total = exact_reduce.fold_over_ranks(nodes, count=self._count, world=self._parallel.world)
         self._free = [*self._free, *(node.values for node in nodes)]  # used again from the next global batch on
-        tail = self._starts[-1] + len(self._parameters)
+        tail = self._size + len(self._parameters)
         reached = self._reached
         if self._parallel.world > 1:  # a process that is alone knows it, and need not wait for its device
-            reached = {number for number, count in enumerate(total[self._starts[-1] : tail].tolist()) if count}
+            reached = {number for number, count in enumerate(total[self._size : tail].tolist()) if count}
         self._loss.copy_(total[tail])
         grads = []
-        for number, (parameter, place) in enumerate(zip(self._parameters, self._places(total), strict=True)):
+        places = gradient_views(total, self._parameters)
+        for number, (parameter, place) in enumerate(zip(self._parameters, places, strict=True)):
             if number in reached:
                 # A view into the flat sum: no copy, and the optimizer sees the layout of the parameter.
                 parameter.grad = place
@@ -245,7 +247,3 @@ class ExactUpdater(Updater):
         if reached not in self._known_flags:
             self._known_flags[reached] = torch.tensor(reached, dtype=torch.float32, device=self._loss.device)
         return self._known_flags[reached]
-
-    def _places(self, flat: Tensor) -> list[Tensor]:
-        """By parameter, the part of a leaf that is its gradient."""
-        return [torch.as_strided(flat, p.shape, p.stride(), start) for p, start in zip(self._parameters, self._starts)]

@@ -24,7 +24,7 @@ from ddpm_lmk.engine.background_saver import Checkpointer
 from ddpm_lmk.engine.data_feed import NO_DATA, DataFeed
 from ddpm_lmk.engine.device_fit import explained_out_of_memory
 from ddpm_lmk.engine.evaluate import Validation
-from ddpm_lmk.engine.gradients import DdpUpdater, ExactUpdater, Updater
+from ddpm_lmk.engine.gradients import ExactUpdater, OrderedUpdater, Updater
 from ddpm_lmk.engine.logger import CompileClock, TrainLogger
 from ddpm_lmk.engine.optim import learning_rate, set_learning_rate
 from ddpm_lmk.engine.parallel import Parallel, RunningStatistics
@@ -263,7 +263,7 @@ def build_updater(cfg: RunConfig, state: TrainState, parallel: Parallel) -> Upda
     standard = None
     if cfg.train.weight_standardization != "pass":
         standard = OncePerStep(state.model, dtype=parallel.dtype(cfg.train.precision))
-    return (ExactUpdater if cfg.train.exactness == "exact" else DdpUpdater)(state, parallel, standard)
+    return (ExactUpdater if cfg.train.exactness == "exact" else OrderedUpdater)(state, parallel, standard)
 
 
 def _divisor(train: TrainConfig, batch: Batch, global_batch: GlobalBatch) -> Tensor | int:

@@ -6,9 +6,10 @@ Accelerate would step a prepared one once per process.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def parameter_groups(cfg: OptimConfig, model: nn.Module) -> list[dict[str, Any]]
     members: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_head = HEAD in name.split(".")
-        # Before anything else is made: average, DDP and DeepSpeed all leave out what has no gradient.
+        # Before anything else is made: average, buckets and DeepSpeed all leave out what has no gradient.
         if cfg.freeze == "trunk" and not is_head:
             parameter.requires_grad = False
         if not parameter.requires_grad:  # no gradient, so no decay and no moments either
@@ -198,6 +199,12 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict
         # Files are contiguous; fused AdamW wants moments in the memory layout of the parameter.
         place = torch.empty_like(parameter) if value.ndim else value.new_empty((), device=parameter.device)
         optimizer.state[parameter][key] = place.copy_(value)
+
+
+def gradient_views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """By parameter, the part of a flat tensor that is its gradient, in the memory layout of the parameter."""
+    starts = itertools.accumulate((p.numel() for p in parameters), initial=0)
+    return [torch.as_strided(flat, p.shape, p.stride(), start) for p, start in zip(parameters, starts)]
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:

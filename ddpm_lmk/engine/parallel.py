@@ -1,13 +1,9 @@
 """The process group, the device and the precision of a run. The only file that knows Accelerate.
 
-Accelerate places the model and wraps it for data parallel training. Two things are not left to it. Precision: its
-setting belongs to the process and cannot change between the runs of a sweep, so autocast is entered here. And sums and
-divisors of gradients, which are those of `updater`.
-
-DDP looks for unused parameters at every step. A task may leave a part of the network out (fine-tuning without time
-conditioning does), and with this setting DDP also keeps its buckets as they were at the start, so that a resumed run
-adds gradients in the same order as one that was never stopped. DDP leaves buffers alone: those a forward pass changes
-are `RunningStatistics`', all others are the same on all ranks from the start.
+Accelerate makes the group and chooses the device. Two things are not left to it. Precision: its setting belongs to the
+process and cannot change between the runs of a sweep, so autocast is entered here. And sums of gradients, which are
+those of `gradients`. Buffers that a forward pass changes are `RunningStatistics`', all others are the same on all ranks
+from the start.
 """
 
 from __future__ import annotations
@@ -21,9 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_lmk.engine.exact_reduce import all_gather
 from ddpm_lmk.engine.requirements import check_zero
@@ -46,7 +40,7 @@ class Parallel:
         """Join the group of our launcher; a process that it has not started is the only one.
 
         Args:
-            zero: ZeRO stage of the launch file; 0 is DDP.
+            zero: ZeRO stage of the launch file; 0 is without DeepSpeed.
 
         Raises:
             LaunchError: no CUDA device or no DeepSpeed where asked for, or a group of another size than promised.
@@ -62,11 +56,8 @@ class Parallel:
         use_cpu = device == "cpu" or not accelerator.is_available()
         if use_cpu:
             keep_freed_memory()
-        reduction = DistributedDataParallelKwargs(
-            find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
         # No mixed precision: it belongs to the process there, and a sweep has runs of several.
-        self._accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[reduction])
+        self._accelerator = Accelerator(cpu=use_cpu, mixed_precision="no")
         self.zero = zero
         self.rank = self._accelerator.process_index
         self.world = self._accelerator.num_processes
@@ -89,19 +80,6 @@ class Parallel:
     def is_main(self) -> bool:
         """Is this the process that writes?"""
         return self.rank == 0
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call in training: `model` itself, or `model` inside DDP."""
-        # DDP reports a search that finds nothing unused, 1x1 convolutions whose strides it has to normalise, and an
-        # option by its old name, the only one that torch 2.11 has.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
-        warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")
-        if self.world == 1:  # Accelerate would wrap it all the same where torchelastic started this process
-            return model.to(self.device)
-        prepared = self._accelerator.prepare_model(model)
-        assert isinstance(prepared, DistributedDataParallel), "gradients would not be shared"
-        return prepared
 
     def shard(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         """The DeepSpeed engine around `model`, which leaves each rank a part of the state of `optimizer`.

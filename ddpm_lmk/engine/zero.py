@@ -1,12 +1,12 @@
 """ZeRO stages 1 and 2: DeepSpeed shares out the optimizer's state, and with stage 2 the reduced gradient.
 
 DeepSpeed is told as little as possible. Precision, the scale of fp16, clipping and leaving out of updates stay the
-engine's, so that they mean the same as under DDP: weights are fp32, its clipping is off (its default is not), and a
+engine's, so that they mean the same as without it: weights are fp32, its clipping is off (its default is not), and a
 global batch ends where the loop says. Sums are in its own order, so the class is `ordered`.
 
 Checkpoints do not know of it: weights are whole on every rank, and moments are gathered and shared out by parameter,
-so a run moves between DDP and ZeRO and between numbers of processes. A parameter that no backward pass of any rank has
-come to has a gradient of zero here and none under DDP, so that weight decay would act on it: it is put back.
+so a run moves between stages and between numbers of processes. A parameter that no backward pass of any rank has
+come to has a gradient of zero here and none elsewhere, so that weight decay would act on it: it is put back.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class LaunchFile(Section):
     processes: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="processes on each node")
     nodes: Annotated[int, Field(ge=1)] = Field(1, description="nodes; more than one needs --node-rank and --rdzv")
     zero: Annotated[int, Field(ge=0, le=3)] = Field(
-        0, description="DeepSpeed ZeRO: 0 none (DDP), 1 shares out the optimizer's state, 2 its gradients too"
+        0, description="DeepSpeed ZeRO: 0 none, 1 shares out the optimizer's state, 2 its gradients too"
     )
     restarts: Annotated[int, Field(ge=0)] = Field(
         RESTARTS, description="restarts after lost or stalled processes without a new checkpoint in between"

@@ -189,7 +189,6 @@ def _rank_environment(placement: Placement, folder: Path) -> dict[str, str]:
     defaults = {
         # Restarted ranks would read the addresses of the dead ones from the shared store (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # else DDP remarks at every start that no parameter is unused
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "",  # `StopRequest` handles them
     }
     return ours | {name: value for name, value in defaults.items() if name not in os.environ}

@@ -1,6 +1,6 @@
 """Two networks of one kind in one module: one for whole images, one for crops of them (docs/method.md, section 9).
 
-One call computes both, so that whatever is around a module that is trained (DDP, DeepSpeed, compilation, the average of
+One call computes both, so that whatever is around a module that is trained (DeepSpeed, compilation, the average of
 the weights, checkpoints) treats the two as one network.
 """
 

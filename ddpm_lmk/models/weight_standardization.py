@@ -2,9 +2,9 @@
 
 The released code standardizes in every forward pass. Weights only change at an update, so `OncePerStep` does it before
 the first micro-batch of a step. Backward passes then leave the gradient with respect to the *standardized* weight in
-`weight.grad`, where accumulation, DDP or the tree of class exact add it up like any other, and one product with the
-Jacobian turns the sum into the gradient of the weight. The Jacobian is linear and the same for all micro-batches and
-ranks, so the result is the same but for rounding: once instead of once per micro-batch.
+`weight.grad`, where accumulation, all-reduce or the tree of class exact add it up like any other, and one product with
+the Jacobian turns the sum into the gradient of the weight. The Jacobian is linear and the same for all micro-batches
+and ranks, so the result is the same but for rounding: once instead of once per micro-batch.
 """
 
 from __future__ import annotations

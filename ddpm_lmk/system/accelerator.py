@@ -72,7 +72,7 @@ def to_device(values: Tensor, device: Device) -> Tensor:
 
     The host does not wait for the device: only from pinned memory is copied beside what it does.
     """
-    if _is_cuda(device) and not values.is_cuda:
+    if _is_cuda(device) and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
 

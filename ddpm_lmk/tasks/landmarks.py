@@ -127,7 +127,7 @@ class LandmarkTask(Task):
             return self._codec_loss(self.maps(model, batch), batch)
         crops, points = self.second_look.training_crops(batch)
         whole, inner = (self._condition(images, batch.domain) for images in (batch.images, crops))
-        # One call of the module: DDP takes what it has not seen in a call for unused.
+        # One call of the module, for what is around it (`coarse_to_fine`).
         maps, fine = model(batch.images, whole, crops, inner)
         return self._codec_loss(self._own(maps), batch) + self.second_look.loss(self._own(fine), points)
 

@@ -33,16 +33,25 @@ def test_device_has_rates_of_products_memory_and_the_shapes_of_the_network(tmp_p
     assert found.path.with_suffix(".png").is_file()
 
 
-def test_step_has_its_parts_its_levels_and_memory_beside_the_estimate(tmp_path: Path) -> None:
+def test_step_has_its_parts_its_operations_and_memory_beside_the_estimate(tmp_path: Path) -> None:
     found = run_benchmark("step", tmp_path, "--run", SMOKE / "pretrain.yaml", "--rounds", 6, "--device", "cpu")
 
     rows = {row.what: row for row in found.rows}
     for part in ("forward", "forward and backward", "update", "train step"):
         assert len(rows[part].samples["cpu_s"]) == 6
-    levels = [row for what, row in rows.items() if what.startswith("level ")]
-    assert {"level downs.0", "level mid", "level ups.0", "level ends"} <= set(rows)
-    assert sum(row.figures["share_of_all_levels_pct"] for row in levels) == pytest.approx(100, abs=0.01)
+    operations = {
+        (row.conditions["level_px"], row.conditions["group"]): row for row in found.rows if row.what == "operations"
+    }
+    largest = max(level for level, _ in operations)
+    ways = [operations[largest, f"convolution, {way}"].figures["gflop"] for way in ("forward", "of data", "of weights")]
+    assert ways[0] == ways[1] == ways[2] > 0
+    assert {"norm, FiLM, SiLU", "time embedding", "sums and joins", "optimizer"} <= {group for _, group in operations}
+    assert all(len(values) == 6 for row in operations.values() for values in row.samples.values())
     figures = rows["train step"].figures
+    # counted by PyTorch and by `models.cost`
+    counted = sum(row.figures["gflop"] for row in operations.values())
+    assert counted == pytest.approx(figures["executed_gflop"], rel=0.05)
+    assert "train step over the least" in {ratio["what"] for ratio in found.facts["ratios"]}
     assert figures["share_of_measured_peak_pct"] > 0
     assert figures["estimate_over_measured"] == pytest.approx(
         figures["estimated_memory_gib"] / figures["peak_memory_gib"], rel=1e-3

@@ -16,6 +16,7 @@ from torch import distributed, nn
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.spec import SPECS
+from ddpm_lmk.engine.bucket_reduce import BucketReduce
 from ddpm_lmk.engine.parallel import AllRanks, Parallel, RunningStatistics
 from ddpm_lmk.models import build_model
 from ddpm_lmk.tasks import EncoderTask, build_task
@@ -34,13 +35,18 @@ def work(job: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.eval()
-    net = parallel.wrap(model)
+    buckets = BucketReduce(model) if parallel.world > 1 else None
     statistics = RunningStatistics(model, parallel)
     statistics.begin_step()
     share = job["count"] // parallel.world
     batch = unlabelled_batch(job["count"], chosen=slice(parallel.rank * share, (parallel.rank + 1) * share))
-    losses = task.loss(net, batch)
-    (losses.sum() / job["count"] * parallel.world).backward()  # DDP divides by the number of ranks
+    losses = task.loss(model, batch)
+    if buckets is None:
+        (losses.sum() / job["count"]).backward()
+    else:
+        buckets.expect()
+        (losses.sum() / job["count"]).backward()
+        buckets.finish()
     statistics.end_step(is_kept=True)
     gradient = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One, two and four processes do the same run; killed and continued, two of them end with the same bits.
+"""One to four processes do the same run; killed and continued, two and three of them end with the same bits.
 
 The network has a standardised convolution, whose gradient passes through the standardisation once per step.
 """
@@ -18,6 +18,7 @@ from tests.faults.forge import Forge
 pytestmark = pytest.mark.distributed
 
 EXACT: dict[str, Any] = {"lr": 0.05, "clip": {"limit": 0.2}, "plateau": {"patience": 0}}
+WORLDS = (1, 2, 3, 4)
 BAD = [9]  # the place in the stream of an image whose loss is not a number: in step 2, on the last rank
 SETTINGS: dict[str, Any] = {"duration": 6, "global_batch_size": 8, "micro_batch": 1, "epoch_boundary": "epoch"}
 
@@ -32,23 +33,25 @@ def job(
 
 @pytest.fixture(scope="module")
 def folder(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run with 1, 2 and 4 processes: windows of 8 and 5 images, so that the last group is short and uneven."""
+    """The same run with 1 to 4 processes: windows of 8 and 5 images, so that the last group is short and uneven."""
     folder = tmp_path_factory.mktemp("worlds")
-    for world in (1, 2, 4):
+    for world in WORLDS:
         jobs = [job(folder / f"sgd-{world}", optim={"kind": "sgd", "lr": 0.3})]
         jobs.append(job(folder / f"exact-{world}", optim=EXACT, exactness="exact", bad_positions=BAD))
         jobs.append(job(folder / f"muon-{world}", optim={**EXACT, "kind": "muon"}, exactness="exact"))
-        stop = {} if world == 4 else {"signal_at": 2 * world - 1, "expected": "StoppedError"}
-        jobs.append(job(folder / "moved", optim=EXACT, exactness="exact", bad_positions=BAD, **stop))
+        if world != 3:
+            stop = {} if world == 4 else {"signal_at": 2 * world - 1, "expected": "StoppedError"}
+            jobs.append(job(folder / "moved", optim=EXACT, exactness="exact", bad_positions=BAD, **stop))
         if world == 2:
             dry = {"dry_at": 1, "expected": "StoppedError"}
             jobs.append(job(folder / "dry-2", optim=EXACT, exactness="exact", **dry))
             jobs.append(job(folder / "corrupt-2", optim=EXACT, corrupt_at=3, expected="DivergedError"))
-            jobs.append(job(folder / "adamw-2", optim={"lr": 0.01}))
             fails = {"optim": {"lr": 0.01}, "every": 2, "fails_at": 1}
             jobs.append(job(folder / "blind-2", **fails))
             jobs.append(job(folder / "strict-2", **fails, strict=True, expected="EvaluationError"))
-            jobs.append(job(folder / "cut-2", optim={"lr": 0.01}, kill_at=5))
+        if world in (2, 3):
+            jobs.append(job(folder / f"adamw-{world}", optim={"lr": 0.01}))
+            jobs.append(job(folder / f"cut-{world}", optim={"lr": 0.01}, kill_at=5))
             workers = processes.launch(forge, folder, jobs, world=world)
             codes, said = processes.wait(workers, timeout=900)
             assert -9 in codes, said
@@ -63,20 +66,20 @@ def seen(folder: Path, world: int) -> list[dict[str, float]]:
     return sorted((sample for part in parts for sample in part), key=lambda sample: sample["position"])
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS[1:])
 def test_any_number_of_processes_sees_the_same_samples_and_noise(folder: Path, world: int) -> None:
     assert len(seen(folder, 1)) == 3 * 13
     assert seen(folder, world) == seen(folder, 1)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS[1:])
 def test_any_number_of_processes_has_the_same_losses(folder: Path, world: int) -> None:
     wanted = processes.losses(folder / "sgd-1")
     assert len(wanted) == 6
     assert processes.losses(folder / f"sgd-{world}") == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS[1:])
 def test_all_ranks_end_with_the_same_bits(folder: Path, world: int) -> None:
     found = [processes.facts(folder / f"sgd-{world}", rank) for rank in range(world)]
     assert len({facts["digest"] for facts in found}) == 1
@@ -86,13 +89,13 @@ def test_all_ranks_end_with_the_same_bits(folder: Path, world: int) -> None:
 @pytest.mark.parametrize("name", ["exact", "muon"])
 def test_class_exact_has_the_same_bits_for_any_number_of_processes(name: str, folder: Path) -> None:
     """Weights, average and moments; groups of 8 and 5 micro-batches, which 2 ranks share as 3 and 2."""
-    found = [processes.facts(folder / f"{name}-{world}", rank) for world in (1, 2, 4) for rank in range(world)]
+    found = [processes.facts(folder / f"{name}-{world}", rank) for world in WORLDS for rank in range(world)]
     assert len({facts["digest"] for facts in found}) == 1
     assert all(facts["unused_is_none"] for facts in found), "what no rank reaches gets no gradient"
-    lines = [processes.losses(folder / f"{name}-{world}") for world in (1, 2, 4)]
-    assert lines[0] == lines[1] == lines[2]
-    scores = [processes.scores(folder / f"{name}-{world}") for world in (1, 2, 4)]
-    assert scores[0] == scores[1] == scores[2]
+    lines = [processes.losses(folder / f"{name}-{world}") for world in WORLDS]
+    assert all(line == lines[0] for line in lines)
+    scores = [processes.scores(folder / f"{name}-{world}") for world in WORLDS]
+    assert all(score == scores[0] for score in scores)
 
 
 def test_class_exact_has_the_same_bits_when_the_number_changes_on_the_way(folder: Path) -> None:
@@ -138,12 +141,15 @@ def test_a_validation_that_fails_on_one_rank_of_a_strict_run_ends_all(folder: Pa
 
 
 def test_class_ordered_has_not_so_that_the_test_above_can_fail(folder: Path) -> None:
-    assert len({processes.facts(folder / f"sgd-{world}")["digest"] for world in (1, 2, 4)}) > 1
+    assert len({processes.facts(folder / f"sgd-{world}")["digest"] for world in WORLDS}) > 1
 
 
-def test_two_processes_killed_and_continued_have_the_same_bits(forge: Forge, folder: Path) -> None:
-    assert not (folder / "cut-2" / "snapshots").exists()
-    processes.run(forge, folder, [job(folder / "cut-2", optim={"lr": 0.01})], world=2)
-    assert "run.continued" in processes.events(folder / "cut-2")
-    assert processes.facts(folder / "cut-2")["digest"] == processes.facts(folder / "adamw-2")["digest"]
-    assert processes.losses(folder / "cut-2") == processes.losses(folder / "adamw-2")
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_killed_and_continued_have_the_same_bits(world: int, forge: Forge, folder: Path) -> None:
+    """Three numbers are added in another order after another first step; two cannot be."""
+    cut, whole = folder / f"cut-{world}", folder / f"adamw-{world}"
+    assert not (cut / "snapshots").exists()
+    processes.run(forge, folder, [job(cut, optim={"lr": 0.01})], world=world)
+    assert "run.continued" in processes.events(cut)
+    assert processes.facts(cut)["digest"] == processes.facts(whole)["digest"]
+    assert processes.losses(cut) == processes.losses(whole)

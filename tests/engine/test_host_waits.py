@@ -6,13 +6,17 @@ the real one, on devices that nothing can be read from (`far`); so is a validati
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.engine.gradients import StepOutcome
@@ -24,7 +28,7 @@ from ddpm_lmk.rundir.directory import RunDir
 from ddpm_lmk.rundir.log import read_lines
 from ddpm_lmk.tasks import DenoiseTask, build_task
 from ddpm_lmk.tasks.codecs.contour import ContourCodec
-from tests.engine.far import DEVICES, SPEC, Copies, FullTrain, far_device, far_model
+from tests.engine.far import DEVICES, SPEC, Copies, FullTrain, far_device, far_model, real
 from tests.engine.toy import config
 
 STEPS = 3
@@ -104,42 +108,92 @@ def clock(parallel: Parallel) -> CompileClock:
     return CompileClock(config(), parallel, RunDir(Path(), writes=False))
 
 
-def read_it(loss: Tensor) -> Tensor:
-    return loss * loss.sum().item()
+def host(loss: Tensor) -> Tensor:
+    """As many numbers on the host, with values."""
+    with real():
+        return torch.ones(len(loss))
 
 
-def pick_it(loss: Tensor) -> Tensor:
-    return loss[loss > 0]
+def put(loss: Tensor, place: Any, value: Any) -> Tensor:
+    loss = loss.clone()
+    loss[place] = value
+    return loss
 
 
-def bring_it_home(loss: Tensor) -> Tensor:
-    return loss.cpu()
-
-
-def mix_it(loss: Tensor) -> Tensor:
-    return loss * torch.ones(len(loss))
-
-
-def carry_it(loss: Tensor) -> Tensor:
-    return loss * torch.ones(len(loss)).to(loss.device)
-
-
-def decide_by_it(loss: Tensor) -> Tensor:
-    return loss if loss.sum() > 0 else -loss
-
-
-FAULTS = (read_it, pick_it, bring_it_home, mix_it, carry_it, decide_by_it)
+# What makes the host wait, or no device takes, and what is said or noted of it.
+FAULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "read": (lambda loss: loss * loss.sum().item(), "item|_local_scalar_dense"),
+    "decided by": (lambda loss: loss if loss.sum() > 0 else -loss, "item|_local_scalar_dense"),
+    "brought home": (lambda loss: loss.cpu(), "copy"),
+    "picked by a mask": (lambda loss: loss[loss > 0], "nonzero|aten.index.Tensor"),
+    "put where a mask is true": (lambda loss: put(loss, loss > 0, loss.detach()), "mask is true"),
+    "one put where a mask is true": (lambda loss: put(loss, loss > 0, loss.detach().sum()), "mask is true"),
+    "picked by a list": (lambda loss: loss[[0, 1]], "by a list"),
+    "put by a list": (lambda loss: put(loss, [0, 1], 0.0), "by a list"),
+    "picked by a tensor of the host": (lambda loss: loss[host(loss).long()], "by a tensor of the host"),
+    "picked by an array": (lambda loss: loss[np.zeros(len(loss), int)], "copy|by a tensor of the host"),
+    "put from the host": (lambda loss: put(loss, slice(None), host(loss)), "copy_"),
+    "made of numbers": (lambda loss: loss * torch.tensor([1.0] * len(loss), device=loss.device), "tensor"),
+    "carried": (lambda loss: loss * host(loss).to(loss.device), "_to_copy"),
+    "carried, not pinned": (lambda loss: loss * host(loss).to(loss.device, non_blocking=True), "_to_copy"),
+    "copied, not pinned": (lambda loss: torch.empty_like(loss).copy_(host(loss), non_blocking=True), "copy_"),
+    "mixed": (lambda loss: loss * host(loss), "mul: wanted all on the same device"),
+    "mixed in a product": (lambda loss: loss @ host(loss), "dot: wanted all on the same device"),
+    "mixed in a convolution": (
+        lambda loss: F.conv1d(loss[None, None], host(loss)[None, None, :1]),
+        "convolution: wanted all on the same device",
+    ),
+    "mixed by rows": (lambda loss: loss.index_select(0, host(loss).long()), "index_select: wanted all"),
+    "inverted": (lambda loss: torch.linalg.inv(loss[:1, None]), "_linalg_check_errors"),
+    "solved": (lambda loss: torch.linalg.solve(loss[:1, None], loss[:1, None]), "_linalg_check_errors"),
+    "with eigenvalues": (lambda loss: torch.linalg.eigvalsh(loss[:1, None]), "_linalg_eigh"),
+    "drawn by probability": (lambda loss: loss.multinomial(1), "multinomial"),
+}
+SOUND: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a number": lambda loss, pinned: loss * 2.0 + torch.tensor(1.0),
+    "a number where a mask is true": lambda loss, pinned: put(loss, loss > 0, 0.0),
+    "rows": lambda loss, pinned: put(loss, slice(0, 2), loss[:2])[loss.long(), None],
+    "pinned": lambda loss, pinned: loss * pinned.to(loss.device, non_blocking=True),
+    "copied": lambda loss, pinned: loss.copy_(pinned, non_blocking=True),
+    "made there": lambda loss, pinned: loss * torch.ones(4, device=loss.device) + torch.full_like(loss, 2.0),
+}
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(("fault", "noted"), FAULTS.values(), ids=FAULTS)
+def test_what_waits_is_found(fault: Callable[[Tensor], Any], noted: str, kind: str) -> None:
+    copies = Copies()
+    with far_device(kind, copies) as parallel:
+        loss = torch.ones(4, device=parallel.device)
+        with copies.watched():
+            try:
+                fault(loss)
+            except (RuntimeError, NotImplementedError) as error:
+                copies.home.append(str(error))
+    assert re.search(noted, " ".join(copies.home + copies.waiting))
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("sound", SOUND.values(), ids=SOUND)
+def test_what_does_not_wait_is_not_found(sound: Callable[[Tensor, Tensor], Any], kind: str) -> None:
+    copies = Copies()
+    with far_device(kind, copies) as parallel:
+        loss = torch.ones(4, device=parallel.device)
+        pinned = host(loss).pin_memory()
+        with copies.watched():
+            sound(loss, pinned)
+    assert (copies.waiting, copies.home) == ([], [])
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("fault", ["read", "brought home", "picked by a mask", "picked by a list", "carried", "mixed"])
 @pytest.mark.parametrize("place", ["loss", "codec"])
 def test_a_planted_fault_is_found(
-    fault: Any, place: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, place: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner: Any = DenoiseTask if place == "loss" else ContourCodec
     sound = owner.loss
-    monkeypatch.setattr(owner, "loss", lambda self, *values: fault(sound(self, *values)))
+    monkeypatch.setattr(owner, "loss", lambda self, *values: FAULTS[fault][0](sound(self, *values)))
     case = CASES["denoise" if place == "loss" else "contour"]
     try:
         exchanged, copies = steps(run_file(case, kind), kind, tmp_path / "run")

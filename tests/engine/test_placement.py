@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data import open_loader
 from ddpm_lmk.data.batch import Batch
+from ddpm_lmk.engine.forecast import random_batch
 from ddpm_lmk.engine.optim import moments
 from ddpm_lmk.engine.training_state import TrainState
 from ddpm_lmk.models.blocks import use_norm
@@ -24,7 +25,7 @@ from ddpm_lmk.models.kernels.group_norm import Norm
 from ddpm_lmk.rundir.checkpoint import Checkpoint
 from ddpm_lmk.system import accelerator
 from ddpm_lmk.tasks import DenoiseTask, LandmarkTask, build_task, noise_schedule
-from tests.engine.far import DEVICES, HAS_CUDA, NO_CUDA, SPEC, Copies, FullTrain, far_device, far_model, real
+from tests.engine.far import DEVICES, SPEC, Copies, FullTrain, far_device, far_model, real
 from tests.engine.test_host_waits import CASES, ENCODER, run_file
 
 ON_THE_HOST = ("disc", "warped")  # decoded with OpenCV's contours, as the released code: the maps come home
@@ -145,17 +146,33 @@ def test_batches_of_the_loader_are_made_on_the_device(
     assert (copies.waiting, copies.home) == ([], [])
 
 
-@pytest.mark.skipif(not HAS_CUDA, reason=NO_CUDA)
+@pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("name", ["weight", "images"])
-def test_a_tensor_left_on_the_host_is_refused_by_every_layer(name: str) -> None:
-    cfg = run_file({}, "cuda")
+def test_a_tensor_left_on_the_host_is_refused_by_every_layer(name: str, kind: str) -> None:
+    cfg, copies = run_file({}, kind), Copies()
     task = build_task(cfg, SPEC)
-    with far_device("cuda", Copies()) as parallel:
+    with far_device(kind, copies) as parallel:
         model = far_model(cfg, task, parallel.device)
         use_norm(model, Norm("folded", ""))
         images = torch.zeros(2, 1, 16, 16, device=parallel.device if name == "weight" else "cpu")
         if name == "weight":
             with real():
                 model.final_conv.bias = nn.Parameter(torch.zeros(1))  # type: ignore[union-attr]
-        with pytest.raises(RuntimeError, match="same device"):
+        with copies.watched(), pytest.raises(RuntimeError, match="same device"):
             model(images, torch.ones(2, dtype=torch.long, device=parallel.device))
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("name", ["denoise", "zoom", "second look"])
+def test_a_batch_that_steps_are_timed_on_can_be_pinned(name: str, kind: str) -> None:
+    cfg, copies = run_file(CASES[name], kind), Copies()
+    task = build_task(cfg, SPEC)
+    batch = random_batch(cfg, task, 3)
+    with far_device(kind, copies) as parallel, copies.watched():
+        assert devices(vars(batch.to(parallel.device))["images"]) == {kind}
+    assert copies.waiting == []
+
+
+def test_memory_in_which_an_element_is_there_twice_is_not_pinned() -> None:
+    with pytest.raises(RuntimeError, match="twice"):
+        Copies().pin(torch.eye(2, 3).expand(4, 2, 3))

@@ -105,7 +105,7 @@ def make_batch(seed: int, rows: np.ndarray, positions: np.ndarray, weights: np.n
     return Batch(
         images=pixels(seed, "image", rows).contiguous(memory_format=torch.channels_last),
         points=None,
-        to_native=torch.eye(2, 3).expand(count, 2, 3),
+        to_native=torch.eye(2, 3).repeat(count, 1, 1),
         native_size=torch.full((count, 2), float(SIDE)),
         mm_per_px=torch.full((count,), torch.nan),
         positions=torch.from_numpy(positions.copy()),

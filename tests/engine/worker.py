@@ -24,6 +24,7 @@ import torch
 
 from ddpm_lmk.config import RunConfig
 from ddpm_lmk.data.batch import GlobalBatch
+from ddpm_lmk.engine import bucket_reduce
 from ddpm_lmk.engine.loop import fit
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.rank_checks import check_devices, check_same_facts, check_same_weights
@@ -121,6 +122,42 @@ def check_comparisons(parallel: Parallel) -> None:
         check_same_weights(model, parallel, step=1)
 
 
+class Uneven(torch.nn.Module):
+    """Four parameters, of which a pass reaches some, in the order of their use."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.factors = torch.nn.ParameterList(torch.full((3,), float(rank)) for _ in range(4))
+
+    def forward(self, used: list[int]) -> torch.Tensor:
+        return torch.stack([self.factors[number].sum() * 10**number for number in used]).sum()
+
+
+def check_buckets(parallel: Parallel) -> None:
+    """Sums over micro-batches and ranks, whatever a rank reaches and whatever it comes to first.
+
+    The last rank has a micro-batch more, of the third parameter alone, and then goes the other way round.
+    """
+    model, world, is_last = Uneven(parallel.rank), parallel.world, parallel.rank == parallel.world - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bucket_reduce, "BUCKET", 7)  # two parameters
+        buckets = bucket_reduce.BucketReduce(model)
+    assert all(factor.eq(0).all() for factor in model.factors), "weights are those of rank 0"
+    for used, counts in (([0, 1], [world, world, 1, None]), ([0, 1, 2, 3], [world, world, world + 1, world])):
+        if is_last:
+            model([2]).backward()
+        buckets.expect()
+        model(used[::-1] if is_last else used).backward()
+        buckets.finish()
+        found = [None if factor.grad is None else factor.grad.tolist() for factor in model.factors]
+        wanted = [None if count is None else [10.0**number * count] * 3 for number, count in enumerate(counts)]
+        assert found == wanted, "what no rank reaches has no gradient"
+        model.zero_grad()
+    buckets.close()
+    model([0, 1, 2, 3]).backward()
+    assert all(factor.grad.eq(10**number).all() for number, factor in enumerate(model.factors)), "a hook is left"
+
+
 class OtherDevice(Parallel):
     """A process on another kind of device than the first one's."""
 
@@ -163,6 +200,7 @@ def main(file: Path) -> int:
         check_errors(parallel)
         if parallel.world > 1:
             check_comparisons(parallel)
+            check_buckets(parallel)
             check_kinds()
         for job in jobs:
             try:

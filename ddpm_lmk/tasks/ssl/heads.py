@@ -62,9 +62,9 @@ class DinoHead(nn.Module):
 
 
 def follower(module: nn.Module) -> nn.Module:
-    """A copy whose parameters are buffers: saved and moved with the model, unknown to optimizers and to DDP."""
+    """A copy whose parameters are buffers: saved and moved with the model, unknown to optimizers."""
     copied = copy.deepcopy(module)
-    # As parameters without gradient they would still be broadcast by DDP, and averaged once more by the EMA.
+    # As parameters without gradient they would still be averaged once more by the EMA.
     for part in copied.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:

@@ -180,7 +180,7 @@ class Recorder(TorchDispatchMode):
             way = "forward" if name == "convolution" else "of data" if args[-1] == OF_DATA else "of weights"
             return level, f"convolution, {way}" if name.startswith("convolution") else STANDARDISED
         if name in ("add", "add_", "cat"):
-            return next((x.shape[-1] for x in given if x.ndim == 4), level), JOINS
+            return next((x.shape[-1] for x in given if x.ndim == 4 and x.shape[-2:] != (1, 1)), level), JOINS
         return level, group
 
 

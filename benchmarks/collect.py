@@ -43,7 +43,6 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "device", newest(RESULTS, "device"), tables.device_table),
     (BENCHMARKS, "step", newest(RESULTS, "step", "tiny"), tables.step_table),
     (BENCHMARKS, "roofline", newest(RESULTS, "step", "width32"), tables.roofline_table),
-    (BENCHMARKS, "roofline-128", newest(RESULTS, "step", "tiny"), tables.roofline_table),
     (BENCHMARKS, "switches", newest(RESULTS, "switches"), tables.switches_table),
     (BENCHMARKS, "train", newest(RESULTS, "train"), tables.train_table),
     (BENCHMARKS, "scaling", newest(RESULTS, "scaling"), tables.scaling_table),

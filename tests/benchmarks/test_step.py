@@ -9,6 +9,7 @@ from statistics import median
 from types import SimpleNamespace
 
 import _subject
+import _tables
 import pytest
 import step
 import torch
@@ -52,6 +53,7 @@ def test_step_has_its_parts_its_operations_and_memory_beside_the_estimate(tmp_pa
     counted = sum(row.figures["gflop"] for row in operations.values())
     assert counted == pytest.approx(figures["executed_gflop"], rel=0.05)
     assert "train step over the least" in {ratio["what"] for ratio in found.facts["ratios"]}
+    assert "| linear attention |" in _tables.roofline_table(found.path)
     assert figures["share_of_measured_peak_pct"] > 0
     assert figures["estimate_over_measured"] == pytest.approx(
         figures["estimated_memory_gib"] / figures["peak_memory_gib"], rel=1e-3

@@ -1,6 +1,6 @@
 """The sum of gradients over ranks by all-reduce, a bucket at a time, while the backward pass still runs.
 
-What DistributedDataParallel does, without a wrapper around the network and without what it costs. DDP makes its buckets
+What DistributedDataParallel does, without a wrapper around the network, at the same price. DDP makes its buckets
 anew after the first step of a process, so that a resumed run would add in another order than one that was never
 stopped, unless it searches the graph for unused parameters in every step. Here buckets are the same from the first step
 on. Flags that travel with the gradients say which parameters no rank has reached: a task may leave a part of the

@@ -89,6 +89,20 @@ def test_patients_are_not_split_between_training_and_validation(tree, tmp_path):
     assert len({(record.group, record.split) for record in records}) == 3
 
 
+@pytest.mark.parametrize(("share", "has_key", "is_said"), [(0.5, False, True), (0.5, True, False), (0.0, False, False)])
+def test_a_folder_that_is_split_by_file_though_files_name_patients_is_told(tmp_path, share, has_key, is_said):
+    """Files that are DICOM whatever their suffix says."""
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"film-{number}.tif").write_bytes(to_bytes(dataset(np.roll(FILM, 30 * number, 1), PatientID="one")))
+    settings = PackSettings(kind="folder", size=32, val_fraction=share)
+    key = tmp_path / "key" if has_key else None
+    summary = pack(folder, tmp_path / "out", settings, workers=1, id_key=key)
+    told = [line for line in summary.warnings if "can be in train and in val; pack again with --id-key" in line]
+    assert [line.split()[0] for line in told] == (["3"] if is_said else [])
+
+
 def test_a_packing_that_failed_leaves_no_key_that_it_made(tmp_path):
     root = tmp_path / "films"
     root.mkdir()

@@ -45,6 +45,10 @@ DECODERS = ("numpy", "opencv-python-headless", "pillow", "pydicom", "pylibjpeg-o
 PATIENTS_NOTE = (
     "{} files name their patient, who is not kept without --id-key: patients will not be compared with other packs'"
 )
+SPLIT_NOTE = (
+    "{} files name their patient, but --val-fraction went by file: films of one patient can be in train and in val; "
+    "pack again with --id-key"
+)
 KEY_NOTE = "ids are hashed with the key in {}; keep it to yourself, and for further packs"
 
 Progress = Callable[[int, int], None]
@@ -207,6 +211,8 @@ def _write(
         summary.warnings += labels.warnings() + notes.sentences()
         if dataset.unkept_patients:
             summary.warnings.append(PATIENTS_NOTE.format(dataset.unkept_patients))
+            if 0 < settings.val_fraction < 1 and settings.kind not in ANNOTATED:  # these go by patient all the same
+                summary.warnings.append(SPLIT_NOTE.format(dataset.unkept_patients))
         count(summary, writer)
     return summary
 

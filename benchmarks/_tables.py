@@ -309,6 +309,7 @@ TWO_LOOKS = {  # rows of configs/sweep/table2.yaml, in the order of the table
     "dino": "U-Net, DINO",
     "scratch-adamw": "ours with AdamW, random weights",
     "ours-adamw": "ours with AdamW, DDPM pre-training",
+    "ours-adamw-tuned": "ours, DDPM pre-training, fine-tuned with AdamW",
     "scratch-adamw-pool": "ours with AdamW, random weights, and images without labels",
     "ours-adamw-pool": "ours with AdamW, DDPM pre-training, and images without labels",
     "scratch": "ours, random weights",

@@ -71,6 +71,7 @@ class BucketReduce:
         if not self._missing:
             return
         self._missing[number] -= 1
+        assert self._missing[number] >= 0, "only one backward pass may follow `expect`: this bucket may be on its way"
         # In their order, whichever is full first: all ranks must send the same.
         while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
             self._send()

@@ -5,6 +5,9 @@ anew after the first step of a process, so that a resumed run would add in anoth
 stopped, unless it searches the graph for unused parameters in every step. Here buckets are the same from the first step
 on. Flags that travel with the gradients say which parameters no rank has reached: a task may leave a part of the
 network out (fine-tuning without time conditioning does), and what has no gradient must not be decayed.
+
+The backward pass of a compiled network is one graph, whose gradients come all at its end: nothing is sent while it
+runs. DDP would have Dynamo cut the graph at the ends of its buckets, at the price of what is not fused across a cut.
 """
 
 from __future__ import annotations
@@ -71,6 +74,7 @@ class BucketReduce:
         if not self._missing:
             return
         self._missing[number] -= 1
+        assert self._missing[number] >= 0, "only one backward pass may follow `expect`: this bucket may be on its way"
         # In their order, whichever is full first: all ranks must send the same.
         while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
             self._send()

@@ -119,6 +119,8 @@ class Updater(ABC):
 
     def close(self) -> None:
         """Leave the model as it was found, for another run to use."""
+        # After an error there is what the passes of a step have added up by then.
+        self._state.optimizer.zero_grad(set_to_none=True)
         if self._standard is not None:
             self._standard.drop()
 

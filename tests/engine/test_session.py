@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ddpm_lmk.config import InitConfig, RunConfig
+from ddpm_lmk.engine.gradients import Updater
 from ddpm_lmk.engine.parallel import Parallel
 from ddpm_lmk.engine.session import Session
 from ddpm_lmk.run import execute
@@ -59,6 +60,25 @@ def test_cells_of_other_networks_and_frozen_ones_do_not_change_the_next(
     scores = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("warm", "cold", "frozen")]
     assert scores[0] == scores[1]
     assert scores[0] != scores[2]
+
+
+def test_a_cell_that_breaks_off_within_a_step_does_not_change_the_next(
+    tmp_path: Path, packed_phantoms: Path, parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, session, sound = config(packed_phantoms, "denoise"), Session(), Updater.add
+
+    def failing(self: Updater, *values: Any) -> None:
+        sound(self, *values)
+        raise RuntimeError("after the backward pass")
+
+    monkeypatch.setattr(Updater, "add", failing)
+    with pytest.raises(RuntimeError, match="after the backward pass"):
+        execute(cfg, tmp_path / "broken", parallel=parallel, session=session)
+    monkeypatch.undo()
+    execute(cfg, tmp_path / "warm", parallel=parallel, session=session)
+    execute(cfg, tmp_path / "cold", parallel=parallel)
+    warm, cold = (load_weights(tmp_path / name, "model")[0] for name in ("warm", "cold"))
+    assert all(torch.equal(warm[name], value) for name, value in cold.items())
 
 
 def test_a_frozen_trunk_leaves_the_output_layer_to_learn(packed_phantoms: Path, parallel: Parallel) -> None:

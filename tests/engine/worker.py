@@ -153,6 +153,12 @@ def check_buckets(parallel: Parallel) -> None:
         wanted = [None if count is None else [10.0**number * count] * 3 for number, count in enumerate(counts)]
         assert found == wanted, "what no rank reaches has no gradient"
         model.zero_grad()
+    buckets.expect()
+    model([0, 1, 2, 3]).backward()
+    with pytest.raises(AssertionError, match="only one backward pass"):
+        model([3]).backward()
+    buckets.finish()
+    model.zero_grad()
     buckets.close()
     model([0, 1, 2, 3]).backward()
     assert all(factor.grad.eq(10**number).all() for number, factor in enumerate(model.factors)), "a hook is left"

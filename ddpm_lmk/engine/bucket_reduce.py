@@ -24,7 +24,7 @@ BUCKET = 25 * 2**18  # elements: 25 MiB, DDP's default
 
 
 class BucketReduce:
-    """Adds up the gradients of one model, whose weights become those of rank 0 at the start.
+    """Adds up the gradients of one model, whose trained weights become those of rank 0 at the start.
 
         buckets.expect()    # before the last backward pass of a step; those before it add up on this rank
         loss.backward()

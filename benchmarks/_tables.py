@@ -696,7 +696,8 @@ def sweep_table(source: Path) -> str:
     sweep = _row(found, "sweep").figures
     equal = f"{sweep['cells_equal_bit_by_bit']} of {sweep['cells_compared']} cells compared are equal bit by bit"
     ratios = "; ".join(f"{ratio['what']}: {_bounds(ratio)}" for ratio in found.facts["ratios"])
-    heads = ["", "wall time of a round of 5 cells, s", "processor time, s", "training images/s"]
+    cells = found.rows[0].conditions["cells_a_round"]
+    heads = ["", f"wall time of a round of {cells} cells, s", "processor time, s", "training images/s"]
     head = f"{machine(found.facts)}; {found.facts['settings']['run_file']}"
     return f"{head}\n\n{markdown(heads, rows)}\n\n{equal}; {ratios}."
 

@@ -46,7 +46,7 @@ PLACES: tuple[tuple[Path, str, Path, Table], ...] = (
     (BENCHMARKS, "switches", newest(RESULTS, "switches"), tables.switches_table),
     (BENCHMARKS, "train", newest(RESULTS, "train"), tables.train_table),
     (BENCHMARKS, "scaling", newest(RESULTS, "scaling"), tables.scaling_table),
-    (BENCHMARKS, "sweep", newest(RESULTS, "sweep"), tables.sweep_table),
+    (BENCHMARKS, "sweep", RESULTS / "sweep-isbi_cpu-cpu-20261201-050149.json", tables.sweep_table),
     (BENCHMARKS, "memory", newest(RESULTS, "memory"), tables.memory_table),
     (BENCHMARKS, "loader", newest(RESULTS, "loader"), tables.loading_table),
     (BENCHMARKS, "loader-ways", newest(RESULTS, "loader"), tables.ways_table),
